@@ -1,0 +1,148 @@
+"""Replay stored states through the tapped transformer and gather statistics per layer and step.
+
+Images go in blocks, each prompt is encoded once, and no image is drawn again. Each forward's statistics are
+computed on the device and evaluated together with its output.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from calib.activations.histogram import DTYPES
+from calib.activations.statistics import Statistics, summarize
+from calib.activations.taps import TapPoint, tapped
+from calib.dataset.manifest import Manifest
+from calib.dataset.store import read_state
+from calib.errors import CalibError
+from calib.models.model import Conditioning, DiffusionModel
+from calib.progress import Progress
+
+
+@dataclass(frozen=True)
+class CollectSettings:
+    """How statistics are gathered.
+
+    Attributes:
+        batch_size: images replayed side by side.
+        histogram_rows: rows of each activation, evenly spaced, that enter the histogram in one forward; None for
+            all. Minimum, maximum and moments always see every value.
+        seed: shifts the sampled rows from forward to forward.
+    """
+
+    batch_size: int = 10
+    histogram_rows: int | None = 256
+    seed: int = 0
+
+
+@dataclass
+class LayerActivations:
+    """What was observed at one tap: a :class:`Statistics` for each step index."""
+
+    point: TapPoint
+    dtype: str
+    steps: dict[int, Statistics] = field(default_factory=dict)
+
+    def add(self, step: int, statistics: Statistics) -> None:
+        self.steps[step] = self.steps[step].merge(statistics) if step in self.steps else statistics
+
+    def pooled(self, steps: Iterable[int] | None = None) -> Statistics:
+        """All of it, or some steps of it, merged."""
+        chosen = [self.steps[step] for step in (self.steps if steps is None else steps)]
+        merged = chosen[0]
+        for other in chosen[1:]:
+            merged = merged.merge(other)
+        return merged
+
+
+def collect(
+    model: DiffusionModel,
+    data_dir: Path,
+    image_ids: Sequence[int],
+    steps: Sequence[int],
+    points: Sequence[TapPoint],
+    settings: CollectSettings,
+) -> dict[str, LayerActivations]:
+    """Statistics of ``points`` over the given images and steps, by tap name, blocks' streams apart as well.
+
+    Raises:
+        CalibError: the dataset was made by another model, or a state cannot be read.
+    """
+    manifest = Manifest.load(data_dir)
+    if manifest.fingerprint != model.fingerprint:
+        raise CalibError(
+            f"{data_dir}: made by {manifest.model} with other weights ({manifest.fingerprint}, not {model.fingerprint})"
+        )
+    layers: dict[str, LayerActivations] = {}
+    label = f"collect {len(image_ids)} images at {len(steps)} steps"
+    blocks = list(batched_ids(image_ids, settings.batch_size))
+    with Progress(label, len(blocks) * len(steps), "forward") as progress:
+        for number, block in enumerate(blocks):
+            entries = [manifest.images[image_id] for image_id in block]
+            text = model.encode([entry.prompt for entry in entries], manifest.cfg_weight)
+            for step in steps:
+                x = mx.array(np.stack([read_state(data_dir, entry, step) for entry in entries]).astype(np.float32))
+                phase = float(np.random.RandomState([settings.seed, number, step]).rand())
+                observed = observe(model, x, text, manifest, step, points, settings.histogram_rows, phase)
+                for name, (point, dtype, statistics) in observed.items():
+                    layers.setdefault(name, LayerActivations(point, dtype)).add(step, statistics)
+                progress.advance()
+    return layers
+
+
+def batched_ids(image_ids: Sequence[int], size: int) -> Iterator[tuple[int, ...]]:
+    """Consecutive blocks of at most ``size`` ids."""
+    for start in range(0, len(image_ids), size):
+        yield tuple(image_ids[start : start + size])
+
+
+def observe(
+    model: DiffusionModel,
+    x: mx.array,
+    text: Conditioning,
+    manifest: Manifest,
+    step: int,
+    points: Sequence[TapPoint],
+    histogram_rows: int | None,
+    phase: float,
+) -> dict[str, tuple[TapPoint, str, Statistics]]:
+    """Statistics of one forward at ``step`` over states ``x`` (batch, height, width, channels), by tap name."""
+    sigma = mx.array(manifest.sigmas[step])
+    timestep = mx.array(manifest.timesteps[step]).astype(model.dtype)
+    mx.eval(timestep)
+
+    def forward(finite_only: bool) -> dict[str, tuple[mx.Dtype, dict[str, mx.array]]]:
+        summaries: dict[str, tuple[mx.Dtype, dict[str, mx.array]]] = {}
+
+        def record(name: str, activation: mx.array) -> None:
+            summary = summarize(activation, histogram_rows, phase, finite_only)
+            summaries[name] = (activation.dtype, summary)
+
+        with tapped(model.transformer, points, record):
+            output = model.denoise(x, timestep, sigma, text, manifest.cfg_weight)
+            mx.eval(output, [summary for _, summary in summaries.values()])
+        return summaries
+
+    summaries = forward(finite_only=False)
+    if not all(np.isfinite(np.array(summary["mean"])).all() for _, summary in summaries.values()):
+        summaries = forward(finite_only=True)
+    by_name = {point.name: point for point in points}
+    observed = {}
+    for name, (dtype, summary) in summaries.items():
+        point = by_name.get(name) or TapPoint(name, "block")
+        observed[name] = (point, DTYPES[dtype], Statistics.from_summary(summary, dtype))
+    return observed | _pooled_streams(observed, by_name)
+
+
+def _pooled_streams(observed: dict[str, Any], by_name: dict[str, TapPoint]) -> dict[str, Any]:
+    """Blocks with an image and a text stream: both together, under the block's own name."""
+    pooled = {}
+    for name, point in by_name.items():
+        streams = [observed[f"{name}.{stream}"] for stream in ("image", "text") if f"{name}.{stream}" in observed]
+        if point.kind == "block" and streams:
+            merged = streams[0][2] if len(streams) == 1 else streams[0][2].merge(streams[1][2])
+            pooled[name] = (point, streams[0][1], merged)
+    return pooled

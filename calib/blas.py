@@ -1,0 +1,75 @@
+"""Give MLX a fast BLAS on Linux CPU, before MLX is imported.
+
+The mlx-cpu wheel carries reference BLAS, some 30 times slower than a tuned one, and every dense product
+of the project runs on it. The dynamic linker resolves ``cblas_sgemm`` to the first library that offers it
+globally, so loading OpenBLAS or MKL with ``RTLD_GLOBAL`` before ``mlx.core`` is enough: nothing in MLX changes.
+
+``CALIB_BLAS`` overrides the search: a path to a shared library, or ``none`` for the reference BLAS.
+"""
+
+import ctypes
+import importlib.metadata
+import os
+import sys
+from ctypes.util import find_library
+from dataclasses import dataclass
+from pathlib import Path
+
+# Debian and Fedora keep threaded builds in places that the linker's cache does not list first (or at all).
+SYSTEM_LIBRARIES = (
+    "/usr/lib/x86_64-linux-gnu/openblas-pthread/libopenblas.so.0",
+    "/usr/lib/x86_64-linux-gnu/openblas-openmp/libopenblas.so.0",
+    "/usr/lib/aarch64-linux-gnu/openblas-pthread/libopenblas.so.0",
+    "/usr/lib64/libopenblasp.so.0",
+    "/opt/intel/oneapi/mkl/latest/lib/libmkl_rt.so",
+)
+
+
+@dataclass(frozen=True)
+class BlasStatus:
+    """What :func:`load` did: ``library`` is a path or soname, or None where nothing was loaded; ``reason`` says why."""
+
+    library: str | None
+    reason: str
+
+
+def needed() -> bool:
+    """True where MLX computes on a Linux CPU; macOS has Accelerate, and with CUDA the CPU does no heavy work."""
+    if sys.platform != "linux":
+        return False
+    try:
+        importlib.metadata.distribution("mlx-cpu")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def candidates() -> list[str]:
+    """Shared libraries to try, best first: the system's OpenBLAS, the system's MKL, then pip's MKL."""
+    found = [path for path in SYSTEM_LIBRARIES if Path(path).exists()]
+    found += [name for name in map(find_library, ("openblas", "mkl_rt")) if name]
+    found += sorted(str(path) for path in Path(sys.prefix, "lib").glob("libmkl_rt.so*"))
+    return found
+
+
+def _load() -> BlasStatus:
+    if not needed():
+        return BlasStatus(None, "not needed on this platform")
+    wanted = os.environ.get("CALIB_BLAS", "")
+    if wanted.lower() == "none":
+        return BlasStatus(None, "switched off by CALIB_BLAS=none")
+    if "mlx.core" in sys.modules:
+        return BlasStatus(None, "mlx was imported before calib; import calib first")
+    failures = []
+    for path in [wanted] if wanted else candidates():
+        try:
+            ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
+        except OSError as error:
+            failures.append(f"{path}: {error}")
+            continue
+        return BlasStatus(path, "CALIB_BLAS" if wanted else "found")
+    return BlasStatus(None, "; ".join(failures) or "no OpenBLAS or MKL found")
+
+
+#: Outcome of the one attempt, made when ``calib`` is first imported.
+STATUS: BlasStatus = _load()

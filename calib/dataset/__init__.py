@@ -1,0 +1,1 @@
+"""The calibration dataset: prompts, images, and the latent of every denoising step."""

@@ -1,0 +1,81 @@
+"""The model that ships with calib: text to 64x64 emoji, built of DiffusionKit's own classes.
+
+A CLIP text encoder, an MMDiT and a VAE in small configurations; MODEL_CARD.md says how they were trained.
+"""
+
+from pathlib import Path
+
+import mlx.core as mx
+from mlx import nn
+
+from calib.models.emoji.architecture import (
+    EmojiConfig,
+    EmojiTokenizer,
+    build_decoder,
+    build_encoder,
+    build_text_encoder,
+    build_transformer,
+    latent_format,
+)
+from calib.models.model import Conditioning, DiffusionModel
+from diffusionkit.mlx.sampler import ModelSamplingDiscreteFlow
+from diffusionkit.mlx.vae import Encoder
+
+FOLDER = Path(__file__).parent
+
+
+def _load_weights(module: nn.Module, file: str, dtype: mx.Dtype, prefix: str = "") -> None:
+    weights = mx.load(str(FOLDER / file))
+    assert isinstance(weights, dict)
+    chosen = [(name.removeprefix(prefix), w.astype(dtype)) for name, w in weights.items() if name.startswith(prefix)]
+    module.load_weights(chosen)
+    mx.eval(module.parameters())
+
+
+def load(shift: float = 1.0, dtype: mx.Dtype = mx.float32) -> DiffusionModel:
+    """The shipped model, ready to draw.
+
+    Args:
+        shift: timestep shift of the sampler (SD3, arXiv 2403.03206, equation 23).
+        dtype: activation and weight type of the transformer; the stored weights are float16.
+    """
+    config = EmojiConfig.load(FOLDER / "config.json")
+    transformer = build_transformer(config, dtype)
+    text_encoder = build_text_encoder(config)
+    decoder = build_decoder(config)
+    _load_weights(transformer, "transformer.safetensors", dtype)
+    _load_weights(text_encoder, "text.safetensors", mx.float32)
+    _load_weights(decoder, "vae.safetensors", mx.float32, prefix="decoder.")
+    tokenizer = EmojiTokenizer.load(FOLDER, config.text_length)
+
+    def encode_text(prompt: str, cfg_weight: float) -> Conditioning:
+        rows = [prompt, ""] if cfg_weight > 0 else [prompt]
+        output = text_encoder(mx.array([tokenizer(row) for row in rows]))
+        return Conditioning(output.last_hidden_state, output.pooled_output)
+
+    def decode_latents(latents: mx.array) -> mx.array:
+        image: mx.array = decoder(latents.astype(mx.float32))
+        return image
+
+    return DiffusionModel(
+        name="emoji",
+        transformer=transformer,
+        sampler=ModelSamplingDiscreteFlow(shift=shift),
+        latent_format=latent_format(config),
+        encode_text=encode_text,
+        decode_latents=decode_latents,
+        dtype=dtype,
+        latent_shape=(config.latent_size, config.latent_size, config.latent_channels),
+    )
+
+
+def load_encoder() -> Encoder:
+    """The VAE's encoder: images (batch, 64, 64, 3) in [-1, 1] -> (batch, 16, 16, 32), mean and log variance."""
+    encoder = build_encoder(EmojiConfig.load(FOLDER / "config.json"))
+    _load_weights(encoder, "vae.safetensors", mx.float32, prefix="encoder.")
+    return encoder
+
+
+def training_names() -> list[str]:
+    """The Unicode names of the 1,911 training emoji, in the data set's order."""
+    return (FOLDER / "names.txt").read_text(encoding="utf-8").splitlines()

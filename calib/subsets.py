@@ -1,0 +1,54 @@
+"""Subsets: which images of a dataset are collected.
+
+Every subset is a function of the dataset's image ids (ascending) and ``num_images`` and returns chosen ids.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from calib.errors import ConfigError
+
+GROUP = "subset"
+DEFAULT_NUM_IMAGES = 100
+
+
+def resolve_count(num_images: int | None, available: int) -> int:
+    """Images to collect: the request, or 100, or all if fewer; raises where the request cannot be met."""
+    if num_images is None:
+        return min(DEFAULT_NUM_IMAGES, available)
+    if not 1 <= num_images <= available:
+        raise ConfigError.bad_value(
+            f"{GROUP}.num_images",
+            num_images,
+            f"must be 1 to {available}, the images of the dataset; make more with calib generate num_images=…",
+        )
+    return num_images
+
+
+def first(image_ids: Sequence[int], num_images: int) -> list[int]:
+    """The first ``num_images`` images."""
+    return list(image_ids[:num_images])
+
+
+def stride(image_ids: Sequence[int], num_images: int) -> list[int]:
+    """``num_images`` images evenly spaced over the ids."""
+    positions = np.linspace(0, len(image_ids) - 1, num_images)
+    return [image_ids[round(position)] for position in positions]
+
+
+def random(image_ids: Sequence[int], num_images: int, seed: int = 0) -> list[int]:
+    """``num_images`` images drawn without repeats."""
+    order = np.random.RandomState(seed).permutation(len(image_ids))
+    return sorted(image_ids[i] for i in order[:num_images])
+
+
+def from_list(image_ids: Sequence[int], num_images: int, ids: Sequence[int] = ()) -> list[int]:
+    """The user's own list of image ids; ``num_images`` is not used."""
+    if not ids:
+        raise ConfigError(f"{GROUP}.ids=[]: name at least one image id, e.g. {GROUP}.ids=[0,1]")
+    known = set(image_ids)
+    for image_id in ids:
+        if image_id not in known:
+            raise ConfigError.bad_value(f"{GROUP}.ids", image_id, f"no such image; the dataset has {len(known)} images")
+    return sorted(set(ids))
