@@ -25,7 +25,9 @@ class Progress:
 
     def __enter__(self) -> Self:
         if self._bar is None:
-            self._print(f"0% of {self.total} {self.unit}s" if not self.done else f"going on at {self.done}/{self.total}")
+            self._print(
+                f"0% of {self.total} {self.unit}s" if not self.done else f"going on at {self.done}/{self.total}"
+            )
         return self
 
     def advance(self, amount: int = 1) -> None:
@@ -38,7 +40,9 @@ class Progress:
             self._last_line = now
             rate = (self.done - self._initial) / (now - self._start)
             left = (self.total - self.done) / rate
-            self._print(f"{100 * self.done // self.total}% ({self.done}/{self.total}), {rate:.3g} {self.unit}s/s, {left:.0f} s left")
+            self._print(
+                f"{100 * self.done // self.total}% ({self.done}/{self.total}), {rate:.3g} {self.unit}s/s, {left:.0f} s left"
+            )
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -6,10 +6,10 @@ of the list, with a seed of its own.
 
 from pathlib import Path
 
-import numpy as np
-
 from calib.errors import ConfigError
 from calib.models.emoji import training_names
+
+import numpy as np
 
 SUBJECTS = (
     "a red fox", "an old fisherman", "a steam locomotive", "a bowl of ripe cherries", "a lighthouse", "two dancers",
@@ -48,7 +48,9 @@ def from_file(path: str = "") -> list[str]:
         text = Path(path).expanduser().read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise ConfigError.bad_value("prompts.path", path, f"cannot be read ({reason}); name a UTF-8 text file") from None
+        raise ConfigError.bad_value(
+            "prompts.path", path, f"cannot be read ({reason}); name a UTF-8 text file"
+        ) from None
     prompts = [line.strip() for line in text.splitlines() if line.strip()]
     if not prompts:
         raise ConfigError.bad_value("prompts.path", path, "holds no prompts; it needs at least one non-empty line")

@@ -8,10 +8,10 @@ et al. 2022, arXiv 2206.00364, without churn), with explicit arguments in place 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import calib.models.compat  # noqa: F401  (must precede diffusionkit.mlx)
+
 import mlx.core as mx
 import numpy as np
-
-import calib.models.compat  # noqa: F401  (must precede diffusionkit.mlx)
 from diffusionkit.mlx.sampler import FluxSampler, ModelSamplingDiscreteFlow
 
 Sampler = ModelSamplingDiscreteFlow | FluxSampler

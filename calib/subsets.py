@@ -5,9 +5,9 @@ Every subset is a function of the dataset's image ids (ascending) and ``num_imag
 
 from collections.abc import Sequence
 
-import numpy as np
-
 from calib.errors import ConfigError
+
+import numpy as np
 
 GROUP = "subset"
 DEFAULT_NUM_IMAGES = 100

@@ -7,9 +7,9 @@ own package, is an option as soon as a YAML file under ``timestep_schedule/`` na
 
 from collections.abc import Sequence
 
-import numpy as np
-
 from calib.errors import ConfigError
+
+import numpy as np
 
 GROUP = "timestep_schedule"
 

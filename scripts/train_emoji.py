@@ -23,13 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image
-
 import calib  # noqa: F401  (loads the BLAS before MLX)
-import mlx.core as mx
-import mlx.nn as nn
-import mlx.optimizers as optim
 from calib.models.conditioning import modulation
 from calib.models.emoji.architecture import (
     BEGIN,
@@ -41,7 +35,13 @@ from calib.models.emoji.architecture import (
     build_text_encoder,
     build_transformer,
 )
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import numpy as np
 from mlx.utils import tree_flatten, tree_map
+from PIL import Image
 
 EMPTY_PROMPT_RATE = 0.1
 KL_WEIGHT = 1e-4

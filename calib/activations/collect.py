@@ -9,9 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
-import numpy as np
-
 from calib.activations.histogram import DTYPES
 from calib.activations.statistics import Statistics, summarize
 from calib.activations.taps import TapPoint, tapped
@@ -20,6 +17,9 @@ from calib.dataset.store import read_state
 from calib.errors import CalibError
 from calib.models.model import Conditioning, DiffusionModel
 from calib.progress import Progress
+
+import mlx.core as mx
+import numpy as np
 
 
 @dataclass(frozen=True)

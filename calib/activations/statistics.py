@@ -8,11 +8,11 @@ over images, batches or steps gives the same counts, extremes and histograms, an
 from dataclasses import dataclass
 from typing import Self
 
+from calib.activations.histogram import DTYPES, Histogram, count_keys
+
 import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
-
-from calib.activations.histogram import DTYPES, Histogram, count_keys
 
 PERCENTILES = {"p001": 0.1, "p01": 1.0, "p05": 5.0, "p50": 50.0, "p95": 95.0, "p99": 99.0, "p999": 99.9}
 

@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-import mlx.core as mx
-from mlx import nn
-
 import calib.models.compat  # noqa: F401  (must precede diffusionkit.mlx)
 from calib.errors import ConfigError, suggest
 from calib.models.names import layer_name, module_path
+
+import mlx.core as mx
 from diffusionkit.mlx.mmdit import MMDiT
+from mlx import nn
 
 #: Called as record(tap name, activation) during a forward; must not evaluate.
 Recorder = Callable[[str, mx.array], None]

@@ -10,11 +10,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import mlx.core as mx
-import numpy as np
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
-
 from calib.dataset.manifest import FILE, ImageEntry, Manifest
 from calib.dataset.store import StateDtype, StorageFormat, write_trajectory
 from calib.errors import CalibError, ConfigError
@@ -25,15 +20,27 @@ from calib.prompts import image_seed
 from calib.sampling import State, euler, initial_noise, initial_state, noise_levels
 from calib.versions import versions
 
+import mlx.core as mx
+import numpy as np
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
 
 @dataclass(frozen=True)
 class SamplerSettings:
-    """How images are drawn. ``cfg_weight`` 0 switches guidance off; ``batch_size`` images are drawn side by side."""
+    """How images are drawn.
+
+    Attributes:
+        cfg_weight: classifier-free guidance; 0 switches it off.
+        batch_size: images drawn side by side.
+        image_size: height and width, pixels.
+    """
 
     num_steps: int = 50
     cfg_weight: float = 3.0
     shift: float = 1.0
     batch_size: int = 10
+    image_size: tuple[int, ...] = (64, 64)
 
 
 @contextmanager
@@ -90,7 +97,9 @@ def generate(
     Image i is drawn from ``prompts[i % len(prompts)]`` with the seed of (``seed``, i).
     """
     if settings.cfg_weight > 0 and not model.supports_guidance:
-        raise ConfigError.bad_value("sampler.cfg_weight", settings.cfg_weight, f"must be 0, {model.name} has no guidance")
+        raise ConfigError.bad_value(
+            "sampler.cfg_weight", settings.cfg_weight, f"must be 0, {model.name} has no guidance"
+        )
     with dataset_lock(data_dir):
         manifest = _open_manifest(model, data_dir, settings, seed, storage, dtype)
         todo = set(missing_images(data_dir, num_images))

@@ -4,13 +4,13 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-import h5py
-import numpy as np
-from numpy.typing import NDArray
-
 from calib.dataset.manifest import ImageEntry, Manifest
 from calib.errors import CalibError
 from calib.files import replacing
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
 
 SAMPLES = "samples"
 

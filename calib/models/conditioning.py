@@ -9,10 +9,10 @@ blocks for the time of the call.
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import calib.models.compat  # noqa: F401  (must precede diffusionkit.mlx)
+
 import mlx.core as mx
 import mlx.nn as nn
-
-import calib.models.compat  # noqa: F401  (must precede diffusionkit.mlx)
 from diffusionkit.mlx.mmdit import MMDiT
 
 

@@ -8,18 +8,31 @@ unconditional rows, in DiffusionKit's order.
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Any
-
-import mlx.core as mx
-import numpy as np
-from mlx import nn
-from mlx.utils import tree_flatten
 
 import calib.models.compat  # noqa: F401  (must precede diffusionkit.mlx)
 from calib.models.conditioning import velocity
+
+import mlx.core as mx
+import numpy as np
 from diffusionkit.mlx import LatentFormat
 from diffusionkit.mlx.mmdit import MMDiT
 from diffusionkit.mlx.sampler import FluxSampler, ModelSamplingDiscreteFlow
+from mlx import nn
+from mlx.utils import tree_flatten
+
+
+class ModelDtype(StrEnum):
+    """Weight and activation type of a transformer."""
+
+    FLOAT32 = "float32"
+    FLOAT16 = "float16"
+    BFLOAT16 = "bfloat16"
+
+    @property
+    def mlx(self) -> mx.Dtype:
+        return {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}[self.value]
 
 
 @dataclass(frozen=True)

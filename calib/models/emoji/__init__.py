@@ -3,11 +3,10 @@
 A CLIP text encoder, an MMDiT and a VAE in small configurations; MODEL_CARD.md says how they were trained.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
-import mlx.core as mx
-from mlx import nn
-
+from calib.errors import ConfigError
 from calib.models.emoji.architecture import (
     EmojiConfig,
     EmojiTokenizer,
@@ -17,9 +16,12 @@ from calib.models.emoji.architecture import (
     build_transformer,
     latent_format,
 )
-from calib.models.model import Conditioning, DiffusionModel
+from calib.models.model import Conditioning, DiffusionModel, ModelDtype
+
+import mlx.core as mx
 from diffusionkit.mlx.sampler import ModelSamplingDiscreteFlow
 from diffusionkit.mlx.vae import Encoder
+from mlx import nn
 
 FOLDER = Path(__file__).parent
 
@@ -32,18 +34,26 @@ def _load_weights(module: nn.Module, file: str, dtype: mx.Dtype, prefix: str = "
     mx.eval(module.parameters())
 
 
-def load(shift: float = 1.0, dtype: mx.Dtype = mx.float32) -> DiffusionModel:
+def load(
+    name: str = "emoji",
+    dtype: ModelDtype = ModelDtype.FLOAT32,
+    shift: float = 1.0,
+    image_size: Sequence[int] = (64, 64),
+) -> DiffusionModel:
     """The shipped model, ready to draw.
 
     Args:
+        dtype: weight and activation type of the transformer; the stored weights are float16.
         shift: timestep shift of the sampler (SD3, arXiv 2403.03206, equation 23).
-        dtype: activation and weight type of the transformer; the stored weights are float16.
+        image_size: must be the size it was trained at.
     """
+    if tuple(image_size) != (64, 64):
+        raise ConfigError.bad_value("sampler.image_size", list(image_size), "the emoji model draws [64, 64] only")
     config = EmojiConfig.load(FOLDER / "config.json")
-    transformer = build_transformer(config, dtype)
+    transformer = build_transformer(config, dtype.mlx)
     text_encoder = build_text_encoder(config)
     decoder = build_decoder(config)
-    _load_weights(transformer, "transformer.safetensors", dtype)
+    _load_weights(transformer, "transformer.safetensors", dtype.mlx)
     _load_weights(text_encoder, "text.safetensors", mx.float32)
     _load_weights(decoder, "vae.safetensors", mx.float32, prefix="decoder.")
     tokenizer = EmojiTokenizer.load(FOLDER, config.text_length)
@@ -58,13 +68,13 @@ def load(shift: float = 1.0, dtype: mx.Dtype = mx.float32) -> DiffusionModel:
         return image
 
     return DiffusionModel(
-        name="emoji",
+        name=name,
         transformer=transformer,
         sampler=ModelSamplingDiscreteFlow(shift=shift),
         latent_format=latent_format(config),
         encode_text=encode_text,
         decode_latents=decode_latents,
-        dtype=dtype,
+        dtype=dtype.mlx,
         latent_shape=(config.latent_size, config.latent_size, config.latent_channels),
     )
 

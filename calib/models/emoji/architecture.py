@@ -6,9 +6,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Self
 
-import mlx.core as mx
-
 import calib.models.compat  # noqa: F401  (must precede diffusionkit.mlx)
+
+import mlx.core as mx
 from diffusionkit.mlx import LatentFormat
 from diffusionkit.mlx.clip import CLIPTextModel
 from diffusionkit.mlx.config import CLIPTextModelConfig, MMDiTConfig

@@ -1,0 +1,193 @@
+"""``activations.h5``: statistics of a run's layers and steps, in plain HDF5.
+
+Opens in h5py, h5dump and xarray without plugins. Field by field:
+
+- ``/step_index`` (steps): dimension scale; ``/sigma``, ``/timestep``, ``/evaluated_by_sampler`` lie along it.
+- ``/weight_bits``: dimension scale of the bit-widths of ``weight_sqnr``.
+- ``/layers/<name>``, a group for each layer: ``channel`` (channels) a dimension scale; ``channel_min``,
+  ``channel_max``, ``channel_mean``, ``channel_std``, ``channel_count`` as (steps, channels); a sparse histogram of each step:
+  ``histogram_keys`` and ``histogram_counts``, those of step s from ``histogram_offsets[s]`` to
+  ``histogram_offsets[s + 1]``; ``nan_count`` and ``inf_count`` (steps); ``weight_sqnr`` (bits), dB, where the
+  layer's weights can be quantized. Layers that read one array share its datasets by hard link.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+from calib.activations.collect import LayerActivations
+from calib.activations.histogram import Histogram
+from calib.activations.statistics import Statistics
+from calib.activations.weights import WEIGHT_BITS
+from calib.dataset.manifest import Manifest
+from calib.errors import CalibError
+from calib.files import replacing
+
+import h5py
+import numpy as np
+
+FORMAT, FORMAT_VERSION = "calib-activations", 1
+FILE = "activations.h5"
+CHUNK_BYTES = 1 << 20
+
+
+def write_activations(
+    path: Path,
+    layers: Mapping[str, LayerActivations],
+    steps: Sequence[int],
+    manifest: Manifest,
+    weight_sqnr: Mapping[str, Mapping[int, float]],
+    attributes: Mapping[str, str],
+) -> None:
+    """Write ``layers`` as observed at ``steps``; ``attributes`` become root attributes beside format and version."""
+    with replacing(path) as temporary, h5py.File(temporary, "w") as file:
+        own = {"format": FORMAT, "format_version": FORMAT_VERSION, "num_steps": manifest.num_steps}
+        file.attrs.update(own | dict(attributes))
+        _add_scale(file, "step_index", np.asarray(steps, np.int64))
+        file.create_group("layers", track_order=True)
+        _add_scale(file, "weight_bits", np.asarray(WEIGHT_BITS, np.int64))
+        along_steps = {
+            "sigma": np.asarray([manifest.sigmas[step] for step in steps], np.float32),
+            "timestep": np.asarray([manifest.timesteps[step] for step in steps], np.float32),
+            "evaluated_by_sampler": np.asarray([step < manifest.num_steps for step in steps]),
+        }
+        for name, values in along_steps.items():
+            file[name] = values
+            file[name].dims[0].attach_scale(file["step_index"])
+        for name, layer in layers.items():
+            first = _write_layer(file, name, layer, steps)
+            for alias in layer.point.aliases if name == layer.point.name else ():
+                group = file.create_group(f"layers/{alias}")
+                group.attrs.update(first.attrs)
+                for dataset in first:
+                    group[dataset] = first[dataset]
+        for name, sqnr in weight_sqnr.items():
+            if sqnr and f"layers/{name}" in file:
+                values = np.asarray([sqnr[bits] for bits in WEIGHT_BITS])
+                dataset = file[f"layers/{name}"].create_dataset("weight_sqnr", data=values)
+                dataset.dims[0].attach_scale(file["weight_bits"])
+
+
+def _add_scale(group: h5py.Group, name: str, values: np.ndarray) -> None:
+    group[name] = values
+    group[name].make_scale(name)
+
+
+def _compressed(group: h5py.Group, name: str, values: np.ndarray) -> h5py.Dataset:
+    rows = max(1, CHUNK_BYTES // max(1, values[:1].nbytes))
+    chunks = (max(1, min(rows, len(values))), *values.shape[1:])
+    return group.create_dataset(name, data=values, chunks=chunks, compression="gzip", shuffle=True, fletcher32=True)
+
+
+def _write_layer(file: h5py.File, name: str, layer: LayerActivations, steps: Sequence[int]) -> h5py.Group:
+    observed = [layer.steps[step] for step in steps]
+    group = file.create_group(f"layers/{name}")
+    group.attrs.update(
+        {
+            "encoding-type": "layer-statistics",
+            "encoding-version": "1",
+            "channels": observed[0].channels,
+            "count": sum(int(s.count.sum()) for s in observed),
+            "dtype": layer.dtype,
+            "encoding": "ordered-bfloat16-midpoint" if layer.dtype == "float32" else f"ordered-{layer.dtype}",
+            "kind": layer.point.kind,
+        }
+    )
+    _add_scale(group, "channel", np.arange(observed[0].channels))
+    per_channel = {
+        "channel_min": np.stack([s.minimum for s in observed]),
+        "channel_max": np.stack([s.maximum for s in observed]),
+        "channel_mean": np.stack([s.mean for s in observed]),
+        "channel_std": np.stack([s.std for s in observed]),
+        "channel_count": np.stack([s.count for s in observed]),
+    }
+    for field, values in per_channel.items():
+        dataset = _compressed(group, field, values)
+        dataset.dims[0].attach_scale(file["step_index"])
+        dataset.dims[1].attach_scale(group["channel"])
+    offsets = np.cumsum([0, *(len(s.histogram.keys) for s in observed)])
+    _compressed(group, "histogram_keys", np.concatenate([s.histogram.keys for s in observed]))
+    _compressed(group, "histogram_counts", np.concatenate([s.histogram.counts for s in observed]))
+    group["histogram_offsets"] = offsets
+    for field in ("nan", "inf"):
+        group[f"{field}_count"] = np.asarray([getattr(s, field) for s in observed], np.uint64)
+        group[f"{field}_count"].dims[0].attach_scale(file["step_index"])
+    return group
+
+
+class ActivationFile:
+    """Reads an ``activations.h5``; use as a context.
+
+    Attributes:
+        steps: the step indices collected, ascending.
+        layers: the layers' names.
+    """
+
+    def __init__(self, path: Path):
+        try:
+            self._file = h5py.File(path, "r")
+        except FileNotFoundError:
+            raise CalibError(f"{path}: no such file; calib collect writes it") from None
+        except OSError as error:
+            raise CalibError(f"{path}: not a readable HDF5 file ({error})") from None
+        self.path = path
+        self.attributes: dict[str, Any] = dict(self._file.attrs)
+        if self.attributes.get("format") != FORMAT:
+            self._file.close()
+            raise CalibError(f"{path}: not a {FORMAT} file")
+        self.steps: list[int] = self._file["step_index"][:].tolist()
+        self.layers: list[str] = list(self._file["layers"])
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._file.close()
+
+    def evaluated_steps(self) -> list[int]:
+        """The steps that the sampler feeds to the model while drawing: all but the finished latent."""
+        flags = self._file["evaluated_by_sampler"][:]
+        return [step for step, flag in zip(self.steps, flags, strict=True) if flag]
+
+    def kind(self, layer: str) -> str:
+        """What the layer reads: modulated, post-gelu, … or block."""
+        return str(self._group(layer).attrs["kind"])
+
+    def weight_sqnr(self, layer: str) -> dict[int, float]:
+        """SQNR, dB, of the layer's weights at each bit-width; empty where they cannot be quantized."""
+        group = self._group(layer)
+        if "weight_sqnr" not in group:
+            return {}
+        bits, values = self._file["weight_bits"][:].tolist(), group["weight_sqnr"][:].tolist()
+        return dict(zip(bits, values, strict=True))
+
+    def statistics(self, layer: str, steps: Sequence[int] | None = None) -> Statistics:
+        """Statistics of one layer merged over ``steps`` (all where None)."""
+        merged: Statistics | None = None
+        for step in self.steps if steps is None else steps:
+            one = self._at(self._group(layer), self.steps.index(step))
+            merged = one if merged is None else merged.merge(one)
+        if merged is None:
+            raise CalibError(f"{self.path}: no steps asked for")
+        return merged
+
+    def _group(self, layer: str) -> h5py.Group:
+        if layer not in self.layers:
+            raise CalibError(f"{self.path}: no layer {layer!r}")
+        return self._file["layers"][layer]
+
+    @staticmethod
+    def _at(group: h5py.Group, row: int) -> Statistics:
+        start, end = group["histogram_offsets"][row : row + 2]
+        keys, counts = group["histogram_keys"][start:end], group["histogram_counts"][start:end]
+        count = group["channel_count"][row]
+        return Statistics(
+            minimum=group["channel_min"][row],
+            maximum=group["channel_max"][row],
+            count=count,
+            mean=group["channel_mean"][row],
+            m2=group["channel_std"][row] ** 2 * count,
+            histogram=Histogram(str(group.attrs["dtype"]), keys, counts),
+            nan=int(group["nan_count"][row]),
+            inf=int(group["inf_count"][row]),
+        )

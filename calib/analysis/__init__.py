@@ -1,0 +1,1 @@
+"""From statistics to a plan: how many bits each layer may have."""

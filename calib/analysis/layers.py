@@ -1,0 +1,132 @@
+"""What a heuristic sees of a layer, read from a run directory or from a ``layer_statistics.json`` alone."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from calib.activations.statistics import PERCENTILES, Statistics
+from calib.activations.store import FILE as ACTIVATIONS
+from calib.activations.store import ActivationFile
+from calib.errors import CalibError
+from calib.files import read_json
+from calib.timesteps import phase_bounds
+
+import numpy as np
+from numpy.typing import NDArray
+
+STATISTICS = "layer_statistics.json"
+
+
+@dataclass(frozen=True)
+class LayerSummary:
+    """A layer's activations pooled over steps and images; the optional fields need ``activations.h5``.
+
+    Attributes:
+        percentiles: p001 (the 0.1th) … p999 (the 99.9th).
+        num_samples: activation values that were seen.
+        channel_range: max - min of each channel.
+        kurtosis: of the pooled histogram; 3 for a normal distribution.
+        phases: the same layer over the steps of each phase alone.
+        steps: min, max, p01 and p99 at each collected step index.
+    """
+
+    minimum: float
+    maximum: float
+    mean: float
+    std: float
+    percentiles: dict[str, float]
+    num_samples: int
+    channel_range: NDArray[np.float64] | None = None
+    kurtosis: float | None = None
+    phases: dict[str, "LayerSummary"] = field(default_factory=dict)
+    steps: dict[int, dict[str, float]] = field(default_factory=dict)
+
+    @property
+    def range(self) -> float:
+        """p99 - p01."""
+        return self.percentiles["p99"] - self.percentiles["p01"]
+
+    @classmethod
+    def of(cls, statistics: Statistics) -> "LayerSummary":
+        low, high, mean, std, total = statistics.over_channels()
+        spread = (statistics.maximum - statistics.minimum).astype(np.float64)
+        kurtosis = statistics.histogram.kurtosis()
+        return cls(low, high, mean, std, statistics.percentiles(), total, spread, kurtosis)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "min": self.minimum,
+            "max": self.maximum,
+            "mean": self.mean,
+            "std": self.std,
+            "percentiles": self.percentiles,
+            "num_samples": self.num_samples,
+        }
+
+
+def read_summaries(stats: Path) -> tuple[dict[str, LayerSummary], int | None]:
+    """Layers by name, and the trajectory's number of steps where known.
+
+    ``stats`` is a run directory (its ``activations.h5`` is used) or a ``layer_statistics.json``.
+    """
+    if stats.is_dir():
+        if (stats / ACTIVATIONS).exists():
+            return _from_activations(stats / ACTIVATIONS)
+        stats = stats / STATISTICS
+    if not stats.exists():
+        raise CalibError(f"stats={stats}: no such file; calib collect makes a run directory with {STATISTICS}")
+    return {name: _from_json(stats, name, entry) for name, entry in _entries(stats)}, None
+
+
+def _entries(path: Path) -> list[tuple[str, Any]]:
+    document = read_json(path)
+    if not isinstance(document, dict) or not document:
+        raise CalibError(f"{path}: holds no layers; it must be a JSON object of layer names")
+    return list(document.items())
+
+
+def _from_json(path: Path, name: str, entry: Mapping[str, Any]) -> LayerSummary:
+    try:
+        percentiles = {key: float(entry["percentiles"][key]) for key in PERCENTILES if key in entry["percentiles"]}
+        for needed in ("p01", "p99"):
+            percentiles[needed] = float(entry["percentiles"][needed])
+        numbers = [float(entry[key]) for key in ("min", "max", "mean", "std")]
+        return LayerSummary(*numbers, percentiles, int(entry["num_samples"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise CalibError(f"{path}: layer {name!r} lacks or garbles {error}") from None
+
+
+def _from_activations(path: Path) -> tuple[dict[str, LayerSummary], int]:
+    with ActivationFile(path) as file:
+        num_steps = int(file.attributes["num_steps"])
+        return {name: summarise_layer(file, name, num_steps) for name in reported_layers(file)}, num_steps
+
+
+def reported_layers(file: ActivationFile) -> list[str]:
+    """Layers that are summarised: every linear layer, and blocks as a whole rather than stream by stream."""
+    streams = {f"{name}.{stream}" for name in file.layers for stream in ("image", "text")}
+    return [name for name in file.layers if file.kind(name) != "block" or name not in streams]
+
+
+def summarise_layer(file: ActivationFile, name: str, num_steps: int) -> LayerSummary:
+    """One layer over all collected steps, over each phase, and step by step."""
+    by_step = {step: file.statistics(name, [step]) for step in file.steps}
+    pooled = LayerSummary.of(_merge(list(by_step.values())))
+    evaluated = file.evaluated_steps()
+    for phase, (first, last) in phase_bounds(num_steps).items():
+        chosen = [by_step[step] for step in evaluated if first <= step <= last]
+        if chosen:
+            pooled.phases[phase] = LayerSummary.of(_merge(chosen))
+    for step, statistics in by_step.items():
+        low, high, *_ = statistics.over_channels()
+        percentiles = statistics.percentiles()
+        pooled.steps[step] = {"min": low, "max": high, "p01": percentiles["p01"], "p99": percentiles["p99"]}
+    return pooled
+
+
+def _merge(parts: list[Statistics]) -> Statistics:
+    merged = parts[0]
+    for other in parts[1:]:
+        merged = merged.merge(other)
+    return merged

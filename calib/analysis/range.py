@@ -1,0 +1,36 @@
+"""Heuristic ``range``: bits by the width of the central 98% of a layer's values (this project's origin)."""
+
+from calib.analysis.layers import LayerSummary
+from calib.analysis.plan import NO_CLIP, LayerPlan
+
+
+def plan_layer(
+    layer: LayerSummary,
+    large: float = 10.0,
+    medium: float = 5.0,
+    variation: float = 0.5,
+    clip_below: float = 0.9,
+) -> LayerPlan:
+    """Weight and activation bits alike, from r = p99 - p01.
+
+    8 bits where r > ``large``, 6 where r > ``medium``, else 4; two more, 8 at most, where std / r > ``variation``.
+    Clip to the 1st and 99th percentile where r / (max - min) < ``clip_below``.
+    """
+    r, full = layer.range, layer.maximum - layer.minimum
+    bits = 8 if r > large else 6 if r > medium else 4
+    # A constant layer has r = 0 and no variation to speak of; std without range is a rare spike.
+    varies = layer.std > variation * r and layer.std > 0
+    if varies:
+        bits = min(8, bits + 2)
+    reason = (
+        "large range" if r > large else "high variation" if varies else "medium range" if r > medium else "narrow range"
+    )
+    clips = full > 0 and r / full < clip_below
+    return LayerPlan(
+        weight_bits=bits,
+        activation_bits=bits,
+        clip_percentile=(1.0, 99.0) if clips else NO_CLIP,
+        reason=reason,
+        sensitive=bits == 8,
+        aggressive=bits <= 4,
+    )

@@ -1,0 +1,36 @@
+"""The analysis as people read it: ``analysis.txt``."""
+
+from collections import Counter
+from collections.abc import Callable
+
+from calib.analysis.plan import LayerPlan, Plan
+
+MOST_OUTLIERS = 10
+
+
+def summary_text(plan: Plan) -> str:
+    """The layer statistics summary."""
+    count = len(plan.layers)
+    lines = ["Layer Statistics Summary:", f"  Total layers: {count}", "  Suggested bit-widths:"]
+    by_bits = Counter(layer.weight_bits for layer in plan.layers.values())
+    for bits in sorted(by_bits, reverse=True):
+        lines.append(f"    {bits}-bit: {by_bits[bits]} layers ({100 * by_bits[bits] / count:.0f}%)")
+    lines.append("  Sensitive layers (need careful handling):")
+    lines += _listed(
+        plan, lambda layer: layer.sensitive, lambda layer: f"{layer.reason}, needs {layer.weight_bits}-bit"
+    )
+    lines.append("  Layers suitable for aggressive quantization (≤4-bit):")
+    lines += _listed(plan, lambda layer: layer.aggressive, lambda layer: layer.reason)
+    if plan.outlier_layers:
+        lines.append("  Outlier layers (heavy tails):")
+        worst = sorted(plan.outlier_layers.items(), key=lambda item: -item[1])
+        lines += [f"    - {name} (kurtosis {kurtosis:.0f})" for name, kurtosis in worst[:MOST_OUTLIERS]]
+    if plan.outlier_channels:
+        channels = sum(map(len, plan.outlier_channels.values()))
+        lines.append(f"  Outlier channels (range > 2.5 × median): {channels} in {len(plan.outlier_channels)} layers")
+    return "\n".join(lines) + "\n"
+
+
+def _listed(plan: Plan, chosen: Callable[[LayerPlan], bool], note: Callable[[LayerPlan], str]) -> list[str]:
+    found = [f"    - {name} ({note(layer)})" for name, layer in plan.layers.items() if chosen(layer)]
+    return found or ["    - none"]

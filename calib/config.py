@@ -1,0 +1,259 @@
+"""From a composed configuration to typed settings; every bad value is caught here, before any model is loaded.
+
+Options of a group are functions named by ``_target_``; their parameters are checked against the function's own
+signature, so an option of the user's own gets the same care as one of calib's.
+"""
+
+import inspect
+import math
+import os
+import pkgutil
+import types
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from enum import StrEnum
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from calib import subsets, timesteps
+from calib.activations.collect import CollectSettings
+from calib.activations.taps import TapSelection
+from calib.analysis.layers import LayerSummary
+from calib.analysis.plan import Heuristic, LayerPlan
+from calib.dataset.generate import SamplerSettings
+from calib.dataset.store import StateDtype, StorageFormat
+from calib.errors import ConfigError, suggest
+from calib.files import short_hash
+from calib.models.model import DiffusionModel
+
+T = TypeVar("T")
+
+
+class Stage(StrEnum):
+    RUN = "run"
+    GENERATE = "generate"
+    COLLECT = "collect"
+    ANALYZE = "analyze"
+
+
+@dataclass(frozen=True)
+class DatasetSettings:
+    """How trajectories are stored."""
+
+    format: StorageFormat = StorageFormat.HDF5
+    dtype: StateDtype = StateDtype.FLOAT16
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything a stage needs, checked. Callables have their configured parameters bound."""
+
+    stage: Stage
+    load_model: Callable[[], DiffusionModel]
+    prompts: tuple[str, ...]
+    num_images: int
+    seed: int
+    data_dir: Path
+    sampler: SamplerSettings
+    dataset: DatasetSettings
+    steps: tuple[int, ...]
+    choose_images: Callable[[Sequence[int]], list[int]]
+    taps: TapSelection
+    collect: CollectSettings
+    heuristic: Heuristic
+    generate_missing: bool
+    stats: Path | None
+    export_config: Path | None
+    fingerprint: str
+
+
+#: A layer no model has, to try a heuristic's parameters on before anything is loaded.
+_PROBE = LayerSummary(-1.0, 1.0, 0.0, 0.5, dict.fromkeys(("p001", "p01", "p05", "p50", "p95", "p99", "p999"), 0.5), 1)
+
+_WORDS = {int: "an integer", float: "a number", str: "text", bool: "true or false", type(None): "null"}
+
+
+def typed(key: str, value: Any, annotation: Any) -> Any:
+    """``value`` as ``annotation`` asks for it; raises a :class:`ConfigError` that names ``key`` where it is not."""
+    origin = get_origin(annotation)
+    if origin in (Union, types.UnionType):
+        if value is None and type(None) in get_args(annotation):
+            return None
+        inner = next(a for a in get_args(annotation) if a is not type(None))
+        return typed(key, value, inner)
+    if isinstance(annotation, type) and issubclass(annotation, StrEnum):
+        known = [member.value for member in annotation]
+        if value not in known:
+            raise ConfigError(f"{key}={value}: must be one of {', '.join(known)}.{suggest(str(value), known)}")
+        return annotation(value)
+    if origin in (list, tuple, Sequence):
+        if not isinstance(value, list | tuple):
+            raise ConfigError.bad_value(key, value, f"must be a list, e.g. {key}=[…]")
+        return tuple(typed(key, item, get_args(annotation)[0]) for item in value)
+    if annotation in (int, float, str, bool):
+        fits = isinstance(value, annotation) or (annotation is float and isinstance(value, int))
+        if not fits or (isinstance(value, bool) and annotation is not bool):
+            raise ConfigError.bad_value(key, value, f"must be {_WORDS[annotation]}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError.bad_value(key, value, "must be finite")
+    return value
+
+
+def bind(key: str, node: Mapping[str, Any], given: Sequence[str] = ()) -> Callable[..., Any]:
+    """The function that ``node['_target_']`` names, with the node's other entries bound as checked parameters.
+
+    ``given`` names the parameters that the caller will supply.
+    """
+    target = node.get("_target_")
+    try:
+        function = pkgutil.resolve_name(str(target))
+        signature, hints = inspect.signature(function), get_type_hints(function)
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
+        raise ConfigError.bad_value(f"{key}._target_", target, f"names no function ({error})") from None
+    parameters = {}
+    for name, value in node.items():
+        if name == "_target_":
+            continue
+        if name not in signature.parameters or name in given:
+            known = [n for n in signature.parameters if n not in given]
+            raise ConfigError(f"{key}.{name}: no parameter of {target}.{suggest(name, known)}")
+        parameters[name] = typed(f"{key}.{name}", value, hints.get(name, Any))
+    return partial(function, **parameters)
+
+
+def fill(key: str, node: Mapping[str, Any], kind: type[T]) -> T:
+    """A dataclass of type ``kind`` from ``node``, each field checked."""
+    hints = get_type_hints(kind)
+    known = [f.name for f in fields(kind)]  # type: ignore[arg-type]
+    for name in node:
+        if name not in known:
+            raise ConfigError(f"{key}.{name}: no such key.{suggest(name, known)}")
+    return kind(**{name: typed(f"{key}.{name}", value, hints[name]) for name, value in node.items()})
+
+
+def at_least(key: str, value: float, low: float) -> None:
+    if value < low:
+        raise ConfigError.bad_value(key, value, f"must be {low} or more")
+
+
+def build(config: Mapping[str, Any], multirun: bool = False) -> Settings:
+    """Check a composed configuration (plain containers, resolved) and turn it into :class:`Settings`."""
+    stage = typed("stage", config["stage"], Stage)
+    num_images, seed = typed("num_images", config["num_images"], int), typed("seed", config["seed"], int)
+    at_least("num_images", num_images, 1)
+    at_least("seed", seed, 0)
+    sampler = _sampler(config["sampler"])
+    model = config["model"]
+    image_size = sampler.image_size
+    load = bind("model", model, given=("shift", "image_size"))
+    prompts = _prompts(config["prompts"])
+    generate_missing = typed("generate_missing", config["generate_missing"], bool | None)
+    subset = dict(config["subset"])
+    requested = typed("subset.num_images", subset.pop("num_images", None), int | None)
+    if generate_missing is None:
+        generate_missing = multirun or stage is Stage.RUN
+    if stage in (Stage.RUN, Stage.COLLECT) and generate_missing:
+        subsets.resolve_count(requested, num_images)
+    elif requested is not None:
+        at_least("subset.num_images", requested, 1)
+    return Settings(
+        stage=stage,
+        load_model=partial(load, shift=sampler.shift, image_size=image_size),
+        prompts=prompts,
+        num_images=num_images,
+        seed=seed,
+        data_dir=_data_dir(config, prompts),
+        sampler=sampler,
+        dataset=fill("dataset", config["dataset"], DatasetSettings),
+        steps=_steps(config["timestep_schedule"], sampler.num_steps),
+        choose_images=_chooser(subset, requested),
+        taps=fill("taps", config["taps"], TapSelection),
+        collect=_collect(config, seed),
+        heuristic=_heuristic(config["analysis"]),
+        generate_missing=generate_missing,
+        stats=_path("stats", config["stats"]),
+        export_config=_path("export_config", config["export_config"]),
+        fingerprint=short_hash(config, digits=16),
+    )
+
+
+def _sampler(node: Mapping[str, Any]) -> SamplerSettings:
+    sampler = fill("sampler", node, SamplerSettings)
+    at_least("sampler.num_steps", sampler.num_steps, 1)
+    at_least("sampler.batch_size", sampler.batch_size, 1)
+    at_least("sampler.cfg_weight", sampler.cfg_weight, 0)
+    if sampler.shift <= 0:
+        raise ConfigError.bad_value("sampler.shift", sampler.shift, "must be more than 0")
+    if len(sampler.image_size) != 2 or any(size < 16 or size % 16 for size in sampler.image_size):
+        allowed = "must be [height, width], each a multiple of 16"
+        raise ConfigError.bad_value("sampler.image_size", list(sampler.image_size), allowed)
+    return sampler
+
+
+def _prompts(node: Mapping[str, Any]) -> tuple[str, ...]:
+    prompts = tuple(bind("prompts", node)())
+    if not prompts:
+        raise ConfigError("prompts: the list of prompts is empty; give at least one")
+    return prompts
+
+
+def _data_dir(config: Mapping[str, Any], prompts: Sequence[str]) -> Path:
+    """The configured folder, or one named by what makes the images: model, prompts, sampler, seed and storage."""
+    given = _path("data_dir", config["data_dir"])
+    if given is not None:
+        return given
+    sampler = {name: value for name, value in config["sampler"].items() if name != "batch_size"}
+    made_by = [dict(config["model"]), list(prompts), sampler, config["seed"], dict(config["dataset"])]
+    model, source = config["model"]["name"], str(config["prompts"]["_target_"]).rpartition(".")[2].removeprefix("from_")
+    return Path("calibration_data") / f"{model}-{source}-{config['sampler']['num_steps']}steps-{short_hash(made_by)}"
+
+
+def _steps(node: Mapping[str, Any], num_steps: int) -> tuple[int, ...]:
+    schedule = bind("timestep_schedule", node, given=("num_steps",))
+    return timesteps.checked(schedule(num_steps=num_steps), num_steps)
+
+
+def _chooser(node: Mapping[str, Any], requested: int | None) -> Callable[[Sequence[int]], list[int]]:
+    choose = bind("subset", node, given=("image_ids", "num_images"))
+
+    def chosen(image_ids: Sequence[int]) -> list[int]:
+        found: list[int] = choose(image_ids=image_ids, num_images=subsets.resolve_count(requested, len(image_ids)))
+        return found
+
+    return chosen
+
+
+def _collect(config: Mapping[str, Any], seed: int) -> CollectSettings:
+    settings = fill("collect", {**config["collect"], **config["storage"], "seed": seed}, CollectSettings)
+    at_least("collect.batch_size", settings.batch_size, 1)
+    if settings.histogram_rows is not None:
+        at_least("storage.histogram_rows", settings.histogram_rows, 1)
+    return settings
+
+
+def _heuristic(node: Mapping[str, Any]) -> Heuristic:
+    heuristic = bind("analysis", node, given=("layer",))
+    result = heuristic(_PROBE)
+    if not isinstance(result, LayerPlan):
+        raise ConfigError.bad_value("analysis._target_", node["_target_"], "must return a LayerPlan")
+    return heuristic
+
+
+def _path(key: str, value: Any) -> Path | None:
+    return None if value is None else Path(typed(key, value, str)).expanduser()
+
+
+def check_writable(key: str, folder: Path) -> None:
+    """Raise unless ``folder`` is, or could be made, a folder that this process can write to; leaves nothing."""
+    existing = folder.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    probe = existing / f".calib-probe-{os.getpid()}"
+    try:
+        probe.mkdir()
+        probe.rmdir()
+    except OSError as error:
+        raise ConfigError.bad_value(
+            key, folder, f"cannot be written ({error.strerror}); choose another folder"
+        ) from None

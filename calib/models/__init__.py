@@ -1,0 +1,1 @@
+"""Models: DiffusionKit's SD3 and FLUX and the shipped emoji model, behind one interface."""

@@ -1,0 +1,207 @@
+"""The stages, one function each: generate, collect, analyze. They know settings and folders, not Hydra."""
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
+
+from calib.activations.collect import LayerActivations, collect
+from calib.activations.store import FILE as ACTIVATIONS
+from calib.activations.store import write_activations
+from calib.activations.taps import TapPoint, linear_layers, tap_points
+from calib.activations.weights import weight_sqnr
+from calib.analysis.layers import STATISTICS, LayerSummary, read_summaries
+from calib.analysis.plan import Plan, make_plan, phase_bits
+from calib.analysis.summary import summary_text
+from calib.config import Settings, Stage
+from calib.dataset.generate import generate, missing_images
+from calib.dataset.manifest import Manifest
+from calib.errors import CalibError, ConfigError
+from calib.files import write_json, write_text
+from calib.models.model import DiffusionModel
+from calib.runs.directory import RunDirectory, device_name, git_commit
+from calib.timesteps import phase_bounds
+from calib.versions import versions
+
+PLAN, TIMESTEP_CONFIG, SUMMARY, METADATA = (
+    "quantization_config.json",
+    "timestep_config.json",
+    "analysis.txt",
+    "collection_metadata.json",
+)
+
+logger = logging.getLogger("calib")
+
+
+def precheck(settings: Settings) -> None:
+    """What can be known to be wrong before a run directory is made or a model is loaded."""
+    if settings.stage is Stage.COLLECT and not settings.generate_missing:
+        settings.choose_images(sorted(_dataset(settings).images))
+    if settings.stage is Stage.ANALYZE:
+        read_summaries(_stats(settings))
+
+
+def run_stage(settings: Settings, run: RunDirectory, config_yaml: str) -> None:
+    """Run the configured stage into ``run``; prints what people want to see."""
+    model = cache(lambda: _load_model(settings))
+    stage = settings.stage
+    if stage is Stage.GENERATE or (stage in (Stage.RUN, Stage.COLLECT) and settings.generate_missing):
+        run_generate(settings, run, model)
+    if stage in (Stage.RUN, Stage.COLLECT):
+        run_collect(settings, run, model, config_yaml)
+    if stage in (Stage.RUN, Stage.ANALYZE):
+        run_analyze(settings, run, run.path if stage is Stage.RUN else _stats(settings))
+
+
+def _load_model(settings: Settings) -> DiffusionModel:
+    start = time.monotonic()
+    model = settings.load_model()
+    logger.info("loaded %s (%s) in %.1f s", model.name, model.fingerprint, time.monotonic() - start)
+    return model
+
+
+def _dataset(settings: Settings) -> Manifest:
+    return Manifest.load(settings.data_dir)
+
+
+def _stats(settings: Settings) -> Path:
+    if settings.stats is None:
+        raise ConfigError("stats is not set: name a run directory or a layer_statistics.json, calib analyze stats=DIR")
+    return settings.stats
+
+
+def run_generate(settings: Settings, run: RunDirectory, model: Callable[[], DiffusionModel]) -> None:
+    """Fill the dataset up to ``num_images``; a complete one costs nothing, not even the model."""
+    missing = missing_images(settings.data_dir, settings.num_images)
+    start = time.monotonic()
+    if missing:
+        generate(
+            model(),
+            settings.prompts,
+            settings.num_images,
+            settings.data_dir,
+            settings.sampler,
+            settings.seed,
+            settings.dataset.format,
+            settings.dataset.dtype,
+        )
+    seconds = time.monotonic() - start
+    logger.info("dataset %s: %d images made in %.1f s", settings.data_dir, len(missing), seconds)
+    run.add_metrics({"images_generated": len(missing), "generate_seconds": seconds})
+    print(f"Dataset: {settings.data_dir} ({settings.num_images} images, {len(missing)} new)")
+
+
+def run_collect(settings: Settings, run: RunDirectory, model: Callable[[], DiffusionModel], config_yaml: str) -> None:
+    """Statistics of the chosen images and steps, into the run directory."""
+    manifest = _dataset(settings)
+    if settings.steps[-1] > manifest.num_steps:
+        raise ConfigError.bad_value(
+            "timestep_schedule", settings.steps[-1], f"the dataset has {manifest.num_steps} steps"
+        )
+    available = sorted(
+        image for image in manifest.images if image < settings.num_images or not settings.generate_missing
+    )
+    image_ids = settings.choose_images(available)
+    points = tap_points(model().transformer, settings.taps)
+    start = time.monotonic()
+    layers = collect(model(), settings.data_dir, image_ids, settings.steps, points, settings.collect)
+    seconds = time.monotonic() - start
+    modules = linear_layers(model().transformer)
+    sqnr = {name: weight_sqnr(modules[name]) for point in points for name in point.names if name in modules}
+    attributes = {
+        "producer": f"calib {versions()['calib']}",
+        "git_commit": git_commit(),
+        "config": config_yaml,
+        "model": manifest.model,
+        "fingerprint": manifest.fingerprint,
+        "mlx_version": versions()["mlx"],
+        "device": device_name(),
+    }
+    write_activations(run.path / ACTIVATIONS, layers, settings.steps, manifest, sqnr, attributes)
+    summaries, _ = read_summaries(run.path)
+    write_json(run.path / STATISTICS, {name: layer.to_json() for name, layer in summaries.items()})
+    write_json(run.path / METADATA, _metadata(settings, manifest, image_ids, points, layers))
+    run.add_metrics({"images": len(image_ids), "steps": len(settings.steps), "collect_seconds": seconds})
+    logger.info(
+        "collected %d layers of %d images at %d steps in %.1f s",
+        len(layers),
+        len(image_ids),
+        len(settings.steps),
+        seconds,
+    )
+
+
+def _metadata(
+    settings: Settings,
+    manifest: Manifest,
+    image_ids: list[int],
+    points: list[TapPoint],
+    layers: Mapping[str, LayerActivations],
+) -> dict[str, object]:
+    pooled = {name: layer.pooled() for name, layer in layers.items()}
+    return {
+        "data_dir": str(settings.data_dir),
+        "model": manifest.model,
+        "fingerprint": manifest.fingerprint,
+        "image_ids": image_ids,
+        "cfg_weight": manifest.cfg_weight,
+        "num_steps": manifest.num_steps,
+        "steps": [
+            {
+                "step_index": step,
+                "sigma": manifest.sigmas[step],
+                "timestep": manifest.timesteps[step],
+                "evaluated_by_sampler": step < manifest.num_steps,
+            }
+            for step in settings.steps
+        ],
+        "histogram_rows": settings.collect.histogram_rows,
+        "taps": {point.name: {"kind": point.kind, "same_input": list(point.aliases)} for point in points},
+        "non_finite": {name: {"nan": s.nan, "inf": s.inf} for name, s in pooled.items() if s.nan or s.inf},
+    }
+
+
+def run_analyze(settings: Settings, run: RunDirectory, stats: Path) -> None:
+    """Turn statistics into a plan; needs files alone, no model."""
+    start = time.monotonic()
+    layers, num_steps = read_summaries(stats)
+    _check_finite(stats, layers)
+    plan = make_plan(layers, settings.heuristic)
+    write_json(run.path / PLAN, plan.to_json())
+    write_json(run.path / TIMESTEP_CONFIG, _timestep_config(settings, plan, layers, num_steps))
+    if settings.export_config is not None:
+        write_json(settings.export_config, plan.to_json())
+    text = summary_text(plan)
+    write_text(run.path / SUMMARY, text)
+    run.add_metrics({**plan.metrics(), "analyze_seconds": time.monotonic() - start})
+    print(f"\n{text}")
+
+
+def _check_finite(stats: Path, layers: Mapping[str, LayerSummary]) -> None:
+    for name, layer in layers.items():
+        if not (layer.std >= 0 and layer.range >= 0):
+            raise CalibError(f"{stats}: layer {name!r} has no finite activations; look at collection_metadata.json")
+
+
+def _timestep_config(
+    settings: Settings, plan: Plan, layers: Mapping[str, LayerSummary], num_steps: int | None
+) -> dict[str, object]:
+    """What varies with the step: each phase's steps and activation bits, and each layer's range at each step."""
+    if num_steps is None:
+        return {"num_steps": None, "phases": {}, "activation_ranges": {}}
+    bits = phase_bits(layers, settings.heuristic)
+    phases = {
+        phase: {"steps": list(bounds), "activation_bits": bits.get(phase, {})}
+        for phase, bounds in phase_bounds(num_steps).items()
+    }
+    ranges = {}
+    for name, layer in layers.items():
+        low, high = ("p01", "p99") if plan.layers[name].clips else ("min", "max")
+        used = {step: values for step, values in layer.steps.items() if step < num_steps}
+        ranges[name] = {
+            "step_index": list(used),
+            "low": [values[low] for values in used.values()],
+            "high": [values[high] for values in used.values()],
+        }
+    return {"num_steps": num_steps, "phases": phases, "activation_ranges": ranges}

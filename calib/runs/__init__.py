@@ -1,0 +1,1 @@
+"""Run directories: what a job was asked, how it went, what it made."""

@@ -1,0 +1,122 @@
+"""One job's output directory: its configuration, state, surroundings and log."""
+
+import fcntl
+import logging
+import os
+import platform
+import subprocess
+import sys
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from calib import blas
+from calib.errors import CalibError
+from calib.files import read_json, write_json, write_text
+from calib.versions import versions
+
+import mlx.core as mx
+
+STATUS, ENVIRONMENT, CONFIG, LOG, METRICS = "status.json", "env.json", "config.resolved.yaml", "run.log", "metrics.json"
+
+logger = logging.getLogger("calib")
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+class RunDirectory:
+    """The directory at ``path``, for the job whose configuration has ``fingerprint``."""
+
+    def __init__(self, path: Path, stage: str, fingerprint: str):
+        self.path, self.stage, self.fingerprint = path, stage, fingerprint
+        self._start = _now()
+
+    def is_complete(self) -> bool:
+        """True where this very job, by fingerprint, has ended well here before."""
+        if not (self.path / STATUS).exists():
+            return False
+        status = read_json(self.path / STATUS)
+        return status.get("state") == "complete" and status.get("fingerprint") == self.fingerprint
+
+    def write_status(self, state: str, error: str | None = None) -> None:
+        ended = None if state == "running" else _now()
+        status = {"state": state, "stage": self.stage, "error": error, "start": self._start, "end": ended}
+        write_json(self.path / STATUS, {**status, "fingerprint": self.fingerprint})
+
+    @contextmanager
+    def job(self, config_yaml: str) -> Iterator[Path]:
+        """Yield the path while holding the directory; records the configuration, the log, and how it ended."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        with open(self.path / ".lock", "w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise CalibError(f"{self.path}: another process is running in this directory") from None
+            write_text(self.path / CONFIG, config_yaml)
+            write_json(self.path / ENVIRONMENT, environment())
+            self.write_status("running")
+            with _logging_to(self.path / LOG):
+                try:
+                    yield self.path
+                except BaseException as error:
+                    logger.error("%s", traceback.format_exc())
+                    self.write_status("failed", f"{type(error).__name__}: {error}")
+                    raise
+            self.write_status("complete")
+
+    def add_metrics(self, metrics: Mapping[str, float]) -> None:
+        """Merge numbers into ``metrics.json``, one a key."""
+        path = self.path / METRICS
+        write_json(path, (read_json(path) if path.exists() else {}) | dict(metrics))
+
+
+@contextmanager
+def _logging_to(path: Path) -> Iterator[None]:
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        handler.close()
+
+
+def environment() -> dict[str, Any]:
+    """What a result may depend on besides the configuration."""
+    return {
+        "versions": versions(),
+        "platform": platform.platform(),
+        "device": device_name(),
+        "blas": blas.STATUS.library,
+        "cpus": os.cpu_count(),
+        "git_commit": git_commit(),
+        "command": sys.argv,
+    }
+
+
+def device_name() -> str:
+    """Kind and name of MLX's default device."""
+    kind = "metal" if mx.metal.is_available() else "cuda" if mx.cuda.is_available() else "cpu"
+    if mx.default_device().type == mx.DeviceType.cpu:
+        kind = "cpu"
+    return f"{kind}: {mx.device_info().get('device_name', 'unknown')}"
+
+
+def git_commit() -> str:
+    """Commit of the checkout that calib runs from; 'unknown' where it runs from an installed wheel."""
+    checkout = Path(__file__).parents[2]
+    if not (checkout / ".git").exists():
+        return "unknown"
+    command = ["git", "-C", str(checkout), "rev-parse", "HEAD"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    return done.stdout.strip() or "unknown"
