@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from calib import doctor
 from calib.config import Settings, Stage, build, check_writable
@@ -29,6 +29,9 @@ PACKAGE = Path(__file__).parent
 CONF = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf"
 LONGEST_NAME = 80
 
+#: Hydra's flags that show something and run no job.
+SHOW_FLAGS = ("--cfg", "-c", "--info", "-i", "--hydra-help", "--version", "--shell-completion", "-sc")
+
 HELP = """calib: time-aware calibration and post-training quantization of diffusion transformers on MLX
 
 usage: calib [stage] [key=value …] [-m]        any stage: calib STAGE --help
@@ -50,8 +53,8 @@ examples
 STAGE_HELP = {
     Stage.RUN: "Runs generate, collect and analyze into one run directory under outputs/.",
     Stage.GENERATE: "Draws images 0 … num_images - 1 into data_dir; those it has are kept.\n"
-    "Main keys: num_images, prompts, sampler.num_steps, sampler.cfg_weight, sampler.batch_size, seed, data_dir, dataset",
-    Stage.COLLECT: "Replays stored states of the chosen images and steps; draws no image unless generate_missing=true.\n"
+    "Main keys: num_images, prompts, sampler.num_steps, sampler.cfg_weight, seed, data_dir, dataset",
+    Stage.COLLECT: "Replays stored states of chosen images and steps; draws no image unless generate_missing=true.\n"
     "Main keys: data_dir, timestep_schedule, subset.num_images, taps, storage.histogram_rows, collect.batch_size",
     Stage.ANALYZE: "Turns statistics into a bit-width plan, from files alone.\n"
     "Main keys: stats (a run directory or a layer_statistics.json), analysis, export_config",
@@ -74,6 +77,7 @@ def groups() -> dict[str, list[str]]:
 
 
 def help_text(stage: Stage | None) -> str:
+    """What ``calib --help`` and ``calib STAGE --help`` print."""
     options = "\n".join(f"  {group + '=':19}{' · '.join(names)}" for group, names in groups().items())
     head = HELP if stage is None else f"usage: calib {stage} [key=value …] [-m]\n\n{STAGE_HELP[stage]}\n"
     tail = "The whole configuration with its defaults: calib --cfg job. A comment tops every file under conf/."
@@ -135,19 +139,24 @@ def _compose(overrides: list[str]) -> DictConfig:
 
 def _explain(message: str, overrides: Sequence[str]) -> str:
     """Hydra's message in one line, with the nearest valid name."""
-    lines = message.splitlines()
     if match := re.match(r"In '.*': Could not find '(.+)/(.+)'|Could not find '(.+)/(.+)'", message):
         group, option = (part for part in match.groups() if part)
         return f"{group}={option}: no such option.{suggest(option, groups().get(group, []))}"
     if match := re.match(r"Could not override '(.+?)'", message):
         key = match.group(1)
         given = next((o for o in overrides if o.lstrip("+~").partition("=")[0] == key), key)
-        return f"{given}: no such key.{suggest(key, known_keys())}"
-    return lines[0]
+        group = key.rpartition(".")[0]
+        chosen = [o for o in overrides if o.partition("=")[0] in groups()]
+        if group in groups():
+            parameters = [k for k in known_keys(chosen) if k.startswith(f"{group}.")]
+            takes = ", ".join(parameters) or "no parameters"
+            return f"{given}: this {group} takes {takes}.{suggest(key, parameters, list_all=False)}"
+        return f"{given}: no such key.{suggest(key, known_keys(chosen))}"
+    return message.splitlines()[0]
 
 
-def known_keys() -> list[str]:
-    """Every key of the default configuration, dotted, and every group."""
+def known_keys(choices: Sequence[str] = ()) -> list[str]:
+    """Every key, dotted, of the configuration with the given group choices, and every group."""
 
     def walk(node: Any, prefix: str) -> list[str]:
         if not isinstance(node, dict):
@@ -157,7 +166,7 @@ def known_keys() -> list[str]:
             found += [f"{prefix}{name}", *walk(value, f"{prefix}{name}.")]
         return found
 
-    plain = _plain(compose("config", overrides=[]))
+    plain = _plain(compose("config", overrides=list(choices)))
     return [key for key in [*walk(plain, ""), *groups()] if not key.endswith("_target_")]
 
 
@@ -167,15 +176,12 @@ def _first_line(error: BaseException) -> str:
 
 def _plain(config: DictConfig) -> dict[str, Any]:
     """The job's configuration as plain containers, interpolations resolved, Hydra's own part left out."""
-    names = [name for name in config if name != "hydra"]
     try:
-        plain = {
-            str(n): OmegaConf.to_container(config[n], resolve=True) if OmegaConf.is_config(config[n]) else config[n]
-            for n in names
-        }
+        plain = OmegaConf.to_container(config, resolve=False)
+        own = {name: config[name] for name in cast(dict[str, Any], plain) if name != "hydra"}
+        return {n: OmegaConf.to_container(v, resolve=True) if OmegaConf.is_config(v) else v for n, v in own.items()}
     except OmegaConfBaseException as error:
         raise ConfigError(_first_line(error)) from None
-    return plain
 
 
 def _check_folders(config: DictConfig, settings: Settings, multirun: bool) -> None:
@@ -201,8 +207,13 @@ def task(config: DictConfig) -> None:
         print(f"Already complete: {_short(run.path)}")
         return
     config_yaml = OmegaConf.to_yaml(OmegaConf.create(_plain(config)))
-    with run.job(config_yaml):
-        run_stage(settings, run, config_yaml)
+    try:
+        with run.job(config_yaml):
+            run_stage(settings, run, config_yaml)
+    except CalibError as error:
+        # SystemExit passes through Hydra, which would print a traceback for anything else.
+        print(f"calib: {error}", file=sys.stderr)
+        raise SystemExit(error.exit_status) from None
     print(f"Run directory: {_short(run.path)}")
 
 
@@ -229,10 +240,7 @@ def _run(arguments: list[str]) -> int:
     OmegaConf.register_new_resolver("calib_job", job_name, replace=True)
     if stage is not None:
         rest = [f"stage={stage}", *rest]
-    if not any(
-        flag in rest
-        for flag in ("--cfg", "-c", "--info", "-i", "--hydra-help", "--version", "--shell-completion", "-sc")
-    ):
+    if not any(flag in rest for flag in SHOW_FLAGS):
         check(rest)
     GlobalHydra.instance().clear()
     sys.argv = ["calib", *rest]

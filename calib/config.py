@@ -18,7 +18,7 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from calib import subsets, timesteps
 from calib.activations.collect import CollectSettings
-from calib.activations.taps import TapSelection
+from calib.activations.taps import TapSelection, tap_points
 from calib.analysis.layers import LayerSummary
 from calib.analysis.plan import Heuristic, LayerPlan
 from calib.dataset.generate import SamplerSettings
@@ -31,6 +31,8 @@ T = TypeVar("T")
 
 
 class Stage(StrEnum):
+    """What a job does."""
+
     RUN = "run"
     GENERATE = "generate"
     COLLECT = "collect"
@@ -68,8 +70,18 @@ class Settings:
     fingerprint: str
 
 
+#: Key of a ``model`` option that names a function building its transformer without weights, so that layer
+#: patterns are checked before anything is loaded. An option may leave it out.
+SKELETON = "skeleton"
+
 #: A layer no model has, to try a heuristic's parameters on before anything is loaded.
 _PROBE = LayerSummary(-1.0, 1.0, 0.0, 0.5, dict.fromkeys(("p001", "p01", "p05", "p50", "p95", "p99", "p999"), 0.5), 1)
+
+#: Top-level keys of a configuration: scalars, then groups.
+KEYS = (
+    *("stage", "num_images", "seed", "data_dir", "generate_missing", "stats", "export_config", "collect"),
+    *("model", "prompts", "sampler", "dataset", "timestep_schedule", "subset", "taps", "storage", "analysis"),
+)
 
 _WORDS = {int: "an integer", float: "a number", str: "text", bool: "true or false", type(None): "null"}
 
@@ -85,7 +97,9 @@ def typed(key: str, value: Any, annotation: Any) -> Any:
     if isinstance(annotation, type) and issubclass(annotation, StrEnum):
         known = [member.value for member in annotation]
         if value not in known:
-            raise ConfigError(f"{key}={value}: must be one of {', '.join(known)}.{suggest(str(value), known)}")
+            raise ConfigError(
+                f"{key}={value}: must be one of {', '.join(known)}.{suggest(str(value), known, list_all=False)}"
+            )
         return annotation(value)
     if origin in (list, tuple, Sequence):
         if not isinstance(value, list | tuple):
@@ -133,12 +147,16 @@ def fill(key: str, node: Mapping[str, Any], kind: type[T]) -> T:
 
 
 def at_least(key: str, value: float, low: float) -> None:
+    """Raise where ``value`` is below ``low``."""
     if value < low:
         raise ConfigError.bad_value(key, value, f"must be {low} or more")
 
 
 def build(config: Mapping[str, Any], multirun: bool = False) -> Settings:
     """Check a composed configuration (plain containers, resolved) and turn it into :class:`Settings`."""
+    for name in config:
+        if name not in KEYS:
+            raise ConfigError(f"{name}: no such key.{suggest(name, KEYS)}")
     stage = typed("stage", config["stage"], Stage)
     num_images, seed = typed("num_images", config["num_images"], int), typed("seed", config["seed"], int)
     at_least("num_images", num_images, 1)
@@ -146,8 +164,13 @@ def build(config: Mapping[str, Any], multirun: bool = False) -> Settings:
     sampler = _sampler(config["sampler"])
     model = config["model"]
     image_size = sampler.image_size
-    load = bind("model", model, given=("shift", "image_size"))
+    parameters = {name: value for name, value in model.items() if name != SKELETON}
+    load = bind("model", parameters, given=("shift", "image_size"))
     prompts = _prompts(config["prompts"])
+    taps = fill("taps", config["taps"], TapSelection)
+    if SKELETON in model:
+        skeleton = bind("model", {**parameters, "_target_": model[SKELETON]}, given=("image_size",))
+        tap_points(skeleton(image_size=image_size), taps)
     generate_missing = typed("generate_missing", config["generate_missing"], bool | None)
     subset = dict(config["subset"])
     requested = typed("subset.num_images", subset.pop("num_images", None), int | None)
@@ -168,7 +191,7 @@ def build(config: Mapping[str, Any], multirun: bool = False) -> Settings:
         dataset=fill("dataset", config["dataset"], DatasetSettings),
         steps=_steps(config["timestep_schedule"], sampler.num_steps),
         choose_images=_chooser(subset, requested),
-        taps=fill("taps", config["taps"], TapSelection),
+        taps=taps,
         collect=_collect(config, seed),
         heuristic=_heuristic(config["analysis"]),
         generate_missing=generate_missing,

@@ -23,11 +23,13 @@ class ConfigError(CalibError):
         return cls(f"{key}={value}: {allowed}")
 
 
-def suggest(name: str, known: Iterable[str]) -> str:
-    """' Did you mean …?' with the nearest known names, or the known names where none is near."""
-    known = sorted(known)
+def suggest(name: str, known: Iterable[str], list_all: bool = True) -> str:
+    """' Did you mean …?' with the nearest known names; where none is near, all of them or nothing."""
+    known = sorted(set(known))
     near = difflib.get_close_matches(name, known, n=2, cutoff=0.6)
     if near:
         return f" Did you mean {' or '.join(repr(n) for n in near)}?"
+    if not list_all:
+        return ""
     shown = ", ".join(known[:MOST_NAMES]) + (", …" if len(known) > MOST_NAMES else "")
     return f" Known: {shown}." if known else ""

@@ -96,12 +96,10 @@ def run_collect(settings: Settings, run: RunDirectory, model: Callable[[], Diffu
     """Statistics of the chosen images and steps, into the run directory."""
     manifest = _dataset(settings)
     if settings.steps[-1] > manifest.num_steps:
-        raise ConfigError.bad_value(
-            "timestep_schedule", settings.steps[-1], f"the dataset has {manifest.num_steps} steps"
-        )
-    available = sorted(
-        image for image in manifest.images if image < settings.num_images or not settings.generate_missing
-    )
+        allowed = f"the dataset has {manifest.num_steps} steps"
+        raise ConfigError.bad_value("timestep_schedule", settings.steps[-1], allowed)
+    limit = settings.num_images if settings.generate_missing else len(manifest.images)
+    available = sorted(manifest.images)[:limit]
     image_ids = settings.choose_images(available)
     points = tap_points(model().transformer, settings.taps)
     start = time.monotonic()
@@ -123,13 +121,8 @@ def run_collect(settings: Settings, run: RunDirectory, model: Callable[[], Diffu
     write_json(run.path / STATISTICS, {name: layer.to_json() for name, layer in summaries.items()})
     write_json(run.path / METADATA, _metadata(settings, manifest, image_ids, points, layers))
     run.add_metrics({"images": len(image_ids), "steps": len(settings.steps), "collect_seconds": seconds})
-    logger.info(
-        "collected %d layers of %d images at %d steps in %.1f s",
-        len(layers),
-        len(image_ids),
-        len(settings.steps),
-        seconds,
-    )
+    size = (len(layers), len(image_ids), len(settings.steps))
+    logger.info("collected %d layers of %d images at %d steps in %.1f s", *size, seconds)
 
 
 def _metadata(

@@ -13,21 +13,19 @@ PLAIN_INTERVAL_SECONDS = 10.0
 class Progress:
     """Counts ``total`` units of work; use as a context and call :meth:`advance`."""
 
-    def __init__(self, label: str, total: int, unit: str, done: int = 0):
-        self.label, self.total, self.unit, self.done = label, total, unit, done
-        self._initial, self._start = done, time.monotonic()
+    def __init__(self, label: str, total: int, unit: str):
+        self.label, self.total, self.unit, self.done = label, total, unit, 0
+        self._start = time.monotonic()
         self._last_line = self._start
         self._bar = (
-            tqdm(total=total, initial=done, desc=label, unit=f" {unit}", dynamic_ncols=True, file=sys.stderr)
+            tqdm(total=total, desc=label, unit=f" {unit}", dynamic_ncols=True, file=sys.stderr)
             if sys.stderr.isatty()
             else None
         )
 
     def __enter__(self) -> Self:
         if self._bar is None:
-            self._print(
-                f"0% of {self.total} {self.unit}s" if not self.done else f"going on at {self.done}/{self.total}"
-            )
+            self._print(f"{self.total} {self.unit}s")
         return self
 
     def advance(self, amount: int = 1) -> None:
@@ -38,11 +36,10 @@ class Progress:
         now = time.monotonic()
         if now - self._last_line >= PLAIN_INTERVAL_SECONDS and self.done < self.total:
             self._last_line = now
-            rate = (self.done - self._initial) / (now - self._start)
+            rate = self.done / (now - self._start)
             left = (self.total - self.done) / rate
-            self._print(
-                f"{100 * self.done // self.total}% ({self.done}/{self.total}), {rate:.3g} {self.unit}s/s, {left:.0f} s left"
-            )
+            share = f"{100 * self.done // self.total}% ({self.done}/{self.total})"
+            self._print(f"{share}, {rate:.3g} {self.unit}s/s, {left:.0f} s left")
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

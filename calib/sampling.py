@@ -7,6 +7,7 @@ et al. 2022, arXiv 2206.00364, without churn), with explicit arguments in place 
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TypeAlias, cast
 
 import calib.models.compat  # noqa: F401  (must precede diffusionkit.mlx)
 
@@ -14,7 +15,7 @@ import mlx.core as mx
 import numpy as np
 from diffusionkit.mlx.sampler import FluxSampler, ModelSamplingDiscreteFlow
 
-Sampler = ModelSamplingDiscreteFlow | FluxSampler
+Sampler: TypeAlias = "ModelSamplingDiscreteFlow | FluxSampler"
 
 #: (x, timestep, sigma) -> denoised latent, each batched as NHWC.
 Denoiser = Callable[[mx.array, mx.array, mx.array], mx.array]
@@ -45,6 +46,11 @@ def noise_levels(sampler: Sampler, num_steps: int) -> mx.array:
     return mx.stack([*sigmas, mx.array(0.0)])
 
 
+def as_floats(values: mx.array) -> list[float]:
+    """A one-dimensional array as Python floats."""
+    return cast(list[float], values.astype(mx.float32).tolist())
+
+
 def initial_noise(seed: int, latent_shape: tuple[int, int, int]) -> mx.array:
     """Standard normal noise (height, width, channels) that DiffusionKit draws for ``seed``, without global state."""
     height, width, channels = latent_shape
@@ -65,7 +71,7 @@ def euler(denoise: Denoiser, x: mx.array, sigmas: mx.array, dtype: mx.Dtype) -> 
     ``dtype`` is the model's activation type: the timestep is rounded to it, as in DiffusionKit.
     """
     timesteps = (sigmas * 1000).astype(dtype)
-    levels, times = sigmas.tolist(), timesteps.astype(mx.float32).tolist()
+    levels, times = as_floats(sigmas), as_floats(timesteps)
     for i in range(len(levels) - 1):
         yield State(i, levels[i], times[i], x)
         sigma = sigmas[i]

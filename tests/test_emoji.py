@@ -71,8 +71,8 @@ def test_vae_keeps_a_drawn_image(model, drawn):
         "\x00\n\t",
         END,
         "red " * 3000,
-    ]
-    + ["a" * 5000],
+        "a" * 5000,
+    ],
     ids=lambda prompt: repr(prompt[:16]),
 )
 def test_any_text_becomes_finite_conditioning(model, prompt):

@@ -5,8 +5,8 @@ Opens in h5py, h5dump and xarray without plugins. Field by field:
 - ``/step_index`` (steps): dimension scale; ``/sigma``, ``/timestep``, ``/evaluated_by_sampler`` lie along it.
 - ``/weight_bits``: dimension scale of the bit-widths of ``weight_sqnr``.
 - ``/layers/<name>``, a group for each layer: ``channel`` (channels) a dimension scale; ``channel_min``,
-  ``channel_max``, ``channel_mean``, ``channel_std``, ``channel_count`` as (steps, channels); a sparse histogram of each step:
-  ``histogram_keys`` and ``histogram_counts``, those of step s from ``histogram_offsets[s]`` to
+  ``channel_max``, ``channel_mean``, ``channel_std``, ``channel_count`` as (steps, channels); a sparse histogram of each
+  step: ``histogram_keys`` and ``histogram_counts``, those of step s from ``histogram_offsets[s]`` to
   ``histogram_offsets[s + 1]``; ``nan_count`` and ``inf_count`` (steps); ``weight_sqnr`` (bits), dB, where the
   layer's weights can be quantized. Layers that read one array share its datasets by hard link.
 """
@@ -94,7 +94,7 @@ def _write_layer(file: h5py.File, name: str, layer: LayerActivations, steps: Seq
         }
     )
     _add_scale(group, "channel", np.arange(observed[0].channels))
-    per_channel = {
+    per_channel: dict[str, np.ndarray] = {
         "channel_min": np.stack([s.minimum for s in observed]),
         "channel_max": np.stack([s.maximum for s in observed]),
         "channel_mean": np.stack([s.mean for s in observed]),

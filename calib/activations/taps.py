@@ -13,7 +13,7 @@ from typing import Any
 
 import calib.models.compat  # noqa: F401  (must precede diffusionkit.mlx)
 from calib.errors import ConfigError, suggest
-from calib.models.names import layer_name, module_path
+from calib.models.names import layer_name, module_path, network_order
 
 import mlx.core as mx
 from diffusionkit.mlx.mmdit import MMDiT
@@ -76,20 +76,7 @@ def linear_layers(transformer: MMDiT) -> dict[str, nn.Module]:
     """Every linear layer by canonical name, in the order of the network; the patch convolution counts as one."""
     types = (nn.Linear, nn.QuantizedLinear, nn.Conv2d)
     found = {layer_name(path): module for path, module in transformer.named_modules() if isinstance(module, types)}
-    return dict(sorted(found.items(), key=lambda item: _network_order(item[0])))
-
-
-_WITHIN_BLOCK = ("adaln", "attn.q_proj", "attn.k_proj", "attn.v_proj", "attn.o_proj", "mlp.fc1", "mlp.fc2", "linear")
-
-
-def _network_order(name: str) -> tuple[int, int, str, int]:
-    """Embedders, blocks by number (image before text, then as they run), final layer."""
-    head, _, rest = name.partition(".")
-    stem, _, index = head.rpartition("_")
-    place = {"mm_block": 1, "unified_block": 2}.get(stem, 3 if head == "final_layer" else 0)
-    stream, _, layer = rest.partition(".") if stem == "mm_block" else ("", "", rest)
-    rank = _WITHIN_BLOCK.index(layer) if layer in _WITHIN_BLOCK else 0
-    return place, int(index) if place in (1, 2) else 0, stream or name * (place == 0), rank
+    return dict(sorted(found.items(), key=lambda item: network_order(item[0])))
 
 
 def block_names(transformer: MMDiT) -> list[str]:
@@ -120,7 +107,8 @@ def _matching(names: Sequence[str], patterns: Sequence[str], key: str) -> set[st
     for pattern in patterns:
         hits = fnmatch.filter(names, pattern)
         if not hits:
-            raise ConfigError(f"taps.{key}={pattern}: matches no layer.{suggest(pattern, names)}")
+            near = {*names, *("*." + ".".join(name.split(".")[-2:]) for name in names)}
+            raise ConfigError(f"taps.{key}={pattern}: matches no layer.{suggest(pattern, near)}")
         chosen.update(hits)
     return chosen
 

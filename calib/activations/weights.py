@@ -1,12 +1,18 @@
 """How well a layer's weights survive rounding, measured once at collection."""
 
 import math
+from typing import cast
 
 import mlx.core as mx
 from mlx import nn
 
 WEIGHT_BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZE = 64
+
+
+def energy(x: mx.array) -> float:
+    """Σx², summed in the type of ``x``."""
+    return cast(float, mx.sum(mx.square(x)).item())
 
 
 def weight_sqnr(layer: nn.Module) -> dict[int, float]:
@@ -18,11 +24,11 @@ def weight_sqnr(layer: nn.Module) -> dict[int, float]:
     if not isinstance(layer, nn.Linear) or layer.weight.shape[-1] % GROUP_SIZE:
         return {}
     weight = layer.weight.astype(mx.float32)
-    signal = mx.sum(mx.square(weight))
+    signal = energy(weight)
     result = {}
     for bits in WEIGHT_BITS:
         packed = mx.quantize(weight, group_size=GROUP_SIZE, bits=bits)
         restored = mx.dequantize(*packed, group_size=GROUP_SIZE, bits=bits)
-        noise = mx.sum(mx.square(weight - restored)).item()
-        result[bits] = 10 * math.log10(signal.item() / noise) if noise and signal.item() else math.inf
+        noise = energy(weight - restored)
+        result[bits] = 10 * math.log10(signal / noise) if noise and signal else math.inf
     return result

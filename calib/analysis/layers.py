@@ -10,6 +10,7 @@ from calib.activations.store import FILE as ACTIVATIONS
 from calib.activations.store import ActivationFile
 from calib.errors import CalibError
 from calib.files import read_json
+from calib.models.names import network_order
 from calib.timesteps import phase_bounds
 
 import numpy as np
@@ -91,8 +92,8 @@ def _from_json(path: Path, name: str, entry: Mapping[str, Any]) -> LayerSummary:
         percentiles = {key: float(entry["percentiles"][key]) for key in PERCENTILES if key in entry["percentiles"]}
         for needed in ("p01", "p99"):
             percentiles[needed] = float(entry["percentiles"][needed])
-        numbers = [float(entry[key]) for key in ("min", "max", "mean", "std")]
-        return LayerSummary(*numbers, percentiles, int(entry["num_samples"]))
+        low, high, mean, std = (float(entry[key]) for key in ("min", "max", "mean", "std"))
+        return LayerSummary(low, high, mean, std, percentiles, int(entry["num_samples"]))
     except (KeyError, TypeError, ValueError) as error:
         raise CalibError(f"{path}: layer {name!r} lacks or garbles {error}") from None
 
@@ -104,9 +105,10 @@ def _from_activations(path: Path) -> tuple[dict[str, LayerSummary], int]:
 
 
 def reported_layers(file: ActivationFile) -> list[str]:
-    """Layers that are summarised: every linear layer, and blocks as a whole rather than stream by stream."""
+    """Layers that are summarised, in network order: every linear layer, and blocks whole, not stream by stream."""
     streams = {f"{name}.{stream}" for name in file.layers for stream in ("image", "text")}
-    return [name for name in file.layers if file.kind(name) != "block" or name not in streams]
+    names = [name for name in file.layers if file.kind(name) != "block" or name not in streams]
+    return sorted(names, key=network_order)
 
 
 def summarise_layer(file: ActivationFile, name: str, num_steps: int) -> LayerSummary:

@@ -22,9 +22,8 @@ def plan_layer(
     varies = layer.std > variation * r and layer.std > 0
     if varies:
         bits = min(8, bits + 2)
-    reason = (
-        "large range" if r > large else "high variation" if varies else "medium range" if r > medium else "narrow range"
-    )
+    width = "large" if r > large else "medium" if r > medium else "narrow"
+    reason = "high variation" if varies and r <= large else f"{width} range"
     clips = full > 0 and r / full < clip_below
     return LayerPlan(
         weight_bits=bits,

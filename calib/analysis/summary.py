@@ -16,9 +16,7 @@ def summary_text(plan: Plan) -> str:
     for bits in sorted(by_bits, reverse=True):
         lines.append(f"    {bits}-bit: {by_bits[bits]} layers ({100 * by_bits[bits] / count:.0f}%)")
     lines.append("  Sensitive layers (need careful handling):")
-    lines += _listed(
-        plan, lambda layer: layer.sensitive, lambda layer: f"{layer.reason}, needs {layer.weight_bits}-bit"
-    )
+    lines += _listed(plan, lambda layer: layer.sensitive, _needs)
     lines.append("  Layers suitable for aggressive quantization (≤4-bit):")
     lines += _listed(plan, lambda layer: layer.aggressive, lambda layer: layer.reason)
     if plan.outlier_layers:
@@ -29,6 +27,10 @@ def summary_text(plan: Plan) -> str:
         channels = sum(map(len, plan.outlier_channels.values()))
         lines.append(f"  Outlier channels (range > 2.5 × median): {channels} in {len(plan.outlier_channels)} layers")
     return "\n".join(lines) + "\n"
+
+
+def _needs(layer: LayerPlan) -> str:
+    return f"{layer.reason}, needs {layer.weight_bits}-bit"
 
 
 def _listed(plan: Plan, chosen: Callable[[LayerPlan], bool], note: Callable[[LayerPlan], str]) -> list[str]:

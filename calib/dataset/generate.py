@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from calib.dataset.manifest import FILE, ImageEntry, Manifest
 from calib.dataset.store import StateDtype, StorageFormat, write_trajectory
@@ -17,7 +18,7 @@ from calib.files import checksum, replacing
 from calib.models.model import DiffusionModel
 from calib.progress import Progress
 from calib.prompts import image_seed
-from calib.sampling import State, euler, initial_noise, initial_state, noise_levels
+from calib.sampling import State, as_floats, euler, initial_noise, initial_state, noise_levels
 from calib.versions import versions
 
 import mlx.core as mx
@@ -65,6 +66,7 @@ def missing_images(data_dir: Path, num_images: int) -> list[int]:
 
 
 def files_exist(data_dir: Path, entry: ImageEntry) -> bool:
+    """Whether every file that ``entry`` names is there."""
     return all((data_dir / name).exists() for name in (entry.filename, entry.latent_filename, *entry.samples))
 
 
@@ -97,9 +99,7 @@ def generate(
     Image i is drawn from ``prompts[i % len(prompts)]`` with the seed of (``seed``, i).
     """
     if settings.cfg_weight > 0 and not model.supports_guidance:
-        raise ConfigError.bad_value(
-            "sampler.cfg_weight", settings.cfg_weight, f"must be 0, {model.name} has no guidance"
-        )
+        raise ConfigError.bad_value("sampler.cfg_weight", settings.cfg_weight, f"{model.name} takes only 0")
     with dataset_lock(data_dir):
         manifest = _open_manifest(model, data_dir, settings, seed, storage, dtype)
         todo = set(missing_images(data_dir, num_images))
@@ -133,8 +133,8 @@ def _open_manifest(
         seed=seed,
         batch_size=settings.batch_size,
         latent_shape=model.latent_shape,
-        sigmas=sigmas.tolist(),
-        timesteps=(sigmas * 1000).astype(model.dtype).astype(mx.float32).tolist(),
+        sigmas=as_floats(sigmas),
+        timesteps=as_floats((sigmas * 1000).astype(model.dtype)),
         storage=storage.value,
         dtype=dtype.value,
         versions=versions(),
@@ -173,7 +173,12 @@ def _draw_block(
     latents = np.array(model.latent_format.process_out(final))
     entries = []
     for k in wanted:
-        facts = {"image_id": ids[k], "prompt": texts[k], "seed": seeds[k], "cfg_weight": settings.cfg_weight}
+        facts: dict[str, Any] = {
+            "image_id": ids[k],
+            "prompt": texts[k],
+            "seed": seeds[k],
+            "cfg_weight": settings.cfg_weight,
+        }
         attributes = {**facts, "model": model.name, "fingerprint": model.fingerprint, "num_steps": settings.num_steps}
         trajectory_k = np.stack([state[k] for state in states])
         samples = write_trajectory(data_dir, ids[k], trajectory_k, manifest, attributes)

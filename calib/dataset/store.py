@@ -16,11 +16,15 @@ SAMPLES = "samples"
 
 
 class StorageFormat(StrEnum):
+    """Layout of trajectories on disk."""
+
     HDF5 = "hdf5"
     NPZ = "npz"
 
 
 class StateDtype(StrEnum):
+    """Type in which states are stored."""
+
     FLOAT16 = "float16"
     FLOAT32 = "float32"
 

@@ -8,6 +8,7 @@ blocks for the time of the call.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import cast
 
 import calib.models.compat  # noqa: F401  (must precede diffusionkit.mlx)
 
@@ -54,6 +55,6 @@ def velocity(transformer: MMDiT, x: mx.array, tokens: mx.array, pooled: mx.array
         pooled: pooled text embeddings, (rows, width).
     """
     rows = mx.repeat(timestep.reshape(1), x.shape[0], axis=0)
-    with modulation(transformer, pooled, rows, timestep.item()):
+    with modulation(transformer, pooled, rows, cast(float, timestep.item())):
         v: mx.array = transformer(x, tokens[:, :, None, :], timestep)
     return v

@@ -9,7 +9,6 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
 
 import calib.models.compat  # noqa: F401  (must precede diffusionkit.mlx)
 from calib.models.conditioning import velocity
@@ -115,8 +114,8 @@ class DiffusionModel:
 def weights_fingerprint(module: nn.Module) -> str:
     """Hash of all parameters of ``module`` in the order of their names (16 hex digits of SHA-256)."""
     digest = hashlib.sha256()
-    parameters: list[tuple[str, Any]] = sorted(tree_flatten(module.parameters()))
-    for name, value in parameters:
+    parameters = dict(tree_flatten(module.parameters()))
+    for name, value in sorted(parameters.items()):
         digest.update(f"{name}{value.shape}{value.dtype}".encode())
         digest.update(np.ascontiguousarray(np.array(value.view(mx.uint8))).data)
     return digest.hexdigest()[:16]

@@ -26,6 +26,9 @@ _TO_PATH = (
 )
 
 
+_WITHIN_BLOCK = ("adaln", "attn.q_proj", "attn.k_proj", "attn.v_proj", "attn.o_proj", "mlp.fc1", "mlp.fc2", "linear")
+
+
 def layer_name(path: str) -> str:
     """The canonical name of the module at ``path`` in a DiffusionKit MMDiT."""
     for pattern, replacement in _TO_NAME:
@@ -38,3 +41,13 @@ def module_path(name: str) -> str:
     for pattern, replacement in _TO_PATH:
         name = re.sub(pattern, replacement, name)
     return name
+
+
+def network_order(name: str) -> tuple[int, int, str, int]:
+    """Embedders, blocks by number (image before text, then as they run), final layer."""
+    head, _, rest = name.partition(".")
+    stem, _, index = head.rpartition("_")
+    place = {"mm_block": 1, "unified_block": 2}.get(stem, 3 if head == "final_layer" else 0)
+    stream, _, layer = rest.partition(".") if stem == "mm_block" else ("", "", rest)
+    rank = _WITHIN_BLOCK.index(layer) if layer in _WITHIN_BLOCK else 0
+    return place, int(index) if place in (1, 2) else 0, stream or name * (place == 0), rank

@@ -41,7 +41,7 @@ class RunDirectory:
         if not (self.path / STATUS).exists():
             return False
         status = read_json(self.path / STATUS)
-        return status.get("state") == "complete" and status.get("fingerprint") == self.fingerprint
+        return bool(status.get("state") == "complete" and status.get("fingerprint") == self.fingerprint)
 
     def write_status(self, state: str, error: str | None = None) -> None:
         ended = None if state == "running" else _now()

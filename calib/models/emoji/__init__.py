@@ -19,6 +19,7 @@ from calib.models.emoji.architecture import (
 from calib.models.model import Conditioning, DiffusionModel, ModelDtype
 
 import mlx.core as mx
+from diffusionkit.mlx.mmdit import MMDiT
 from diffusionkit.mlx.sampler import ModelSamplingDiscreteFlow
 from diffusionkit.mlx.vae import Encoder
 from mlx import nn
@@ -47,10 +48,8 @@ def load(
         shift: timestep shift of the sampler (SD3, arXiv 2403.03206, equation 23).
         image_size: must be the size it was trained at.
     """
-    if tuple(image_size) != (64, 64):
-        raise ConfigError.bad_value("sampler.image_size", list(image_size), "the emoji model draws [64, 64] only")
+    transformer = skeleton(name, dtype, image_size)
     config = EmojiConfig.load(FOLDER / "config.json")
-    transformer = build_transformer(config, dtype.mlx)
     text_encoder = build_text_encoder(config)
     decoder = build_decoder(config)
     _load_weights(transformer, "transformer.safetensors", dtype.mlx)
@@ -77,6 +76,15 @@ def load(
         dtype=dtype.mlx,
         latent_shape=(config.latent_size, config.latent_size, config.latent_channels),
     )
+
+
+def skeleton(
+    name: str = "emoji", dtype: ModelDtype = ModelDtype.FLOAT32, image_size: Sequence[int] = (64, 64)
+) -> MMDiT:
+    """The transformer without its weights; parameters as for :func:`load`."""
+    if tuple(image_size) != (64, 64):
+        raise ConfigError.bad_value("sampler.image_size", list(image_size), f"the {name} model draws [64, 64] only")
+    return build_transformer(EmojiConfig.load(FOLDER / "config.json"), dtype.mlx)
 
 
 def load_encoder() -> Encoder:

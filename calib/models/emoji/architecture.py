@@ -51,6 +51,7 @@ class EmojiConfig:
 
 
 def build_transformer(config: EmojiConfig, dtype: mx.Dtype = mx.float32) -> MMDiT:
+    """The denoiser, untrained."""
     return MMDiT(
         MMDiTConfig(
             num_heads=config.num_heads,
@@ -69,6 +70,7 @@ def build_transformer(config: EmojiConfig, dtype: mx.Dtype = mx.float32) -> MMDi
 
 
 def build_text_encoder(config: EmojiConfig) -> CLIPTextModel:
+    """The text encoder, untrained."""
     return CLIPTextModel(
         CLIPTextModelConfig(
             num_layers=config.text_layers,
@@ -81,14 +83,17 @@ def build_text_encoder(config: EmojiConfig) -> CLIPTextModel:
 
 
 def build_encoder(config: EmojiConfig) -> Encoder:
+    """The VAE's encoder, untrained."""
     return Encoder(3, 2 * config.latent_channels, list(config.vae_channels), config.vae_layers, config.vae_groups)
 
 
 def build_decoder(config: EmojiConfig) -> Decoder:
+    """The VAE's decoder, untrained."""
     return Decoder(config.latent_channels, 3, list(config.vae_channels), config.vae_layers, config.vae_groups)
 
 
 def latent_format(config: EmojiConfig) -> LatentFormat:
+    """Scale and shift between the VAE's latents and those the transformer sees."""
     form = LatentFormat()
     form.scale_factor, form.shift_factor = config.latent_scale, config.latent_shift
     return form
