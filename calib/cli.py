@@ -30,6 +30,7 @@ CONF = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "co
 LONGEST_NAME = 80
 
 #: Hydra's flags that show something and run no job.
+MULTIRUN_FLAGS = ("-m", "--multirun")
 SHOW_FLAGS = ("--cfg", "-c", "--info", "-i", "--hydra-help", "--version", "--shell-completion", "-sc")
 
 HELP = """calib: time-aware calibration and post-training quantization of diffusion transformers on MLX
@@ -61,13 +62,18 @@ STAGE_HELP = {
 }
 
 
-def job_name(overrides: Sequence[str]) -> str:
-    """Folder name of one job of a sweep: its overrides, readable, safe as a file name, unique and stable."""
-    name = ",".join(sorted(o for o in overrides if not o.startswith("stage="))) or "default"
+def job_name(overrides: Sequence[str], swept: Sequence[str] = ()) -> str:
+    """Folder name of one job of a sweep: readable, safe as a file name, unique and stable.
+
+    The overrides that vary, spelt out, and a hash of all where that leaves anything out.
+    """
+    own = sorted(o for o in overrides if o.partition("=")[0] not in ("stage", "swept"))
+    varied = [o for o in own if o.partition("=")[0] in swept]
+    name = ",".join(varied or own) or "default"
     safe = re.sub(r"[^\w.,=+-]+", "_", name)
-    if safe == name and len(name) <= LONGEST_NAME:
+    if safe == name and len(name) <= LONGEST_NAME and len(varied or own) == len(own):
         return name
-    return f"{safe[:LONGEST_NAME]}-{short_hash(name)}"
+    return f"{safe[:LONGEST_NAME]}-{short_hash(own)}"
 
 
 def groups() -> dict[str, list[str]]:
@@ -96,22 +102,30 @@ def split_arguments(arguments: Sequence[str]) -> tuple[Stage | None, list[str]]:
 
 def check(arguments: Sequence[str]) -> None:
     """Compose and check every job that ``arguments`` ask for, before Hydra makes a directory."""
-    multirun = any(argument in ("-m", "--multirun") for argument in arguments)
-    overrides = [argument for argument in arguments if not argument.startswith("-")]
+    multirun = any(flag in arguments for flag in MULTIRUN_FLAGS)
     extra = [arguments[i + 1] for i, a in enumerate(arguments[:-1]) if a in ("--config-dir", "-cd")]
-    overrides = [o for o in overrides if o not in extra]
+    overrides = [a for a in arguments if not a.startswith("-") and a not in extra]
     searched = [f"hydra.searchpath=[{','.join(f'file://{Path(folder).absolute()}' for folder in extra)}]"] * bool(extra)
-    try:
-        parsed = OverridesParser.create().parse_overrides(overrides)
-    except HydraException as error:
-        raise ConfigError(f"{' '.join(overrides)}: {_first_line(error)}") from None
-    jobs = _jobs(parsed) if multirun else [overrides]
+    jobs = _jobs(_parse(overrides)) if multirun else [overrides]
     with initialize_config_dir(str(CONF), version_base="1.3", job_name="calib"):
         for job in jobs:
             config = _compose([*searched, *job])
             settings = build(_plain(config), multirun)
             _check_folders(config, settings, multirun)
             precheck(settings)
+
+
+def _parse(overrides: list[str]) -> list[Override]:
+    try:
+        return OverridesParser.create().parse_overrides(overrides)
+    except HydraException as error:
+        raise ConfigError(f"{' '.join(overrides)}: {_first_line(error)}") from None
+
+
+def swept_keys(arguments: Sequence[str]) -> list[str]:
+    """The keys that a multirun varies."""
+    overrides = _parse([a for a in arguments if "=" in a and not a.startswith("-")])
+    return [override.get_key_element() for override in overrides if override.is_sweep_override()]
 
 
 def _jobs(overrides: Sequence[Override]) -> list[list[str]]:
@@ -240,6 +254,8 @@ def _run(arguments: list[str]) -> int:
     OmegaConf.register_new_resolver("calib_job", job_name, replace=True)
     if stage is not None:
         rest = [f"stage={stage}", *rest]
+    if any(flag in rest for flag in MULTIRUN_FLAGS):
+        rest = [*rest, f"swept=[{','.join(swept_keys(rest))}]"]
     if not any(flag in rest for flag in SHOW_FLAGS):
         check(rest)
     GlobalHydra.instance().clear()

@@ -70,8 +70,8 @@ class Settings:
     fingerprint: str
 
 
-#: Key of a ``model`` option that names a function building its transformer without weights, so that layer
-#: patterns are checked before anything is loaded. An option may leave it out.
+#: Key of a ``model`` option that names a function building its transformer without weights, so that layer patterns
+#: (and the sampler's settings) are checked before anything is loaded. An option may leave it out.
 SKELETON = "skeleton"
 
 #: A layer no model has, to try a heuristic's parameters on before anything is loaded.
@@ -79,7 +79,7 @@ _PROBE = LayerSummary(-1.0, 1.0, 0.0, 0.5, dict.fromkeys(("p001", "p01", "p05", 
 
 #: Top-level keys of a configuration: scalars, then groups.
 KEYS = (
-    *("stage", "num_images", "seed", "data_dir", "generate_missing", "stats", "export_config", "collect"),
+    *("stage", "swept", "num_images", "seed", "data_dir", "generate_missing", "stats", "export_config", "collect"),
     *("model", "prompts", "sampler", "dataset", "timestep_schedule", "subset", "taps", "storage", "analysis"),
 )
 
@@ -169,8 +169,8 @@ def build(config: Mapping[str, Any], multirun: bool = False) -> Settings:
     prompts = _prompts(config["prompts"])
     taps = fill("taps", config["taps"], TapSelection)
     if SKELETON in model:
-        skeleton = bind("model", {**parameters, "_target_": model[SKELETON]}, given=("image_size",))
-        tap_points(skeleton(image_size=image_size), taps)
+        skeleton = bind("model", {**parameters, "_target_": model[SKELETON]}, given=("image_size", "cfg_weight"))
+        tap_points(skeleton(image_size=image_size, cfg_weight=sampler.cfg_weight), taps)
     generate_missing = typed("generate_missing", config["generate_missing"], bool | None)
     subset = dict(config["subset"])
     requested = typed("subset.num_images", subset.pop("num_images", None), int | None)
@@ -197,7 +197,7 @@ def build(config: Mapping[str, Any], multirun: bool = False) -> Settings:
         generate_missing=generate_missing,
         stats=_path("stats", config["stats"]),
         export_config=_path("export_config", config["export_config"]),
-        fingerprint=short_hash(config, digits=16),
+        fingerprint=short_hash({name: value for name, value in config.items() if name != "swept"}, digits=16),
     )
 
 

@@ -13,6 +13,7 @@ Two figures are printed:
   the drawn one (L2 over all pixels) is the named one. Different emoji with the same name or with the same pixels (some
   flags) cannot be told apart and count as one; the figure without that allowance for equal pixels is printed too.
 
+``--ambiguous`` draws, in place of the list, the names that are also a short name of another emoji.
 ``--thumbnails`` writes the small reference images that tests/test_emoji.py compares with.
 """
 
@@ -49,6 +50,15 @@ def evaluation_indices(count: int, total: int) -> list[int]:
     """The fixed list: which training emoji are drawn, in the order of their seeds."""
     chosen: list[int] = np.random.RandomState(0).permutation(total)[:count].tolist()
     return chosen
+
+
+def ambiguous_indices(groups: list[list[str]]) -> list[int]:
+    """Emoji whose Unicode name is also a short name of another, differently named one: trained on two pictures."""
+    return [
+        index
+        for index, (name, *_) in enumerate(groups)
+        if any(name in aliases for other, *aliases in groups if other != name)
+    ]
 
 
 def progress(label: str, done: int, total: int, start: float) -> None:
@@ -162,6 +172,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with emoji.json and img/google/64")
     parser.add_argument("--names", type=int, default=NUM_NAMES, help="how many names of the fixed list to draw")
+    parser.add_argument("--ambiguous", action="store_true", help="draw the names that stand for two emoji instead")
     parser.add_argument("--batch", type=int, default=20, help="images drawn at once")
     parser.add_argument("--pictures", type=Path, help="write a contact sheet (PNG) of the first 100 drawn images")
     parser.add_argument("--thumbnails", type=Path, help="write the tests' reference images (npz) and stop")
@@ -173,12 +184,14 @@ def main() -> None:
         write_thumbnails(args.thumbnails, images, names)
         return
     model = emoji.load()
-    indices = evaluation_indices(args.names, len(images))
+    indices = ambiguous_indices(groups) if args.ambiguous else evaluation_indices(args.names, len(images))
     drawn = draw_all(model, [names[i] for i in indices], args.batch)
     results = retrieve(drawn, images, indices)
     if args.pictures:
         write_sheet(args.pictures, drawn[:100], images[indices[:100]])
     report(results, images, names)
+    if args.ambiguous:
+        return
     errors = vae_errors(model, images, args.batch)
     print(f"VAE over {len(images)} images: PSNR {psnr(errors).mean():.2f} dB (mean of the images),", end=" ")
     print(

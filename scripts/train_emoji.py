@@ -10,8 +10,8 @@ Data: the npm package emoji-datasource-google 16.0.0 (1,911 Noto emoji as 64x64 
 
 The defaults are the settings of the shipped weights: --vae-steps 3000 --steps 10000 --batch 512 --lr 1e-3 and the
 sizes of EmojiConfig. On one NVIDIA H200 (MLX 0.32.4, CUDA 13) the VAE took 275 s, transformer and text encoder 400 s.
-Every random choice is seeded, but a GPU adds up in varying order: another run gives other
-weights. The last two commands measure them and store what ``calib doctor --selftest`` compares with.
+Every random choice is seeded, but a GPU adds up in varying order, so another run gives other weights. The last two
+commands measure them and store what ``calib doctor --selftest`` compares with.
 
 Three parts. A byte-pair vocabulary is learned from the names. A VAE is trained on the images. An MMDiT and its
 text encoder are trained together by rectified flow (Liu et al. 2022, arXiv 2209.03003; logit-normal sigmas as in

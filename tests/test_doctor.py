@@ -30,7 +30,8 @@ def test_json_report():
     assert report["blas"]["gflops"] > 0
     assert report["memory"]["total_gb"] > 0
     assert report["disk"]["free_gb"] > 0
-    assert report["versions"] == versions() | {"torch": "absent"}
+    assert report["versions"].pop("torch") in ("absent", "present")
+    assert report["versions"] == versions()
     if report["blas"]["library"] and report["device"]["kind"] == "cpu":
         assert report["blas"]["ratio"] > 3, "20 is usual; less only on a machine busy with other work"
 

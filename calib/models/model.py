@@ -111,11 +111,16 @@ class DiffusionModel:
         return self._fingerprint
 
 
+def weights(module: nn.Module) -> dict[str, mx.array]:
+    """Parameters by path, less the table that FLUX's RoPE keeps as an attribute and MLX takes for a parameter."""
+    parameters = dict(tree_flatten(module.parameters()))
+    return {path: value for path, value in parameters.items() if not path.startswith("pre_sdpa_rope.")}
+
+
 def weights_fingerprint(module: nn.Module) -> str:
     """Hash of all parameters of ``module`` in the order of their names (16 hex digits of SHA-256)."""
     digest = hashlib.sha256()
-    parameters = dict(tree_flatten(module.parameters()))
-    for name, value in sorted(parameters.items()):
+    for name, value in sorted(weights(module).items()):
         digest.update(f"{name}{value.shape}{value.dtype}".encode())
         digest.update(np.ascontiguousarray(np.array(value.view(mx.uint8))).data)
     return digest.hexdigest()[:16]

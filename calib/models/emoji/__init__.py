@@ -79,9 +79,12 @@ def load(
 
 
 def skeleton(
-    name: str = "emoji", dtype: ModelDtype = ModelDtype.FLOAT32, image_size: Sequence[int] = (64, 64)
+    name: str = "emoji",
+    dtype: ModelDtype = ModelDtype.FLOAT32,
+    image_size: Sequence[int] = (64, 64),
+    cfg_weight: float = 0.0,
 ) -> MMDiT:
-    """The transformer without its weights; parameters as for :func:`load`."""
+    """The transformer without its weights, and a check of what was asked of it; parameters as for :func:`load`."""
     if tuple(image_size) != (64, 64):
         raise ConfigError.bad_value("sampler.image_size", list(image_size), f"the {name} model draws [64, 64] only")
     return build_transformer(EmojiConfig.load(FOLDER / "config.json"), dtype.mlx)

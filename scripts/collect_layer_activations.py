@@ -1,0 +1,8 @@
+"""``calib collect`` under the name of the script it replaces: the same overrides, the same files."""
+
+import sys
+
+from calib.cli import main
+
+if __name__ == "__main__":
+    main(["collect", *sys.argv[1:]])

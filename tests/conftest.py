@@ -1,0 +1,58 @@
+"""What tests share: the loaded emoji model, one small dataset, and statistics collected from it."""
+
+import calib  # isort: skip  (its BLAS must be loaded before mlx)
+
+from pathlib import Path
+
+from calib.activations.collect import CollectSettings, LayerActivations, collect
+from calib.activations.taps import TapKind, TapSelection, tap_points
+from calib.dataset.generate import SamplerSettings, generate
+from calib.dataset.manifest import Manifest
+from calib.models import emoji
+from calib.models.model import DiffusionModel
+
+import pytest
+from helpers import PROMPTS, SAMPLER
+from hypothesis import settings
+
+assert calib.__version__
+
+# The same examples in every run: a failure that comes and goes helps nobody.
+settings.register_profile("calib", deadline=None, max_examples=50, derandomize=True, database=None)
+settings.load_profile("calib")
+
+
+@pytest.fixture(scope="session")
+def model() -> DiffusionModel:
+    """The shipped model; tests leave it as they found it."""
+    return emoji.load()
+
+
+@pytest.fixture(scope="session")
+def data_dir(model: DiffusionModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four images of eight steps with guidance, drawn two at a time; tests only read it."""
+    folder = tmp_path_factory.mktemp("shared") / "dataset"
+    generate(model, PROMPTS, 4, folder, SAMPLER, seed=0)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def manifest(data_dir: Path) -> Manifest:
+    return Manifest.load(data_dir)
+
+
+STEPS = (0, 3, 8)
+
+
+@pytest.fixture(scope="session")
+def layers(model: DiffusionModel, data_dir: Path) -> dict[str, LayerActivations]:
+    """Statistics of every tap over all four images at steps 0, 3 and 8, every row in the histogram."""
+    points = tap_points(model.transformer, TapSelection(kind=TapKind.ALL))
+    settings = CollectSettings(batch_size=2, histogram_rows=None)
+    return collect(model, data_dir, [0, 1, 2, 3], STEPS, points, settings)
+
+
+@pytest.fixture(scope="session")
+def single_settings() -> SamplerSettings:
+    """One image at a time, as DiffusionKit draws."""
+    return SamplerSettings(num_steps=8, cfg_weight=3.0, batch_size=1)

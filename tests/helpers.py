@@ -1,0 +1,136 @@
+"""Reference implementations in float64 NumPy, and ways to run the command line."""
+
+import hashlib
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from calib.activations.statistics import PERCENTILES, Statistics
+from calib.cli import main
+from calib.dataset.generate import SamplerSettings
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+CHECKOUT = Path(__file__).parents[1]
+PROMPTS = ("red apple", "octopus", "rocket", "sunflower", "green heart")
+SAMPLER = SamplerSettings(num_steps=8, cfg_weight=3.0, batch_size=2)
+
+#: A whole job in a second or so.
+TINY = ("num_images=2", "sampler.num_steps=4", "timestep_schedule=quarters", "sampler.batch_size=2")
+
+MLX_DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
+SMALLEST_NORMAL = float(np.finfo(np.float32).tiny)
+
+
+def from_bits(bits: NDArray[Any], dtype: str) -> mx.array:
+    """The array whose bit patterns are ``bits``."""
+    return mx.array(bits.astype(np.uint32 if dtype == "float32" else np.uint16)).view(MLX_DTYPES[dtype])
+
+
+def values_of_bits(bits: NDArray[Any], dtype: str) -> NDArray[np.float64]:
+    """What bit patterns stand for, by NumPy alone (which has no bfloat16)."""
+    if dtype == "float16":
+        return bits.astype(np.uint16).view(np.float16).astype(np.float64)
+    wide = bits.astype(np.uint32) << 16 if dtype == "bfloat16" else bits.astype(np.uint32)
+    with np.errstate(invalid="ignore"):
+        return wide.view(np.float32).astype(np.float64)
+
+
+def float64(x: mx.array) -> NDArray[np.float64]:
+    """An array's values, exactly."""
+    return np.array(x.astype(mx.float32)).astype(np.float64)
+
+
+def check_statistics(statistics: Statistics, values: NDArray[np.float64], dtype: str) -> None:
+    """``statistics`` are those of ``values`` (rows, channels), every row of which entered the histogram.
+
+    Exact: count, minimum, maximum, and the percentiles of 16-bit types. The mean to 1e-6 of the channel's rms, the
+    standard deviation to 1e-5; percentiles of float32 to 0.4%, as bins of the top 16 bits are read at their midpoint.
+    """
+    np.testing.assert_array_equal(statistics.count, len(values))
+    np.testing.assert_allclose(statistics.minimum, values.min(axis=0), rtol=0, atol=SMALLEST_NORMAL)
+    np.testing.assert_allclose(statistics.maximum, values.max(axis=0), rtol=0, atol=SMALLEST_NORMAL)
+    rms = np.sqrt(np.mean(values**2, axis=0))
+    spread = values.std(axis=0)
+    assert np.all(np.abs(statistics.mean - values.mean(axis=0)) <= 1e-6 * rms + SMALLEST_NORMAL)
+    assert np.all(np.abs(statistics.std - spread) <= 1e-5 * spread + 1e-7 * rms + SMALLEST_NORMAL)
+    low, high, mean, std, total = statistics.over_channels()
+    assert total == values.size == statistics.histogram.total
+    assert (low, high) == pytest.approx((values.min(), values.max()), rel=0, abs=SMALLEST_NORMAL)
+    assert abs(mean - values.mean()) <= 1e-6 * np.sqrt(np.mean(values**2)) + SMALLEST_NORMAL
+    assert std == pytest.approx(values.std(), rel=1e-5, abs=1e-7 * np.sqrt(np.mean(values**2)) + SMALLEST_NORMAL)
+    check_percentiles(statistics.percentiles(), values, dtype)
+
+
+def check_percentiles(found: dict[str, float], values: NDArray[np.float64], dtype: str) -> None:
+    """``found`` are ``numpy.percentile`` of ``values``, to the precision of the type's bins."""
+    assert list(found) == list(PERCENTILES)
+    for name, percent in PERCENTILES.items():
+        expected = np.percentile(values, percent)
+        if dtype != "float32":
+            assert found[name] == pytest.approx(expected, rel=1e-12, abs=1e-300), name
+            continue
+        # Interpolation between values of opposite sign may be near zero: the error is that of the two neighbours.
+        below, above = (np.percentile(values, percent, method=side) for side in ("lower", "higher"))
+        assert abs(found[name] - expected) <= 0.004 * max(abs(below), abs(above)) + SMALLEST_NORMAL, name
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a command ended."""
+
+    status: int
+    out: str
+    err: str
+
+
+def run_here(arguments: Sequence[str], capsys: pytest.CaptureFixture[str]) -> Outcome:
+    """``calib`` with ``arguments``, in this process and the current folder."""
+    capsys.readouterr()
+    command = sys.argv
+    try:
+        with pytest.raises(SystemExit) as end:
+            main(list(arguments))
+    finally:
+        sys.argv = command
+    captured = capsys.readouterr()
+    code = end.value.code
+    return Outcome(code if isinstance(code, int) else int(code is not None), captured.out, captured.err)
+
+
+def command(*arguments: str) -> list[str]:
+    """The command line of a ``calib`` process of its own."""
+    return [sys.executable, "-m", "calib.cli", *arguments]
+
+
+def environment() -> dict[str, str]:
+    """A process started in any folder imports this checkout."""
+    return os.environ | {"PYTHONPATH": str(CHECKOUT)}
+
+
+def run_process(folder: Path, *arguments: str) -> Outcome:
+    """``calib`` in a process of its own, in ``folder``."""
+    done = subprocess.run(
+        command(*arguments), cwd=folder, env=environment(), capture_output=True, text=True, timeout=300
+    )
+    return Outcome(done.returncode, done.stdout, done.stderr)
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """Hash of every file below ``folder`` by relative name; locks and hidden temporary files left out."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def flip_byte(path: Path, position: int) -> None:
+    """Damage one byte of a file, in place."""
+    content = bytearray(path.read_bytes())
+    content[position] ^= 0xFF
+    path.write_bytes(content)
