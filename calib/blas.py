@@ -48,8 +48,16 @@ def candidates() -> list[str]:
     """Shared libraries to try, best first: the system's OpenBLAS, the system's MKL, then pip's MKL."""
     found = [path for path in SYSTEM_LIBRARIES if Path(path).exists()]
     found += [name for name in map(find_library, ("openblas", "mkl_rt")) if name]
-    found += sorted(str(path) for path in Path(sys.prefix, "lib").glob("libmkl_rt.so*"))
-    return found
+    return found + _pip_mkl()
+
+
+def _pip_mkl() -> list[str]:
+    """MKL's one library to load, where the package of that name is installed."""
+    try:
+        files = importlib.metadata.files("mkl") or []
+    except importlib.metadata.PackageNotFoundError:
+        return []
+    return [str(Path(str(file.locate())).resolve()) for file in files if file.name.startswith("libmkl_rt.so")]
 
 
 def _load() -> BlasStatus:

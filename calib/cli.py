@@ -7,7 +7,6 @@ from itertools import product
 from pathlib import Path
 from typing import Any, cast
 
-from calib import doctor
 from calib.config import Settings, Stage, build, check_writable
 from calib.errors import CalibError, ConfigError, suggest
 from calib.files import short_hash
@@ -245,8 +244,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _run(arguments: list[str]) -> int:
-    if arguments[:1] == ["doctor"]:
-        return doctor.main(arguments[1:])
     stage, rest = split_arguments(arguments)
     if "--help" in rest or "-h" in rest:
         print(help_text(stage), end="")

@@ -5,15 +5,17 @@ import platform
 
 import calib
 
-PACKAGES = ("mlx", "diffusionkit", "numpy", "h5py", "hydra-core", "omegaconf", "pillow", "transformers")
+BACKENDS = ("mlx-cpu", "mlx-cuda-12", "mlx-cuda-13", "mlx-metal")
+PACKAGES = ("mlx", *BACKENDS, "diffusionkit", "numpy", "h5py", "hydra-core", "omegaconf", "pillow", "transformers")
 
 
 def versions() -> dict[str, str]:
-    """Version of Python, calib and each package it builds on; 'absent' where one is not installed."""
+    """Version of Python, calib and each package it builds on; 'absent' where one is not installed; of MLX's backends, the one that is."""
     found = {"python": platform.python_version(), "calib": calib.__version__}
     for package in PACKAGES:
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            found[package] = "absent"
+            if package not in BACKENDS:
+                found[package] = "absent"
     return found

@@ -226,7 +226,7 @@ def test_an_interrupted_draw_leaves_nothing_behind(model: DiffusionModel) -> Non
     next(states)
     next(states)
     states.close()  # type: ignore[attr-defined]
-    with pytest.raises(ValueError, match="matmul|addmm|shape|dimension"):
+    with pytest.raises(ValueError):
         model.denoise(mx.zeros((1, *LATENT)), mx.array(5.0), mx.array(0.5), model.encode(["x", "y"], 3.0), 3.0)
     assert leftovers(model) == []
     assert weights_fingerprint(model.transformer) == fingerprint

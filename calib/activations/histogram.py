@@ -37,13 +37,15 @@ def key_values(keys: NDArray[np.uint16], dtype: str) -> NDArray[np.float64]:
     wide = keys.astype(np.uint32)
     bits = np.where(wide & 0x8000, wide ^ 0x8000, wide ^ 0xFFFF).astype(np.uint16)
     if dtype == "float16":
-        return bits.view(np.float16).astype(np.float64)
+        with np.errstate(invalid="ignore"):
+            return bits.view(np.float16).astype(np.float64)
     patterns = bits.astype(np.uint32) << 16
     if dtype == "float32":
         patterns |= 0x8000
         # Zero is by far the commonest value of its bin, whose midpoint would be a denormal: keep it exact.
         patterns[(bits & 0x7FFF) == 0] = 0
-    return patterns.view(np.float32).astype(np.float64)
+    with np.errstate(invalid="ignore"):  # NaN patterns are values like any other here
+        return patterns.view(np.float32).astype(np.float64)
 
 
 @dataclass

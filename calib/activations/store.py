@@ -97,8 +97,8 @@ def _write_layer(file: h5py.File, name: str, layer: LayerActivations, steps: Seq
     per_channel: dict[str, np.ndarray] = {
         "channel_min": np.stack([s.minimum for s in observed]),
         "channel_max": np.stack([s.maximum for s in observed]),
-        "channel_mean": np.stack([s.mean for s in observed]),
-        "channel_std": np.stack([s.std for s in observed]),
+        "channel_mean": np.stack([s.mean for s in observed]).astype(np.float32),
+        "channel_std": np.stack([s.std for s in observed]).astype(np.float32),
         "channel_count": np.stack([s.count for s in observed]),
     }
     for field, values in per_channel.items():
@@ -185,8 +185,8 @@ class ActivationFile:
             minimum=group["channel_min"][row],
             maximum=group["channel_max"][row],
             count=count,
-            mean=group["channel_mean"][row],
-            m2=group["channel_std"][row] ** 2 * count,
+            mean=group["channel_mean"][row].astype(np.float64),
+            m2=group["channel_std"][row].astype(np.float64) ** 2 * count,
             histogram=Histogram(str(group.attrs["dtype"]), keys, counts),
             nan=int(group["nan_count"][row]),
             inf=int(group["inf_count"][row]),

@@ -1,0 +1,18 @@
+"""Entry point of ``calib`` and ``python -m calib``."""
+
+import sys
+
+
+def main() -> None:
+    """Hand over to the doctor or to the stages; the doctor must run where importing the rest fails."""
+    if sys.argv[1:2] == ["doctor"]:
+        from calib import doctor
+
+        sys.exit(doctor.main(sys.argv[2:]))
+    from calib import cli
+
+    cli.main()
+
+
+if __name__ == "__main__":
+    main()

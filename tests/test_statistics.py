@@ -1,0 +1,300 @@
+"""Streaming statistics against float64 NumPy, on made-up data, on any split of it, and on the model's activations."""
+
+from typing import Any
+
+from calib.activations.collect import LayerActivations, collect, observe
+from calib.activations.statistics import Statistics, sampled_rows, summarize
+from calib.activations.taps import TapKind, TapSelection, linear_layers, tap_points, tapped
+from calib.dataset.manifest import Manifest
+from calib.dataset.store import read_state
+from calib.models.model import Conditioning, DiffusionModel
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from conftest import STEPS
+from helpers import MLX_DTYPES, check_percentiles, check_statistics, float64
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+DTYPES = st.sampled_from(list(MLX_DTYPES))
+
+
+def statistics_of(x: mx.array, **options: Any) -> Statistics:
+    summary = summarize(x, **options)
+    mx.eval(summary)
+    return Statistics.from_summary(summary, x.dtype)
+
+
+@st.composite
+def activations(draw: st.DrawFn) -> mx.array:
+    """Rows of channels, each channel with a mean and a spread of its own; some skewed, some sparse, some far off."""
+    rows, channels = draw(st.integers(1, 400)), draw(st.integers(1, 12))
+    random = np.random.RandomState(draw(st.integers(0, 2**32 - 1)))
+    spread = 10.0 ** random.uniform(-3, 2, channels)
+    mean = spread * random.uniform(-30, 30, channels)
+    x = mean + spread * random.randn(rows, channels)
+    shape = draw(st.sampled_from(["normal", "gelu", "sparse"]))
+    if shape == "gelu":
+        x = np.maximum(x, 0.1 * np.tanh(x))
+    if shape == "sparse":
+        x = x * (random.rand(rows, channels) < 0.2)
+    return mx.array(x.astype(np.float32)).astype(MLX_DTYPES[draw(DTYPES)])
+
+
+def name_of(x: mx.array) -> str:
+    return next(name for name, dtype in MLX_DTYPES.items() if dtype == x.dtype)
+
+
+@given(x=activations())
+def test_statistics_equal_numpys(x: mx.array) -> None:
+    check_statistics(statistics_of(x), float64(x), name_of(x))
+
+
+@given(x=activations())
+def test_statistics_that_look_for_non_finite_values_equal_numpys_too(x: mx.array) -> None:
+    statistics = statistics_of(x, finite_only=True)
+    check_statistics(statistics, float64(x), name_of(x))
+    assert (statistics.nan, statistics.inf) == (0, 0)
+
+
+@given(x=activations(), data=st.data())
+def test_any_split_merges_to_the_whole(x: mx.array, data: st.DataObject) -> None:
+    cuts = sorted(set(data.draw(st.lists(st.integers(1, max(1, x.shape[0] - 1)), max_size=5))))
+    cuts = [cut for cut in cuts if cut < x.shape[0]]
+    parts = data.draw(st.permutations([statistics_of(part) for part in mx.split(x, cuts)]))
+    merged = parts[0]
+    for part in parts[1:]:
+        merged = merged.merge(part)
+    whole = statistics_of(x)
+    for field in ("minimum", "maximum", "count"):
+        assert np.array_equal(getattr(merged, field), getattr(whole, field)), field
+    assert np.array_equal(merged.histogram.keys, whole.histogram.keys)
+    assert np.array_equal(merged.histogram.counts, whole.histogram.counts)
+    assert merged.percentiles() == whole.percentiles()
+    check_statistics(merged, float64(x), name_of(x))
+
+
+@pytest.mark.parametrize("dtype", list(MLX_DTYPES))
+@pytest.mark.parametrize("rows", [100, 4_096, 60_000])
+@pytest.mark.parametrize("parts", [1, 7])
+def test_a_mean_that_is_large_against_the_spread_costs_no_accuracy(dtype: str, rows: int, parts: int) -> None:
+    x = mx.array((3 + 0.1 * np.random.RandomState(0).randn(rows, 6)).astype(np.float32)).astype(MLX_DTYPES[dtype])
+    merged, *others = [statistics_of(mx.array(part)) for part in np.array_split(np.arange(rows), parts) for part in [x[mx.array(part)]]]
+    for other in others:
+        merged = merged.merge(other)
+    check_statistics(merged, float64(x), dtype)
+
+
+def test_constant_activations_have_no_spread() -> None:
+    for value in (0.0, 0.1, -3e4):
+        statistics = statistics_of(mx.full((1000, 3), value))
+        assert np.all(statistics.std <= 1e-6 * abs(value))
+        assert np.array_equal(statistics.minimum, statistics.maximum)
+        assert statistics.percentiles()["p01"] == statistics.percentiles()["p999"] == np.float32(value)
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1e10, 1e20, 1e35])
+def test_very_small_and_very_large_values_have_finite_statistics(scale: float) -> None:
+    values = scale * np.random.RandomState(0).uniform(-1, 1, (500, 4))
+    x = mx.array(values.astype(np.float32))
+    summary = observe_like(x)
+    check_statistics(summary, float64(x), "float32")
+
+
+def observe_like(x: mx.array) -> Statistics:
+    """Statistics as collection takes them: again, with care, where the plain mean is not finite."""
+    plain = statistics_of(x)
+    return plain if np.isfinite(plain.mean).all() else statistics_of(x, finite_only=True)
+
+
+@st.composite
+def spoiled(draw: st.DrawFn) -> tuple[str, NDArray[np.float64]]:
+    """Rows of channels with NaNs and infinities strewn in, a whole channel of them perhaps."""
+    dtype, rows, channels = draw(DTYPES), draw(st.integers(1, 60)), draw(st.integers(1, 6))
+    random = np.random.RandomState(draw(st.integers(0, 2**32 - 1)))
+    values = (random.randn(rows, channels) + random.uniform(-5, 5, channels)).astype(np.float32)
+    share = draw(st.sampled_from([0.02, 0.3, 1.0]))
+    bad = random.rand(rows, channels) < share * (random.rand(channels) < 0.7)
+    values[bad] = random.choice([np.nan, np.inf, -np.inf], size=int(bad.sum()))
+    return dtype, float64(mx.array(values).astype(MLX_DTYPES[dtype]))
+
+
+@given(case=spoiled())
+@example(case=("float32", np.full((3, 2), np.nan)))
+@example(case=("float16", np.array([[np.inf, 1.0], [-np.inf, 2.0]])))
+def test_nan_and_infinity_are_counted_apart_and_never_enter_a_range(case: tuple[str, NDArray[np.float64]]) -> None:
+    dtype, values = case
+    x = mx.array(values.astype(np.float32)).astype(MLX_DTYPES[dtype])
+    found = statistics_of(x, finite_only=True)
+    finite = np.isfinite(values)
+    assert found.nan == np.isnan(values).sum()
+    assert found.inf == np.isinf(values).sum()
+    np.testing.assert_array_equal(found.count, finite.sum(axis=0))
+    assert found.histogram.total == finite.sum()
+    for channel in range(values.shape[1]):
+        kept = values[finite[:, channel], channel]
+        if len(kept):
+            assert (found.minimum[channel], found.maximum[channel]) == (kept.min(), kept.max())
+            assert found.mean[channel] == pytest.approx(kept.mean(), abs=1e-6 * np.sqrt(np.mean(kept**2)))
+            assert found.std[channel] == pytest.approx(kept.std(), rel=1e-5, abs=1e-6 * np.abs(kept).max())
+    low, high, mean, std, total = found.over_channels()
+    assert total == finite.sum()
+    if total:
+        kept = values[finite]
+        assert (low, high) == (kept.min(), kept.max())
+        assert mean == pytest.approx(kept.mean(), abs=1e-6 * np.sqrt(np.mean(kept**2)))
+        assert std == pytest.approx(kept.std(), rel=1e-5, abs=1e-6 * np.abs(kept).max())
+        check_percentiles(found.percentiles(), kept, dtype)
+
+
+@given(case=spoiled(), data=st.data())
+def test_spoiled_parts_merge_to_the_whole(case: tuple[str, NDArray[np.float64]], data: st.DataObject) -> None:
+    dtype, values = case
+    x = mx.array(values.astype(np.float32)).astype(MLX_DTYPES[dtype])
+    cut = data.draw(st.integers(0, len(values)))
+    parts = [statistics_of(part, finite_only=True) for part in (x[:cut], x[cut:]) if part.size]
+    merged = parts[0] if len(parts) == 1 else parts[0].merge(parts[1])
+    whole = statistics_of(x, finite_only=True)
+    assert (merged.nan, merged.inf) == (whole.nan, whole.inf)
+    for field in ("minimum", "maximum", "count"):
+        np.testing.assert_array_equal(getattr(merged, field), getattr(whole, field))
+    assert np.array_equal(merged.histogram.counts, whole.histogram.counts)
+    np.testing.assert_allclose(merged.mean, whole.mean, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(merged.std, whole.std, rtol=1e-5, atol=1e-6)
+
+
+@settings(max_examples=200)
+@given(
+    rows=st.integers(1, 5000),
+    wanted=st.integers(1, 600),
+    phase=st.floats(0, 1, exclude_max=True) | st.just(float(np.nextafter(1, 0))),
+)
+def test_sampled_rows_are_distinct_evenly_spaced_and_exist(rows: int, wanted: int, phase: float) -> None:
+    chosen = sampled_rows(rows, wanted, phase)
+    if wanted >= rows:
+        assert chosen is None
+        return
+    assert chosen is not None
+    index = np.array(chosen).astype(np.int64)
+    assert len(index) == wanted
+    assert index[0] >= 0
+    assert index[-1] < rows
+    gaps = np.diff(index)
+    assert np.all(gaps >= 1)
+    assert np.all(np.abs(gaps - rows / wanted) <= 1)
+
+
+def test_sampled_rows_differ_by_phase_and_none_means_all() -> None:
+    assert sampled_rows(1000, None, 0.5) is None
+    first, second = (np.array(sampled_rows(1000, 10, phase)) for phase in (0.0, 0.7))
+    assert not np.array_equal(first, second)
+
+
+def test_rows_are_sampled_for_the_histogram_alone() -> None:
+    x = mx.array(np.random.RandomState(0).randn(1000, 5).astype(np.float32))
+    sampled, every = statistics_of(x, histogram_rows=64, phase=0.3), statistics_of(x)
+    for field in ("minimum", "maximum", "count", "mean", "m2"):
+        assert np.array_equal(getattr(sampled, field), getattr(every, field)), field
+    assert sampled.histogram.total == 64 * 5
+    chosen = sampled_rows(1000, 64, 0.3)
+    assert chosen is not None
+    check_percentiles(sampled.percentiles(), float64(x[chosen]), "float32")
+    assert every.minimum.min() <= sampled.percentiles()["p001"] < sampled.percentiles()["p999"] <= every.maximum.max()
+
+
+def test_percentiles_stay_within_the_exact_extremes() -> None:
+    # The midpoint of 1.0's bin of float32 values is above 1.
+    found = statistics_of(mx.full((10, 2), 1.0)).percentiles()
+    assert set(found.values()) == {1.0}
+
+
+# Real activations
+
+
+@pytest.fixture(scope="module")
+def text(model: DiffusionModel, manifest: Manifest) -> Conditioning:
+    return model.encode([manifest.images[image].prompt for image in (0, 1)], manifest.cfg_weight)
+
+
+@pytest.fixture(scope="module")
+def seen(
+    model: DiffusionModel, data_dir: Any, manifest: Manifest, text: Conditioning
+) -> dict[int, dict[str, NDArray[np.float64]]]:
+    """The input of every linear layer as it went by, (rows, channels), at each step: images 0 and 1, with guidance."""
+    points = tap_points(model.transformer, TapSelection(kind=TapKind.LINEAR))
+    seen: dict[int, dict[str, NDArray[np.float64]]] = {}
+    for step in STEPS:
+        states = [read_state(data_dir, manifest.images[image], step) for image in (0, 1)]
+        x = mx.array(np.stack(states).astype(np.float32))
+        arrays: dict[str, mx.array] = {}
+        with tapped(model.transformer, points, arrays.__setitem__):
+            timestep, sigma = mx.array(manifest.timesteps[step]), mx.array(manifest.sigmas[step])
+            mx.eval(model.denoise(x, timestep, sigma, text, manifest.cfg_weight))
+        seen[step] = {name: float64(array).reshape(-1, array.shape[-1]) for name, array in arrays.items()}
+    return seen
+
+
+def collected(model: DiffusionModel, data_dir: Any, **options: Any) -> dict[str, LayerActivations]:
+    from calib.activations.collect import CollectSettings
+
+    points = tap_points(model.transformer, TapSelection(kind=TapKind.LINEAR))
+    return collect(model, data_dir, [0, 1], STEPS, points, CollectSettings(**options))
+
+
+def test_collected_statistics_of_every_layer_equal_numpys_on_what_went_by(
+    model: DiffusionModel, data_dir: Any, seen: dict[int, dict[str, NDArray[np.float64]]]
+) -> None:
+    layers = collected(model, data_dir, batch_size=2, histogram_rows=None)
+    assert set(layers) == set(seen[0])
+    covered = {name for layer in layers.values() for name in layer.point.names}
+    assert covered == set(linear_layers(model.transformer))
+    for name, layer in layers.items():
+        assert list(layer.steps) == list(STEPS)
+        assert layer.dtype == "float32"
+        for step in STEPS:
+            check_statistics(layer.steps[step], seen[step][name], "float32")
+        check_statistics(layer.pooled(), np.concatenate([seen[step][name] for step in STEPS]), "float32")
+        check_statistics(layer.pooled([0, 3]), np.concatenate([seen[step][name] for step in (0, 3)]), "float32")
+
+
+def test_the_batch_size_of_collection_changes_nothing_but_rounding(
+    model: DiffusionModel, data_dir: Any, seen: dict[int, dict[str, NDArray[np.float64]]]
+) -> None:
+    for name, layer in collected(model, data_dir, batch_size=1, histogram_rows=None).items():
+        values = np.concatenate([seen[step][name] for step in STEPS])
+        statistics, spread = layer.pooled(), values.std()
+        assert statistics.count.sum() == values.size
+        np.testing.assert_allclose(statistics.minimum, values.min(axis=0), rtol=1e-3, atol=1e-3 * spread)
+        np.testing.assert_allclose(statistics.mean, values.mean(axis=0), rtol=1e-4, atol=1e-4 * spread)
+
+
+def test_collection_is_the_same_every_time(model: DiffusionModel, data_dir: Any) -> None:
+    first, again = (collected(model, data_dir, batch_size=2, histogram_rows=16, seed=3) for _ in range(2))
+    for name in first:
+        one, two = first[name].pooled(), again[name].pooled()
+        assert np.array_equal(one.histogram.keys, two.histogram.keys)
+        assert np.array_equal(one.histogram.counts, two.histogram.counts)
+        assert np.array_equal(one.mean, two.mean)
+        assert np.array_equal(one.m2, two.m2)
+
+
+def test_a_layer_that_overflows_is_counted_and_the_others_are_unharmed(
+    model: DiffusionModel, data_dir: Any, manifest: Manifest, text: Conditioning
+) -> None:
+    states = [read_state(data_dir, manifest.images[image], 3) for image in (0, 1)]
+    x = np.stack(states).astype(np.float32)
+    x[0, 0, 0, 0], x[0, 0, 0, 1] = np.inf, np.nan
+    points = tap_points(model.transformer, TapSelection(include=["x_embedder", "context_embedder", "t_embedder.0"]))
+    observed = observe(model, mx.array(x), text, manifest, 3, points, None, 0.0)
+    statistics = observed["x_embedder"][2]
+    doubled = np.concatenate([x, x]).reshape(-1, x.shape[-1]).astype(np.float64)
+    assert (statistics.nan, statistics.inf) == (2, 2), "one each in the conditional and the unconditional half"
+    finite = np.where(np.isfinite(doubled), doubled, np.nan)
+    np.testing.assert_allclose(statistics.maximum, np.nanmax(finite, axis=0))
+    np.testing.assert_allclose(statistics.mean, np.nanmean(finite, axis=0), atol=1e-5)
+    assert np.isfinite(list(statistics.percentiles().values())).all()
+    for name in ("context_embedder", "t_embedder.0"):
+        assert (observed[name][2].nan, observed[name][2].inf) == (0, 0)
+        assert np.isfinite(observed[name][2].mean).all()
