@@ -10,7 +10,7 @@ PACKAGES = ("mlx", *BACKENDS, "diffusionkit", "numpy", "h5py", "hydra-core", "om
 
 
 def versions() -> dict[str, str]:
-    """Version of Python, calib and each package it builds on; 'absent' where one is not installed; of MLX's backends, the one that is."""
+    """Versions of Python, calib and what it builds on: 'absent' if not installed, of MLX's backends the installed."""
     found = {"python": platform.python_version(), "calib": calib.__version__}
     for package in PACKAGES:
         try:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from calib.activations.histogram import DTYPES
-from calib.activations.statistics import Statistics, summarize
+from calib.activations.statistics import Statistics, is_sound, merge_all, summarize
 from calib.activations.taps import TapPoint, tapped
 from calib.dataset.manifest import Manifest
 from calib.dataset.store import read_state
@@ -51,11 +51,7 @@ class LayerActivations:
 
     def pooled(self, steps: Iterable[int] | None = None) -> Statistics:
         """All of it, or some steps of it, merged."""
-        chosen = [self.steps[step] for step in (self.steps if steps is None else steps)]
-        merged = chosen[0]
-        for other in chosen[1:]:
-            merged = merged.merge(other)
-        return merged
+        return merge_all([self.steps[step] for step in (self.steps if steps is None else steps)])
 
 
 def collect(
@@ -127,7 +123,7 @@ def observe(
         return summaries
 
     summaries = forward(finite_only=False)
-    if not all(np.isfinite(np.array(summary["mean"])).all() for _, summary in summaries.values()):
+    if not all(is_sound(summary) for _, summary in summaries.values()):
         summaries = forward(finite_only=True)
     by_name = {point.name: point for point in points}
     observed = {}

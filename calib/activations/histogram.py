@@ -70,13 +70,9 @@ class Histogram:
     def values(self) -> NDArray[np.float64]:
         return key_values(self.keys, self.dtype)
 
-    def merge(self, other: Self) -> "Histogram":
-        if self.dtype != other.dtype:
-            raise ValueError(f"cannot merge histograms of {self.dtype} and {other.dtype}")
-        keys, inverse = np.unique(np.concatenate([self.keys, other.keys]), return_inverse=True)
-        counts = np.zeros(len(keys), np.uint64)
-        np.add.at(counts, inverse, np.concatenate([self.counts, other.counts]))
-        return Histogram(self.dtype, keys, counts)
+    def merge(self, other: "Histogram") -> "Histogram":
+        """Counts of both."""
+        return merge_histograms([self, other])
 
     def percentiles(self, percents: Sequence[float]) -> NDArray[np.float64]:
         """Percentiles with linear interpolation between order statistics: ``numpy.percentile`` of the values."""
@@ -98,3 +94,15 @@ class Histogram:
         centred = values - np.sum(weights * values)
         variance = float(np.sum(weights * centred**2))
         return float(np.sum(weights * centred**4)) / variance**2 if variance > 0 else 0.0
+
+
+def merge_histograms(parts: Sequence[Histogram]) -> Histogram:
+    """Counts of all; at least one part, all of one dtype."""
+    dtype = parts[0].dtype
+    if any(part.dtype != dtype for part in parts):
+        raise ValueError(f"cannot merge histograms of {' and '.join(dict.fromkeys(part.dtype for part in parts))}")
+    dense = np.zeros(BINS, np.uint64)
+    for part in parts:
+        dense[part.keys] += part.counts  # keys are distinct within a part
+    keys = np.flatnonzero(dense).astype(np.uint16)
+    return Histogram(dtype, keys, dense[keys])

@@ -5,10 +5,11 @@ Chan's parallel update for mean and variance (Chan, Golub, LeVeque 1983, equatio
 over images, batches or steps gives the same counts, extremes and histograms, and the same moments to rounding.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
-from calib.activations.histogram import DTYPES, Histogram, count_keys
+from calib.activations.histogram import DTYPES, Histogram, count_keys, merge_histograms
 
 import mlx.core as mx
 import numpy as np
@@ -21,42 +22,72 @@ def sampled_rows(rows: int, wanted: int | None, phase: float) -> mx.array | None
     """Indices of ``wanted`` evenly spaced rows of ``rows``, shifted by ``phase`` in [0, 1); None stands for all."""
     if wanted is None or wanted >= rows:
         return None
-    return mx.array(np.floor((np.arange(wanted) + phase) * rows / wanted).astype(np.uint32))
+    spaced = np.floor((np.arange(wanted) + phase) * rows / wanted)
+    return mx.array(np.minimum(spaced, rows - 1).astype(np.uint32))
+
+
+def _sum_rows(x: mx.array, block: int = 64) -> mx.array:
+    """Σ over the first axis of ``x`` (rows, channels), in two levels: a running float32 sum loses digits with rows."""
+    whole = x.shape[0] // block * block
+    if not whole:
+        return mx.sum(x, axis=0)
+    blocks = mx.sum(mx.sum(x[:whole].reshape(-1, block, x.shape[1]), axis=1), axis=0)
+    return blocks + mx.sum(x[whole:], axis=0) if whole < x.shape[0] else blocks
 
 
 def summarize(
     x: mx.array, histogram_rows: int | None = None, phase: float = 0.0, finite_only: bool = False
 ) -> dict[str, mx.array]:
-    """Lazy statistics of ``x`` (…, channels): per-channel min, max, count, mean and m2 of every value, a histogram.
+    """Lazy statistics of ``x`` (…, channels): per channel min, max, count and shifted sums of every value; a histogram.
 
-    The histogram counts ``histogram_rows`` evenly spaced rows (all where None).
+    The histogram counts ``histogram_rows`` evenly spaced rows (all where None). ``first`` and ``second`` are Σd and
+    Σd² of d = x / scale - shift, the shift being about the mean: so a mean large against the spread costs no
+    accuracy, and the host corrects for the shift's own rounding.
 
-    ``m2`` is Σ(x - mean)², summed about the batch's own mean, so that a mean large against the spread costs no
-    accuracy. The plain version is for finite data; a non-finite mean betrays NaN, infinity or overflow, and the
-    caller repeats with ``finite_only=True``, which leaves NaN and infinities out and counts them.
+    The plain version is for finite data of ordinary size; see :func:`is_sound`. Where it fails the caller repeats
+    with ``finite_only=True``, which leaves NaN and infinities out, counts them, and scales by the largest magnitude.
     """
     rows = x.reshape(-1, x.shape[-1])
     wide = rows.astype(mx.float32)
     chosen = sampled_rows(rows.shape[0], histogram_rows, phase)
-    result = {"histogram": count_keys(rows if chosen is None else rows[chosen])}
+    histogram = count_keys(rows if chosen is None else rows[chosen])
     if not finite_only:
-        mean = mx.mean(wide, axis=0)
-        m2 = mx.sum(mx.square(wide - mean), axis=0)
-        count = mx.full((rows.shape[1],), rows.shape[0], dtype=mx.uint32)
-        return result | {"min": mx.min(wide, 0), "max": mx.max(wide, 0), "count": count, "mean": mean, "m2": m2}
+        shift = _sum_rows(wide) / rows.shape[0]
+        d = wide - shift
+        return {
+            "histogram": histogram,
+            "min": mx.min(wide, axis=0),
+            "max": mx.max(wide, axis=0),
+            "count": mx.full((rows.shape[1],), rows.shape[0], dtype=mx.uint32),
+            "scale": mx.ones((rows.shape[1],)),
+            "shift": shift,
+            "first": _sum_rows(d),
+            "second": _sum_rows(mx.square(d)),
+        }
     finite = mx.isfinite(wide)
+    kept = mx.where(finite, wide, 0)
     count = mx.sum(finite.astype(mx.uint32), axis=0)
-    scale = mx.max(mx.abs(mx.where(finite, wide, 0)), axis=0) + 1e-30
-    mean = scale * mx.sum(mx.where(finite, wide / scale, 0), axis=0) / mx.maximum(count, 1)
-    return result | {
+    largest = mx.max(mx.abs(kept), axis=0)
+    scale = mx.where(largest > 0, largest, 1)
+    shift = _sum_rows(kept / scale) / mx.maximum(count, 1)
+    d = mx.where(finite, kept / scale - shift, 0)
+    return {
+        "histogram": histogram,
         "min": mx.min(mx.where(finite, wide, mx.inf), axis=0),
         "max": mx.max(mx.where(finite, wide, -mx.inf), axis=0),
         "count": count,
-        "mean": mean,
-        "m2": mx.sum(mx.square(mx.where(finite, wide - mean, 0)), axis=0),
+        "scale": scale,
+        "shift": shift,
+        "first": _sum_rows(d),
+        "second": _sum_rows(mx.square(d)),
         "nan": mx.sum(mx.isnan(wide).astype(mx.uint32)),
         "inf": mx.sum(mx.isinf(wide).astype(mx.uint32)),
     }
+
+
+def is_sound(summary: dict[str, mx.array]) -> bool:
+    """False where an evaluated plain summary met NaN, infinity or overflow."""
+    return all(bool(np.isfinite(np.array(summary[name])).all()) for name in ("first", "second"))
 
 
 @dataclass
@@ -79,12 +110,15 @@ class Statistics:
     def from_summary(cls, summary: dict[str, mx.array], dtype: mx.Dtype) -> Self:
         """From an evaluated :func:`summarize` of activations of type ``dtype``."""
         host = {name: np.array(value) for name, value in summary.items()}
+        count = host["count"].astype(np.uint64)
+        scale, shift, first, second = (host[name].astype(np.float64) for name in ("scale", "shift", "first", "second"))
+        correction = first / np.maximum(count, 1)
         return cls(
             host["min"],
             host["max"],
-            host["count"].astype(np.uint64),
-            host["mean"].astype(np.float64),
-            host["m2"].astype(np.float64),
+            count,
+            scale * (shift + correction),
+            np.maximum(second - count * correction**2, 0) * scale**2,
             Histogram.from_dense(host["histogram"], DTYPES[dtype]),
             int(host.get("nan", 0)),
             int(host.get("inf", 0)),
@@ -100,21 +134,9 @@ class Statistics:
         deviation: NDArray[np.float64] = np.sqrt(self.m2 / np.maximum(self.count, 1))
         return deviation
 
-    def merge(self, other: Self) -> "Statistics":
+    def merge(self, other: "Statistics") -> "Statistics":
         """Statistics of both sets of values together."""
-        count = self.count + other.count
-        safe = np.maximum(count, 1)
-        delta = other.mean - self.mean
-        return Statistics(
-            np.minimum(self.minimum, other.minimum),
-            np.maximum(self.maximum, other.maximum),
-            count,
-            self.mean + delta * (other.count / safe),
-            self.m2 + other.m2 + delta**2 * (self.count.astype(np.float64) * other.count / safe),
-            self.histogram.merge(other.histogram),
-            self.nan + other.nan,
-            self.inf + other.inf,
-        )
+        return merge_all([self, other])
 
     def over_channels(self) -> tuple[float, float, float, float, int]:
         """(min, max, mean, std, number of values) over all channels; NaNs where there is no finite value."""
@@ -130,3 +152,24 @@ class Statistics:
         low, high, *_ = self.over_channels()
         values = np.clip(self.histogram.percentiles(list(PERCENTILES.values())), low, high)
         return {name: float(value) for name, value in zip(PERCENTILES, values, strict=True)}
+
+
+def merge_all(parts: Sequence[Statistics]) -> Statistics:
+    """Statistics of all the sets of values together; at least one."""
+    count, mean, m2 = parts[0].count, parts[0].mean, parts[0].m2
+    for part in parts[1:]:
+        total = count + part.count
+        safe = np.maximum(total, 1)
+        delta = part.mean - mean
+        m2 = m2 + part.m2 + delta**2 * (count.astype(np.float64) * part.count / safe)
+        mean, count = mean + delta * (part.count / safe), total
+    return Statistics(
+        np.minimum.reduce([part.minimum for part in parts]),
+        np.maximum.reduce([part.maximum for part in parts]),
+        count,
+        mean,
+        m2,
+        merge_histograms([part.histogram for part in parts]),
+        sum(part.nan for part in parts),
+        sum(part.inf for part in parts),
+    )

@@ -17,7 +17,7 @@ from typing import Any, Self
 
 from calib.activations.collect import LayerActivations
 from calib.activations.histogram import Histogram
-from calib.activations.statistics import Statistics
+from calib.activations.statistics import Statistics, merge_all
 from calib.activations.weights import WEIGHT_BITS
 from calib.dataset.manifest import Manifest
 from calib.errors import CalibError
@@ -115,6 +115,13 @@ def _write_layer(file: h5py.File, name: str, layer: LayerActivations, steps: Seq
     return group
 
 
+_PER_STEP = ("channel_min", "channel_max", "channel_mean", "channel_std", "channel_count", "nan_count", "inf_count")
+
+
+def _address(group: h5py.Group) -> int:
+    return int(h5py.h5o.get_info(group["channel_min"].id).addr)
+
+
 class ActivationFile:
     """Reads an ``activations.h5``; use as a context.
 
@@ -137,6 +144,9 @@ class ActivationFile:
             raise CalibError(f"{path}: not a {FORMAT} file")
         self.steps: list[int] = self._file["step_index"][:].tolist()
         self.layers: list[str] = list(self._file["layers"])
+        self._first_with: dict[int, str] = {}
+        for name in self.layers:
+            self._first_with.setdefault(_address(self._file["layers"][name]), name)
 
     def __enter__(self) -> Self:
         return self
@@ -161,33 +171,41 @@ class ActivationFile:
         bits, values = self._file["weight_bits"][:].tolist(), group["weight_sqnr"][:].tolist()
         return dict(zip(bits, values, strict=True))
 
+    def by_step(self, layer: str) -> dict[int, Statistics]:
+        """Statistics of one layer at each collected step; every dataset is read once."""
+        group = self._group(layer)
+        data = {name: group[name][:] for name in _PER_STEP}
+        keys, counts = group["histogram_keys"][:], group["histogram_counts"][:]
+        offsets, dtype = group["histogram_offsets"][:], str(group.attrs["dtype"])
+        found = {}
+        for row, step in enumerate(self.steps):
+            part = slice(offsets[row], offsets[row + 1])
+            count = data["channel_count"][row]
+            found[step] = Statistics(
+                minimum=data["channel_min"][row],
+                maximum=data["channel_max"][row],
+                count=count,
+                mean=data["channel_mean"][row].astype(np.float64),
+                m2=data["channel_std"][row].astype(np.float64) ** 2 * count,
+                histogram=Histogram(dtype, keys[part], counts[part]),
+                nan=int(data["nan_count"][row]),
+                inf=int(data["inf_count"][row]),
+            )
+        return found
+
     def statistics(self, layer: str, steps: Sequence[int] | None = None) -> Statistics:
         """Statistics of one layer merged over ``steps`` (all where None)."""
-        merged: Statistics | None = None
-        for step in self.steps if steps is None else steps:
-            one = self._at(self._group(layer), self.steps.index(step))
-            merged = one if merged is None else merged.merge(one)
-        if merged is None:
-            raise CalibError(f"{self.path}: no steps asked for")
-        return merged
+        by_step = self.by_step(layer)
+        for step in steps or ():
+            if step not in by_step:
+                raise CalibError(f"{self.path}: step {step} was not collected; it has {self.steps}")
+        return merge_all([by_step[step] for step in (self.steps if steps is None else steps)])
+
+    def same_data(self, layer: str) -> str:
+        """The first layer whose statistics are this one's: layers that read one array share their datasets."""
+        return self._first_with[_address(self._group(layer))]
 
     def _group(self, layer: str) -> h5py.Group:
         if layer not in self.layers:
             raise CalibError(f"{self.path}: no layer {layer!r}")
         return self._file["layers"][layer]
-
-    @staticmethod
-    def _at(group: h5py.Group, row: int) -> Statistics:
-        start, end = group["histogram_offsets"][row : row + 2]
-        keys, counts = group["histogram_keys"][start:end], group["histogram_counts"][start:end]
-        count = group["channel_count"][row]
-        return Statistics(
-            minimum=group["channel_min"][row],
-            maximum=group["channel_max"][row],
-            count=count,
-            mean=group["channel_mean"][row].astype(np.float64),
-            m2=group["channel_std"][row].astype(np.float64) ** 2 * count,
-            histogram=Histogram(str(group.attrs["dtype"]), keys, counts),
-            nan=int(group["nan_count"][row]),
-            inf=int(group["inf_count"][row]),
-        )

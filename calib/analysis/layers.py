@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from calib.activations.statistics import PERCENTILES, Statistics
+from calib.activations.statistics import PERCENTILES, Statistics, merge_all
 from calib.activations.store import FILE as ACTIVATIONS
 from calib.activations.store import ActivationFile
 from calib.errors import CalibError
@@ -101,7 +101,9 @@ def _from_json(path: Path, name: str, entry: Mapping[str, Any]) -> LayerSummary:
 def _from_activations(path: Path) -> tuple[dict[str, LayerSummary], int]:
     with ActivationFile(path) as file:
         num_steps = int(file.attributes["num_steps"])
-        return {name: summarise_layer(file, name, num_steps) for name in reported_layers(file)}, num_steps
+        names = reported_layers(file)
+        distinct = {name: summarise_layer(file, name, num_steps) for name in {file.same_data(n) for n in names}}
+        return {name: distinct[file.same_data(name)] for name in names}, num_steps
 
 
 def reported_layers(file: ActivationFile) -> list[str]:
@@ -113,22 +115,15 @@ def reported_layers(file: ActivationFile) -> list[str]:
 
 def summarise_layer(file: ActivationFile, name: str, num_steps: int) -> LayerSummary:
     """One layer over all collected steps, over each phase, and step by step."""
-    by_step = {step: file.statistics(name, [step]) for step in file.steps}
-    pooled = LayerSummary.of(_merge(list(by_step.values())))
+    by_step = file.by_step(name)
+    pooled = LayerSummary.of(merge_all(list(by_step.values())))
     evaluated = file.evaluated_steps()
     for phase, (first, last) in phase_bounds(num_steps).items():
         chosen = [by_step[step] for step in evaluated if first <= step <= last]
         if chosen:
-            pooled.phases[phase] = LayerSummary.of(_merge(chosen))
+            pooled.phases[phase] = LayerSummary.of(merge_all(chosen))
     for step, statistics in by_step.items():
         low, high, *_ = statistics.over_channels()
         percentiles = statistics.percentiles()
         pooled.steps[step] = {"min": low, "max": high, "p01": percentiles["p01"], "p99": percentiles["p99"]}
     return pooled
-
-
-def _merge(parts: list[Statistics]) -> Statistics:
-    merged = parts[0]
-    for other in parts[1:]:
-        merged = merged.merge(other)
-    return merged

@@ -1,0 +1,393 @@
+"""The dataset: the same bytes however the work is split, interrupted or repeated, in the layout of DESIGN section 5."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from calib.dataset.generate import SamplerSettings, generate, trajectory
+from calib.dataset.manifest import Manifest
+from calib.dataset.store import StateDtype, StorageFormat, read_state
+from calib.errors import CalibError
+from calib.files import checksum
+from calib.models.model import DiffusionModel
+from calib.prompts import image_seed
+from calib.runs.directory import RunDirectory
+
+import h5py
+import mlx.core as mx
+import numpy as np
+import pytest
+from helpers import PROMPTS, SAMPLER, command, contents, environment, flip_byte, run_process
+from PIL import Image
+from test_sampling import pipeline_of
+
+QUICK = SamplerSettings(num_steps=3, cfg_weight=3.0, batch_size=2)
+
+
+def make(model: DiffusionModel, folder: Path, num_images: int, settings: SamplerSettings = QUICK, **more: Any) -> Path:
+    generate(model, more.pop("prompts", PROMPTS), num_images, folder, settings, **more)
+    return folder
+
+
+def test_the_folder_holds_what_the_design_says_and_nothing_else(data_dir: Path) -> None:
+    expected = ["manifest.json"]
+    for image in range(4):
+        expected += [f"images/{image:04d}.png", f"latents/{image:04d}.npy", f"samples/{image:04d}.h5"]
+    assert sorted(contents(data_dir)) == sorted(expected)
+    assert not list(data_dir.rglob("*.tmp"))
+
+
+def test_the_manifest_says_how_every_image_was_made(data_dir: Path, model: DiffusionModel) -> None:
+    document = json.loads((data_dir / "manifest.json").read_text(encoding="utf-8"))
+    assert document["format_version"] == 1
+    assert document["model"] == "emoji"
+    assert document["fingerprint"] == model.fingerprint
+    assert (document["num_steps"], document["cfg_weight"], document["shift"]) == (8, 3.0, 1.0)
+    assert (document["seed"], document["batch_size"]) == (0, 2)
+    assert document["latent_shape"] == [16, 16, 16]
+    assert len(document["sigmas"]) == len(document["timesteps"]) == 9
+    assert {"mlx", "numpy", "diffusionkit", "calib", "python"} <= set(document["versions"])
+    assert [entry["image_id"] for entry in document["images"]] == [0, 1, 2, 3]
+    for i, entry in enumerate(document["images"]):
+        assert entry["prompt"] == PROMPTS[i]
+        assert entry["seed"] == image_seed(0, i)
+        assert (entry["cfg_weight"], entry["num_steps"]) == (3.0, 8)
+        assert entry["filename"] == f"images/{i:04d}.png"
+        assert entry["latent_filename"] == f"latents/{i:04d}.npy"
+        assert entry["samples"] == [f"samples/{i:04d}.h5"]
+        named = {entry["filename"], entry["latent_filename"], *entry["samples"]}
+        assert entry["checksums"] == {name: checksum(data_dir / name) for name in named}
+
+
+def test_seeds_are_a_function_of_base_seed_and_image_and_rarely_meet() -> None:
+    seeds = [image_seed(base, image) for base in range(20) for image in range(200)]
+    assert len(set(seeds)) == len(seeds)
+    assert all(0 <= seed < 2**32 for seed in seeds)
+    assert seeds[:2] == [image_seed(0, 0), image_seed(0, 1)]
+
+
+def drawn_states(model: DiffusionModel, images: tuple[int, ...], settings: SamplerSettings) -> list[np.ndarray]:
+    prompts, seeds = [PROMPTS[i] for i in images], [image_seed(0, i) for i in images]
+    return [np.array(state.x) for state in trajectory(model, prompts, seeds, settings)]
+
+
+def test_hdf5_samples_hold_every_state(data_dir: Path, model: DiffusionModel, manifest: Manifest) -> None:
+    states = drawn_states(model, (2, 3), SAMPLER)
+    for row, image in enumerate((2, 3)):
+        with h5py.File(data_dir / f"samples/{image:04d}.h5", "r") as file:
+            assert file["x"].shape == (9, 16, 16, 16)
+            assert file["x"].dtype == np.float16
+            assert file["x"].fletcher32
+            assert file["step_index"][:].tolist() == list(range(9))
+            np.testing.assert_array_equal(file["sigma"][:], np.float32(manifest.sigmas))
+            np.testing.assert_array_equal(file["timestep"][:], np.float32(manifest.timesteps))
+            assert file.attrs["prompt"] == PROMPTS[image]
+            assert file.attrs["image_id"] == image
+            assert file.attrs["seed"] == image_seed(0, image)
+            for step in range(9):
+                expected = states[step][row].astype(np.float16)
+                np.testing.assert_array_equal(file["x"][step], expected)
+                np.testing.assert_array_equal(read_state(data_dir, manifest.images[image], step), expected)
+
+
+def test_npz_samples_have_the_layout_of_older_datasets(model: DiffusionModel, tmp_path: Path) -> None:
+    folder = make(model, tmp_path, 2, storage=StorageFormat.NPZ, dtype=StateDtype.FLOAT32)
+    manifest, states = Manifest.load(folder), drawn_states(model, (0, 1), QUICK)
+    for image in (0, 1):
+        assert manifest.images[image].samples == [f"samples/{image:04d}_{step:03d}.npz" for step in range(4)]
+        for step in range(4):
+            with np.load(folder / f"samples/{image:04d}_{step:03d}.npz") as archive:
+                assert set(archive) == {"x", "timestep", "sigma", "step_index", "image_id", "is_final"}
+                assert archive["x"].shape == (1, 16, 16, 16)
+                assert archive["x"].dtype == np.float32
+                np.testing.assert_array_equal(archive["x"][0], states[step][image])
+                assert archive["step_index"] == step
+                assert archive["image_id"] == image
+                assert archive["is_final"] == (step == 3)
+                assert archive["sigma"] == np.float32(manifest.sigmas[step])
+                assert archive["timestep"] == np.float32(manifest.timesteps[step])
+            np.testing.assert_array_equal(read_state(folder, manifest.images[image], step), states[step][image])
+
+
+def test_latents_are_finished_and_processed_out(data_dir: Path, model: DiffusionModel) -> None:
+    final = drawn_states(model, (0, 1), SAMPLER)[-1]
+    expected = np.array(model.latent_format.process_out(mx.array(final)))
+    for image in (0, 1):
+        np.testing.assert_array_equal(np.load(data_dir / f"latents/{image:04d}.npy"), expected[image])
+
+
+def test_pictures_explain_themselves(data_dir: Path, model: DiffusionModel) -> None:
+    for image in range(4):
+        with Image.open(data_dir / f"images/{image:04d}.png") as picture:
+            assert picture.size == (64, 64)
+            assert picture.mode == "RGB"
+            text = picture.text  # type: ignore[attr-defined]
+        assert text["prompt"] == PROMPTS[image]
+        assert int(text["seed"]) == image_seed(0, image)
+        assert float(text["cfg_weight"]) == 3.0
+        assert int(text["num_steps"]) == 8
+        assert int(text["image_id"]) == image
+        assert (text["model"], text["fingerprint"]) == ("emoji", model.fingerprint)
+
+
+def test_a_prompt_in_any_language_is_kept(model: DiffusionModel, tmp_path: Path) -> None:
+    prompts = ("Süße Öl-Äpfel — 日本語 😀", "a=b, 'c' \"d\"")
+    folder = make(model, tmp_path, 2, replace(QUICK, num_steps=1), prompts=prompts)
+    assert [Manifest.load(folder).images[i].prompt for i in (0, 1)] == list(prompts)
+    for image, prompt in enumerate(prompts):
+        with Image.open(folder / f"images/{image:04d}.png") as picture:
+            assert picture.text["prompt"] == prompt  # type: ignore[attr-defined]
+        with h5py.File(folder / f"samples/{image:04d}.h5", "r") as file:
+            assert file.attrs["prompt"] == prompt
+
+
+def test_prompts_start_again_when_they_run_out(model: DiffusionModel, tmp_path: Path) -> None:
+    folder = make(model, tmp_path, 3, replace(QUICK, num_steps=1), prompts=("octopus", "rocket"))
+    images = Manifest.load(folder).images
+    assert [images[i].prompt for i in range(3)] == ["octopus", "rocket", "octopus"]
+    assert images[0].seed != images[2].seed
+    assert (folder / "images/0000.png").read_bytes() != (folder / "images/0002.png").read_bytes()
+
+
+def test_a_seed_gives_diffusionkits_pixels(
+    model: DiffusionModel, single_settings: SamplerSettings, tmp_path: Path
+) -> None:
+    from calib.models import emoji
+
+    copy = emoji.load()
+    folder = make(model, tmp_path, 2, single_settings)
+    for image in (0, 1):
+        text = copy.encode([PROMPTS[image]], 3.0)
+        pipeline = pipeline_of(copy)
+        latents, _ = pipeline.denoise_latents(
+            text.tokens, text.pooled, num_steps=8, cfg_weight=3.0, latent_size=(16, 16), seed=image_seed(0, image)
+        )
+        decoded = pipeline.decode_latents_to_image(latents)
+        expected = np.array((mx.concatenate(decoded, axis=0) * 255).astype(mx.uint8))
+        with Image.open(folder / f"images/{image:04d}.png") as picture:
+            np.testing.assert_array_equal(np.asarray(picture), expected)
+
+
+# The same bytes
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 8])
+def test_two_and_then_four_images_are_the_bytes_of_four_at_once(
+    model: DiffusionModel, tmp_path: Path, batch_size: int
+) -> None:
+    settings = replace(QUICK, batch_size=batch_size)
+    at_once = make(model, tmp_path / "once", 4, settings)
+    in_turn = make(model, tmp_path / "turn", 2, settings)
+    assert len(Manifest.load(in_turn).images) == 2
+    make(model, in_turn, 4, settings)
+    assert contents(in_turn) == contents(at_once)
+
+
+def test_a_resume_keeps_the_datasets_own_batch_size(model: DiffusionModel, tmp_path: Path) -> None:
+    at_once = make(model, tmp_path / "once", 4, replace(QUICK, batch_size=3))
+    in_turn = make(model, tmp_path / "turn", 1, replace(QUICK, batch_size=3))
+    make(model, in_turn, 4, replace(QUICK, batch_size=2))
+    assert Manifest.load(in_turn).batch_size == 3
+    assert contents(in_turn) == contents(at_once)
+
+
+@pytest.mark.parametrize("storage", list(StorageFormat))
+def test_lost_files_are_drawn_again_to_the_same_bytes(
+    model: DiffusionModel, tmp_path: Path, storage: StorageFormat
+) -> None:
+    folder = make(model, tmp_path, 3, storage=storage)
+    before = contents(folder)
+    lost = ["images/0001.png", "latents/0002.npy", Manifest.load(folder).images[0].samples[-1]]
+    for name in lost:
+        (folder / name).unlink()
+    make(model, folder, 3, storage=storage)
+    assert contents(folder) == before
+
+
+def test_asking_again_draws_nothing(model: DiffusionModel, tmp_path: Path) -> None:
+    folder = make(model, tmp_path, 3)
+
+    def traces() -> dict[str, tuple[int, int]]:
+        """Which file on disk it is, and when it was written."""
+        return {name: ((folder / name).stat().st_ino, (folder / name).stat().st_mtime_ns) for name in contents(folder)}
+
+    before = traces()
+    make(model, folder, 3)
+    make(model, folder, 1)
+    assert traces() == before
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"settings": replace(QUICK, num_steps=4)}, ("num_steps=3", "4")),
+        ({"settings": replace(QUICK, cfg_weight=2.0)}, ("cfg_weight=3.0", "2.0")),
+        ({"settings": replace(QUICK, shift=3.0)}, ("shift=1.0", "3.0")),
+        ({"seed": 1}, ("seed=0", "1")),
+        ({"storage": StorageFormat.NPZ}, ("storage=hdf5", "npz")),
+        ({"dtype": StateDtype.FLOAT32}, ("dtype=float16", "float32")),
+        ({"prompts": ("rocket", *PROMPTS)}, ("prompt",)),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_other_settings_in_the_same_folder_are_refused(
+    model: DiffusionModel, tmp_path: Path, change: dict[str, Any], words: tuple[str, ...]
+) -> None:
+    folder = make(model, tmp_path, 2)
+    before = contents(folder)
+    with pytest.raises(CalibError) as error:
+        make(model, folder, 3, **change)
+    assert contents(folder) == before
+    assert str(folder) in str(error.value)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_other_weights_in_the_same_folder_are_refused(model: DiffusionModel, tmp_path: Path) -> None:
+    folder = make(model, tmp_path, 1)
+    path = folder / "manifest.json"
+    path.write_text(path.read_text().replace(model.fingerprint, "0123456789abcdef"))
+    with pytest.raises(CalibError, match="fingerprint=0123456789abcdef"):
+        make(model, folder, 2)
+
+
+# Damage
+
+
+@pytest.mark.parametrize("storage", list(StorageFormat))
+@pytest.mark.parametrize("damage", ["flipped", "truncated", "foreign", "empty", "missing"])
+def test_a_damaged_state_is_an_error_that_names_the_file_and_drawing_again_mends_it(
+    model: DiffusionModel, tmp_path: Path, storage: StorageFormat, damage: str
+) -> None:
+    folder = make(model, tmp_path, 2, storage=storage)
+    before, manifest = contents(folder), Manifest.load(folder)
+    entry = manifest.images[1]
+    path = folder / entry.samples[-1]
+    stored = np.array(read_state(folder, entry, 3)).tobytes()
+    if damage == "flipped":
+        flip_byte(path, path.read_bytes().index(stored) + 100)
+    elif damage == "truncated":
+        os.truncate(path, path.stat().st_size // 2)
+    elif damage == "foreign":
+        path.write_bytes(b"GIF89a" + bytes(2000))
+    elif damage == "empty":
+        path.write_bytes(b"")
+    else:
+        path.unlink()
+    with pytest.raises(CalibError, match=path.name) as error:
+        read_state(folder, entry, 3)
+    assert "calib generate" in str(error.value)
+    assert "\n" not in str(error.value)
+    path.unlink(missing_ok=True)
+    make(model, folder, 2, storage=storage)
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "[]", "null", '{"format": "other"}', '{"format": "calib-dataset", "format_version": 99}', "\x00\xff"],
+)
+def test_a_foreign_or_damaged_manifest_is_an_error_that_names_it(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "manifest.json"
+    path.write_text(content, encoding="latin-1")
+    with pytest.raises(CalibError, match=r"manifest\.json") as error:
+        Manifest.load(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_manifest_that_lacks_a_field_is_an_error_that_names_it(data_dir: Path, tmp_path: Path) -> None:
+    document = json.loads((data_dir / "manifest.json").read_text())
+    for broken in (
+        {key: value for key, value in document.items() if key != "sigmas"},
+        {**document, "images": [{"image_id": 0}]},
+        {**document, "images": None},
+        {**document, "images": [None]},
+        {**document, "latent_shape": 3},
+    ):
+        (tmp_path / "manifest.json").write_text(json.dumps(broken))
+        with pytest.raises(CalibError, match=r"manifest\.json"):
+            Manifest.load(tmp_path)
+
+
+def test_latents_that_do_not_fit_the_stored_type_are_refused_and_leave_no_image(
+    model: DiffusionModel, tmp_path: Path
+) -> None:
+    with pytest.raises(CalibError, match=r"dataset\.dtype=float32"):
+        make(model, tmp_path, 1, replace(QUICK, num_steps=2, cfg_weight=1e7))
+    assert not (tmp_path / "manifest.json").exists()
+    assert contents(tmp_path) == {}
+
+
+# Processes
+
+JOB = ("num_images=5", "sampler.num_steps=6", "sampler.batch_size=2", "data_dir=dataset")
+
+
+def test_killed_processes_leave_nothing_wrong_and_the_next_one_goes_on(
+    model: DiffusionModel, tmp_path: Path
+) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for folder in (whole, killed):
+        folder.mkdir()
+    outcome = run_process(whole, "generate", *JOB)
+    assert outcome.status == 0, outcome.err
+    moments = random.Random(0)
+    interrupted = 0
+    for goal in (1, 4, 8):
+        with open(tmp_path / "log", "w") as log:
+            process = subprocess.Popen(
+                command("generate", *JOB), cwd=killed, env=environment(), stdout=log, stderr=log
+            )
+            # Once so many files are there, at some moment in the work on the next ones.
+            while len(contents(killed / "dataset")) < goal and process.poll() is None:
+                time.sleep(0.002)
+            time.sleep(moments.uniform(0, 0.1))
+            process.send_signal(signal.SIGKILL)
+            interrupted += process.wait() == -signal.SIGKILL
+        if (killed / "dataset" / "manifest.json").exists():
+            manifest = Manifest.load(killed / "dataset")
+            for entry in manifest.images.values():
+                for name, expected in entry.checksums.items():
+                    assert checksum(killed / "dataset" / name) == expected
+    assert interrupted >= 2
+    states = [json.loads(path.read_text())["state"] for path in killed.glob("outputs/*/*/status.json")]
+    assert "running" in states
+    outcome = run_process(killed, "generate", *JOB)
+    assert outcome.status == 0, outcome.err
+    assert contents(killed / "dataset") == contents(whole / "dataset")
+    # What a process wrote is what this one writes.
+    shutil.rmtree(killed)
+    from calib.prompts import emoji
+
+    generate(model, emoji(), 5, killed, SamplerSettings(num_steps=6, batch_size=2))
+    assert contents(killed) == contents(whole / "dataset")
+
+
+def test_two_processes_share_a_dataset_by_waiting(tmp_path: Path) -> None:
+    processes = [
+        subprocess.Popen(
+            command("generate", *JOB, f"hydra.run.dir=run{i}"),
+            cwd=tmp_path,
+            env=environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    ends = [process.communicate(timeout=300) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], ends
+    manifest = Manifest.load(tmp_path / "dataset")
+    assert sorted(manifest.images) == [0, 1, 2, 3, 4]
+    for entry in manifest.images.values():
+        for name, expected in entry.checksums.items():
+            assert checksum(tmp_path / "dataset" / name) == expected
+    assert not list(tmp_path.rglob("*.tmp"))
+    assert RunDirectory(tmp_path / "run0", "generate", "").path.exists()
