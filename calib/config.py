@@ -10,7 +10,7 @@ import os
 import pkgutil
 import types
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
@@ -48,6 +48,13 @@ class DatasetSettings:
 
 
 @dataclass(frozen=True)
+class StorageSettings:
+    """What is kept of activations; see :class:`CollectSettings`."""
+
+    histogram_rows: int | None = 256
+
+
+@dataclass(frozen=True)
 class Settings:
     """Everything a stage needs, checked. Callables have their configured parameters bound."""
 
@@ -77,10 +84,14 @@ SKELETON = "skeleton"
 #: A layer no model has, to try a heuristic's parameters on before anything is loaded.
 _PROBE = LayerSummary(-1.0, 1.0, 0.0, 0.5, dict.fromkeys(("p001", "p01", "p05", "p50", "p95", "p99", "p999"), 0.5), 1)
 
-#: Top-level keys of a configuration: scalars, then groups.
+#: Top-level keys of a configuration.
+GROUPS = (
+    *("collect", "model", "prompts", "sampler", "dataset", "timestep_schedule", "subset", "taps", "storage"),
+    "analysis",
+)
 KEYS = (
-    *("stage", "swept", "num_images", "seed", "data_dir", "generate_missing", "stats", "export_config", "collect"),
-    *("model", "prompts", "sampler", "dataset", "timestep_schedule", "subset", "taps", "storage", "analysis"),
+    *("stage", "swept", "num_images", "seed", "data_dir", "generate_missing", "stats", "export_config"),
+    *GROUPS,
 )
 
 _WORDS = {int: "an integer", float: "a number", str: "text", bool: "true or false", type(None): "null"}
@@ -105,9 +116,10 @@ def typed(key: str, value: Any, annotation: Any) -> Any:
         if not isinstance(value, list | tuple):
             raise ConfigError.bad_value(key, value, f"must be a list, e.g. {key}=[…]")
         return tuple(typed(key, item, get_args(annotation)[0]) for item in value)
+    if annotation is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
     if annotation in (int, float, str, bool):
-        fits = isinstance(value, annotation) or (annotation is float and isinstance(value, int))
-        if not fits or (isinstance(value, bool) and annotation is not bool):
+        if not isinstance(value, annotation) or (isinstance(value, bool) and annotation is not bool):
             raise ConfigError.bad_value(key, value, f"must be {_WORDS[annotation]}")
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError.bad_value(key, value, "must be finite")
@@ -157,11 +169,17 @@ def build(config: Mapping[str, Any], multirun: bool = False) -> Settings:
     for name in config:
         if name not in KEYS:
             raise ConfigError(f"{name}: no such key.{suggest(name, KEYS)}")
+    for name in KEYS:
+        if name not in config:
+            raise ConfigError(f"{name}: missing; leave out what removes it")
+        if name in GROUPS and not isinstance(config[name], Mapping):
+            raise ConfigError.bad_value(name, config[name], f"must be a group of keys, e.g. {name}.key=value")
     stage = typed("stage", config["stage"], Stage)
     num_images, seed = typed("num_images", config["num_images"], int), typed("seed", config["seed"], int)
     at_least("num_images", num_images, 1)
     at_least("seed", seed, 0)
     sampler = _sampler(config["sampler"])
+    dataset = fill("dataset", config["dataset"], DatasetSettings)
     model = config["model"]
     image_size = sampler.image_size
     parameters = {name: value for name, value in model.items() if name != SKELETON}
@@ -176,8 +194,9 @@ def build(config: Mapping[str, Any], multirun: bool = False) -> Settings:
     requested = typed("subset.num_images", subset.pop("num_images", None), int | None)
     if generate_missing is None:
         generate_missing = multirun or stage is Stage.RUN
+    choose_images = _chooser(subset, requested)
     if stage in (Stage.RUN, Stage.COLLECT) and generate_missing:
-        subsets.resolve_count(requested, num_images)
+        choose_images(range(num_images))
     elif requested is not None:
         at_least("subset.num_images", requested, 1)
     return Settings(
@@ -186,11 +205,11 @@ def build(config: Mapping[str, Any], multirun: bool = False) -> Settings:
         prompts=prompts,
         num_images=num_images,
         seed=seed,
-        data_dir=_data_dir(config, prompts),
+        data_dir=_data_dir(config, prompts, sampler, dataset),
         sampler=sampler,
-        dataset=fill("dataset", config["dataset"], DatasetSettings),
+        dataset=dataset,
         steps=_steps(config["timestep_schedule"], sampler.num_steps),
-        choose_images=_chooser(subset, requested),
+        choose_images=choose_images,
         taps=taps,
         collect=_collect(config, seed),
         heuristic=_heuristic(config["analysis"]),
@@ -221,15 +240,17 @@ def _prompts(node: Mapping[str, Any]) -> tuple[str, ...]:
     return prompts
 
 
-def _data_dir(config: Mapping[str, Any], prompts: Sequence[str]) -> Path:
+def _data_dir(
+    config: Mapping[str, Any], prompts: Sequence[str], sampler: SamplerSettings, dataset: DatasetSettings
+) -> Path:
     """The configured folder, or one named by what makes the images: model, prompts, sampler, seed and storage."""
     given = _path("data_dir", config["data_dir"])
     if given is not None:
         return given
-    sampler = {name: value for name, value in config["sampler"].items() if name != "batch_size"}
-    made_by = [dict(config["model"]), list(prompts), sampler, config["seed"], dict(config["dataset"])]
+    drawn_by = {name: value for name, value in asdict(sampler).items() if name != "batch_size"}
+    made_by = [dict(config["model"]), list(prompts), drawn_by, config["seed"], asdict(dataset)]
     model, source = config["model"]["name"], str(config["prompts"]["_target_"]).rpartition(".")[2].removeprefix("from_")
-    return Path("calibration_data") / f"{model}-{source}-{config['sampler']['num_steps']}steps-{short_hash(made_by)}"
+    return Path("calibration_data") / f"{model}-{source}-{sampler.num_steps}steps-{short_hash(made_by)}"
 
 
 def _steps(node: Mapping[str, Any], num_steps: int) -> tuple[int, ...]:
@@ -248,11 +269,12 @@ def _chooser(node: Mapping[str, Any], requested: int | None) -> Callable[[Sequen
 
 
 def _collect(config: Mapping[str, Any], seed: int) -> CollectSettings:
-    settings = fill("collect", {**config["collect"], **config["storage"], "seed": seed}, CollectSettings)
-    at_least("collect.batch_size", settings.batch_size, 1)
-    if settings.histogram_rows is not None:
-        at_least("storage.histogram_rows", settings.histogram_rows, 1)
-    return settings
+    batch_size = typed("collect.batch_size", config["collect"].get("batch_size"), int)
+    at_least("collect.batch_size", batch_size, 1)
+    storage = fill("storage", config["storage"], StorageSettings)
+    if storage.histogram_rows is not None:
+        at_least("storage.histogram_rows", storage.histogram_rows, 1)
+    return CollectSettings(batch_size, storage.histogram_rows, seed)
 
 
 def _heuristic(node: Mapping[str, Any]) -> Heuristic:

@@ -37,7 +37,9 @@ logger = logging.getLogger("calib")
 def precheck(settings: Settings) -> None:
     """What can be known to be wrong before a run directory is made or a model is loaded."""
     if settings.stage is Stage.COLLECT and not settings.generate_missing:
-        settings.choose_images(sorted(_dataset(settings).images))
+        manifest = _dataset(settings)
+        settings.choose_images(sorted(manifest.images))
+        _check_steps(settings, manifest)
     if settings.stage is Stage.ANALYZE:
         read_summaries(_stats(settings))
 
@@ -63,6 +65,12 @@ def _load_model(settings: Settings) -> DiffusionModel:
 
 def _dataset(settings: Settings) -> Manifest:
     return Manifest.load(settings.data_dir)
+
+
+def _check_steps(settings: Settings, manifest: Manifest) -> None:
+    if settings.steps[-1] > manifest.num_steps:
+        allowed = f"{settings.data_dir} has states 0 … {manifest.num_steps}; set sampler.num_steps={manifest.num_steps}"
+        raise ConfigError.bad_value("timestep_schedule.steps", settings.steps[-1], allowed)
 
 
 def _stats(settings: Settings) -> Path:
@@ -95,9 +103,7 @@ def run_generate(settings: Settings, run: RunDirectory, model: Callable[[], Diff
 def run_collect(settings: Settings, run: RunDirectory, model: Callable[[], DiffusionModel], config_yaml: str) -> None:
     """Statistics of the chosen images and steps, into the run directory."""
     manifest = _dataset(settings)
-    if settings.steps[-1] > manifest.num_steps:
-        allowed = f"the dataset has {manifest.num_steps} steps"
-        raise ConfigError.bad_value("timestep_schedule", settings.steps[-1], allowed)
+    _check_steps(settings, manifest)
     limit = settings.num_images if settings.generate_missing else len(manifest.images)
     available = sorted(manifest.images)[:limit]
     image_ids = settings.choose_images(available)

@@ -8,8 +8,7 @@ from pathlib import Path
 
 from calib.errors import ConfigError
 from calib.models.emoji import training_names
-
-import numpy as np
+from calib.seeds import generator
 
 SUBJECTS = (
     "a red fox", "an old fisherman", "a steam locomotive", "a bowl of ripe cherries", "a lighthouse", "two dancers",
@@ -31,13 +30,13 @@ STYLES = (
 def emoji(seed: int = 0) -> list[str]:
     """The names the shipped model was trained on, shuffled, so that the first few are varied."""
     names = training_names()
-    return [names[i] for i in np.random.RandomState(seed).permutation(len(names))]
+    return [names[i] for i in generator("prompts.seed", seed).permutation(len(names))]
 
 
 def builtin(seed: int = 0) -> list[str]:
     """2,080 distinct prompts composed of subject, setting and style, shuffled."""
     composed = [f"{subject} {setting}, {style}" for subject in SUBJECTS for setting in SETTINGS for style in STYLES]
-    return [composed[i] for i in np.random.RandomState(seed).permutation(len(composed))]
+    return [composed[i] for i in generator("prompts.seed", seed).permutation(len(composed))]
 
 
 def from_file(path: str = "") -> list[str]:
@@ -55,8 +54,3 @@ def from_file(path: str = "") -> list[str]:
     if not prompts:
         raise ConfigError.bad_value("prompts.path", path, "holds no prompts; it needs at least one non-empty line")
     return prompts
-
-
-def image_seed(base_seed: int, image_id: int) -> int:
-    """The seed of one image, a function of the run's seed and the image's number alone (32 bits)."""
-    return int(np.random.SeedSequence([base_seed, image_id]).generate_state(1)[0])

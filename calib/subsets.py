@@ -6,6 +6,7 @@ Every subset is a function of the dataset's image ids (ascending) and ``num_imag
 from collections.abc import Sequence
 
 from calib.errors import ConfigError
+from calib.seeds import generator
 
 import numpy as np
 
@@ -39,7 +40,7 @@ def stride(image_ids: Sequence[int], num_images: int) -> list[int]:
 
 def random(image_ids: Sequence[int], num_images: int, seed: int = 0) -> list[int]:
     """``num_images`` images drawn without repeats."""
-    order = np.random.RandomState(seed).permutation(len(image_ids))
+    order = generator(f"{GROUP}.seed", seed).permutation(len(image_ids))
     return sorted(image_ids[i] for i in order[:num_images])
 
 

@@ -8,6 +8,7 @@ own package, is an option as soon as a YAML file under ``timestep_schedule/`` na
 from collections.abc import Sequence
 
 from calib.errors import ConfigError
+from calib.seeds import generator
 
 import numpy as np
 
@@ -66,7 +67,7 @@ def ndtc(num_steps: int, count: int = 17, seed: int = 0) -> list[int]:
     t ~ N(0.4, 0.4²)·n, clamped to 0 … n, counted from the clean end: the step index is n - t.
     """
     _check_count(count, num_steps)
-    rng = np.random.RandomState(seed)
+    rng = generator(f"{GROUP}.seed", seed)
     chosen: set[int] = set()
     while len(chosen) < count:
         t = int(np.clip(rng.normal(0.4, 0.4) * num_steps, 0, num_steps))

@@ -12,7 +12,7 @@ from calib.models import emoji
 from calib.models.model import DiffusionModel
 
 import pytest
-from helpers import PROMPTS, SAMPLER
+from helpers import PROMPTS, SAMPLER, STEPS, TINY, run_process
 from hypothesis import settings
 
 assert calib.__version__
@@ -41,9 +41,6 @@ def manifest(data_dir: Path) -> Manifest:
     return Manifest.load(data_dir)
 
 
-STEPS = (0, 3, 8)
-
-
 @pytest.fixture(scope="session")
 def layers(model: DiffusionModel, data_dir: Path) -> dict[str, LayerActivations]:
     """Statistics of every tap over all four images at steps 0, 3 and 8, every row in the histogram."""
@@ -56,3 +53,14 @@ def layers(model: DiffusionModel, data_dir: Path) -> dict[str, LayerActivations]
 def single_settings() -> SamplerSettings:
     """One image at a time, as DiffusionKit draws."""
     return SamplerSettings(num_steps=8, cfg_weight=3.0, batch_size=1)
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run directory of the whole job, made by a process of its own; beside it what the process printed."""
+    folder = tmp_path_factory.mktemp("tiny")
+    outcome = run_process(folder, *TINY, "data_dir=dataset", "hydra.run.dir=run")
+    assert outcome.status == 0, outcome.err
+    (folder / "stdout.txt").write_text(outcome.out)
+    (folder / "stderr.txt").write_text(outcome.err)
+    return folder / "run"

@@ -12,15 +12,21 @@ from typing import Any
 from calib.activations.statistics import PERCENTILES, Statistics
 from calib.cli import main
 from calib.dataset.generate import SamplerSettings
+from calib.models.model import DiffusionModel
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from diffusionkit.mlx import DiffusionPipeline
+from mlx.utils import tree_flatten
 from numpy.typing import NDArray
 
 CHECKOUT = Path(__file__).parents[1]
 PROMPTS = ("red apple", "octopus", "rocket", "sunflower", "green heart")
 SAMPLER = SamplerSettings(num_steps=8, cfg_weight=3.0, batch_size=2)
+
+#: Steps of the shared statistics; 8 is the finished latent.
+STEPS = (0, 3, 8)
 
 #: A whole job in a second or so.
 TINY = ("num_images=2", "sampler.num_steps=4", "timestep_schedule=quarters", "sampler.batch_size=2")
@@ -46,6 +52,27 @@ def values_of_bits(bits: NDArray[Any], dtype: str) -> NDArray[np.float64]:
 def float64(x: mx.array) -> NDArray[np.float64]:
     """An array's values, exactly."""
     return np.array(x.astype(mx.float32)).astype(np.float64)
+
+
+def pipeline_of(model: DiffusionModel) -> DiffusionPipeline:
+    """DiffusionKit's pipeline around ``model``, which must be a copy: drawing empties its adaLN weights for a while."""
+    pipeline = DiffusionPipeline.__new__(DiffusionPipeline)
+    pipeline.mmdit = model.transformer
+    pipeline.sampler = model.sampler
+    pipeline.activation_dtype = model.dtype
+    pipeline.latent_format = model.latent_format
+    pipeline.decoder = model.decode_latents
+    weights = tree_flatten(model.transformer.parameters())
+    adaln = [(name, weight) for name, weight in weights if "adaLN_modulation" in name]
+
+    def load_mmdit(only_modulation_dict: bool = False) -> list[tuple[str, mx.array]]:
+        """What DiffusionKit re-reads from the checkpoint after each image."""
+        assert only_modulation_dict
+        model.transformer.clear_modulation_params_cache()
+        return adaln
+
+    pipeline.load_mmdit = load_mmdit
+    return pipeline
 
 
 def check_statistics(statistics: Statistics, values: NDArray[np.float64], dtype: str) -> None:
@@ -107,7 +134,7 @@ def run_here(arguments: Sequence[str], capsys: pytest.CaptureFixture[str]) -> Ou
 
 def command(*arguments: str) -> list[str]:
     """The command line of a ``calib`` process of its own."""
-    return [sys.executable, "-m", "calib.cli", *arguments]
+    return [sys.executable, "-m", "calib", *arguments]
 
 
 def environment() -> dict[str, str]:

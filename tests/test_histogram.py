@@ -20,8 +20,10 @@ PERCENTS = (0, 0.1, 1, 5, 25, 50, 75, 95, 99, 99.9, 100)
 SPECIAL = {
     "float16": [0x0000, 0x8000, 0x0001, 0x8001, 0x03FF, 0x3C00, 0x7BFF, 0xFBFF, 0x7C00, 0xFC00, 0x7E00, 0xFFFF],
     "bfloat16": [0x0000, 0x8000, 0x0001, 0x8001, 0x007F, 0x3F80, 0x7F7F, 0xFF7F, 0x7F80, 0xFF80, 0x7FC0, 0xFFFF],
-    "float32": [0, 1 << 31, 1, 0x80000001, 0x7FFFFF, 0x3F800000, 0x7F7FFFFF, 0xFF7FFFFF, 0x7F800000, 0xFF800000]
-    + [0x7FC00000, 0x7F800001, 0xFFFFFFFF],
+    "float32": [
+        *(0, 1 << 31, 1, 0x80000001, 0x7FFFFF, 0x3F800000, 0x7F7FFFFF, 0xFF7FFFFF),
+        *(0x7F800000, 0xFF800000, 0x7FC00000, 0x7F800001, 0xFFFFFFFF),
+    ],
 }
 
 
@@ -179,7 +181,9 @@ def test_kurtosis_equals_the_fourth_standardised_moment(case: tuple[str, NDArray
 
 def test_kurtosis_of_known_distributions() -> None:
     normal = np.random.RandomState(0).randn(1 << 18).astype(np.float16)
-    assert Histogram.from_dense(np.array(count_keys(mx.array(normal))), "float16").kurtosis() == pytest.approx(3, rel=0.03)
+    assert Histogram.from_dense(np.array(count_keys(mx.array(normal))), "float16").kurtosis() == pytest.approx(
+        3, rel=0.03
+    )
     assert histogram_of(np.array([0x3C00] * 9), "float16").kurtosis() == 0
     two = histogram_of(np.array([0x3C00, 0xBC00]), "float16")
     assert two.kurtosis() == pytest.approx(1)

@@ -5,6 +5,7 @@ import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,33 +19,12 @@ import numpy as np
 import pytest
 from diffusionkit.mlx import CFGDenoiser, DiffusionPipeline, sample_euler
 from diffusionkit.mlx.sampler import FluxSampler, ModelSamplingDiscreteFlow
-from helpers import PROMPTS
+from helpers import PROMPTS, pipeline_of
 from mlx.utils import tree_flatten
 
 SAMPLERS = [ModelSamplingDiscreteFlow(1.0), ModelSamplingDiscreteFlow(3.0), FluxSampler(1.0), FluxSampler(1.15)]
 SAMPLER_NAMES = ["flow", "flow-shift3", "flux", "flux-shift1.15"]
 LATENT = (16, 16, 16)
-
-
-def pipeline_of(model: DiffusionModel) -> DiffusionPipeline:
-    """DiffusionKit's pipeline around ``model``, which must be a copy: drawing empties its adaLN weights for a while."""
-    pipeline = DiffusionPipeline.__new__(DiffusionPipeline)
-    pipeline.mmdit = model.transformer
-    pipeline.sampler = model.sampler
-    pipeline.activation_dtype = model.dtype
-    pipeline.latent_format = model.latent_format
-    pipeline.decoder = model.decode_latents
-    weights = tree_flatten(model.transformer.parameters())
-    adaln = [(name, weight) for name, weight in weights if "adaLN_modulation" in name]
-
-    def load_mmdit(only_modulation_dict: bool = False) -> list[tuple[str, mx.array]]:
-        """What DiffusionKit re-reads from the checkpoint after each image."""
-        assert only_modulation_dict
-        model.transformer.clear_modulation_params_cache()
-        return adaln
-
-    pipeline.load_mmdit = load_mmdit
-    return pipeline
 
 
 @pytest.fixture(scope="module")
@@ -123,9 +103,7 @@ def test_noise_levels_equal_diffusionkits(bare_pipeline: DiffusionPipeline, samp
 
 @pytest.mark.parametrize("shape", [LATENT, (6, 10, 16)])
 @pytest.mark.parametrize("seed", [0, 1, 42, 2**32 - 1])
-def test_noise_equals_diffusionkits(
-    bare_pipeline: DiffusionPipeline, seed: int, shape: tuple[int, int, int]
-) -> None:
+def test_noise_equals_diffusionkits(bare_pipeline: DiffusionPipeline, seed: int, shape: tuple[int, int, int]) -> None:
     expected = bare_pipeline.get_noise(seed, mx.zeros((1, *shape)))
     assert np.array_equal(np.array(initial_noise(seed, shape)), np.array(expected[0]))
 
@@ -154,7 +132,7 @@ def test_every_state_follows_from_the_one_before_by_the_euler_step(model: Diffus
     settings = SamplerSettings(num_steps=4, cfg_weight=3.0)
     states = list(trajectory(model, PROMPTS[:2], [3, 4], settings))
     text = model.encode(PROMPTS[:2], 3.0)
-    for state, after in zip(states, states[1:], strict=False):
+    for state, after in pairwise(states):
         sigma = mx.array(state.sigma)
         denoised = np.array(model.denoise(state.x, mx.array(state.timestep), sigma, text, 3.0)).astype(np.float64)
         x = np.array(state.x).astype(np.float64)

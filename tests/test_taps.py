@@ -266,7 +266,9 @@ def test_the_model_is_restored_when_a_tap_cannot_be_placed(model: DiffusionModel
     assert identities(model.transformer) == before
 
 
-def names_of(transformer: MMDiT, include: Sequence[str] = ("*",), exclude: Sequence[str] = (), **kind: Any) -> list[str]:
+def names_of(
+    transformer: MMDiT, include: Sequence[str] = ("*",), exclude: Sequence[str] = (), **kind: Any
+) -> list[str]:
     points = tap_points(transformer, TapSelection(include=include, exclude=exclude, **kind))
     return [name for point in points for name in point.names]
 
@@ -293,7 +295,10 @@ def test_a_chosen_alias_is_tapped_without_the_layer_it_shares_with(model: Diffus
 @pytest.mark.parametrize(
     ("selection", "words"),
     [
-        (TapSelection(include=["mm_block_0.image.atn.q_proj"]), ("taps.include=mm_block_0.image.atn.q_proj", "q_proj'")),
+        (
+            TapSelection(include=["mm_block_0.image.atn.q_proj"]),
+            ("taps.include=mm_block_0.image.atn.q_proj", "q_proj'"),
+        ),
         (TapSelection(exclude=["*.mlp.fc3"]), ("taps.exclude=*.mlp.fc3", "'*.mlp.fc2'")),
         (TapSelection(include=["mm_block_0.image.mlp.fc2", "x_embeder"]), ("taps.include=x_embeder", "'x_embedder'")),
         (TapSelection(TapKind.BLOCK, include=["mm_block_4"]), ("taps.include=mm_block_4", "'mm_block_")),
@@ -313,7 +318,9 @@ def test_a_pattern_that_fits_nothing_is_an_error_with_near_misses(
 
 
 def test_what_each_layer_reads_is_named(model: DiffusionModel) -> None:
-    kinds = {name: point.kind for point in tap_points(model.transformer, TapSelection(TapKind.ALL)) for name in point.names}
+    kinds = {
+        name: point.kind for point in tap_points(model.transformer, TapSelection(TapKind.ALL)) for name in point.names
+    }
     assert kinds["mm_block_1.text.attn.k_proj"] == "modulated"
     assert kinds["mm_block_1.text.attn.o_proj"] == "post-attention"
     assert kinds["mm_block_1.image.mlp.fc2"] == "post-gelu"

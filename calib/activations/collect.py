@@ -17,6 +17,7 @@ from calib.dataset.store import read_state
 from calib.errors import CalibError
 from calib.models.model import Conditioning, DiffusionModel
 from calib.progress import Progress
+from calib.seeds import generator
 
 import mlx.core as mx
 import numpy as np
@@ -81,7 +82,7 @@ def collect(
             text = model.encode([entry.prompt for entry in entries], manifest.cfg_weight)
             for step in steps:
                 x = mx.array(np.stack([read_state(data_dir, entry, step) for entry in entries]).astype(np.float32))
-                phase = float(np.random.RandomState([settings.seed, number, step]).rand())
+                phase = float(generator("seed", settings.seed, number, step).rand())
                 observed = observe(model, x, text, manifest, step, points, settings.histogram_rows, phase)
                 for name, (point, dtype, statistics) in observed.items():
                     layers.setdefault(name, LayerActivations(point, dtype)).add(step, statistics)

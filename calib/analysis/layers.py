@@ -8,7 +8,7 @@ from typing import Any
 from calib.activations.statistics import PERCENTILES, Statistics, merge_all
 from calib.activations.store import FILE as ACTIVATIONS
 from calib.activations.store import ActivationFile
-from calib.errors import CalibError
+from calib.errors import CalibError, ConfigError
 from calib.files import read_json
 from calib.models.names import network_order
 from calib.timesteps import phase_bounds
@@ -76,7 +76,7 @@ def read_summaries(stats: Path) -> tuple[dict[str, LayerSummary], int | None]:
             return _from_activations(stats / ACTIVATIONS)
         stats = stats / STATISTICS
     if not stats.exists():
-        raise CalibError(f"stats={stats}: no such file; calib collect makes a run directory with {STATISTICS}")
+        raise ConfigError(f"stats={stats}: no such file; calib collect makes a run directory with {STATISTICS}")
     return {name: _from_json(stats, name, entry) for name, entry in _entries(stats)}, None
 
 
@@ -89,13 +89,14 @@ def _entries(path: Path) -> list[tuple[str, Any]]:
 
 def _from_json(path: Path, name: str, entry: Mapping[str, Any]) -> LayerSummary:
     try:
-        percentiles = {key: float(entry["percentiles"][key]) for key in PERCENTILES if key in entry["percentiles"]}
-        for needed in ("p01", "p99"):
-            percentiles[needed] = float(entry["percentiles"][needed])
-        low, high, mean, std = (float(entry[key]) for key in ("min", "max", "mean", "std"))
-        return LayerSummary(low, high, mean, std, percentiles, int(entry["num_samples"]))
-    except (KeyError, TypeError, ValueError) as error:
+        found = entry["percentiles"]
+        percentiles = {key: float(found[key]) for key in PERCENTILES if key in found or key in ("p01", "p99")}
+        low, high, mean, std, count = (float(entry[key]) for key in ("min", "max", "mean", "std", "num_samples"))
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise CalibError(f"{path}: layer {name!r} lacks or garbles {error}") from None
+    if not np.isfinite([low, high, mean, std, count, *percentiles.values()]).all():
+        raise CalibError(f"{path}: layer {name!r} holds NaN or infinite numbers")
+    return LayerSummary(low, high, mean, std, percentiles, int(count))
 
 
 def _from_activations(path: Path) -> tuple[dict[str, LayerSummary], int]:

@@ -6,6 +6,8 @@ from typing import Any
 
 from calib.analysis.layers import LayerSummary
 
+import numpy as np
+
 #: A heuristic, its parameters bound: the one thing a new option of ``analysis`` has to supply.
 Heuristic = Callable[[LayerSummary], "LayerPlan"]
 
@@ -81,9 +83,8 @@ def outlier_channels(layer: LayerSummary, factor: float = 2.5) -> list[int]:
     """Channels whose range exceeds ``factor`` times the layer's median channel range (this project's origin)."""
     if layer.channel_range is None or not len(layer.channel_range):
         return []
-    ranges = sorted(layer.channel_range.tolist())
-    median = ranges[len(ranges) // 2]
-    return [i for i, value in enumerate(layer.channel_range.tolist()) if value > factor * median > 0]
+    limit = factor * float(np.median(layer.channel_range))
+    return [int(i) for i in np.flatnonzero(layer.channel_range > limit)] if limit > 0 else []
 
 
 def outlier_layers(layers: Mapping[str, LayerSummary], threshold: float = 50.0) -> dict[str, float]:

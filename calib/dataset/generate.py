@@ -17,8 +17,8 @@ from calib.errors import CalibError, ConfigError
 from calib.files import checksum, replacing
 from calib.models.model import DiffusionModel
 from calib.progress import Progress
-from calib.prompts import image_seed
 from calib.sampling import State, as_floats, euler, initial_noise, initial_state, noise_levels
+from calib.seeds import image_seed
 from calib.versions import versions
 
 import mlx.core as mx
@@ -102,6 +102,12 @@ def generate(
         raise ConfigError.bad_value("sampler.cfg_weight", settings.cfg_weight, f"{model.name} takes only 0")
     with dataset_lock(data_dir):
         manifest = _open_manifest(model, data_dir, settings, seed, storage, dtype)
+        for image_id, entry in manifest.images.items():
+            if entry.prompt != prompts[image_id % len(prompts)]:
+                raise CalibError(
+                    f"{data_dir}: image {image_id} shows {entry.prompt!r}, not {prompts[image_id % len(prompts)]!r}; "
+                    "choose another data_dir for other prompts"
+                )
         todo = set(missing_images(data_dir, num_images))
         size = manifest.batch_size
         blocks = sorted({image_id // size for image_id in todo})

@@ -1,0 +1,173 @@
+"""Composing Hydra's configuration, and checking every job before Hydra makes a directory for it."""
+
+import re
+from collections.abc import Mapping, Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any, cast
+
+from calib.config import Settings, Stage, build, check_writable
+from calib.errors import ConfigError, suggest
+from calib.files import short_hash
+from calib.pipeline import precheck
+
+from hydra import compose, initialize_config_dir
+from hydra._internal.utils import get_args_parser
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+PACKAGE = Path(__file__).parent
+#: In a wheel the configuration lies inside the package, in a checkout beside it.
+CONF = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf"
+LONGEST_NAME = 80
+
+MULTIRUN_FLAGS = ("-m", "--multirun")
+CONFIG_DIR_FLAGS = ("--config-dir", "-cd")
+
+
+def job_name(overrides: Sequence[str], swept: Sequence[str] = ()) -> str:
+    """Folder name of one job of a sweep: readable, safe as a file name, unique and stable.
+
+    The overrides that vary, spelt out, and a hash of all where that leaves anything out.
+    """
+    own = sorted(o for o in overrides if o.partition("=")[0] not in ("stage", "swept"))
+    varied = [o for o in own if o.partition("=")[0] in swept]
+    name = ",".join(varied or own) or "default"
+    safe = re.sub(r"[^A-Za-z0-9_.,=+-]+", "_", name)
+    if safe == name and len(name) <= LONGEST_NAME and len(varied or own) == len(own):
+        return name
+    return f"{safe[:LONGEST_NAME]}-{short_hash(own)}"
+
+
+def groups() -> dict[str, list[str]]:
+    """The config groups and their options."""
+    folders = sorted(folder for folder in CONF.iterdir() if folder.is_dir())
+    return {folder.name: sorted(file.stem for file in folder.glob("*.yaml")) for folder in folders}
+
+
+def check(arguments: Sequence[str]) -> None:
+    """Compose and check every job that ``arguments`` ask for; raises a ConfigError for the first that is wrong."""
+    folders, overrides = _split(arguments)
+    multirun = any(flag in arguments for flag in MULTIRUN_FLAGS)
+    jobs = _jobs(_parse(overrides)) if multirun else [overrides]
+    search = [f"hydra.searchpath=[{','.join(f'file://{Path(folder).absolute()}' for folder in folders)}]"]
+    with initialize_config_dir(str(CONF), version_base="1.3", job_name="calib"):
+        for job in jobs:
+            config = _compose([*(search if folders else []), *job])
+            settings = build(plain(config), multirun)
+            _check_folders(config, settings, multirun)
+            precheck(settings)
+
+
+def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The folders of the user's own configuration, and the overrides; an unknown flag is an error."""
+    flags = {option for action in get_args_parser()._actions for option in action.option_strings}
+    folders, overrides = [], []
+    rest = list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        name, _, value = argument.partition("=")
+        if name in CONFIG_DIR_FLAGS:
+            folders.append(value or (rest.pop(0) if rest else ""))
+        elif argument.startswith("-") and name not in flags:
+            raise ConfigError(f"{argument}: no such flag.{suggest(name, flags, list_all=False)} See calib --help")
+        elif not argument.startswith("-"):
+            overrides.append(argument)
+    return folders, overrides
+
+
+def _parse(overrides: list[str]) -> list[Override]:
+    parsed = []
+    for override in overrides:
+        try:
+            parsed += OverridesParser.create().parse_overrides([override])
+        except HydraException as error:
+            raise ConfigError(f"{override}: not a valid override ({_first_line(error)})") from None
+    return parsed
+
+
+def swept_keys(arguments: Sequence[str]) -> list[str]:
+    """The keys that a multirun varies."""
+    return [o.get_key_element() for o in _parse(_split(arguments)[1]) if o.is_sweep_override()]
+
+
+def _jobs(overrides: Sequence[Override]) -> list[list[str]]:
+    """The jobs that Hydra's basic sweeper will run."""
+    choices = []
+    for override in overrides:
+        if override.is_sweep_override():
+            key = override.get_key_element()
+            choices.append([f"{key}={value}" for value in override.sweep_string_iterator()])
+        else:
+            choices.append([override.input_line or ""])
+    return [list(job) for job in product(*choices)]
+
+
+def _compose(overrides: list[str]) -> DictConfig:
+    _parse(overrides)
+    try:
+        return compose("config", overrides=overrides, return_hydra_config=True)
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        raise ConfigError(_explain(str(error), overrides)) from None
+
+
+def _explain(message: str, overrides: Sequence[str]) -> str:
+    """Hydra's message in one line, with the nearest valid name."""
+    if match := re.match(r"(?:In '.*': )?Could not find '(.+)/(.+)'", message):
+        group, option = match.groups()
+        return f"{group}={option}: no such option.{suggest(option, groups().get(group, []))}"
+    if match := re.match(r"Could not override '(.+?)'", message):
+        key = match.group(1)
+        given = next((o for o in overrides if o.lstrip("+~").partition("=")[0] == key), key)
+        group = key.rpartition(".")[0]
+        chosen = [o for o in overrides if o.partition("=")[0] in groups()]
+        if group in groups():
+            parameters = [k for k in known_keys(chosen) if k.startswith(f"{group}.")]
+            takes = ", ".join(parameters) or "no parameters"
+            return f"{given}: this {group} takes {takes}.{suggest(key, parameters, list_all=False)}"
+        return f"{given}: no such key.{suggest(key, known_keys(chosen))}"
+    return f"{' '.join(overrides)}: {message.strip().splitlines()[0] if message.strip() else 'not possible'}"
+
+
+def known_keys(choices: Sequence[str] = ()) -> list[str]:
+    """Every key, dotted, of the configuration with the given group choices, and every group."""
+
+    def walk(node: Any, prefix: str) -> list[str]:
+        if not isinstance(node, dict):
+            return []
+        found = []
+        for name, value in node.items():
+            found += [f"{prefix}{name}", *walk(value, f"{prefix}{name}.")]
+        return found
+
+    values = plain(compose("config", overrides=list(choices)))
+    return [key for key in [*walk(values, ""), *groups()] if not key.endswith("_target_")]
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def plain(config: DictConfig) -> dict[str, Any]:
+    """The job's configuration as plain containers, interpolations resolved, Hydra's own part left out."""
+    names = [name for name in cast(Mapping[str, Any], OmegaConf.to_container(config)) if name != "hydra"]
+    values = {}
+    for name in names:
+        try:
+            value = config[name]
+            values[name] = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+        except OmegaConfBaseException as error:
+            raise ConfigError(f"{name}: {_first_line(error)}") from None
+    return values
+
+
+def _check_folders(config: DictConfig, settings: Settings, multirun: bool) -> None:
+    section = "sweep" if multirun else "run"
+    check_writable(f"hydra.{section}.dir", Path(str(config.hydra[section].dir)))
+    if settings.stage is Stage.GENERATE or settings.generate_missing:
+        check_writable("data_dir", settings.data_dir)
+    if settings.export_config is not None:
+        check_writable("export_config", settings.export_config.parent)

@@ -1,0 +1,362 @@
+"""From statistics to a plan: the heuristics, the summary people read, and the files others depend on."""
+
+import json
+import math
+import re
+import shutil
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from calib.activations.store import ActivationFile
+from calib.analysis import range as range_heuristic
+from calib.analysis import uniform
+from calib.analysis.layers import LayerSummary, read_summaries
+from calib.analysis.plan import LayerPlan, Plan, make_plan, outlier_channels, outlier_layers, phase_bits
+from calib.analysis.summary import summary_text
+from calib.errors import CalibError, ConfigError
+from calib.timesteps import phase_bounds
+
+import numpy as np
+import pytest
+from helpers import run_here, run_process
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+NUMBER = st.floats(-1e4, 1e4, allow_subnormal=False)
+
+
+def summary(p01: float, p99: float, low: float, high: float, std: float) -> LayerSummary:
+    """A layer with these figures; the rest in between."""
+    middle = (p01 + p99) / 2
+    percentiles = {"p001": low, "p01": p01, "p05": p01, "p50": middle, "p95": p99, "p99": p99, "p999": high}
+    return LayerSummary(low, high, middle, std, percentiles, 1000)
+
+
+@st.composite
+def summaries(draw: st.DrawFn) -> LayerSummary:
+    low, p01, p99, high = sorted(draw(st.lists(NUMBER, min_size=4, max_size=4)))
+    if draw(st.booleans()):  # most real layers: a narrow middle and tails
+        width = draw(st.floats(0, 20))
+        p01, p99 = -width / 2, width / 2
+        low, high = p01 * draw(st.floats(1, 3)), p99 * draw(st.floats(1, 3))
+    spread = draw(st.floats(0, 2)) * (p99 - p01) if draw(st.booleans()) else draw(st.floats(0, 1e3))
+    return summary(p01, p99, low, high, spread)
+
+
+def origins_rule(s: LayerSummary) -> tuple[int, bool]:
+    """METHODS section 4, ``range``: bits, and whether to clip to [1, 99]."""
+    p01, p99 = s.percentiles["p01"], s.percentiles["p99"]
+    r = p99 - p01
+    bits = 4
+    if r > 5:
+        bits = 6
+    if r > 10:
+        bits = 8
+    ratio = s.std / r if r else (math.inf if s.std else 0.0)
+    if ratio > 0.5:
+        bits = min(8, bits + 2)
+    full = s.maximum - s.minimum
+    return bits, full > 0 and r / full < 0.9
+
+
+@settings(max_examples=500)
+@given(layer=summaries())
+def test_range_is_the_origins_rule(layer: LayerSummary) -> None:
+    plan, (bits, clip) = range_heuristic.plan_layer(layer), origins_rule(layer)
+    assert plan.weight_bits == plan.activation_bits == bits
+    assert plan.clips == clip
+    assert plan.clip_percentile == ((1.0, 99.0) if clip else (0.0, 100.0))
+    assert plan.sensitive == (bits == 8)
+    assert plan.aggressive == (bits <= 4)
+    r = layer.percentiles["p99"] - layer.percentiles["p01"]
+    if plan.sensitive:
+        assert plan.reason == ("large range" if r > 10 else "high variation")
+    if plan.aggressive:
+        assert plan.reason == "narrow range"
+
+
+@pytest.mark.parametrize(
+    ("p99", "std", "bits"),
+    [
+        (10.0, 1.0, 6),
+        (math.nextafter(10.0, 11), 1.0, 8),
+        (5.0, 1.0, 4),
+        (math.nextafter(5.0, 6), 1.0, 6),
+        (4.0, 2.0, 4),
+        (4.0, math.nextafter(2.0, 3), 6),
+        (8.0, math.nextafter(4.0, 5), 8),
+        (20.0, 19.0, 8),
+        (0.0, 0.0, 4),
+        (0.0, 1.0, 6),
+    ],
+)
+def test_range_thresholds_are_exceeded_not_met(p99: float, std: float, bits: int) -> None:
+    assert range_heuristic.plan_layer(summary(0.0, p99, 0.0, p99, std)).weight_bits == bits
+
+
+@pytest.mark.parametrize(("high", "clips"), [(9.0, False), (10.0, False), (math.nextafter(10.0, 11), True)])
+def test_range_clips_below_nine_tenths(high: float, clips: bool) -> None:
+    assert range_heuristic.plan_layer(summary(0.0, 9.0, 0.0, high, 1.0)).clips == clips
+
+
+def test_range_takes_thresholds() -> None:
+    layer = summary(0.0, 3.0, 0.0, 4.0, 1.0)
+    assert range_heuristic.plan_layer(layer, large=2.0).weight_bits == 8
+    assert range_heuristic.plan_layer(layer, medium=2.0).weight_bits == 6
+    assert range_heuristic.plan_layer(layer, variation=0.3).weight_bits == 6
+    assert range_heuristic.plan_layer(layer).clips
+    assert not range_heuristic.plan_layer(layer, clip_below=0.5).clips
+
+
+@given(layer=summaries(), bits=st.sampled_from([2, 3, 4, 5, 6, 8]), activation_bits=st.integers(2, 16))
+def test_uniform_gives_the_same_to_every_layer(layer: LayerSummary, bits: int, activation_bits: int) -> None:
+    plan = uniform.plan_layer(layer, weight_bits=bits, activation_bits=activation_bits)
+    assert (plan.weight_bits, plan.activation_bits, plan.clips) == (bits, activation_bits, False)
+
+
+@pytest.mark.parametrize(
+    ("given_bits", "words"),
+    [
+        ({"weight_bits": 7}, "analysis.weight_bits=7"),
+        ({"weight_bits": 16}, "analysis.weight_bits=16"),
+        ({"activation_bits": 1}, "analysis.activation_bits=1"),
+        ({"activation_bits": 17}, "analysis.activation_bits=17"),
+    ],
+)
+def test_uniform_refuses_bits_that_cannot_be(given_bits: dict[str, int], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        uniform.plan_layer(summary(0, 1, 0, 1, 0.2), **given_bits)
+
+
+@given(ranges=st.lists(st.floats(0.01, 100), min_size=1, max_size=40))
+def test_outlier_channels_exceed_two_and_a_half_medians(ranges: list[float]) -> None:
+    layer = replace(summary(0, 1, 0, 1, 0.2), channel_range=np.array(ranges))
+    limit = 2.5 * float(np.median(ranges))
+    assert outlier_channels(layer) == [i for i, value in enumerate(ranges) if value > limit]
+
+
+def test_outlier_layers_have_heavy_tails() -> None:
+    layers = {name: replace(summary(0, 1, 0, 1, 0.2), kurtosis=k) for name, k in {"a": 3.0, "b": 51.0}.items()}
+    layers["c"] = summary(0, 1, 0, 1, 0.2)
+    assert outlier_layers(layers) == {"b": 51.0}
+    assert outlier_channels(layers["c"]) == []
+
+
+def test_phases_are_planned_from_their_own_statistics() -> None:
+    wide, narrow = summary(-10, 10, -10, 10, 3.0), summary(-1, 1, -1, 1, 0.3)
+    layers = {"a": replace(narrow, phases={"early": wide, "late": narrow})}
+    assert phase_bits(layers, range_heuristic.plan_layer) == {"early": {"a": 8}, "late": {"a": 4}}
+
+
+# What people read
+
+EXPECTED = """\
+Layer Statistics Summary:
+  Total layers: 28
+  Suggested bit-widths:
+    8-bit: 12 layers (43%)
+    6-bit: 9 layers (32%)
+    4-bit: 7 layers (25%)
+  Sensitive layers (need careful handling):
+    - mm_block_0 (large range, needs 8-bit)
+{sensitive}
+  Layers suitable for aggressive quantization (≤4-bit):
+    - mm_block_21 (narrow range)
+{aggressive}
+"""
+
+
+def test_the_summary_has_exactly_the_form_of_the_issue() -> None:
+    eight = LayerPlan(8, 8, reason="large range", sensitive=True)
+    six = LayerPlan(6, 6, reason="medium range")
+    four = LayerPlan(4, 4, reason="narrow range", aggressive=True)
+    layers = {f"mm_block_{i}": eight if i < 12 else six if i < 21 else four for i in range(28)}
+    layers["mm_block_5"] = replace(eight, reason="high variation")
+    reasons = {i: "high variation" if i == 5 else "large range" for i in range(12)}
+    sensitive = "\n".join(f"    - mm_block_{i} ({reasons[i]}, needs 8-bit)" for i in range(1, 12))
+    aggressive = "\n".join(f"    - mm_block_{i} (narrow range)" for i in range(22, 28))
+    assert summary_text(Plan(layers)) == EXPECTED.format(sensitive=sensitive, aggressive=aggressive)
+
+
+def test_what_stands_out_is_added_below_the_summary() -> None:
+    plan = Plan({"a": LayerPlan(6, 6, reason="medium range")}, {"a": 120.4}, {"a": [1, 2]})
+    text = summary_text(plan)
+    assert text.startswith(summary_text(Plan(plan.layers)))
+    assert "    - a (kurtosis 120)\n" in text
+    assert "2 in 1 layers" in text
+
+
+# A real run
+
+
+def load(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def test_the_issues_lines_run_on_every_layer(tiny_run: Path) -> None:
+    stats = json.load(open(tiny_run / "layer_statistics.json"))  # noqa: SIM115  (the lines as the issue has them)
+    plan = json.load(open(tiny_run / "quantization_config.json"))  # noqa: SIM115
+    scales = {}
+    for name, s in stats.items():
+        bits = plan[name]["suggested_activation_bits"]
+        p01 = s["percentiles"]["p01"]
+        p99 = s["percentiles"]["p99"]
+        scale = (p99 - p01) / (2**bits - 1)
+        scales[name] = scale
+    assert len(scales) == 61
+    assert all(math.isfinite(scale) and scale > 0 for scale in scales.values())
+
+
+def test_layer_statistics_json_keeps_its_contract(tiny_run: Path) -> None:
+    stats = load(tiny_run / "layer_statistics.json")
+    with ActivationFile(tiny_run / "activations.h5") as file:
+        assert set(stats) == set(file.layers)
+        assert len(file.steps) == 5
+        for name, s in stats.items():
+            assert {"min", "max", "mean", "std", "percentiles", "num_samples"} <= set(s)
+            assert list(s["percentiles"]) == ["p001", "p01", "p05", "p50", "p95", "p99", "p999"]
+            pooled = file.statistics(name)
+            low, high, mean, std, count = pooled.over_channels()
+            assert (s["min"], s["max"], s["num_samples"]) == (low, high, count)
+            assert s["mean"] == pytest.approx(mean, abs=1e-6 * std)
+            assert s["std"] == pytest.approx(std, rel=1e-6)
+            assert s["percentiles"] == pytest.approx(pooled.percentiles())
+            ordered = [s["min"], *s["percentiles"].values(), s["max"]]
+            assert ordered == sorted(ordered)
+    # 5 steps, 2 images, two halves of guidance; 64 image tokens of 256 channels, 16 text tokens.
+    assert stats["mm_block_0.image.mlp.fc1"]["num_samples"] == 5 * 2 * 2 * 64 * 256
+    assert stats["mm_block_0.image.mlp.fc2"]["num_samples"] == 5 * 2 * 2 * 64 * 1024
+    assert stats["mm_block_1.text.attn.q_proj"]["num_samples"] == 5 * 2 * 2 * 16 * 256
+    assert stats["mm_block_0.text.adaln"]["num_samples"] == 5 * 2 * 2 * 256
+
+
+def test_quantization_config_json_keeps_its_contract(tiny_run: Path) -> None:
+    plan, layers = load(tiny_run / "quantization_config.json"), load(tiny_run / "layer_statistics.json")
+    assert list(plan) == list(layers)
+    for name, entry in plan.items():
+        assert entry["suggested_weight_bits"] in (2, 3, 4, 5, 6, 8)
+        assert isinstance(entry["suggested_activation_bits"], int)
+        assert isinstance(entry["use_percentile_clipping"], bool)
+        assert entry["clip_percentile"] == ([1, 99] if entry["use_percentile_clipping"] else [0, 100])
+        s = layers[name]
+        given_layer = summary(s["percentiles"]["p01"], s["percentiles"]["p99"], s["min"], s["max"], s["std"])
+        bits, clip = origins_rule(given_layer)
+        assert (entry["suggested_weight_bits"], entry["use_percentile_clipping"]) == (bits, clip), name
+
+
+def test_timestep_config_json_has_phases_and_ranges(tiny_run: Path) -> None:
+    config, plan = load(tiny_run / "timestep_config.json"), load(tiny_run / "quantization_config.json")
+    assert config["num_steps"] == 4
+    assert {name: tuple(phase["steps"]) for name, phase in config["phases"].items()} == phase_bounds(4)
+    for phase in config["phases"].values():
+        assert set(phase["activation_bits"]) == set(plan)
+        assert set(phase["activation_bits"].values()) <= {4, 6, 8}
+    with ActivationFile(tiny_run / "activations.h5") as file:
+        for name, ranges in config["activation_ranges"].items():
+            assert ranges["step_index"] == [0, 1, 2, 3], "the finished latent is never fed to the model"
+            for step, low, high in zip(ranges["step_index"], ranges["low"], ranges["high"], strict=True):
+                statistics = file.statistics(name, [step])
+                if plan[name]["use_percentile_clipping"]:
+                    found = statistics.percentiles()
+                    assert (low, high) == pytest.approx((found["p01"], found["p99"]))
+                else:
+                    assert (low, high) == (statistics.minimum.min(), statistics.maximum.max())
+
+
+def test_the_runs_summary_is_printed_and_agrees_with_its_plan(tiny_run: Path) -> None:
+    text, plan = (tiny_run / "analysis.txt").read_text(encoding="utf-8"), load(tiny_run / "quantization_config.json")
+    assert text in (tiny_run.parent / "stdout.txt").read_text(encoding="utf-8")
+    lines = text.splitlines()
+    assert lines[:3] == ["Layer Statistics Summary:", f"  Total layers: {len(plan)}", "  Suggested bit-widths:"]
+    counts = Counter(entry["suggested_weight_bits"] for entry in plan.values())
+    for bits, count in counts.items():
+        assert f"    {bits}-bit: {count} layers ({100 * count / len(plan):.0f}%)" in lines
+    listed = lines[lines.index("  Sensitive layers (need careful handling):") + 1 :]
+    border = listed.index("  Layers suitable for aggressive quantization (≤4-bit):")
+    sensitive = [
+        re.fullmatch(r"    - (\S+) \((large range|high variation), needs 8-bit\)", row) for row in listed[:border]
+    ]
+    assert [match and match[1] for match in sensitive] == [
+        n for n, e in plan.items() if e["suggested_weight_bits"] == 8
+    ]
+    narrow = [row for row in listed[border + 1 :] if row.endswith(" (narrow range)")]
+    expected = [n for n, e in plan.items() if e["suggested_weight_bits"] <= 4]
+    assert narrow == [f"    - {name} (narrow range)" for name in expected]
+
+
+def test_a_run_directory_and_its_json_alone_give_the_same_plan(tiny_run: Path) -> None:
+    whole, steps = read_summaries(tiny_run)
+    alone, no_steps = read_summaries(tiny_run / "layer_statistics.json")
+    assert (steps, no_steps) == (4, None)
+    assert list(whole) == list(alone)
+    plans = [make_plan(layers, range_heuristic.plan_layer).layers for layers in (whole, alone)]
+    assert plans[0] == plans[1]
+    assert all(layer.phases and layer.steps for layer in whole.values())
+    assert whole["x_embedder"].channel_range is not None
+
+
+def test_a_phase_pools_the_steps_that_the_sampler_evaluates(tiny_run: Path) -> None:
+    whole, _ = read_summaries(tiny_run)
+    with ActivationFile(tiny_run / "activations.h5") as file:
+        for phase, (first, last) in phase_bounds(4).items():
+            steps = [step for step in file.steps if first <= step <= min(last, 3)]
+            expected = LayerSummary.of(file.statistics("mm_block_1.image.mlp.fc2", steps))
+            found = whole["mm_block_1.image.mlp.fc2"].phases[phase]
+            assert (found.minimum, found.maximum, found.num_samples) == (
+                expected.minimum,
+                expected.maximum,
+                expected.num_samples,
+            )
+            assert found.percentiles == pytest.approx(expected.percentiles)
+
+
+def test_analyze_gives_another_plan_from_the_same_statistics(tiny_run: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_run, tmp_path / "run")
+    outcome = run_process(
+        tmp_path, "analyze", "stats=run", "analysis=uniform", "analysis.weight_bits=3", "export_config=out/plan.json"
+    )
+    assert outcome.status == 0, outcome.err
+    plan = load(tmp_path / "out/plan.json")
+    (own,) = tmp_path.glob("outputs/*/*/quantization_config.json")
+    assert plan == load(own)
+    assert {entry["suggested_weight_bits"] for entry in plan.values()} == {3}
+    assert {entry["suggested_activation_bits"] for entry in plan.values()} == {8}
+    assert len(plan) == 61
+    assert "3-bit: 61 layers (100%)" in outcome.out
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"a": 3}',
+        '{"a": null}',
+        '{"a": {"min": 0, "max": 1, "mean": 0, "std": 1, "num_samples": 3}}',
+        '{"a": {"min": 0, "max": 1, "mean": 0, "std": 1, "num_samples": 3, "percentiles": {"p01": 0}}}',
+        '{"a": {"min": "x", "max": 1, "mean": 0, "std": 1, "num_samples": 3, "percentiles": {"p01": 0, "p99": 1}}}',
+        '{"a": {"min": 0, "max": 1, "mean": 0, "std": 1, "num_samples": 3, "percentiles": [1, 2]}}',
+        '{"a": {"min": 0, "max": 1, "mean": 0, "std": NaN, "num_samples": 3, "percentiles": {"p01": 0, "p99": 1}}}',
+        '{"a": {"min": 0, "max": 1, "mean": 0, "std": 1, "num_samples": 1e999, "percentiles": {"p01": 0, "p99": 1}}}',
+    ],
+)
+def test_garbled_statistics_end_with_one_line_that_names_the_file(
+    tmp_path: Path, content: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("layer_statistics.json").write_text(content)
+    outcome = run_here(["analyze", "stats=layer_statistics.json"], capsys)
+    assert outcome.status in (1, 2)
+    assert len(outcome.err.splitlines()) == 1, outcome.err
+    assert outcome.err.startswith("calib: ")
+    assert "layer_statistics.json" in outcome.err
+
+
+def test_missing_statistics_say_what_makes_them(tmp_path: Path) -> None:
+    with pytest.raises(CalibError, match=r"nowhere.*calib collect"):
+        read_summaries(tmp_path / "nowhere")
+    with pytest.raises(CalibError, match="calib collect"):
+        read_summaries(tmp_path)

@@ -1,0 +1,467 @@
+"""The command line, as people use it: whole jobs in real processes, and one clear line for every bad input."""
+
+import fcntl
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from calib.activations.store import ActivationFile
+from calib.dataset.manifest import Manifest
+
+import pytest
+from helpers import CHECKOUT, TINY, Outcome, command, contents, environment, flip_byte, run_here, run_process
+
+RUN_FILES = {
+    "activations.h5",
+    "analysis.txt",
+    "collection_metadata.json",
+    "config.resolved.yaml",
+    "env.json",
+    "layer_statistics.json",
+    "metrics.json",
+    "quantization_config.json",
+    "run.log",
+    "status.json",
+    "timestep_config.json",
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working folder."""
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)
+    return work
+
+
+def everything(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def is_one_clear_line(outcome: Outcome, status: int = 2) -> str:
+    """The one line of ``outcome``, which must be all that it says."""
+    assert outcome.status == status, outcome
+    assert len(outcome.err.splitlines()) == 1, outcome.err
+    assert outcome.err.startswith("calib: ")
+    assert outcome.out == ""
+    return outcome.err.removeprefix("calib: ").strip()
+
+
+# The whole job
+
+
+def test_the_whole_job_writes_every_file_of_a_run_directory(tiny_run: Path) -> None:
+    assert {path.name for path in tiny_run.iterdir() if not path.name.startswith(".")} == RUN_FILES
+    assert (tiny_run / ".hydra" / "config.yaml").exists()
+    assert not list(tiny_run.rglob("*.tmp"))
+    status = json.loads((tiny_run / "status.json").read_text())
+    assert (status["state"], status["stage"], status["error"]) == ("complete", "run", None)
+    assert status["start"] <= status["end"]
+    assert len(status["fingerprint"]) == 16
+    metrics = json.loads((tiny_run / "metrics.json").read_text())
+    assert all(isinstance(value, int | float) for value in metrics.values())
+    assert (metrics["images_generated"], metrics["images"], metrics["steps"], metrics["layers"]) == (2, 2, 5, 61)
+    surroundings = json.loads((tiny_run / "env.json").read_text())
+    assert surroundings["versions"]["mlx"]
+    assert "num_images: 2" in (tiny_run / "config.resolved.yaml").read_text()
+    assert "${" not in (tiny_run / "config.resolved.yaml").read_text()
+    metadata = json.loads((tiny_run / "collection_metadata.json").read_text())
+    assert metadata["image_ids"] == [0, 1]
+    assert [step["step_index"] for step in metadata["steps"]] == [0, 1, 2, 3, 4]
+
+
+def test_the_whole_job_prints_the_summary_and_the_run_directory(tiny_run: Path) -> None:
+    out = (tiny_run.parent / "stdout.txt").read_text()
+    assert (tiny_run / "analysis.txt").read_text() in out
+    assert out.splitlines()[-1] == "Run directory: run"
+    err = (tiny_run.parent / "stderr.txt").read_text()
+    assert "\r" not in err, "plain lines where output is not a terminal"
+    assert "generate 2 images" in err
+    assert "Traceback" not in err
+    assert "Warning" not in err
+
+
+def test_the_log_has_what_was_done(tiny_run: Path) -> None:
+    log = (tiny_run / "run.log").read_text()
+    assert "loaded emoji" in log
+    assert "collected" in log
+
+
+def test_a_complete_run_is_not_run_again(
+    tiny_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tiny_run.parent)
+    before = {name: (tiny_run / name).stat().st_mtime_ns for name in RUN_FILES}
+    outcome = run_here([*TINY, "data_dir=dataset", "hydra.run.dir=run"], capsys)
+    assert outcome.status == 0
+    assert outcome.out == "Already complete: run\n"
+    assert {name: (tiny_run / name).stat().st_mtime_ns for name in RUN_FILES} == before
+
+
+def test_stage_by_stage_gives_what_the_whole_job_gives(
+    tiny_run: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for stage, more in (("generate", []), ("collect", []), ("analyze", ["stats=collect"])):
+        outcome = run_here([stage, *TINY, "data_dir=dataset", f"hydra.run.dir={stage}", *more], capsys)
+        assert outcome.status == 0, outcome.err
+    assert contents(folder / "dataset") == contents(tiny_run.parent / "dataset")
+    for stage, name in (
+        ("collect", "layer_statistics.json"),
+        ("analyze", "quantization_config.json"),
+        ("analyze", "analysis.txt"),
+        ("analyze", "timestep_config.json"),
+    ):
+        assert (folder / stage / name).read_bytes() == (tiny_run / name).read_bytes(), name
+
+
+def test_more_images_are_added_to_the_same_dataset(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number, new in ((1, 1), (3, 2), (2, 0)):
+        outcome = run_here(["generate", f"num_images={number}", "sampler.num_steps=2", "sampler.batch_size=2"], capsys)
+        assert outcome.status == 0, outcome.err
+        assert f"({number} images, {new} new)" in outcome.out
+    (dataset,) = (folder / "calibration_data").iterdir()
+    assert dataset.name.startswith("emoji-emoji-2steps-")
+    assert sorted(Manifest.load(dataset).images) == [0, 1, 2]
+
+
+def test_collect_takes_the_chosen_images_steps_and_layers(
+    data_dir: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    outcome = run_here(
+        [
+            *("collect", f"data_dir={data_dir}", "sampler.num_steps=8", "sampler.batch_size=2", "hydra.run.dir=run"),
+            *("subset=list", "subset.ids=[3,1]", "timestep_schedule=list", "timestep_schedule.steps=[5,0]"),
+            *("taps=all", "taps.include=['*.mlp.fc2','mm_block_1']", "taps.exclude=['*.text.*']"),
+        ],
+        capsys,
+    )
+    assert outcome.status == 0, outcome.err
+    metadata = json.loads((folder / "run" / "collection_metadata.json").read_text())
+    assert metadata["image_ids"] == [1, 3]
+    assert [step["step_index"] for step in metadata["steps"]] == [0, 5]
+    with ActivationFile(folder / "run" / "activations.h5") as file:
+        assert file.steps == [0, 5]
+        fc2 = [f"mm_block_{i}.image.mlp.fc2" for i in range(4)]
+        assert set(file.layers) == {*fc2, "mm_block_1", "mm_block_1.image", "mm_block_1.text"}
+    statistics = json.loads((folder / "run" / "layer_statistics.json").read_text())
+    assert set(statistics) == {*fc2, "mm_block_1"}, "a block is summarised as a whole"
+
+
+def test_the_block_view_names_the_blocks(data_dir: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    outcome = run_here(
+        [
+            *(f"data_dir={data_dir}", "num_images=4", "sampler.num_steps=8", "sampler.batch_size=2", "taps=block"),
+            *("timestep_schedule=quarters", "hydra.run.dir=run"),
+        ],
+        capsys,
+    )
+    assert outcome.status == 0, outcome.err
+    assert "4 images, 0 new" in outcome.out
+    assert "  Total layers: 4\n" in outcome.out
+    plan = json.loads((folder / "run" / "quantization_config.json").read_text())
+    assert list(plan) == ["mm_block_0", "mm_block_1", "mm_block_2", "mm_block_3"]
+
+
+def test_a_multirun_gives_a_run_directory_a_job_and_one_dataset(tmp_path: Path) -> None:
+    outcome = run_process(
+        tmp_path,
+        "-m",
+        "timestep_schedule=key,quarters,uniform",
+        "analysis=range,uniform",
+        *("num_images=2", "sampler.num_steps=16", "sampler.batch_size=2", "taps.include=['*.fc2']"),
+    )
+    assert outcome.status == 0, outcome.err
+    (sweep,) = tmp_path.glob("multirun/*/*")
+    jobs = [path for path in sweep.iterdir() if path.is_dir()]
+    assert len(jobs) == 6
+    (dataset,) = (tmp_path / "calibration_data").iterdir()
+    assert sorted(Manifest.load(dataset).images) == [0, 1]
+    assert not (tmp_path / "outputs").exists()
+    plans, steps, drawn = {}, set(), []
+    for job in jobs:
+        assert {path.name for path in job.iterdir() if not path.name.startswith(".")} == RUN_FILES
+        assert json.loads((job / "status.json").read_text())["state"] == "complete"
+        plans[job.name] = json.loads((job / "quantization_config.json").read_text())
+        with ActivationFile(job / "activations.h5") as file:
+            steps.add(tuple(file.steps))
+        drawn.append(json.loads((job / "metrics.json").read_text())["images_generated"])
+    assert sorted(drawn) == [0, 0, 0, 0, 0, 2], "drawn once, by the first job"
+    assert len(steps) == 3
+    for schedule in ("key", "quarters", "uniform"):
+        names = [name for name in plans if f"timestep_schedule={schedule}" in name]
+        assert len(names) == 2, "the folders' names say what varies"
+        bits = {name: {e["suggested_weight_bits"] for e in plans[name].values()} for name in names}
+        assert {4} in bits.values()
+    assert outcome.out.count("Layer Statistics Summary:") == 6
+
+
+# Bad input
+
+#: Keeps a job short that should have been refused.
+CHEAP = ("num_images=2", "sampler.num_steps=2")
+
+BAD = [
+    (["num_image=3"], ("num_image=3", "'num_images'")),
+    (["nun_images=3"], ("nun_images=3", "'num_images'")),
+    (["sampler.numsteps=3"], ("sampler.numsteps=3", "'sampler.num_steps'")),
+    (["+extra=3"], ("extra", "no such key")),
+    (["timestep_schedule=uniformm"], ("timestep_schedule=uniformm", "'uniform'")),
+    (["analysis=rnge"], ("analysis=rnge", "'range'")),
+    (["model=emojis"], ("model=emojis", "'emoji'")),
+    (["sampler=sd3"], ("sampler=sd3", "sd3_medium")),
+    ([*CHEAP, "experiment=quik"], ("experiment=quik", "'quick'")),
+    (["timestep_schedules=key"], ("timestep_schedules=key", "'timestep_schedule'")),
+    (["timestep_schedule.count=3"], ("timestep_schedule.count=3",)),
+    (["num_images=three"], ("num_images=three", "integer")),
+    (["sampler.num_steps=4.5"], ("sampler.num_steps=4.5", "integer")),
+    (["subset.num_images=0"], ("subset.num_images=0", "1 to 10")),
+    (["subset.num_images=-3"], ("subset.num_images=-3", "1 to 10")),
+    (["subset.num_images=11"], ("subset.num_images=11", "1 to 10")),
+    ([*CHEAP, "subset=list", "subset.ids=[2]"], ("subset.ids=2", "2 images")),
+    (["timestep_schedule=list", "timestep_schedule.steps=[0,51]"], ("timestep_schedule.steps=51", "0 … 50")),
+    (["timestep_schedule=list", "timestep_schedule.steps=[-1]"], ("timestep_schedule.steps=-1", "0 … 50")),
+    (["timestep_schedule=list"], ("timestep_schedule.steps=[]",)),
+    (["timestep_schedule=uniform", "sampler.num_steps=4"], ("timestep_schedule.count=17", "sampler.num_steps=4")),
+    (["prompts=file", "prompts.path=../empty.txt"], ("prompts.path=../empty.txt", "no prompts")),
+    (["prompts=file", "prompts.path=../none.txt"], ("prompts.path=../none.txt", "cannot be read")),
+    (["prompts=file"], ("prompts.path",)),
+    (["prompts.seed=-1"], ("prompts.seed=-1",)),
+    (["seed=5000000000", "timestep_schedule=ndtc"], ("seed=5000000000",)),
+    ([*CHEAP, "subset=random", "subset.seed=-1"], ("subset.seed=-1",)),
+    (["hydra.run.dir=../file/run"], ("hydra.run.dir=../file/run", "cannot be written")),
+    (["data_dir=../file"], ("data_dir=../file", "cannot be written")),
+    (["data_dir=../file/dataset"], ("data_dir=../file/dataset", "cannot be written")),
+    (["export_config=../file/plan.json"], ("export_config=../file", "cannot be written")),
+    (["-m", "hydra.sweep.dir=../file/sweep", "seed=1,2"], ("hydra.sweep.dir=../file/sweep", "cannot be written")),
+    (["taps.include=[mm_block_0.image.mlp.fc3]"], ("taps.include=mm_block_0.image.mlp.fc3", "fc2'")),
+    (["sampler.image_size=[128,128]"], ("sampler.image_size=[128, 128]", "[64, 64]")),
+    (["analysis=uniform", "analysis.weight_bits=7"], ("analysis.weight_bits=7",)),
+    (["collect=3"], ("collect=3",)),
+    (["taps=null"], ("taps",)),
+    (["~analysis"], ("analysis",)),
+    (["num_images"], ("num_images",)),
+    (["sampler.num_steps=[1"], ("sampler.num_steps=[1",)),
+    (["num_images=1", "num_images=x"], ("num_images=x",)),
+    (["--multirrun"], ("--multirrun",)),
+    (["-m", "analysis=range,rnge"], ("analysis=rnge", "'range'")),
+    (["-m", "sampler.num_steps=8,0"], ("sampler.num_steps=0",)),
+    (["-m", "timestep_schedule=key,uniform", "sampler.num_steps=4"], ("timestep_schedule.count=17",)),
+    (["generat"], ("generat", "unknown stage", "'generate'")),
+    (["draw", "num_images=3"], ("draw", "unknown stage", "generate")),
+    (["generate", "collect"], ("collect",)),
+    (["analyze"], ("stats", "calib analyze stats=")),
+    (["analyze", "stats=nowhere"], ("stats=nowhere", "calib collect")),
+    (["analyze", "stats=../file"], ("file",)),
+    (["collect", "data_dir=nowhere"], ("nowhere", "calib generate")),
+    (["collect"], ("calibration_data", "calib generate")),
+]
+
+#: What is missing rather than wrong may end with status 1.
+MISSING = ("analyze", "collect")
+
+
+@pytest.mark.parametrize(("arguments", "words"), BAD, ids=[" ".join(arguments) for arguments, _ in BAD])
+def test_bad_input_ends_with_one_clear_line_and_leaves_nothing(
+    folder: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], words: tuple[str, ...]
+) -> None:
+    (folder.parent / "empty.txt").write_text("\n \n")
+    (folder.parent / "file").write_text("in the way")
+    outcome = run_here(arguments, capsys)
+    files_missing = arguments[0] in MISSING and outcome.status == 1
+    line = is_one_clear_line(outcome, status=1 if files_missing else 2)
+    for word in words:
+        assert word in line
+    assert everything(folder) == []
+    assert everything(folder.parent) == ["empty.txt", "file", "work"]
+    assert (folder.parent / "file").read_text() == "in the way"
+
+
+def test_bad_values_have_status_2_for_a_stats_that_is_not_there(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_here(["analyze", "stats=nowhere"], capsys).status == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["subset.num_images=5"], ("subset.num_images=5", "1 to 4")),
+        (["subset.num_images=0"], ("subset.num_images=0",)),
+        (["subset=list", "subset.ids=[0,4]"], ("subset.ids=4", "4 images")),
+        (["sampler.num_steps=50"], ("steps",)),
+        (["timestep_schedule=list", "timestep_schedule.steps=[9]"], ("timestep_schedule.steps=9", "0 … 8")),
+        (["taps.include=[nothing]"], ("taps.include=nothing",)),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_the_dataset_does_not_have_is_one_clear_line(
+    data_dir: Path, folder: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], words: tuple[str, ...]
+) -> None:
+    outcome = run_here(["collect", f"data_dir={data_dir}", "sampler.num_steps=8", *arguments], capsys)
+    line = is_one_clear_line(outcome)
+    for word in words:
+        assert word in line
+    assert everything(folder) == []
+
+
+@pytest.mark.parametrize(
+    "arguments", [["colect"], ["sampler.num_step=4"], ["hydra.run.dir=/dev/null/run"]], ids=" ".join
+)
+def test_a_real_process_ends_so_too(tmp_path: Path, arguments: list[str]) -> None:
+    is_one_clear_line(run_process(tmp_path, *arguments))
+    assert everything(tmp_path) == []
+
+
+def test_a_folder_without_write_permission_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As a user without special rights; root may write anywhere, so the process gives its rights up first."""
+    folder.chmod(0o555)
+    try:
+        if os.geteuid() == 0:
+            code = "import os, sys; from calib.cli import main; os.setuid(65534); main(sys.argv[1:])"
+            for part in (folder, *folder.parents[:-1]):
+                if not part.stat().st_mode & 0o001:
+                    part.chmod(part.stat().st_mode | 0o011)
+            done = subprocess.run(
+                [sys.executable, "-c", code, *TINY], cwd=folder, env=environment(), capture_output=True, text=True
+            )
+            outcome = Outcome(done.returncode, done.stdout, done.stderr)
+        else:
+            outcome = run_here(TINY, capsys)
+        line = is_one_clear_line(outcome)
+        assert "cannot be written (Permission denied)" in line
+        assert everything(folder) == []
+    finally:
+        folder.chmod(0o755)
+
+
+def test_other_settings_in_a_datasets_folder_end_with_one_clear_line(
+    data_dir: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = contents(data_dir)
+    outcome = run_here(["generate", f"data_dir={data_dir}", "sampler.num_steps=4", "num_images=6"], capsys)
+    assert outcome.status in (1, 2)
+    assert "Traceback" not in outcome.err
+    lines = [line for line in outcome.err.splitlines() if line.startswith("calib: ")]
+    assert len(lines) == 1
+    assert "num_steps=8" in lines[0]
+    assert contents(data_dir) == before
+
+
+def test_a_damaged_state_ends_with_one_clear_line_and_a_failed_run(
+    data_dir: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(data_dir, folder / "dataset")
+    path = folder / "dataset" / "samples" / "0001.h5"
+    flip_byte(path, path.stat().st_size // 2)
+    arguments = ["data_dir=dataset", "sampler.num_steps=8", "timestep_schedule=all", "taps.include=[x_embedder]"]
+    outcome = run_here(["collect", *arguments, "hydra.run.dir=run"], capsys)
+    assert outcome.status == 1
+    lines = [line for line in outcome.err.splitlines() if not line.startswith("collect ")]
+    assert len(lines) == 1, outcome.err
+    assert lines[0].startswith("calib: ")
+    assert "0001.h5" in lines[0]
+    status = json.loads((folder / "run" / "status.json").read_text())
+    assert status["state"] == "failed"
+    assert "0001.h5" in status["error"]
+    assert "Traceback" in (folder / "run" / "run.log").read_text()
+
+
+# Help
+
+
+@pytest.mark.parametrize("stage", [None, "run", "generate", "collect", "analyze"])
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help_is_worth_reading(folder: Path, capsys: pytest.CaptureFixture[str], stage: str | None, flag: str) -> None:
+    outcome = run_here([stage, flag] if stage else [flag], capsys)
+    assert outcome.status == 0
+    assert outcome.err == ""
+    assert f"usage: calib {stage or '[stage]'} [key=value …] [-m]" in outcome.out
+    for group in ("timestep_schedule=", "subset=", "analysis=", "model=", "key", "quarters", "uniform", "emoji"):
+        assert group in outcome.out
+    if stage is None:
+        for name in ("generate", "collect", "analyze", "doctor", "run"):
+            assert f"\n  {name} " in outcome.out
+    assert max(len(line) for line in outcome.out.splitlines()) <= 140
+    assert everything(folder) == []
+
+
+def test_the_configuration_can_be_shown(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    outcome = run_here(["--cfg", "job", "num_images=7"], capsys)
+    assert outcome.status == 0
+    assert "num_images: 7" in outcome.out
+    assert "calib.timesteps.key" in outcome.out
+    assert everything(folder) == []
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "made"),
+    [
+        ("generate_calibration_data.py", ["num_images=1", "sampler.num_steps=1"], "calibration_data/*/manifest.json"),
+        ("collect_layer_activations.py", ["--help"], ""),
+        ("analyze_activations.py", ["--help"], ""),
+    ],
+)
+def test_scripts_are_the_same_commands(tmp_path: Path, script: str, arguments: list[str], made: str) -> None:
+    done = subprocess.run(
+        [sys.executable, str(CHECKOUT / "scripts" / script), *arguments],
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    if made:
+        assert len(list(tmp_path.glob(made))) == 1
+    else:
+        stage = script.split("_")[0]
+        assert done.stdout.startswith(f"usage: calib {stage} ")
+
+
+# Interruption and company
+
+
+def test_interrupted_by_the_keyboard_it_says_so_and_goes_on_later(tmp_path: Path) -> None:
+    job = ("num_images=5", "sampler.num_steps=8", "sampler.batch_size=1", "timestep_schedule=quarters")
+    job += ("data_dir=dataset", "hydra.run.dir=run", "taps.include=[x_embedder]")
+    process = subprocess.Popen(
+        command(*job), cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    while not (tmp_path / "dataset" / "manifest.json").exists() and process.poll() is None:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    assert [line for line in err.splitlines() if line.startswith("calib: ")] == [
+        "calib: interrupted; the same command goes on from what is finished"
+    ]
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert status["state"] == "failed"
+    kept = set(Manifest.load(tmp_path / "dataset").images)
+    assert 1 <= len(kept) < 5
+    outcome = run_process(tmp_path, *job)
+    assert outcome.status == 0, outcome.err
+    assert f"(5 images, {5 - len(kept)} new)" in outcome.out
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "complete"
+
+
+def test_a_second_process_in_the_same_run_directory_ends_with_a_clear_line(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "run").mkdir()
+    with open(folder / "run" / ".lock", "w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        outcome = run_here([*TINY, "hydra.run.dir=run"], capsys)
+    assert outcome.status == 1
+    assert len(outcome.err.splitlines()) == 1
+    assert outcome.err.startswith("calib: ")
+    assert outcome.err.endswith("run: another process is running in this directory\n")
+    assert not (folder / "calibration_data").exists()
+    assert not (folder / "run" / "status.json").exists()

@@ -1,0 +1,418 @@
+"""Configuration: every option works by name alone, and every bad value is caught before anything is loaded."""
+
+import copy
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from calib.compose import CONF, job_name
+from calib.config import Settings, Stage, build, check_writable, typed
+from calib.dataset.store import StateDtype, StorageFormat
+from calib.errors import ConfigError
+from calib.models.model import ModelDtype
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hypothesis import example, given
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+
+GROUPS = sorted(folder.name for folder in CONF.iterdir() if folder.is_dir())
+OPTIONS = [(group, path.stem) for group in GROUPS for path in sorted((CONF / group).glob("*.yaml"))]
+
+#: What an option cannot do without.
+NEEDS = {
+    ("timestep_schedule", "list"): ["timestep_schedule.steps=[0,10]"],
+    ("subset", "list"): ["subset.ids=[0,3]"],
+    ("prompts", "file"): ["prompts.path=prompts.txt"],
+}
+
+
+def composed(*overrides: str) -> dict[str, Any]:
+    """The configuration as plain containers."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        plain = OmegaConf.to_container(compose("config", overrides=list(overrides)), resolve=True)
+    assert isinstance(plain, dict)
+    return plain
+
+
+def built(*overrides: str, multirun: bool = False) -> Settings:
+    return build(composed(*overrides), multirun)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with a list of prompts."""
+    monkeypatch.chdir(tmp_path)
+    Path("prompts.txt").write_text("a red fox\n\n  an owl \n", encoding="utf-8")
+    return tmp_path
+
+
+def test_the_groups_are_those_of_the_issue() -> None:
+    wanted = {"model", "prompts", "sampler", "dataset", "timestep_schedule", "subset", "taps", "storage", "analysis"}
+    assert wanted <= set(GROUPS) <= wanted | {"experiment"}
+    options: dict[str, set[str]] = {group: {name for g, name in OPTIONS if g == group} for group in GROUPS}
+    schedules = {"key", "all", "uniform", "stride", "quarters", "taqdit", "ndtc", "phases", "list"}
+    assert schedules <= options["timestep_schedule"]
+    assert {"first", "stride", "random", "list"} <= options["subset"]
+    assert {"emoji", "sd3_medium", "sd35_large", "flux_schnell", "flux_dev"} <= options["model"]
+    assert options["sampler"] == options["model"]
+    assert {"emoji", "builtin", "file"} <= options["prompts"]
+    assert {"hdf5", "npz"} <= options["dataset"]
+    assert {"linear", "block", "all"} <= options["taps"]
+    assert {"range", "uniform"} <= options["analysis"]
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS)
+def test_every_option_composes_and_builds(folder: Path, group: str, option: str) -> None:
+    choice = f"model={option}" if group == "sampler" else f"{group}={option}"
+    config = composed(choice, *NEEDS.get((group, option), []))
+    settings = build(config)
+    assert settings.prompts
+    assert settings.steps
+    assert settings.choose_images(range(10))
+    if group == "sampler":
+        chosen = OmegaConf.load(CONF / "sampler" / f"{option}.yaml")
+        assert settings.sampler.num_steps == chosen.num_steps
+        assert list(settings.sampler.image_size) == list(chosen.image_size)
+    assert list(folder.iterdir()) == [folder / "prompts.txt"]
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS)
+def test_every_option_has_its_usage_on_top(group: str, option: str) -> None:
+    first, *rest = (CONF / group / f"{option}.yaml").read_text(encoding="utf-8").splitlines()
+    usage = rest[0] if "@package" in first else first
+    assert usage.startswith("# ")
+    assert f"{group}={option}" in usage or (group == "sampler" and f"model={option}" in usage)
+
+
+def test_the_defaults_are_those_of_the_design() -> None:
+    settings = built()
+    assert settings.stage is Stage.RUN
+    assert (settings.num_images, settings.sampler.num_steps, settings.sampler.cfg_weight) == (10, 50, 3.0)
+    assert len(settings.steps) == 17
+    assert settings.dataset.format is StorageFormat.HDF5
+    assert settings.generate_missing
+    assert str(settings.data_dir).startswith("calibration_data/emoji-emoji-50steps-")
+    assert not built("stage=collect").generate_missing
+    assert built("stage=collect", multirun=True).generate_missing
+    assert settings.choose_images(range(10)) == list(range(10))
+
+
+def test_experiment_quick_is_quick() -> None:
+    settings = built("experiment=quick")
+    assert settings.steps == (0, 2, 5, 7, 10)
+    assert settings.num_images == 4
+    assert built("experiment=quick", "num_images=2").num_images == 2
+
+
+def test_an_option_of_the_users_own_package_is_an_option(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "mine.py").write_text(
+        "def ends(num_steps: int, more: int = 0) -> list[int]:\n    return [0, num_steps, more]"
+    )
+    monkeypatch.syspath_prepend(folder)
+    config = composed("sampler.num_steps=9")
+    config["timestep_schedule"] = {"_target_": "mine.ends", "more": 4}
+    assert build(config).steps == (0, 4, 9)
+    config["timestep_schedule"]["more"] = "x"
+    with pytest.raises(ConfigError, match=r"timestep_schedule\.more=x: must be an integer"):
+        build(config)
+
+
+# The dataset's folder
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "num_images=99",
+        "sampler.batch_size=3",
+        "subset=random",
+        "taps=block",
+        "analysis=uniform",
+        "timestep_schedule=quarters",
+        "collect.batch_size=2",
+        "stage=generate",
+        "export_config=plan.json",
+        "sampler.cfg_weight=3",
+        "sampler.shift=1",
+    ],
+)
+def test_what_does_not_change_the_images_does_not_change_their_folder(override: str) -> None:
+    assert built(override).data_dir == built().data_dir
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "sampler.num_steps=49",
+        "sampler.cfg_weight=2.5",
+        "sampler.shift=2.0",
+        "seed=1",
+        "prompts.seed=1",
+        "dataset=npz",
+        "prompts=builtin",
+        "model.dtype=float16",
+        "dataset.dtype=float32",
+    ],
+)
+def test_what_changes_the_images_changes_their_folder(override: str) -> None:
+    assert built(override).data_dir != built().data_dir
+
+
+def test_other_prompts_in_the_same_file_change_the_folder(folder: Path) -> None:
+    before = built("prompts=file", "prompts.path=prompts.txt").data_dir
+    Path("prompts.txt").write_text("a lion\n")
+    assert built("prompts=file", "prompts.path=prompts.txt").data_dir != before
+
+
+def test_prompts_of_a_file_are_its_lines_without_empty_ones(folder: Path) -> None:
+    assert built("prompts=file", "prompts.path=prompts.txt").prompts == ("a red fox", "an owl")
+    Path("prompts.txt").write_bytes("\ufeffSüße Äpfel\r\n日本\n".encode())
+    assert built("prompts=file", "prompts.path=prompts.txt").prompts == ("Süße Äpfel", "日本")
+
+
+# Bad values
+
+
+def leaves(node: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """Paths of all values of a configuration that are not containers of others."""
+    for name, value in node.items():
+        if isinstance(value, dict):
+            yield from leaves(value, (*path, name))
+        elif name not in ("_target_", "skeleton"):
+            yield (*path, name)
+
+
+ODD: list[Any] = [None, True, -1, 0, 1.5, float("nan"), float("inf"), "abc", "", [], [1, "a"], [-1], {}, {"a": 1}]
+
+
+def one_line_or_settings(config: dict[str, Any], key: str) -> None:
+    """A configuration either becomes settings, or an error of one line that names the key."""
+    try:
+        settings = build(config)
+        settings.choose_images(range(settings.num_images))
+    except ConfigError as error:
+        message = str(error)
+        assert message
+        assert "\n" not in message
+        assert key.split(".")[0] in message, f"{key}: {message}"
+
+
+@pytest.mark.parametrize(
+    ("group", "option"), [(g, o) for g, o in OPTIONS if g not in ("model", "sampler", "experiment")]
+)
+def test_no_odd_value_of_an_option_ends_in_a_traceback(folder: Path, group: str, option: str) -> None:
+    config = composed(f"{group}={option}", *NEEDS.get((group, option), []))
+    paths = list(leaves(config[group], (group,)))
+    assert paths or option in ("all", "quarters", "taqdit", "key")
+    for path in paths:
+        for value in [*ODD, 2**64]:
+            changed = copy.deepcopy(config)
+            changed[path[0]][path[1]] = value
+            one_line_or_settings(changed, ".".join(path))
+
+
+def test_no_odd_value_of_any_other_key_ends_in_a_traceback(folder: Path) -> None:
+    config = composed()
+    names = ["stage", "num_images", "seed", "data_dir", "generate_missing", "stats", "export_config"]
+    paths = [(name,) for name in names] + list(leaves({"model": config["model"], "sampler": config["sampler"]}))
+    assert ("sampler", "image_size") in paths
+    for path in [*paths, ("collect", "batch_size")]:
+        for value in ODD:
+            changed = copy.deepcopy(config)
+            node = changed if len(path) == 1 else changed[path[0]]
+            node[path[-1]] = value
+            one_line_or_settings(changed, ".".join(path))
+
+
+@pytest.mark.parametrize("name", ["collect", *(group for group in GROUPS if group != "experiment")])
+def test_a_group_that_is_no_group_is_an_error_of_one_line(name: str) -> None:
+    config = composed()
+    for value in (None, 3, "abc", [], {}):
+        one_line_or_settings({**config, name: value}, name)
+    one_line_or_settings({key: value for key, value in config.items() if key != name}, name)
+
+
+@pytest.mark.parametrize("seed", [2**32, 2**40])
+@pytest.mark.parametrize("key", ["seed", "prompts.seed", "subset.seed", "timestep_schedule.seed"])
+def test_a_seed_of_any_size_is_used_or_refused(key: str, seed: int) -> None:
+    config = composed("subset=random", "timestep_schedule=ndtc")
+    node = config if key == "seed" else config[key.split(".")[0]]
+    node["seed"] = seed
+    one_line_or_settings(config, key)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["num_images=abc"], ("num_images=abc", "integer")),
+        (["num_images=1.5"], ("num_images=1.5", "integer")),
+        (["num_images=true"], ("num_images=True", "integer")),
+        (["num_images=0"], ("num_images=0", "1 or more")),
+        (["seed=-1"], ("seed=-1", "0 or more")),
+        (["sampler.num_steps=0"], ("sampler.num_steps=0", "1 or more")),
+        (["sampler.batch_size=-2"], ("sampler.batch_size=-2", "1 or more")),
+        (["sampler.cfg_weight=-1"], ("sampler.cfg_weight=-1", "0 or more")),
+        (["sampler.cfg_weight=high"], ("sampler.cfg_weight=high", "number")),
+        (["sampler.shift=0"], ("sampler.shift=0", "more than 0")),
+        (["sampler.image_size=64"], ("sampler.image_size=64", "list")),
+        (["sampler.image_size=[64,60]"], ("sampler.image_size=[64, 60]", "multiple of 16")),
+        (["sampler.image_size=[128,128]"], ("sampler.image_size=[128, 128]", "[64, 64]")),
+        (["subset.num_images=0"], ("subset.num_images=0", "1 to 10")),
+        (["subset.num_images=-3"], ("subset.num_images=-3", "1 to 10")),
+        (["subset.num_images=11"], ("subset.num_images=11", "1 to 10")),
+        (["num_images=2", "subset=list", "subset.ids=[0,2]"], ("subset.ids=2", "no such image")),
+        (["timestep_schedule=list", "timestep_schedule.steps=[0,51]"], ("timestep_schedule.steps=51", "0 … 50")),
+        (["timestep_schedule=list", "timestep_schedule.steps=[-1]"], ("timestep_schedule.steps=-1", "0 … 50")),
+        (["timestep_schedule=list", "timestep_schedule.steps=[a]"], ("timestep_schedule.steps=a", "integer")),
+        (["timestep_schedule=list", "timestep_schedule.steps=3"], ("timestep_schedule.steps=3", "list")),
+        (["timestep_schedule=uniform", "timestep_schedule.count=52"], ("timestep_schedule.count=52", "2 to 51")),
+        (["timestep_schedule=uniform", "sampler.num_steps=4"], ("timestep_schedule.count=17", "2 to 5")),
+        (["taps.kind=linar"], ("taps.kind=linar", "'linear'")),
+        (["taps.include=['*.fc9']"], ("taps.include=*.fc9", "matches no layer", "fc")),
+        (["taps.exclude=[mm_block_7]", "taps=block"], ("taps.exclude=mm_block_7", "'mm_block_")),
+        (["analysis=uniform", "analysis.weight_bits=7"], ("analysis.weight_bits=7",)),
+        (["analysis.large=wide"], ("analysis.large=wide", "number")),
+        (["storage.histogram_rows=0"], ("storage.histogram_rows=0", "1 or more")),
+        (["collect.batch_size=0"], ("collect.batch_size=0", "1 or more")),
+        (["dataset.dtype=float8"], ("dataset.dtype=float8", "float16, float32")),
+        (["model.dtype=floot16"], ("model.dtype=floot16", "'float16'")),
+        (["prompts=file"], ("prompts.path", "text file")),
+        (["prompts=file", "prompts.path=none.txt"], ("prompts.path=none.txt", "cannot be read")),
+        (["prompts=file", "prompts.path=empty.txt"], ("prompts.path=empty.txt", "no prompts")),
+        (["prompts=file", "prompts.path=binary.txt"], ("prompts.path=binary.txt", "UTF-8")),
+        (["prompts=file", "prompts.path=."], ("prompts.path=.", "cannot be read")),
+        (["+numimages=3"], ("numimages", "'num_images'")),
+        (["+timestep_schedule.steps=[0]"], ("timestep_schedule.steps", "no parameter")),
+        (["+sampler.steps=9"], ("sampler.steps", "'num_steps'")),
+        (["generate_missing=maybe"], ("generate_missing=maybe", "true or false")),
+        (["stage=colect"], ("stage=colect", "'collect'")),
+        (["analysis._target_=calib.analysis.rang.plan_layer"], ("analysis._target_", "names no function")),
+        (["analysis._target_=calib.timesteps.key"], ("analysis.",)),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_bad_value_is_named_with_what_is_allowed(folder: Path, overrides: list[str], words: Sequence[str]) -> None:
+    Path("empty.txt").write_text("\n  \n")
+    Path("binary.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError) as error:
+        built(*overrides).choose_images(range(2))
+    message = str(error.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+    assert error.value.exit_status == 2
+
+
+@pytest.mark.parametrize(
+    ("value", "annotation", "expected"),
+    [
+        (3, int, 3),
+        (3, float, 3.0),
+        (2.5, float, 2.5),
+        ("a", str, "a"),
+        (True, bool, True),
+        (None, int | None, None),
+        (4, int | None, 4),
+        ("float16", StateDtype, StateDtype.FLOAT16),
+        ("bfloat16", ModelDtype, ModelDtype.BFLOAT16),
+        ([1, 2], Sequence[int], (1, 2)),
+        ([], tuple[str, ...], ()),
+        ([1, 2.5], list[float], (1.0, 2.5)),
+    ],
+)
+def test_values_of_the_right_type_pass_and_have_that_type(value: Any, annotation: Any, expected: Any) -> None:
+    found = typed("key", value, annotation)
+    assert found == expected
+    assert type(found) is type(expected)
+
+
+@pytest.mark.parametrize(
+    ("value", "annotation"),
+    [
+        (3.0, int),
+        (True, int),
+        (True, float),
+        ("3", int),
+        ("x", float),
+        (float("nan"), float),
+        (float("inf"), float),
+        (3, str),
+        (None, int),
+        (None, str),
+        (0, bool),
+        ("yes", bool),
+        ("float8", StateDtype),
+        (None, StateDtype),
+        (3, Sequence[int]),
+        ("12", Sequence[int]),
+        ([1, "a"], Sequence[int]),
+        ([None], Sequence[str]),
+        ({"a": 1}, Sequence[str]),
+        ("x", int | None),
+    ],
+)
+def test_values_of_another_type_are_refused(value: Any, annotation: Any) -> None:
+    with pytest.raises(ConfigError, match=r"some\.key"):
+        typed("some.key", value, annotation)
+
+
+def test_a_folder_that_cannot_be_made_is_refused_and_one_that_can_is_left_unmade(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    for bad in (tmp_path / "file", tmp_path / "file" / "below" / "it"):
+        with pytest.raises(ConfigError, match=r"data_dir=.*cannot be written"):
+            check_writable("data_dir", bad)
+    check_writable("data_dir", tmp_path / "new" / "deep")
+    check_writable("data_dir", tmp_path)
+    assert list(tmp_path.iterdir()) == [tmp_path / "file"]
+
+
+# Names of a sweep's folders
+
+WORDS = st.text(st.characters(codec="utf-8", exclude_characters=",\n\r\0"), min_size=1, max_size=120)
+VALUES = (
+    WORDS | st.lists(WORDS, max_size=3).map(lambda words: f"[{','.join(words)}]") | WORDS.map(lambda w: f"'{w},{w}'")
+)
+KEYS = st.sampled_from(["analysis", "taps.include", "seed", "prompts.path", "data_dir", "sampler.cfg_weight"])
+OVERRIDES = st.dictionaries(KEYS, VALUES, min_size=0, max_size=4).map(
+    lambda chosen: [f"{k}={v}" for k, v in chosen.items()]
+)
+
+
+@given(overrides=OVERRIDES, data=st.data())
+@example(overrides=["prompts.path=" + "𝒜" * 200], data=None)
+@example(overrides=["prompts.path=../../etc/passwd"], data=None)
+@example(overrides=["taps.include=['*.fc2','x_embedder']", "seed=" + "9" * 300], data=None)
+def test_a_jobs_folder_name_is_safe_and_stable(overrides: list[str], data: st.DataObject | None) -> None:
+    swept = [] if data is None else data.draw(st.lists(KEYS, unique=True, max_size=3))
+    name = job_name(overrides, swept)
+    assert name
+    assert name not in (".", "..")
+    assert not set(name) & set("/\\\0\n\t '\"*?[]{}()<>|&;$`!~:")
+    assert len(os.fsencode(name)) <= 255
+    reordered = list(reversed(overrides)) if data is None else data.draw(st.permutations(overrides))
+    assert job_name(reordered, swept) == name
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / name).mkdir()
+
+
+@given(one=OVERRIDES, other=OVERRIDES, data=st.data())
+@example(one=["a=1/2"], other=["a=1_2"], data=None)
+@example(one=["a=[1,2]"], other=["a=_1,2_"], data=None)
+@example(one=["a=" + "x" * 100], other=["a=" + "x" * 101], data=None)
+def test_different_jobs_have_different_folder_names(
+    one: list[str], other: list[str], data: st.DataObject | None
+) -> None:
+    swept = [] if data is None else data.draw(st.lists(KEYS, unique=True, max_size=3))
+    if sorted(one) != sorted(other):
+        assert job_name(one, swept) != job_name(other, swept)
+
+
+def test_a_readable_name_stays_readable() -> None:
+    assert (
+        job_name(["stage=run", "timestep_schedule=key", "analysis=range"], []) == "analysis=range,timestep_schedule=key"
+    )
+    assert job_name([], []) == job_name(["stage=run"], [])

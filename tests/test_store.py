@@ -1,0 +1,299 @@
+"""``activations.h5`` as others will open it, and as calib reads it back."""
+
+import json
+import shutil
+from pathlib import Path
+
+from calib.activations.collect import LayerActivations
+from calib.activations.statistics import Statistics, summarize
+from calib.activations.store import ActivationFile, write_activations
+from calib.activations.taps import TapPoint, linear_layers
+from calib.activations.weights import WEIGHT_BITS, weight_sqnr
+from calib.dataset.manifest import Manifest
+from calib.errors import CalibError
+from calib.models.model import DiffusionModel
+
+import h5py
+import mlx.core as mx
+import numpy as np
+import pytest
+from helpers import MLX_DTYPES, STEPS, flip_byte, run_process
+from mlx import nn
+
+PER_CHANNEL = ("channel_min", "channel_max", "channel_mean", "channel_std")
+ATTRIBUTES = {"producer": "calib test", "git_commit": "unknown", "config": "{}"}
+
+
+@pytest.fixture(scope="module")
+def stored(
+    model: DiffusionModel,
+    manifest: Manifest,
+    layers: dict[str, LayerActivations],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    path = tmp_path_factory.mktemp("store") / "activations.h5"
+    sqnr = {name: weight_sqnr(module) for name, module in linear_layers(model.transformer).items()}
+    write_activations(path, layers, STEPS, manifest, sqnr, ATTRIBUTES)
+    return path
+
+
+def test_root_has_dimension_scales_and_what_lies_along_them(stored: Path, manifest: Manifest) -> None:
+    with h5py.File(stored, "r") as file:
+        assert file.attrs["format"] == "calib-activations"
+        assert file.attrs["format_version"] == 1
+        assert {name: file.attrs[name] for name in ATTRIBUTES} == ATTRIBUTES
+        assert file["step_index"].is_scale
+        assert file["step_index"][:].tolist() == list(STEPS)
+        for name in ("sigma", "timestep", "evaluated_by_sampler"):
+            assert file[name].shape == (3,)
+            assert file[name].dims[0][0] == file["step_index"]
+        np.testing.assert_array_equal(file["sigma"][:], np.float32([manifest.sigmas[step] for step in STEPS]))
+        np.testing.assert_array_equal(file["timestep"][:], np.float32([manifest.timesteps[step] for step in STEPS]))
+        assert file["evaluated_by_sampler"][:].tolist() == [True, True, False]
+
+
+def test_every_layer_is_a_group_with_attributes_arrays_and_scales(
+    stored: Path, model: DiffusionModel, layers: dict[str, LayerActivations]
+) -> None:
+    modules = linear_layers(model.transformer)
+    blocks = [f"mm_block_{i}{stream}" for i in range(4) for stream in ("", ".image", ".text")][:-1]
+    with h5py.File(stored, "r") as file:
+        assert set(file["layers"]) == {*modules, *blocks}
+        for name, group in file["layers"].items():
+            channels = int(group.attrs["channels"])
+            assert group.attrs["dtype"] == "float32"
+            assert group.attrs["encoding-type"]
+            assert group.attrs["encoding-version"]
+            assert isinstance(group.attrs["encoding"], str)
+            assert group["channel"].is_scale
+            assert group["channel"][:].tolist() == list(range(channels))
+            for field in PER_CHANNEL:
+                dataset = group[field]
+                assert dataset.shape == (3, channels), f"{name} {field}"
+                assert len(dataset.dims[0]) == len(dataset.dims[1]) == 1, "one scale an axis"
+                assert dataset.dims[0][0] == file["step_index"]
+                assert dataset.dims[1][0] == group["channel"]
+                assert dataset.fletcher32
+                assert dataset.compression in (None, "gzip"), "readable without plugins"
+            offsets = group["histogram_offsets"][:]
+            assert offsets.shape == (4,)
+            assert offsets[0] == 0
+            assert group["histogram_keys"].shape == group["histogram_counts"].shape == (offsets[-1],)
+            for i in range(3):
+                assert np.all(np.diff(group["histogram_keys"][offsets[i] : offsets[i + 1]].astype(int)) > 0)
+            assert group.attrs["count"] == group["histogram_counts"][:].sum(), "every row entered the histogram"
+            if name in modules:
+                module = modules[name]
+                inputs = module.weight.shape[-1]
+                assert channels == inputs
+
+
+def test_layers_that_share_an_input_share_their_arrays_by_hard_link(
+    stored: Path, layers: dict[str, LayerActivations]
+) -> None:
+    shared = 0
+    with h5py.File(stored, "r") as file:
+        for layer in layers.values():
+            for alias in layer.point.aliases:
+                one, other = file["layers"][layer.point.name], file["layers"][alias]
+                assert dict(one.attrs) == dict(other.attrs)
+                for field in (*PER_CHANNEL, "channel", "histogram_keys", "histogram_counts", "histogram_offsets"):
+                    assert one[field] == other[field], f"{alias} {field}: the very same dataset"
+                shared += 1
+        assert file["layers/x_embedder/channel_min"] != file["layers/final_layer.linear/channel_min"]
+    assert shared == 24
+
+
+def test_weights_sqnr_is_that_of_each_layers_own_weights(stored: Path, model: DiffusionModel) -> None:
+    modules = linear_layers(model.transformer)
+    with h5py.File(stored, "r") as file:
+        assert file["weight_bits"][:].tolist() == list(WEIGHT_BITS) == [2, 3, 4, 5, 6, 8]
+        for name in ("mm_block_0.image.attn.q_proj", "mm_block_0.image.attn.k_proj", "mm_block_2.text.mlp.fc2"):
+            weight = np.array(modules[name].weight).astype(np.float64)
+            stored_sqnr = file[f"layers/{name}/weight_sqnr"]
+            assert stored_sqnr.dims[0][0] == file["weight_bits"]
+            for bits, found in zip(WEIGHT_BITS, stored_sqnr[:], strict=True):
+                packed = mx.quantize(modules[name].weight, group_size=64, bits=bits)
+                restored = np.array(mx.dequantize(*packed, group_size=64, bits=bits)).astype(np.float64)
+                expected = 10 * np.log10(np.sum(weight**2) / np.sum((weight - restored) ** 2))
+                assert found == pytest.approx(expected, abs=0.01)
+            assert np.all(np.diff(stored_sqnr[:]) > 3), "more bits, less noise"
+        assert "weight_sqnr" not in file["layers/x_embedder"], "a convolution is not quantized so"
+        assert "weight_sqnr" not in file["layers/mm_block_0"]
+    assert weight_sqnr(nn.Linear(48, 64)) == {}, "64 does not divide its width"
+    assert weight_sqnr(nn.Linear(64, 8))[8] > 40
+
+
+def check_same(found: Statistics, expected: Statistics) -> None:
+    np.testing.assert_array_equal(found.minimum, expected.minimum)
+    np.testing.assert_array_equal(found.maximum, expected.maximum)
+    np.testing.assert_array_equal(found.count, expected.count)
+    np.testing.assert_array_equal(found.histogram.keys, expected.histogram.keys)
+    np.testing.assert_array_equal(found.histogram.counts, expected.histogram.counts)
+    assert found.histogram.dtype == expected.histogram.dtype
+    assert (found.nan, found.inf) == (expected.nan, expected.inf)
+    # Moments are kept as float32 at the least.
+    assert np.all(np.abs(found.mean - expected.mean) <= 1e-7 * np.hypot(expected.mean, expected.std))
+    np.testing.assert_allclose(found.std, expected.std, rtol=1e-6)
+    assert found.percentiles() == expected.percentiles()
+
+
+def test_what_is_read_is_what_was_written(
+    stored: Path, manifest: Manifest, layers: dict[str, LayerActivations]
+) -> None:
+    with ActivationFile(stored) as file:
+        assert file.steps == list(STEPS)
+        assert file.evaluated_steps() == [0, 3]
+        assert int(file.attributes["num_steps"]) == manifest.num_steps
+        assert set(file.layers) == {alias for name, layer in layers.items() for alias in (name, *layer.point.aliases)}
+        for name, layer in layers.items():
+            assert file.kind(name) == layer.point.kind
+            for step in STEPS:
+                check_same(file.statistics(name, [step]), layer.steps[step])
+
+
+def test_merged_views_are_the_merged_statistics(stored: Path, layers: dict[str, LayerActivations]) -> None:
+    with ActivationFile(stored) as file:
+        for name in ("mm_block_1.image.mlp.fc2", "final_layer.linear", "mm_block_2", "x_embedder"):
+            check_same(file.statistics(name), layers[name].pooled())
+            check_same(file.statistics(name, [0, 8]), layers[name].pooled([0, 8]))
+        check_same(file.statistics("mm_block_1.image.attn.v_proj"), layers["mm_block_1.image.attn.q_proj"].pooled())
+
+
+def test_a_block_pools_its_streams(layers: dict[str, LayerActivations]) -> None:
+    for i in range(4):
+        streams = [layers[f"mm_block_{i}.{s}"].pooled() for s in ("image", "text") if f"mm_block_{i}.{s}" in layers]
+        block = layers[f"mm_block_{i}"].pooled()
+        assert block.count.sum() == sum(int(stream.count.sum()) for stream in streams)
+        np.testing.assert_array_equal(block.minimum, np.min([stream.minimum for stream in streams], axis=0))
+        assert block.histogram.total == sum(stream.histogram.total for stream in streams)
+    assert len(streams) == 1, "the last block has an image stream only"
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_any_activation_type_with_nan_and_inf_makes_the_round_trip(
+    tmp_path: Path, manifest: Manifest, dtype: str
+) -> None:
+    steps = {}
+    for step in (2, 5):
+        values = np.random.RandomState(step).randn(300, 7).astype(np.float32)
+        values[3, 1], values[4, 2], values[5, 2] = np.nan, np.inf, -np.inf
+        x = mx.array(values).astype(MLX_DTYPES[dtype])
+        steps[step] = Statistics.from_summary(summarize(x, finite_only=True), x.dtype)
+    layer = LayerActivations(TapPoint("x_embedder", "embedding"), dtype, steps)
+    path = tmp_path / "a.h5"
+    write_activations(path, {"x_embedder": layer}, [2, 5], manifest, {}, ATTRIBUTES)
+    with ActivationFile(path) as file:
+        for step in (2, 5):
+            check_same(file.statistics("x_embedder", [step]), steps[step])
+        merged = file.statistics("x_embedder")
+        assert (merged.nan, merged.inf) == (2, 4)
+        assert merged.histogram.dtype == dtype
+        assert file.weight_sqnr("x_embedder") == {}
+
+
+def read_all(path: Path) -> list[list[float]]:
+    with ActivationFile(path) as file:
+        found: list[list[float]] = []
+        for name in file.layers:
+            statistics = file.statistics(name)
+            kind = len(file.kind(name))
+            found.append(
+                [
+                    *statistics.over_channels(),
+                    *statistics.percentiles().values(),
+                    kind,
+                    *file.weight_sqnr(name).values(),
+                ]
+            )
+        return found
+
+
+def test_a_layer_or_step_that_is_not_there_is_an_error_that_names_the_file(stored: Path) -> None:
+    with ActivationFile(stored) as file:
+        for call in (lambda: file.statistics("mm_block_9"), lambda: file.statistics("x_embedder", [4])):
+            with pytest.raises(CalibError, match=r"activations\.h5"):
+                call()
+
+
+@pytest.mark.parametrize("damage", ["missing", "empty", "foreign", "half", "cut short", "another format", "folder"])
+def test_a_file_that_is_not_whole_is_an_error_that_names_it(stored: Path, tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "activations.h5"
+    content = stored.read_bytes()
+    if damage == "empty":
+        path.write_bytes(b"")
+    elif damage == "foreign":
+        path.write_text('{"mm_block_0": {}}' * 1000)
+    elif damage == "half":
+        path.write_bytes(content[: len(content) // 2])
+    elif damage == "cut short":
+        path.write_bytes(content[:-1])
+    elif damage == "another format":
+        with h5py.File(path, "w") as file:
+            file["x"] = np.zeros(3)
+    elif damage == "folder":
+        path.mkdir()
+    with pytest.raises(CalibError, match=r"activations\.h5") as error:
+        read_all(path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("lost", ["step_index", "layers", "evaluated_by_sampler", "layers/x_embedder/channel_min"])
+def test_a_file_that_lacks_a_part_is_an_error_that_names_it(stored: Path, tmp_path: Path, lost: str) -> None:
+    path = tmp_path / "activations.h5"
+    shutil.copy(stored, path)
+    with h5py.File(path, "a") as file:
+        del file[lost]
+    with pytest.raises(CalibError, match=r"activations\.h5"), ActivationFile(path) as file:
+        file.evaluated_steps()
+        file.statistics("x_embedder")
+
+
+def test_a_file_of_a_later_format_version_is_refused(stored: Path, tmp_path: Path) -> None:
+    path = tmp_path / "activations.h5"
+    shutil.copy(stored, path)
+    with h5py.File(path, "a") as file:
+        file.attrs["format_version"] = 99
+    with pytest.raises(CalibError, match=r"activations\.h5.*version"):
+        read_all(path)
+
+
+@pytest.mark.parametrize("field", [*PER_CHANNEL, "histogram_keys", "histogram_counts"])
+def test_a_flipped_bit_is_an_error_that_names_the_file(stored: Path, tmp_path: Path, field: str) -> None:
+    path = tmp_path / "activations.h5"
+    shutil.copy(stored, path)
+    with h5py.File(path, "r") as file:
+        chunk = file[f"layers/mm_block_0.image.mlp.fc1/{field}"].id.get_chunk_info(0)
+    flip_byte(path, chunk.byte_offset + chunk.size // 2)
+    with pytest.raises(CalibError, match=r"activations\.h5") as error:
+        read_all(path)
+    assert "\n" not in str(error.value)
+
+
+def test_analyze_on_a_damaged_file_ends_with_one_line(stored: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    shutil.copy(stored, run)
+    with h5py.File(stored, "r") as file:
+        chunk = file["layers/x_embedder/channel_max"].id.get_chunk_info(0)
+    flip_byte(run / "activations.h5", chunk.byte_offset + 1)
+    outcome = run_process(tmp_path, "analyze", "stats=run")
+    assert outcome.status in (1, 2)
+    assert len(outcome.err.splitlines()) == 1, outcome.err
+    assert outcome.err.startswith("calib: ")
+    assert "activations.h5" in outcome.err
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_a_runs_own_file_names_its_producer_model_and_configuration(tiny_run: Path, model: DiffusionModel) -> None:
+    with h5py.File(tiny_run / "activations.h5", "r") as file:
+        attributes = dict(file.attrs)
+    assert attributes["producer"].startswith("calib ")
+    assert attributes["model"] == "emoji"
+    assert attributes["fingerprint"] == model.fingerprint
+    assert attributes["mlx_version"]
+    assert attributes["device"]
+    assert attributes["git_commit"]
+    config = json.loads(attributes["config"])
+    assert config["sampler"]["num_steps"] == 4
+    assert config["num_images"] == 2
