@@ -74,15 +74,15 @@ def _short(path: Path) -> Path:
 def task(config: DictConfig) -> None:
     """One job; Hydra has made its directory."""
     hydra_config = HydraConfig.get()
-    settings = build(plain(config), multirun=hydra_config.mode == RunMode.MULTIRUN)
+    values = plain(config)
+    settings = build(values, multirun=hydra_config.mode == RunMode.MULTIRUN)
     run = RunDirectory(Path(hydra_config.runtime.output_dir), settings.stage.value, settings.fingerprint)
     if run.is_complete():
         print(f"Already complete: {_short(run.path)}")
         return
-    config_yaml = OmegaConf.to_yaml(OmegaConf.create(plain(config)))
     try:
-        with run.job(config_yaml):
-            run_stage(settings, run, config_yaml)
+        with run.job(OmegaConf.to_yaml(OmegaConf.create(values))):
+            run_stage(settings, run, values)
     except CalibError as error:
         # SystemExit passes through Hydra, which would print a traceback for anything else.
         print(f"calib: {error}", file=sys.stderr)

@@ -1,10 +1,12 @@
 """The stages, one function each: generate, collect, analyze. They know settings and folders, not Hydra."""
 
+import json
 import logging
 import time
 from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from calib.activations.collect import LayerActivations, collect
 from calib.activations.store import FILE as ACTIVATIONS
@@ -44,14 +46,14 @@ def precheck(settings: Settings) -> None:
         read_summaries(_stats(settings))
 
 
-def run_stage(settings: Settings, run: RunDirectory, config_yaml: str) -> None:
-    """Run the configured stage into ``run``; prints what people want to see."""
+def run_stage(settings: Settings, run: RunDirectory, config: Mapping[str, Any]) -> None:
+    """Run the configured stage into ``run``, ``config`` being what it was configured by; prints what people read."""
     model = cache(lambda: _load_model(settings))
     stage = settings.stage
     if stage is Stage.GENERATE or (stage in (Stage.RUN, Stage.COLLECT) and settings.generate_missing):
         run_generate(settings, run, model)
     if stage in (Stage.RUN, Stage.COLLECT):
-        run_collect(settings, run, model, config_yaml)
+        run_collect(settings, run, model, config)
     if stage in (Stage.RUN, Stage.ANALYZE):
         run_analyze(settings, run, run.path if stage is Stage.RUN else _stats(settings))
 
@@ -100,7 +102,9 @@ def run_generate(settings: Settings, run: RunDirectory, model: Callable[[], Diff
     print(f"Dataset: {settings.data_dir} ({settings.num_images} images, {len(missing)} new)")
 
 
-def run_collect(settings: Settings, run: RunDirectory, model: Callable[[], DiffusionModel], config_yaml: str) -> None:
+def run_collect(
+    settings: Settings, run: RunDirectory, model: Callable[[], DiffusionModel], config: Mapping[str, Any]
+) -> None:
     """Statistics of the chosen images and steps, into the run directory."""
     manifest = _dataset(settings)
     _check_steps(settings, manifest)
@@ -116,7 +120,7 @@ def run_collect(settings: Settings, run: RunDirectory, model: Callable[[], Diffu
     attributes = {
         "producer": f"calib {versions()['calib']}",
         "git_commit": git_commit(),
-        "config": config_yaml,
+        "config": json.dumps(config),
         "model": manifest.model,
         "fingerprint": manifest.fingerprint,
         "mlx_version": versions()["mlx"],

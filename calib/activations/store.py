@@ -11,7 +11,8 @@ Opens in h5py, h5dump and xarray without plugins. Field by field:
   layer's weights can be quantized. Layers that read one array share its datasets by hard link.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
@@ -131,22 +132,33 @@ class ActivationFile:
     """
 
     def __init__(self, path: Path):
-        try:
-            self._file = h5py.File(path, "r")
-        except FileNotFoundError:
-            raise CalibError(f"{path}: no such file; calib collect writes it") from None
-        except OSError as error:
-            raise CalibError(f"{path}: not a readable HDF5 file ({error})") from None
+        if not path.exists():
+            raise CalibError(f"{path}: no such file; calib collect writes it")
         self.path = path
-        self.attributes: dict[str, Any] = dict(self._file.attrs)
-        if self.attributes.get("format") != FORMAT:
+        with self._reading():
+            self._file = h5py.File(path, "r")
+        try:
+            with self._reading():
+                self.attributes: dict[str, Any] = dict(self._file.attrs)
+                if (self.attributes.get("format"), self.attributes.get("format_version")) != (FORMAT, FORMAT_VERSION):
+                    raise CalibError(f"{path}: not a {FORMAT} file of version {FORMAT_VERSION}")
+                self.steps: list[int] = self._file["step_index"][:].tolist()
+                self.layers: list[str] = list(self._file["layers"])
+                self._first_with: dict[int, str] = {}
+                for name in self.layers:
+                    self._first_with.setdefault(_address(self._file["layers"][name]), name)
+        except CalibError:
             self._file.close()
-            raise CalibError(f"{path}: not a {FORMAT} file")
-        self.steps: list[int] = self._file["step_index"][:].tolist()
-        self.layers: list[str] = list(self._file["layers"])
-        self._first_with: dict[int, str] = {}
-        for name in self.layers:
-            self._first_with.setdefault(_address(self._file["layers"][name]), name)
+            raise
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Whatever a damaged file makes h5py raise becomes one line that names the file."""
+        try:
+            yield
+        except (OSError, KeyError, ValueError, TypeError, IndexError, RuntimeError) as error:
+            reason = " ".join(str(error).split())
+            raise CalibError(f"{self.path}: damaged or not an {FILE} ({reason}); run calib collect again") from None
 
     def __enter__(self) -> Self:
         return self
@@ -156,27 +168,31 @@ class ActivationFile:
 
     def evaluated_steps(self) -> list[int]:
         """The steps that the sampler feeds to the model while drawing: all but the finished latent."""
-        flags = self._file["evaluated_by_sampler"][:]
+        with self._reading():
+            flags = self._file["evaluated_by_sampler"][:]
         return [step for step, flag in zip(self.steps, flags, strict=True) if flag]
 
     def kind(self, layer: str) -> str:
         """What the layer reads: modulated, post-gelu, … or block."""
-        return str(self._group(layer).attrs["kind"])
+        with self._reading():
+            return str(self._group(layer).attrs["kind"])
 
     def weight_sqnr(self, layer: str) -> dict[int, float]:
         """SQNR, dB, of the layer's weights at each bit-width; empty where they cannot be quantized."""
-        group = self._group(layer)
-        if "weight_sqnr" not in group:
-            return {}
-        bits, values = self._file["weight_bits"][:].tolist(), group["weight_sqnr"][:].tolist()
+        with self._reading():
+            group = self._group(layer)
+            if "weight_sqnr" not in group:
+                return {}
+            bits, values = self._file["weight_bits"][:].tolist(), group["weight_sqnr"][:].tolist()
         return dict(zip(bits, values, strict=True))
 
     def by_step(self, layer: str) -> dict[int, Statistics]:
         """Statistics of one layer at each collected step; every dataset is read once."""
-        group = self._group(layer)
-        data = {name: group[name][:] for name in _PER_STEP}
-        keys, counts = group["histogram_keys"][:], group["histogram_counts"][:]
-        offsets, dtype = group["histogram_offsets"][:], str(group.attrs["dtype"])
+        with self._reading():
+            group = self._group(layer)
+            data = {name: group[name][:] for name in _PER_STEP}
+            keys, counts = group["histogram_keys"][:], group["histogram_counts"][:]
+            offsets, dtype = group["histogram_offsets"][:], str(group.attrs["dtype"])
         found = {}
         for row, step in enumerate(self.steps):
             part = slice(offsets[row], offsets[row + 1])

@@ -69,13 +69,17 @@ class Manifest:
         path = data_dir / FILE
         if not path.exists():
             raise CalibError(f"{data_dir}: no dataset there (no {FILE}); make one with calib generate")
-        document: dict[str, Any] = read_json(path)
-        if document.get("format") != FORMAT or document.get("format_version") != FORMAT_VERSION:
+        document: Any = read_json(path)
+        if (
+            not isinstance(document, dict)
+            or document.get("format") != FORMAT
+            or document.get("format_version") != FORMAT_VERSION
+        ):
             raise CalibError(f"{path}: not a {FORMAT} manifest of version {FORMAT_VERSION}")
         try:
             images = {entry["image_id"]: ImageEntry(**entry) for entry in document["images"]}
             settings = {name: document[name] for name in cls.__dataclass_fields__ if name != "images"}
+            settings["latent_shape"] = tuple(settings["latent_shape"])
         except (KeyError, TypeError) as error:
             raise CalibError(f"{path}: damaged manifest ({error!r})") from None
-        settings["latent_shape"] = tuple(settings["latent_shape"])
         return cls(**settings, images=images)

@@ -3,6 +3,7 @@
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 from calib.dataset.manifest import ImageEntry, Manifest
 from calib.errors import CalibError
@@ -84,6 +85,7 @@ def read_state(data_dir: Path, entry: ImageEntry, step: int) -> NDArray[Any]:
         else:
             with np.load(path) as archive:
                 state = archive["x"][0]
-    except (OSError, KeyError, ValueError) as error:
-        raise CalibError(f"{path}: cannot be read ({error}); remove it and run calib generate again") from None
+    except (OSError, EOFError, KeyError, IndexError, ValueError, BadZipFile) as error:
+        reason = " ".join(str(error).split())
+        raise CalibError(f"{path}: cannot be read ({reason}); remove it and run calib generate again") from None
     return state

@@ -1,0 +1,107 @@
+"""Files are whole or absent, whatever interrupts."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from calib.errors import CalibError
+from calib.files import checksum, read_json, replacing, short_hash, write_json, write_text
+
+import pytest
+from helpers import environment
+from hypothesis import given
+from hypothesis import strategies as st
+
+JSON: st.SearchStrategy[Any] = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+)
+
+
+def test_until_it_is_whole_a_file_is_what_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "file.txt"
+    with replacing(path) as temporary:
+        temporary.write_text("first")
+        assert temporary.parent == path.parent, "a rename within one folder is atomic"
+        assert not path.exists()
+    assert path.read_text() == "first"
+    with replacing(path) as temporary:
+        temporary.write_text("second")
+        assert path.read_text() == "first"
+    assert path.read_text() == "second"
+    assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path: Path, error: type[BaseException]) -> None:
+    path = tmp_path / "file.txt"
+    write_text(path, "old")
+    with pytest.raises(error), replacing(path) as temporary:
+        temporary.write_text("half of the ne")
+        raise error
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_process_killed_while_writing_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "file.txt"
+    write_text(path, "old")
+    code = (
+        "import os, signal\nfrom pathlib import Path\nfrom calib.files import replacing\n"
+        "with replacing(Path('file.txt')) as temporary:\n"
+        "    temporary.write_text('half of the ne')\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment(), check=False)
+    assert done.returncode == -9
+    assert path.read_text() == "old"
+    assert [name for name in os.listdir(tmp_path) if not name.startswith(".")] == ["file.txt"]
+
+
+def test_files_have_the_permissions_of_any_other(tmp_path: Path) -> None:
+    write_text(tmp_path / "ours", "")
+    (tmp_path / "plain").write_text("")
+    assert (tmp_path / "ours").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+@given(value=JSON)
+def test_json_makes_the_round_trip(tmp_path_factory: pytest.TempPathFactory, value: Any) -> None:
+    path = tmp_path_factory.getbasetemp() / "value.json"
+    write_json(path, value)
+    assert read_json(path) == value
+    assert path.read_bytes().endswith(b"\n")
+
+
+def test_numbers_that_json_does_not_have_are_refused_and_leave_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "value.json"
+    write_json(path, {"a": 1})
+    with pytest.raises(ValueError):
+        write_json(path, {"a": float("nan")})
+    assert read_json(path) == {"a": 1}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"{} {}"])
+def test_damaged_json_is_an_error_that_names_the_file(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "value.json"
+    path.write_bytes(content)
+    with pytest.raises(CalibError, match=r"value\.json.*not valid JSON"):
+        read_json(path)
+    with pytest.raises(CalibError, match=r"absent\.json.*no such file"):
+        read_json(tmp_path / "absent.json")
+
+
+@given(value=st.dictionaries(st.text(), st.integers() | st.text(), max_size=6))
+def test_a_hash_does_not_depend_on_the_order_of_keys(value: dict[str, Any]) -> None:
+    backwards = dict(reversed(value.items()))
+    assert short_hash(backwards) == short_hash(value) == short_hash(json.loads(json.dumps(value)))
+    assert len(short_hash(value, digits=16)) == 16
+    assert short_hash({**value, "one more": 0}) != short_hash(value) or "one more" in value
+
+
+def test_a_checksum_is_that_of_the_bytes(tmp_path: Path) -> None:
+    (tmp_path / "abc").write_bytes(b"abc")
+    known = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert checksum(tmp_path / "abc") == f"sha256:{known}"
