@@ -9,8 +9,10 @@ def main() -> None:
         from calib import doctor
 
         sys.exit(doctor.main(sys.argv[2:]))
-    from calib import cli
-
+    try:
+        from calib import cli
+    except KeyboardInterrupt:
+        sys.exit(130)
     cli.main()
 
 

@@ -2,12 +2,14 @@
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from calib.compose import CONF, MULTIRUN_FLAGS, check, groups, job_name, plain, swept_keys
+import calib
+from calib.compose import CONF, check, groups, job_name, plain, swept_keys, take_apart
 from calib.config import Stage, build
 from calib.errors import CalibError, ConfigError, suggest
-from calib.pipeline import run_stage
+from calib.pipeline import content_fingerprint, run_stage
 from calib.runs.directory import RunDirectory
 
 import hydra
@@ -15,9 +17,6 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-
-#: Hydra's flags that show something and run no job.
-SHOW_FLAGS = ("--cfg", "-c", "--info", "-i", "--hydra-help", "--version", "--shell-completion", "-sc")
 
 HELP = """calib: time-aware calibration and post-training quantization of diffusion transformers on MLX
 
@@ -76,7 +75,7 @@ def task(config: DictConfig) -> None:
     hydra_config = HydraConfig.get()
     values = plain(config)
     settings = build(values, multirun=hydra_config.mode == RunMode.MULTIRUN)
-    run = RunDirectory(Path(hydra_config.runtime.output_dir), settings.stage.value, settings.fingerprint)
+    run = RunDirectory(Path(hydra_config.runtime.output_dir), settings.stage.value, content_fingerprint(settings))
     if run.is_complete():
         print(f"Already complete: {_short(run.path)}")
         return
@@ -87,6 +86,9 @@ def task(config: DictConfig) -> None:
         # SystemExit passes through Hydra, which would print a traceback for anything else.
         print(f"calib: {error}", file=sys.stderr)
         raise SystemExit(error.exit_status) from None
+    except OSError as error:
+        print(f"calib: {error.filename or run.path}: {error.strerror or error}", file=sys.stderr)
+        raise SystemExit(1) from None
     print(f"Run directory: {_short(run.path)}")
 
 
@@ -98,6 +100,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except CalibError as error:
         print(f"calib: {error}", file=sys.stderr)
         sys.exit(error.exit_status)
+    except OSError as error:
+        print(f"calib: {error.filename or 'files'}: {error.strerror or error}", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         print("calib: interrupted; the same command goes on from what is finished", file=sys.stderr)
         sys.exit(130)
@@ -105,21 +110,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _run(arguments: list[str]) -> int:
     stage, rest = split_arguments(arguments)
-    if "--help" in rest or "-h" in rest:
+    if {"--help", "-h"} & set(rest):
         print(help_text(stage), end="")
         return 0
+    if "--version" in rest:
+        print(f"calib {calib.__version__}")
+        return 0
     OmegaConf.register_new_resolver("calib_job", job_name, replace=True)
-    if stage is not None:
-        rest = [f"stage={stage}", *rest]
-    if any(flag in rest for flag in MULTIRUN_FLAGS):
-        rest = [*rest, f"swept=[{','.join(swept_keys(rest))}]"]
-    if not any(flag in rest for flag in SHOW_FLAGS):
-        check(rest)
+    given = take_apart(rest)
+    overrides = ([f"stage={stage}"] if stage else []) + given.overrides
+    if given.multirun:
+        overrides.append(f"swept=[{','.join(swept_keys(given))}]")
+    check(replace(given, overrides=overrides))
     GlobalHydra.instance().clear()
-    sys.argv = ["calib", *rest]
+    # Hydra's parser takes overrides in one piece only.
+    sys.argv = ["calib", *given.flags, "--", *overrides]
     hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")(task)()
     return 0
-
-
-if __name__ == "__main__":
-    main()

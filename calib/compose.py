@@ -2,11 +2,12 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any, cast
 
-from calib.config import Settings, Stage, build, check_writable
+from calib.config import Settings, build, check_writable
 from calib.errors import ConfigError, suggest
 from calib.files import short_hash
 from calib.pipeline import precheck
@@ -24,7 +25,8 @@ PACKAGE = Path(__file__).parent
 CONF = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf"
 LONGEST_NAME = 80
 
-MULTIRUN_FLAGS = ("-m", "--multirun")
+#: Hydra's flags that show something and run no job.
+SHOW_FLAGS = {"--cfg", "-c", "--info", "-i", "--hydra-help", "--shell-completion", "-sc"}
 CONFIG_DIR_FLAGS = ("--config-dir", "-cd")
 
 
@@ -48,35 +50,46 @@ def groups() -> dict[str, list[str]]:
     return {folder.name: sorted(file.stem for file in folder.glob("*.yaml")) for folder in folders}
 
 
-def check(arguments: Sequence[str]) -> None:
-    """Compose and check every job that ``arguments`` ask for; raises a ConfigError for the first that is wrong."""
-    folders, overrides = _split(arguments)
-    multirun = any(flag in arguments for flag in MULTIRUN_FLAGS)
-    jobs = _jobs(_parse(overrides)) if multirun else [overrides]
-    search = [f"hydra.searchpath=[{','.join(f'file://{Path(folder).absolute()}' for folder in folders)}]"]
-    with initialize_config_dir(str(CONF), version_base="1.3", job_name="calib"):
-        for job in jobs:
-            config = _compose([*(search if folders else []), *job])
-            settings = build(plain(config), multirun)
-            _check_folders(config, settings, multirun)
-            precheck(settings)
+@dataclass(frozen=True)
+class Arguments:
+    """A command line taken apart: Hydra's flags, each with its value, and the overrides."""
+
+    flags: list[str]
+    overrides: list[str]
+    config_dirs: list[str]
+
+    @property
+    def multirun(self) -> bool:
+        """Whether every combination of listed values is to run."""
+        return bool({"-m", "--multirun"} & set(self.flags))
+
+    @property
+    def shows(self) -> bool:
+        """Whether something is only to be shown, and no job run."""
+        return bool(SHOW_FLAGS & set(self.flags))
 
 
-def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The folders of the user's own configuration, and the overrides; an unknown flag is an error."""
-    flags = {option for action in get_args_parser()._actions for option in action.option_strings}
-    folders, overrides = [], []
+def take_apart(arguments: Sequence[str]) -> Arguments:
+    """Flags may stand anywhere, as ``--flag value`` or ``--flag=value``; an unknown one is an error."""
+    takes_value = {o: a.nargs != 0 for a in get_args_parser()._actions for o in a.option_strings}
+    found = Arguments([], [], [])
     rest = list(arguments)
     while rest:
         argument = rest.pop(0)
-        name, _, value = argument.partition("=")
+        name, equals, value = argument.partition("=")
+        if not argument.startswith("-"):
+            found.overrides.append(argument)
+            continue
+        if name not in takes_value:
+            raise ConfigError(f"{argument}: no such flag.{suggest(name, takes_value, list_all=False)} See calib --help")
+        found.flags.append(name)
+        if takes_value[name]:
+            if not equals and not rest:
+                raise ConfigError(f"{name}: needs a value. See calib --help")
+            found.flags.append(value if equals else rest.pop(0))
         if name in CONFIG_DIR_FLAGS:
-            folders.append(value or (rest.pop(0) if rest else ""))
-        elif argument.startswith("-") and name not in flags:
-            raise ConfigError(f"{argument}: no such flag.{suggest(name, flags, list_all=False)} See calib --help")
-        elif not argument.startswith("-"):
-            overrides.append(argument)
-    return folders, overrides
+            found.config_dirs.append(found.flags[-1])
+    return found
 
 
 def _parse(overrides: list[str]) -> list[Override]:
@@ -89,9 +102,27 @@ def _parse(overrides: list[str]) -> list[Override]:
     return parsed
 
 
-def swept_keys(arguments: Sequence[str]) -> list[str]:
+def swept_keys(arguments: Arguments) -> list[str]:
     """The keys that a multirun varies."""
-    return [o.get_key_element() for o in _parse(_split(arguments)[1]) if o.is_sweep_override()]
+    return [o.get_key_element() for o in _parse(arguments.overrides) if o.is_sweep_override()]
+
+
+def check(arguments: Arguments) -> None:
+    """Compose and check every job that is asked for; raises a ConfigError for the first that is wrong."""
+    parsed = _parse(arguments.overrides)
+    for override in parsed:
+        if override.is_sweep_override() and not arguments.multirun:
+            raise ConfigError(f"{override.input_line}: several values; sweep over them with -m, or quote them")
+    jobs = _jobs(parsed) if arguments.multirun else [arguments.overrides]
+    folders = ",".join(f"file://{Path(folder).absolute()}" for folder in arguments.config_dirs)
+    search = [f"hydra.searchpath=[{folders}]"] if folders else []
+    with initialize_config_dir(str(CONF), version_base="1.3", job_name="calib"):
+        for job in jobs:
+            config = _compose([*search, *job])
+            settings = build(plain(config), arguments.multirun)
+            if not arguments.shows:
+                _check_folders(config, settings, arguments.multirun)
+                precheck(settings)
 
 
 def _jobs(overrides: Sequence[Override]) -> list[list[str]]:
@@ -167,7 +198,7 @@ def plain(config: DictConfig) -> dict[str, Any]:
 def _check_folders(config: DictConfig, settings: Settings, multirun: bool) -> None:
     section = "sweep" if multirun else "run"
     check_writable(f"hydra.{section}.dir", Path(str(config.hydra[section].dir)))
-    if settings.stage is Stage.GENERATE or settings.generate_missing:
-        check_writable("data_dir", settings.data_dir)
     if settings.export_config is not None:
+        if settings.export_config.is_dir():
+            raise ConfigError.bad_value("export_config", settings.export_config, "is a folder; name a file")
         check_writable("export_config", settings.export_config.parent)

@@ -59,6 +59,7 @@ class Settings:
     """Everything a stage needs, checked. Callables have their configured parameters bound."""
 
     stage: Stage
+    model_name: str
     load_model: Callable[[], DiffusionModel]
     prompts: tuple[str, ...]
     num_images: int
@@ -113,6 +114,8 @@ def typed(key: str, value: Any, annotation: Any) -> Any:
             )
         return annotation(value)
     if origin in (list, tuple, Sequence):
+        if isinstance(value, str) and get_args(annotation)[0] is str:
+            value = [value]
         if not isinstance(value, list | tuple):
             raise ConfigError.bad_value(key, value, f"must be a list, e.g. {key}=[…]")
         return tuple(typed(key, item, get_args(annotation)[0]) for item in value)
@@ -145,6 +148,10 @@ def bind(key: str, node: Mapping[str, Any], given: Sequence[str] = ()) -> Callab
             known = [n for n in signature.parameters if n not in given]
             raise ConfigError(f"{key}.{name}: no parameter of {target}.{suggest(name, known)}")
         parameters[name] = typed(f"{key}.{name}", value, hints.get(name, Any))
+    for name, parameter in signature.parameters.items():
+        variable = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        if parameter.default is parameter.empty and not variable and name not in (*parameters, *given):
+            raise ConfigError(f"{key}.{name}: missing; {target} needs it")
     return partial(function, **parameters)
 
 
@@ -201,6 +208,7 @@ def build(config: Mapping[str, Any], multirun: bool = False) -> Settings:
         at_least("subset.num_images", requested, 1)
     return Settings(
         stage=stage,
+        model_name=typed("model.name", model.get("name"), str),
         load_model=partial(load, shift=sampler.shift, image_size=image_size),
         prompts=prompts,
         num_images=num_images,
@@ -216,7 +224,7 @@ def build(config: Mapping[str, Any], multirun: bool = False) -> Settings:
         generate_missing=generate_missing,
         stats=_path("stats", config["stats"]),
         export_config=_path("export_config", config["export_config"]),
-        fingerprint=short_hash({name: value for name, value in config.items() if name != "swept"}, digits=16),
+        fingerprint=short_hash([{k: v for k, v in config.items() if k != "swept"}, prompts], digits=16),
     )
 
 
@@ -286,19 +294,22 @@ def _heuristic(node: Mapping[str, Any]) -> Heuristic:
 
 
 def _path(key: str, value: Any) -> Path | None:
-    return None if value is None else Path(typed(key, value, str)).expanduser()
+    if value is None:
+        return None
+    if not typed(key, value, str):
+        raise ConfigError(f"{key}: is empty; name a path, or leave it out")
+    return Path(value).expanduser()
 
 
 def check_writable(key: str, folder: Path) -> None:
     """Raise unless ``folder`` is, or could be made, a folder that this process can write to; leaves nothing."""
-    existing = folder.absolute()
-    while not existing.exists():
-        existing = existing.parent
-    probe = existing / f".calib-probe-{os.getpid()}"
     try:
+        existing = folder.absolute()
+        while not existing.exists():
+            existing = existing.parent
+        probe = existing / f".calib-probe-{os.getpid()}"
         probe.mkdir()
         probe.rmdir()
     except OSError as error:
-        raise ConfigError.bad_value(
-            key, folder, f"cannot be written ({error.strerror}); choose another folder"
-        ) from None
+        allowed = f"cannot be written ({error.strerror}); choose another folder"
+        raise ConfigError.bad_value(key, folder, allowed) from None

@@ -52,6 +52,8 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CalibError(f"{path}: no such file") from None
+    except OSError as error:
+        raise CalibError(f"{path}: cannot be read ({error.strerror})") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CalibError(f"{path}: not valid JSON ({error})") from None
 

@@ -3,7 +3,7 @@
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,12 @@ from calib.activations.weights import weight_sqnr
 from calib.analysis.layers import STATISTICS, LayerSummary, read_summaries
 from calib.analysis.plan import Plan, make_plan, phase_bits
 from calib.analysis.summary import summary_text
-from calib.config import Settings, Stage
-from calib.dataset.generate import generate, missing_images
+from calib.config import Settings, Stage, check_writable
+from calib.dataset.generate import check_prompts, generate, missing_images
+from calib.dataset.manifest import FILE as MANIFEST
 from calib.dataset.manifest import Manifest
 from calib.errors import CalibError, ConfigError
-from calib.files import write_json, write_text
+from calib.files import checksum, short_hash, write_json, write_text
 from calib.models.model import DiffusionModel
 from calib.runs.directory import RunDirectory, device_name, git_commit
 from calib.timesteps import phase_bounds
@@ -38,12 +39,34 @@ logger = logging.getLogger("calib")
 
 def precheck(settings: Settings) -> None:
     """What can be known to be wrong before a run directory is made or a model is loaded."""
-    if settings.stage is Stage.COLLECT and not settings.generate_missing:
-        manifest = _dataset(settings)
-        settings.choose_images(sorted(manifest.images))
-        _check_steps(settings, manifest)
     if settings.stage is Stage.ANALYZE:
         read_summaries(_stats(settings))
+        return
+    draws = settings.stage is Stage.GENERATE or settings.generate_missing
+    if not draws:
+        manifest = _dataset(settings)
+        settings.choose_images(sorted(manifest.images))
+        check_matches(settings, manifest, ("num_steps",))
+    elif (settings.data_dir / MANIFEST).exists():
+        manifest = _dataset(settings)
+        check_matches(settings, manifest, ("model", "num_steps", "cfg_weight", "shift", "seed", "format", "dtype"))
+        check_prompts(settings.data_dir, manifest, settings.prompts)
+    if draws and missing_images(settings.data_dir, settings.num_images):
+        check_writable("data_dir", settings.data_dir)
+
+
+def check_matches(settings: Settings, manifest: Manifest, names: Sequence[str]) -> None:
+    """Raise where the dataset in ``data_dir`` was drawn otherwise than is asked now."""
+    sampler = {f"sampler.{name}": getattr(settings.sampler, name) for name in ("num_steps", "cfg_weight", "shift")}
+    stored = {"dataset.format": settings.dataset.format, "dataset.dtype": settings.dataset.dtype}
+    wanted = {"model": settings.model_name, "seed": settings.seed, **sampler, **stored}
+    for key, value in wanted.items():
+        name = key.rpartition(".")[2]
+        there = manifest.storage if name == "format" else getattr(manifest, name)
+        if name in names and there != value:
+            raise ConfigError(
+                f"{key}={value}: {settings.data_dir} was drawn with {there}; ask for that, or name another data_dir"
+            )
 
 
 def run_stage(settings: Settings, run: RunDirectory, config: Mapping[str, Any]) -> None:
@@ -65,14 +88,19 @@ def _load_model(settings: Settings) -> DiffusionModel:
     return model
 
 
+def content_fingerprint(settings: Settings) -> str:
+    """The job's fingerprint with the content of the files it starts from: those of the same name may have changed."""
+    sources = [settings.fingerprint]
+    if settings.stage is Stage.ANALYZE:
+        stats = _stats(settings)
+        sources += [checksum(path) for path in (stats / ACTIVATIONS, stats / STATISTICS, stats) if path.is_file()]
+    elif settings.stage is Stage.COLLECT and not settings.generate_missing:
+        sources.append(checksum(settings.data_dir / MANIFEST))
+    return short_hash(sources, digits=16)
+
+
 def _dataset(settings: Settings) -> Manifest:
     return Manifest.load(settings.data_dir)
-
-
-def _check_steps(settings: Settings, manifest: Manifest) -> None:
-    if settings.steps[-1] > manifest.num_steps:
-        allowed = f"{settings.data_dir} has states 0 … {manifest.num_steps}; set sampler.num_steps={manifest.num_steps}"
-        raise ConfigError.bad_value("timestep_schedule.steps", settings.steps[-1], allowed)
 
 
 def _stats(settings: Settings) -> Path:
@@ -107,7 +135,6 @@ def run_collect(
 ) -> None:
     """Statistics of the chosen images and steps, into the run directory."""
     manifest = _dataset(settings)
-    _check_steps(settings, manifest)
     limit = settings.num_images if settings.generate_missing else len(manifest.images)
     available = sorted(manifest.images)[:limit]
     image_ids = settings.choose_images(available)
@@ -142,7 +169,10 @@ def _metadata(
     points: list[TapPoint],
     layers: Mapping[str, LayerActivations],
 ) -> dict[str, object]:
-    pooled = {name: layer.pooled() for name, layer in layers.items()}
+    bad = {
+        name: {"nan": sum(s.nan for s in layer.steps.values()), "inf": sum(s.inf for s in layer.steps.values())}
+        for name, layer in layers.items()
+    }
     return {
         "data_dir": str(settings.data_dir),
         "model": manifest.model,
@@ -161,7 +191,7 @@ def _metadata(
         ],
         "histogram_rows": settings.collect.histogram_rows,
         "taps": {point.name: {"kind": point.kind, "same_input": list(point.aliases)} for point in points},
-        "non_finite": {name: {"nan": s.nan, "inf": s.inf} for name, s in pooled.items() if s.nan or s.inf},
+        "non_finite": {name: counts for name, counts in bad.items() if any(counts.values())},
     }
 
 

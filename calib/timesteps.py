@@ -58,7 +58,7 @@ def quarters(num_steps: int) -> list[int]:
 
 def taqdit(num_steps: int) -> list[int]:
     """25 states, ⌊linspace(0, n-1, 25)⌋ (TaQ-DiT, arXiv 2411.14172, section IV-A, for n = 100)."""
-    return sorted({int(step) for step in np.linspace(0, num_steps - 1, 25)})
+    return sorted({k * (num_steps - 1) // 24 for k in range(25)})
 
 
 def ndtc(num_steps: int, count: int = 17, seed: int = 0) -> list[int]:

@@ -163,40 +163,37 @@ def test_spoiled_parts_merge_to_the_whole(case: tuple[str, NDArray[np.float64]],
 @settings(max_examples=200)
 @given(
     rows=st.integers(1, 5000),
-    wanted=st.integers(1, 600),
+    stride=st.integers(2, 600),
     phase=st.floats(0, 1, exclude_max=True) | st.just(float(np.nextafter(1, 0))),
 )
-def test_sampled_rows_are_distinct_evenly_spaced_and_exist(rows: int, wanted: int, phase: float) -> None:
-    chosen = sampled_rows(rows, wanted, phase)
-    if wanted >= rows:
-        assert chosen is None
-        return
-    assert chosen is not None
-    index = np.array(chosen).astype(np.int64)
-    assert len(index) == wanted
-    assert index[0] >= 0
-    assert index[-1] < rows
-    gaps = np.diff(index)
-    assert np.all(gaps >= 1)
-    assert np.all(np.abs(gaps - rows / wanted) <= 1)
+def test_sampled_rows_are_a_stride_apart_and_exist(rows: int, stride: int, phase: float) -> None:
+    index = np.array(sampled_rows(rows, stride, phase)).astype(np.int64)
+    assert abs(len(index) - rows / stride) <= 1
+    assert len(index) >= 1 and index[0] < stride and index[-1] < rows
+    assert np.all(np.diff(index) == stride)
 
 
-def test_sampled_rows_differ_by_phase_and_none_means_all() -> None:
-    assert sampled_rows(1000, None, 0.5) is None
-    first, second = (np.array(sampled_rows(1000, 10, phase)) for phase in (0.0, 0.7))
+def test_sampled_rows_differ_by_phase_and_a_stride_of_one_means_all() -> None:
+    assert sampled_rows(1000, 1, 0.5) is None
+    first, second = (np.array(sampled_rows(1000, 100, phase)) for phase in (0.0, 0.7))
     assert not np.array_equal(first, second)
 
 
 def test_rows_are_sampled_for_the_histogram_alone() -> None:
-    x = mx.array(np.random.RandomState(0).randn(1000, 5).astype(np.float32))
-    sampled, every = statistics_of(x, histogram_rows=64, phase=0.3), statistics_of(x)
+    x = mx.array(np.random.RandomState(0).randn(10, 100, 5).astype(np.float32))
+    sampled, every = statistics_of(x, histogram_stride=7, phase=0.3), statistics_of(x)
     for field in ("minimum", "maximum", "count", "mean", "m2"):
         assert np.array_equal(getattr(sampled, field), getattr(every, field)), field
-    assert sampled.histogram.total == 64 * 5
-    chosen = sampled_rows(1000, 64, 0.3)
+    chosen = sampled_rows(1000, 7, 0.3)
     assert chosen is not None
-    check_percentiles(sampled.percentiles(), float64(x[chosen]), "float32")
+    assert sampled.histogram.total == chosen.size * 5
+    check_percentiles(sampled.percentiles(), float64(x.reshape(-1, 5)[chosen]), "float32")
     assert every.minimum.min() <= sampled.percentiles()["p001"] < sampled.percentiles()["p999"] <= every.maximum.max()
+
+
+def test_an_input_without_tokens_is_counted_whole() -> None:
+    x = mx.array(np.random.RandomState(0).randn(20, 1, 1, 5).astype(np.float32))
+    assert statistics_of(x, histogram_stride=7).histogram.total == 100
 
 
 def test_percentiles_stay_within_the_exact_extremes() -> None:

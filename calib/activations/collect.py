@@ -4,7 +4,8 @@ Images go in blocks, each prompt is encoded once, and no image is drawn again. E
 computed on the device and evaluated together with its output.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,8 @@ class CollectSettings:
 
     Attributes:
         batch_size: images replayed side by side.
-        histogram_rows: rows of each activation, evenly spaced, that enter the histogram in one forward; None for
-            all. Minimum, maximum and moments always see every value.
+        histogram_rows: about how many rows of an image stream enter the histogram in one full forward; other
+            activations are sampled at the same rate. None for all. Extremes and moments always see every value.
         seed: shifts the sampled rows from forward to forward.
     """
 
@@ -50,9 +51,9 @@ class LayerActivations:
     def add(self, step: int, statistics: Statistics) -> None:
         self.steps[step] = self.steps[step].merge(statistics) if step in self.steps else statistics
 
-    def pooled(self, steps: Iterable[int] | None = None) -> Statistics:
-        """All of it, or some steps of it, merged."""
-        return merge_all([self.steps[step] for step in (self.steps if steps is None else steps)])
+    def pooled(self) -> Statistics:
+        """All steps, merged."""
+        return merge_all(list(self.steps.values()))
 
 
 def collect(
@@ -74,6 +75,7 @@ def collect(
             f"{data_dir}: made by {manifest.model} with other weights ({manifest.fingerprint}, not {model.fingerprint})"
         )
     layers: dict[str, LayerActivations] = {}
+    stride = histogram_stride(model, manifest.cfg_weight, settings)
     label = f"collect {len(image_ids)} images at {len(steps)} steps"
     blocks = list(batched_ids(image_ids, settings.batch_size))
     with Progress(label, len(blocks) * len(steps), "forward") as progress:
@@ -83,11 +85,27 @@ def collect(
             for step in steps:
                 x = mx.array(np.stack([read_state(data_dir, entry, step) for entry in entries]).astype(np.float32))
                 phase = float(generator("seed", settings.seed, number, step).rand())
-                observed = observe(model, x, text, manifest, step, points, settings.histogram_rows, phase)
+                observed = observe(model, x, text, manifest, step, points, stride, phase)
                 for name, (point, dtype, statistics) in observed.items():
                     layers.setdefault(name, LayerActivations(point, dtype)).add(step, statistics)
                 progress.advance()
     return layers
+
+
+def histogram_stride(model: DiffusionModel, cfg_weight: float, settings: CollectSettings) -> int:
+    """Every how many rows one is counted, so that a full forward's image stream gives ``histogram_rows``.
+
+    Coprime to the number of tokens, or the same places of every image would be sampled.
+    """
+    if settings.histogram_rows is None:
+        return 1
+    height, width, _ = model.latent_shape
+    tokens = height * width // int(model.transformer.config.patch_size) ** 2
+    rows = tokens * settings.batch_size * (2 if cfg_weight > 0 else 1)
+    stride = max(1, rows // settings.histogram_rows)
+    while math.gcd(stride, tokens) > 1:
+        stride += 1
+    return stride
 
 
 def batched_ids(image_ids: Sequence[int], size: int) -> Iterator[tuple[int, ...]]:
@@ -103,7 +121,7 @@ def observe(
     manifest: Manifest,
     step: int,
     points: Sequence[TapPoint],
-    histogram_rows: int | None,
+    histogram_stride: int,
     phase: float,
 ) -> dict[str, tuple[TapPoint, str, Statistics]]:
     """Statistics of one forward at ``step`` over states ``x`` (batch, height, width, channels), by tap name."""
@@ -115,7 +133,7 @@ def observe(
         summaries: dict[str, tuple[mx.Dtype, dict[str, mx.array]]] = {}
 
         def record(name: str, activation: mx.array) -> None:
-            summary = summarize(activation, histogram_rows, phase, finite_only)
+            summary = summarize(activation, histogram_stride, phase, finite_only)
             summaries[name] = (activation.dtype, summary)
 
         with tapped(model.transformer, points, record):

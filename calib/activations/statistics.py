@@ -18,12 +18,14 @@ from numpy.typing import NDArray
 PERCENTILES = {"p001": 0.1, "p01": 1.0, "p05": 5.0, "p50": 50.0, "p95": 95.0, "p99": 99.0, "p999": 99.9}
 
 
-def sampled_rows(rows: int, wanted: int | None, phase: float) -> mx.array | None:
-    """Indices of ``wanted`` evenly spaced rows of ``rows``, shifted by ``phase`` in [0, 1); None stands for all."""
-    if wanted is None or wanted >= rows:
+def sampled_rows(rows: int, stride: int, phase: float) -> mx.array | None:
+    """Every ``stride``-th of ``rows`` rows, at least one, from ``phase`` (in [0, 1)) of a stride on; None for all.
+
+    A stride, not a number: whatever is merged later, short batches or a block's two streams, was sampled at one rate.
+    """
+    if stride == 1:
         return None
-    spaced = np.floor((np.arange(wanted) + phase) * rows / wanted)
-    return mx.array(np.minimum(spaced, rows - 1).astype(np.uint32))
+    return mx.array(np.arange(int(phase * min(stride, rows)), rows, stride).astype(np.uint32))
 
 
 def _sum_rows(x: mx.array, block: int = 64) -> mx.array:
@@ -36,20 +38,21 @@ def _sum_rows(x: mx.array, block: int = 64) -> mx.array:
 
 
 def summarize(
-    x: mx.array, histogram_rows: int | None = None, phase: float = 0.0, finite_only: bool = False
+    x: mx.array, histogram_stride: int = 1, phase: float = 0.0, finite_only: bool = False
 ) -> dict[str, mx.array]:
     """Lazy statistics of ``x`` (…, channels): per channel min, max, count and shifted sums of every value; a histogram.
 
-    The histogram counts ``histogram_rows`` evenly spaced rows (all where None). ``first`` and ``second`` are Σd and
-    Σd² of d = x / scale - shift, the shift being about the mean: so a mean large against the spread costs no
-    accuracy, and the host corrects for the shift's own rounding.
+    The histogram counts every ``histogram_stride``-th row, or all of an input with no token axis. ``first`` and
+    ``second`` are Σd and Σd² of d = x / scale - shift, the shift being about the mean: so a mean large against the
+    spread costs no accuracy, and the host corrects for the shift's own rounding.
 
     The plain version is for finite data of ordinary size; see :func:`is_sound`. Where it fails the caller repeats
     with ``finite_only=True``, which leaves NaN and infinities out, counts them, and scales by the largest magnitude.
     """
     rows = x.reshape(-1, x.shape[-1])
     wide = rows.astype(mx.float32)
-    chosen = sampled_rows(rows.shape[0], histogram_rows, phase)
+    one_row_each = rows.shape[0] == x.shape[0]
+    chosen = None if one_row_each else sampled_rows(rows.shape[0], histogram_stride, phase)
     histogram = count_keys(rows if chosen is None else rows[chosen])
     if not finite_only:
         shift = _sum_rows(wide) / rows.shape[0]

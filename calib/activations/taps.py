@@ -107,7 +107,7 @@ def _matching(names: Sequence[str], patterns: Sequence[str], key: str) -> set[st
     for pattern in patterns:
         hits = fnmatch.filter(names, pattern)
         if not hits:
-            near = {*names, *("*." + ".".join(name.split(".")[-2:]) for name in names)}
+            near = {*names, *("*." + ".".join(name.split(".")[-2:]) for name in names if "." in name)}
             raise ConfigError(f"taps.{key}={pattern}: matches no layer.{suggest(pattern, near)}")
         chosen.update(hits)
     return chosen
@@ -191,8 +191,9 @@ def tapped(transformer: MMDiT, points: Sequence[TapPoint], record: Recorder) -> 
         for point in ordered:
             parent, key = _parent(transformer, module_path(point.name))
             child = parent[key]
-            parent[key] = (BlockTap if point.kind == "block" else InputTap)(child, point.name, record)
+            # Noted first: an interrupt between the two lines must not leave the wrapper behind.
             replaced.append((parent, key, child))
+            parent[key] = (BlockTap if point.kind == "block" else InputTap)(child, point.name, record)
         yield
     finally:
         for parent, key, child in reversed(replaced):

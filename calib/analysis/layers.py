@@ -69,8 +69,10 @@ class LayerSummary:
 def read_summaries(stats: Path) -> tuple[dict[str, LayerSummary], int | None]:
     """Layers by name, and the trajectory's number of steps where known.
 
-    ``stats`` is a run directory (its ``activations.h5`` is used) or a ``layer_statistics.json``.
+    ``stats`` is a run directory (its ``activations.h5`` is used), that file, or a ``layer_statistics.json``.
     """
+    if stats.suffix == ".h5":
+        return _from_activations(stats)
     if stats.is_dir():
         if (stats / ACTIVATIONS).exists():
             return _from_activations(stats / ACTIVATIONS)

@@ -65,6 +65,16 @@ def missing_images(data_dir: Path, num_images: int) -> list[int]:
     return [i for i in range(num_images) if i not in images or not files_exist(data_dir, images[i])]
 
 
+def check_prompts(data_dir: Path, manifest: Manifest, prompts: Sequence[str]) -> None:
+    """Raise where the dataset's images show other prompts than those asked for."""
+    for image_id, entry in manifest.images.items():
+        wanted = prompts[image_id % len(prompts)]
+        if entry.prompt != wanted:
+            raise ConfigError(
+                f"prompts: {data_dir} shows {entry.prompt!r} in image {image_id}, not {wanted!r}; name another data_dir"
+            )
+
+
 def files_exist(data_dir: Path, entry: ImageEntry) -> bool:
     """Whether every file that ``entry`` names is there."""
     return all((data_dir / name).exists() for name in (entry.filename, entry.latent_filename, *entry.samples))
@@ -102,12 +112,7 @@ def generate(
         raise ConfigError.bad_value("sampler.cfg_weight", settings.cfg_weight, f"{model.name} takes only 0")
     with dataset_lock(data_dir):
         manifest = _open_manifest(model, data_dir, settings, seed, storage, dtype)
-        for image_id, entry in manifest.images.items():
-            if entry.prompt != prompts[image_id % len(prompts)]:
-                raise CalibError(
-                    f"{data_dir}: image {image_id} shows {entry.prompt!r}, not {prompts[image_id % len(prompts)]!r}; "
-                    "choose another data_dir for other prompts"
-                )
+        check_prompts(data_dir, manifest, prompts)
         todo = set(missing_images(data_dir, num_images))
         size = manifest.batch_size
         blocks = sorted({image_id // size for image_id in todo})
@@ -148,7 +153,17 @@ def _open_manifest(
     if not (data_dir / FILE).exists():
         return fresh
     found = Manifest.load(data_dir)
-    for name in ("model", "fingerprint", "num_steps", "cfg_weight", "shift", "seed", "storage", "dtype"):
+    for name in (
+        "model",
+        "fingerprint",
+        "num_steps",
+        "cfg_weight",
+        "shift",
+        "seed",
+        "storage",
+        "dtype",
+        "latent_shape",
+    ):
         there, wanted = getattr(found, name), getattr(fresh, name)
         if there != wanted:
             raise CalibError(f"{data_dir}: holds a dataset with {name}={there}, not {wanted}; choose another data_dir")

@@ -5,6 +5,7 @@ DiffusionKit's FLUX loader, and a lenient one would hide a missing tensor. Text 
 ``encode_text``, called on a pipeline object that holds nothing but the encoders.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -92,10 +93,12 @@ def _check_file(key: str, path: str | None) -> None:
 
 def fetch(repository: str, file: str) -> str:
     """Path of a hub file, downloaded once; an unreachable or gated one ends in a line that says what to do."""
+    # Its retries are not news to the user; the one line below is.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
         return hf_hub_download(repository, file)
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = " ".join(str(error).split())[:160]
         raise CalibError(
             f"{repository}/{file}: cannot be fetched ({reason}); check the network, accept the model's licence and "
             "run `hf auth login`, or give model.checkpoint=FILE"

@@ -40,8 +40,12 @@ class RunDirectory:
         """True where this very job, by fingerprint, has ended well here before."""
         if not (self.path / STATUS).exists():
             return False
-        status = read_json(self.path / STATUS)
-        return bool(status.get("state") == "complete" and status.get("fingerprint") == self.fingerprint)
+        try:
+            status = read_json(self.path / STATUS)
+        except CalibError:
+            return False
+        wanted = ("complete", self.fingerprint)
+        return isinstance(status, dict) and (status.get("state"), status.get("fingerprint")) == wanted
 
     def write_status(self, state: str, error: str | None = None) -> None:
         ended = None if state == "running" else _now()
