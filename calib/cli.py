@@ -25,7 +25,7 @@ usage: calib [stage] [key=value …] [-m]        any stage: calib STAGE --help
 stages
   run        (default) generate, collect and analyze into one run directory
   generate   draw images, keeping the latent of every denoising step
-  collect    replay stored states with every layer tapped; exact statistics into activations.h5
+  collect    replay stored states with every layer tapped; statistics into activations.h5
   analyze    turn statistics into a plan: quantization_config.json
   doctor     report device, BLAS, versions; `calib doctor --selftest` checks this device's numerics
 

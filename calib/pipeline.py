@@ -64,9 +64,8 @@ def check_matches(settings: Settings, manifest: Manifest, names: Sequence[str]) 
         name = key.rpartition(".")[2]
         there = manifest.storage if name == "format" else getattr(manifest, name)
         if name in names and there != value:
-            raise ConfigError(
-                f"{key}={value}: {settings.data_dir} was drawn with {there}; ask for that, or name another data_dir"
-            )
+            allowed = f"{settings.data_dir} was drawn with {name}={there}; ask for that, or name another data_dir"
+            raise ConfigError.bad_value(key, value, allowed)
 
 
 def run_stage(settings: Settings, run: RunDirectory, config: Mapping[str, Any]) -> None:

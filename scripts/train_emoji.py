@@ -31,7 +31,6 @@ from pathlib import Path
 from typing import Any
 
 import calib  # noqa: F401  (loads the BLAS before MLX)
-from calib.models.conditioning import modulation
 from calib.models.emoji.architecture import (
     BEGIN,
     END,
@@ -42,6 +41,7 @@ from calib.models.emoji.architecture import (
     build_text_encoder,
     build_transformer,
 )
+from calib.models.modulation import modulation
 
 import mlx.core as mx
 import mlx.nn as nn

@@ -7,7 +7,6 @@ import calib
 from calib.activations.taps import TapKind, TapSelection, linear_layers, tap_points, tapped
 from calib.errors import CalibError, ConfigError
 from calib.models import compat
-from calib.models.conditioning import velocity
 from calib.models.diffusionkit import (
     FLUX_UNUSED,
     SD3_PREFIX,
@@ -19,6 +18,7 @@ from calib.models.diffusionkit import (
     text_encoder,
 )
 from calib.models.model import weights, weights_fingerprint
+from calib.models.modulation import velocity
 from calib.models.names import layer_name, module_path
 
 import mlx.core as mx

@@ -156,13 +156,13 @@ def test_collect_takes_the_chosen_images_steps_and_layers(
 def test_the_block_view_names_the_blocks(data_dir: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     outcome = run_here(
         [
-            *(f"data_dir={data_dir}", "num_images=4", "sampler.num_steps=8", "sampler.batch_size=2", "taps=block"),
+            *("collect", f"data_dir={data_dir}", "sampler.num_steps=8", "sampler.batch_size=2", "taps=block"),
             *("timestep_schedule=quarters", "hydra.run.dir=run"),
         ],
         capsys,
     )
     assert outcome.status == 0, outcome.err
-    assert "4 images, 0 new" in outcome.out
+    outcome = run_here(["analyze", "stats=run", "hydra.run.dir=run"], capsys)
     assert "  Total layers: 4\n" in outcome.out
     plan = json.loads((folder / "run" / "quantization_config.json").read_text())
     assert list(plan) == ["mm_block_0", "mm_block_1", "mm_block_2", "mm_block_3"]

@@ -4,7 +4,7 @@ import warnings
 from typing import Any
 
 from calib.activations.collect import CollectSettings, LayerActivations, collect, observe
-from calib.activations.statistics import Statistics, is_sound, sampled_rows, summarize
+from calib.activations.statistics import Statistics, is_sound, merge_all, sampled_rows, summarize
 from calib.activations.taps import TapKind, TapSelection, linear_layers, tap_points, tapped
 from calib.dataset.manifest import Manifest
 from calib.dataset.store import read_state
@@ -254,7 +254,11 @@ def test_collected_statistics_of_every_layer_equal_numpys_on_what_went_by(
         for step in STEPS:
             check_statistics(layer.steps[step], seen[step][name], "float32")
         check_statistics(layer.pooled(), np.concatenate([seen[step][name] for step in STEPS]), "float32")
-        check_statistics(layer.pooled([0, 3]), np.concatenate([seen[step][name] for step in (0, 3)]), "float32")
+        check_statistics(
+            merge_all([layer.steps[0], layer.steps[3]]),
+            np.concatenate([seen[step][name] for step in (0, 3)]),
+            "float32",
+        )
 
 
 def test_the_batch_size_of_collection_changes_nothing_but_rounding(
@@ -285,7 +289,7 @@ def test_a_layer_that_overflows_is_counted_and_the_others_are_unharmed(
     x = np.stack(states).astype(np.float32)
     x[0, 0, 0, 0], x[0, 0, 0, 1] = np.inf, np.nan
     points = tap_points(model.transformer, TapSelection(include=["x_embedder", "context_embedder", "t_embedder.0"]))
-    observed = observe(model, mx.array(x), text, manifest, 3, points, None, 0.0)
+    observed = observe(model, mx.array(x), text, manifest, 3, points, 1, 0.0)
     statistics = observed["x_embedder"][2]
     doubled = np.concatenate([x, x]).reshape(-1, x.shape[-1]).astype(np.float64)
     assert (statistics.nan, statistics.inf) == (2, 2), "one each in the conditional and the unconditional half"
@@ -296,3 +300,15 @@ def test_a_layer_that_overflows_is_counted_and_the_others_are_unharmed(
     for name in ("context_embedder", "t_embedder.0"):
         assert (observed[name][2].nan, observed[name][2].inf) == (0, 0)
         assert np.isfinite(observed[name][2].mean).all()
+
+
+def test_streams_and_short_blocks_are_sampled_at_one_rate(model: DiffusionModel, data_dir: Any) -> None:
+    """Or a merged histogram would weigh the text as heavily as the image, and the last image as several others."""
+    points = tap_points(model.transformer, TapSelection(kind=TapKind.BLOCK, include=["mm_block_0"]))
+    settings = CollectSettings(batch_size=2, histogram_rows=50)
+    alone, together = (collect(model, data_dir, ids, STEPS, points, settings) for ids in ([2], [0, 1, 2]))
+    for step in STEPS:
+        totals = {name: layer.steps[step].histogram.total for name, layer in together.items()}
+        assert totals["mm_block_0.image"] / totals["mm_block_0.text"] == pytest.approx(64 / 16, rel=0.15)
+        share = alone["mm_block_0"].steps[step].histogram.total / totals["mm_block_0"]
+        assert share == pytest.approx(1 / 3, rel=0.1)

@@ -171,7 +171,7 @@ def test_layers_that_share_a_tap_in_flux_really_read_equal_arrays(flux: MMDiT) -
 
 
 def flux_forward(transformer: MMDiT) -> np.ndarray:
-    from calib.models.conditioning import velocity
+    from calib.models.modulation import velocity
 
     random = np.random.RandomState(0)
     x, tokens, pooled = (mx.array(random.randn(*shape).astype(np.float32)) for shape in FLUX_SHAPES)

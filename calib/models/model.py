@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 import calib.models.compat  # noqa: F401  (must precede diffusionkit.mlx)
-from calib.models.conditioning import velocity
+from calib.models.modulation import velocity
 
 import mlx.core as mx
 import numpy as np
