@@ -43,7 +43,8 @@ def write_trajectory(
     """Store ``states`` (num_steps + 1, height, width, channels) of one image; returns the files' names."""
     storage = StorageFormat(manifest.storage)
     names = sample_files(image_id, len(states), storage)
-    stored = states.astype(manifest.dtype)
+    with np.errstate(over="ignore"):  # what overflows is reported in the next line
+        stored = states.astype(manifest.dtype)
     if not np.isfinite(stored).all():
         raise CalibError(f"image {image_id}: NaN or infinite latents in {manifest.dtype}; try dataset.dtype=float32")
     if storage is StorageFormat.HDF5:
