@@ -21,7 +21,6 @@ SYSTEM_LIBRARIES = (
     "/usr/lib/x86_64-linux-gnu/openblas-openmp/libopenblas.so.0",
     "/usr/lib/aarch64-linux-gnu/openblas-pthread/libopenblas.so.0",
     "/usr/lib64/libopenblasp.so.0",
-    "/opt/intel/oneapi/mkl/latest/lib/libmkl_rt.so",
 )
 
 
@@ -47,6 +46,8 @@ def needed() -> bool:
 def candidates() -> list[str]:
     """Shared libraries to try, best first: the system's OpenBLAS, the system's MKL, then pip's MKL."""
     found = [path for path in SYSTEM_LIBRARIES if Path(path).exists()]
+    if root := os.environ.get("MKLROOT"):  # set by Intel's own environment script
+        found.append(str(Path(root, "lib", "libmkl_rt.so")))
     found += [name for name in map(find_library, ("openblas", "mkl_rt")) if name]
     return found + _pip_mkl()
 

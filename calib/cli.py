@@ -74,7 +74,8 @@ def task(config: DictConfig) -> None:
     """One job; Hydra has made its directory."""
     hydra_config = HydraConfig.get()
     values = plain(config)
-    settings = build(values, multirun=hydra_config.mode == RunMode.MULTIRUN)
+    multirun = hydra_config.mode == RunMode.MULTIRUN
+    settings = build(values, multirun)
     run = RunDirectory(Path(hydra_config.runtime.output_dir), settings.stage.value, content_fingerprint(settings))
     if run.is_complete():
         print(f"Already complete: {_short(run.path)}")
@@ -82,14 +83,24 @@ def task(config: DictConfig) -> None:
     try:
         with run.job(OmegaConf.to_yaml(OmegaConf.create(values))):
             run_stage(settings, run, values)
-    except CalibError as error:
-        # SystemExit passes through Hydra, which would print a traceback for anything else.
-        print(f"calib: {error}", file=sys.stderr)
-        raise SystemExit(error.exit_status) from None
-    except OSError as error:
-        print(f"calib: {error.filename or run.path}: {error.strerror or error}", file=sys.stderr)
-        raise SystemExit(1) from None
+    except (CalibError, OSError) as error:
+        _end_badly(error, run.path, multirun)
+        return
     print(f"Run directory: {_short(run.path)}")
+
+
+#: Directories of a sweep's jobs that failed; the others still run.
+_failed: list[Path] = []
+
+
+def _end_badly(error: CalibError | OSError, path: Path, multirun: bool) -> None:
+    """Say what went wrong; a single run ends here. SystemExit, as Hydra prints a traceback for anything else."""
+    status = error.exit_status if isinstance(error, CalibError) else 1
+    text = str(error) if isinstance(error, CalibError) else f"{error.filename or path}: {error.strerror or error}"
+    print(f"calib: {text}", file=sys.stderr)
+    if not multirun:
+        raise SystemExit(status) from None
+    _failed.append(path)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -124,6 +135,10 @@ def _run(arguments: list[str]) -> int:
     check(replace(given, overrides=overrides))
     GlobalHydra.instance().clear()
     # Hydra's parser takes overrides in one piece only.
+    _failed.clear()
     sys.argv = ["calib", *given.flags, "--", *overrides]
     hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")(task)()
+    if _failed:
+        names = ", ".join(path.name for path in _failed)
+        raise CalibError(f"{len(_failed)} of the sweep's jobs failed ({names}); their run.log says why")
     return 0

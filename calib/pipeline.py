@@ -46,7 +46,7 @@ def precheck(settings: Settings) -> None:
     if not draws:
         manifest = _dataset(settings)
         settings.choose_images(sorted(manifest.images))
-        check_matches(settings, manifest, ("num_steps",))
+        check_matches(settings, manifest, ("model", "num_steps"))
     elif (settings.data_dir / MANIFEST).exists():
         manifest = _dataset(settings)
         check_matches(settings, manifest, ("model", "num_steps", "cfg_weight", "shift", "seed", "format", "dtype"))

@@ -195,8 +195,8 @@ def load(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def test_the_issues_lines_run_on_every_layer(tiny_run: Path) -> None:
-    stats = json.load(open(tiny_run / "layer_statistics.json"))  # noqa: SIM115  (the lines as the issue has them)
+def test_the_lines_of_users_scripts_run_on_every_layer(tiny_run: Path) -> None:
+    stats = json.load(open(tiny_run / "layer_statistics.json"))  # noqa: SIM115  (as users' scripts have it)
     plan = json.load(open(tiny_run / "quantization_config.json"))  # noqa: SIM115
     scales = {}
     for name, s in stats.items():

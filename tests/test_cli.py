@@ -464,3 +464,20 @@ def test_a_second_process_in_the_same_run_directory_ends_with_a_clear_line(
     assert outcome.err.endswith("run: another process is running in this directory\n")
     assert not (folder / "calibration_data").exists()
     assert not (folder / "run" / "status.json").exists()
+
+
+def test_a_job_of_a_sweep_that_fails_does_not_stop_the_others(
+    data_dir: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(data_dir, folder / "damaged")
+    (folder / "damaged" / "samples" / "0000.h5").write_bytes(b"")
+    shutil.copytree(data_dir, folder / "sound")
+    given = ["collect", "-m", "data_dir=damaged,sound", "sampler.num_steps=8", "timestep_schedule=quarters"]
+    outcome = run_here([*given, "generate_missing=false", "hydra.sweep.dir=sweep"], capsys)
+    assert outcome.status == 1
+    lines = [line for line in outcome.err.splitlines() if line.startswith("calib: ")]
+    assert len(lines) == 2 and "0000.h5" in lines[0] and "1 of the sweep's jobs failed (data_dir=damaged" in lines[1]
+    states = {
+        path.parent.name[:13]: json.loads(path.read_text())["state"] for path in folder.glob("sweep/*/status.json")
+    }
+    assert states == {"data_dir=dama": "failed", "data_dir=soun": "complete"}
