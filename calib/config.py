@@ -10,7 +10,7 @@ import os
 import pkgutil
 import types
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
@@ -158,10 +158,9 @@ def bind(key: str, node: Mapping[str, Any], given: Sequence[str] = ()) -> Callab
 def fill(key: str, node: Mapping[str, Any], kind: type[T]) -> T:
     """A dataclass of type ``kind`` from ``node``, each field checked."""
     hints = get_type_hints(kind)
-    known = [f.name for f in fields(kind)]  # type: ignore[arg-type]
     for name in node:
-        if name not in known:
-            raise ConfigError(f"{key}.{name}: no such key.{suggest(name, known)}")
+        if name not in hints:
+            raise ConfigError(f"{key}.{name}: no such key.{suggest(name, hints)}")
     return kind(**{name: typed(f"{key}.{name}", value, hints[name]) for name, value in node.items()})
 
 

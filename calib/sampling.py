@@ -51,6 +51,11 @@ def as_floats(values: mx.array) -> list[float]:
     return cast(list[float], values.astype(mx.float32).tolist())
 
 
+def timesteps_of(sigmas: mx.array, dtype: mx.Dtype) -> mx.array:
+    """1000 sigma, rounded to the model's activation type ``dtype``, as in DiffusionKit."""
+    return (sigmas * 1000).astype(dtype)
+
+
 def initial_noise(seed: int, latent_shape: tuple[int, int, int]) -> mx.array:
     """Standard normal noise (height, width, channels) that DiffusionKit draws for ``seed``, without global state."""
     height, width, channels = latent_shape
@@ -68,9 +73,9 @@ def initial_state(noise: mx.array, sampler: Sampler, sigmas: mx.array) -> mx.arr
 def euler(denoise: Denoiser, x: mx.array, sigmas: mx.array, dtype: mx.Dtype) -> Iterator[State]:
     """Yield states 0 … num_steps of ``x`` (batch, height, width, channels), evaluated one by one.
 
-    ``dtype`` is the model's activation type: the timestep is rounded to it, as in DiffusionKit.
+    ``dtype`` is the model's activation type, to which timesteps are rounded.
     """
-    timesteps = (sigmas * 1000).astype(dtype)
+    timesteps = timesteps_of(sigmas, dtype)
     levels, times = as_floats(sigmas), as_floats(timesteps)
     for i in range(len(levels) - 1):
         yield State(i, levels[i], times[i], x)

@@ -64,3 +64,12 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "stdout.txt").write_text(outcome.out)
     (folder / "stderr.txt").write_text(outcome.err)
     return folder / "run"
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working folder."""
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)
+    return work

@@ -4,14 +4,16 @@ import hashlib
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from calib.activations.statistics import PERCENTILES, Statistics
+from calib.activations.collect import LayerActivations
+from calib.activations.statistics import PERCENTILES, Statistics, merge_all
 from calib.cli import main
 from calib.dataset.generate import SamplerSettings
+from calib.errors import ConfigError
 from calib.models.model import DiffusionModel
 
 import mlx.core as mx
@@ -47,6 +49,21 @@ def values_of_bits(bits: NDArray[Any], dtype: str) -> NDArray[np.float64]:
     wide = bits.astype(np.uint32) << 16 if dtype == "bfloat16" else bits.astype(np.uint32)
     with np.errstate(invalid="ignore"):
         return wide.view(np.float32).astype(np.float64)
+
+
+def pooled(layer: LayerActivations) -> Statistics:
+    """All steps of a layer, merged."""
+    return merge_all(list(layer.steps.values()))
+
+
+def check_config_error(call: Callable[[], object], words: Sequence[str]) -> None:
+    """``call`` must end in a configuration error of one line that holds every one of ``words``."""
+    with pytest.raises(ConfigError) as error:
+        call()
+    message = str(error.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message
 
 
 def float64(x: mx.array) -> NDArray[np.float64]:
@@ -161,3 +178,19 @@ def flip_byte(path: Path, position: int) -> None:
     content = bytearray(path.read_bytes())
     content[position] ^= 0xFF
     path.write_bytes(content)
+
+
+def everything(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def is_one_clear_line(outcome: Outcome, status: int = 2) -> str:
+    """The one line of ``outcome``, which must be all that it says."""
+    assert outcome.status == status, outcome
+    assert len(outcome.err.splitlines()) == 1, outcome.err
+    assert outcome.err.startswith("calib: ")
+    assert outcome.out == ""
+    return outcome.err.removeprefix("calib: ").strip()
+
+
+# The whole job

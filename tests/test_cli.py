@@ -1,8 +1,7 @@
-"""The command line, as people use it: whole jobs in real processes, and one clear line for every bad input."""
+"""The command line, as people use it: whole jobs, sweeps and interruptions, in real processes."""
 
 import fcntl
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -14,7 +13,16 @@ from calib.activations.store import ActivationFile
 from calib.dataset.manifest import Manifest
 
 import pytest
-from helpers import CHECKOUT, TINY, Outcome, command, contents, environment, flip_byte, run_here, run_process
+from helpers import (
+    CHECKOUT,
+    TINY,
+    command,
+    contents,
+    environment,
+    everything,
+    run_here,
+    run_process,
+)
 
 RUN_FILES = {
     "activations.h5",
@@ -29,31 +37,6 @@ RUN_FILES = {
     "status.json",
     "timestep_config.json",
 }
-
-
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty working folder."""
-    work = tmp_path / "work"
-    work.mkdir()
-    monkeypatch.chdir(work)
-    return work
-
-
-def everything(folder: Path) -> list[str]:
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
-
-
-def is_one_clear_line(outcome: Outcome, status: int = 2) -> str:
-    """The one line of ``outcome``, which must be all that it says."""
-    assert outcome.status == status, outcome
-    assert len(outcome.err.splitlines()) == 1, outcome.err
-    assert outcome.err.startswith("calib: ")
-    assert outcome.out == ""
-    return outcome.err.removeprefix("calib: ").strip()
-
-
-# The whole job
 
 
 def test_the_whole_job_writes_every_file_of_a_run_directory(tiny_run: Path) -> None:
@@ -201,177 +184,7 @@ def test_a_multirun_gives_a_run_directory_a_job_and_one_dataset(tmp_path: Path) 
     assert outcome.out.count("Layer Statistics Summary:") == 6
 
 
-# Bad input
-
 #: Keeps a job short that should have been refused.
-CHEAP = ("num_images=2", "sampler.num_steps=2")
-
-BAD = [
-    (["num_image=3"], ("num_image=3", "'num_images'")),
-    (["nun_images=3"], ("nun_images=3", "'num_images'")),
-    (["sampler.numsteps=3"], ("sampler.numsteps=3", "'sampler.num_steps'")),
-    (["+extra=3"], ("extra", "no such key")),
-    (["timestep_schedule=uniformm"], ("timestep_schedule=uniformm", "'uniform'")),
-    (["analysis=rnge"], ("analysis=rnge", "'range'")),
-    (["model=emojis"], ("model=emojis", "'emoji'")),
-    (["sampler=sd3"], ("sampler=sd3", "sd3_medium")),
-    ([*CHEAP, "experiment=quik"], ("experiment=quik", "'quick'")),
-    (["timestep_schedules=key"], ("timestep_schedules=key", "'timestep_schedule'")),
-    (["timestep_schedule.count=3"], ("timestep_schedule.count=3",)),
-    (["num_images=three"], ("num_images=three", "integer")),
-    (["sampler.num_steps=4.5"], ("sampler.num_steps=4.5", "integer")),
-    (["subset.num_images=0"], ("subset.num_images=0", "1 to 10")),
-    (["subset.num_images=-3"], ("subset.num_images=-3", "1 to 10")),
-    (["subset.num_images=11"], ("subset.num_images=11", "1 to 10")),
-    ([*CHEAP, "subset=list", "subset.ids=[2]"], ("subset.ids=2", "2 images")),
-    (["timestep_schedule=list", "timestep_schedule.steps=[0,51]"], ("timestep_schedule.steps=51", "0 … 50")),
-    (["timestep_schedule=list", "timestep_schedule.steps=[-1]"], ("timestep_schedule.steps=-1", "0 … 50")),
-    (["timestep_schedule=list"], ("timestep_schedule.steps=[]",)),
-    (["timestep_schedule=uniform", "sampler.num_steps=4"], ("timestep_schedule.count=17", "sampler.num_steps=4")),
-    (["prompts=file", "prompts.path=../empty.txt"], ("prompts.path=../empty.txt", "no prompts")),
-    (["prompts=file", "prompts.path=../none.txt"], ("prompts.path=../none.txt", "cannot be read")),
-    (["prompts=file"], ("prompts.path",)),
-    (["prompts.seed=-1"], ("prompts.seed=-1",)),
-    ([*CHEAP, "subset=random", "subset.seed=-1"], ("subset.seed=-1",)),
-    (["hydra.run.dir=../file/run"], ("hydra.run.dir=../file/run", "cannot be written")),
-    (["data_dir=../file"], ("data_dir=../file", "cannot be written")),
-    (["data_dir=../file/dataset"], ("data_dir=../file/dataset", "cannot be written")),
-    (["export_config=../file/plan.json"], ("export_config=../file", "cannot be written")),
-    (["-m", "hydra.sweep.dir=../file/sweep", "seed=1,2"], ("hydra.sweep.dir=../file/sweep", "cannot be written")),
-    (["taps.include=[mm_block_0.image.mlp.fc3]"], ("taps.include=mm_block_0.image.mlp.fc3", "fc2'")),
-    (["sampler.image_size=[128,128]"], ("sampler.image_size=[128, 128]", "[64, 64]")),
-    (["analysis=uniform", "analysis.weight_bits=7"], ("analysis.weight_bits=7",)),
-    (["collect=3"], ("collect=3",)),
-    (["taps=null"], ("taps",)),
-    (["~analysis"], ("analysis",)),
-    (["num_images"], ("num_images",)),
-    (["sampler.num_steps=[1"], ("sampler.num_steps=[1",)),
-    (["num_images=1", "num_images=x"], ("num_images=x",)),
-    (["--multirrun"], ("--multirrun",)),
-    (["-m", "analysis=range,rnge"], ("analysis=rnge", "'range'")),
-    (["-m", "sampler.num_steps=8,0"], ("sampler.num_steps=0",)),
-    (["-m", "timestep_schedule=key,uniform", "sampler.num_steps=4"], ("timestep_schedule.count=17",)),
-    (["generat"], ("generat", "unknown stage", "'generate'")),
-    (["draw", "num_images=3"], ("draw", "unknown stage", "generate")),
-    (["generate", "collect"], ("collect",)),
-    (["analyze"], ("stats", "calib analyze stats=")),
-    (["analyze", "stats=nowhere"], ("stats=nowhere", "calib collect")),
-    (["analyze", "stats=../file"], ("file",)),
-    (["collect", "data_dir=nowhere"], ("nowhere", "calib generate")),
-    (["collect"], ("calibration_data", "calib generate")),
-]
-
-#: What is missing rather than wrong may end with status 1.
-MISSING = ("analyze", "collect")
-
-
-@pytest.mark.parametrize(("arguments", "words"), BAD, ids=[" ".join(arguments) for arguments, _ in BAD])
-def test_bad_input_ends_with_one_clear_line_and_leaves_nothing(
-    folder: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], words: tuple[str, ...]
-) -> None:
-    (folder.parent / "empty.txt").write_text("\n \n")
-    (folder.parent / "file").write_text("in the way")
-    outcome = run_here(arguments, capsys)
-    files_missing = arguments[0] in MISSING and outcome.status == 1
-    line = is_one_clear_line(outcome, status=1 if files_missing else 2)
-    for word in words:
-        assert word in line
-    assert everything(folder) == []
-    assert everything(folder.parent) == ["empty.txt", "file", "work"]
-    assert (folder.parent / "file").read_text() == "in the way"
-
-
-def test_bad_values_have_status_2_for_a_stats_that_is_not_there(
-    folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run_here(["analyze", "stats=nowhere"], capsys).status == 2
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["subset.num_images=5"], ("subset.num_images=5", "1 to 4")),
-        (["subset.num_images=0"], ("subset.num_images=0",)),
-        (["subset=list", "subset.ids=[0,4]"], ("subset.ids=4", "4 images")),
-        (["sampler.num_steps=50"], ("steps",)),
-        (["timestep_schedule=list", "timestep_schedule.steps=[9]"], ("timestep_schedule.steps=9", "0 … 8")),
-        (["taps.include=[nothing]"], ("taps.include=nothing",)),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
-)
-def test_what_the_dataset_does_not_have_is_one_clear_line(
-    data_dir: Path, folder: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], words: tuple[str, ...]
-) -> None:
-    outcome = run_here(["collect", f"data_dir={data_dir}", "sampler.num_steps=8", *arguments], capsys)
-    line = is_one_clear_line(outcome)
-    for word in words:
-        assert word in line
-    assert everything(folder) == []
-
-
-@pytest.mark.parametrize(
-    "arguments", [["colect"], ["sampler.num_step=4"], ["hydra.run.dir=/dev/null/run"]], ids=" ".join
-)
-def test_a_real_process_ends_so_too(tmp_path: Path, arguments: list[str]) -> None:
-    is_one_clear_line(run_process(tmp_path, *arguments))
-    assert everything(tmp_path) == []
-
-
-def test_a_folder_without_write_permission_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """As a user without special rights; root may write anywhere, so the process gives its rights up first."""
-    folder.chmod(0o555)
-    try:
-        if os.geteuid() == 0:
-            code = "import os, sys; from calib.cli import main; os.setuid(65534); main(sys.argv[1:])"
-            for part in (folder, *folder.parents[:-1]):
-                if not part.stat().st_mode & 0o001:
-                    part.chmod(part.stat().st_mode | 0o011)
-            done = subprocess.run(
-                [sys.executable, "-c", code, *TINY], cwd=folder, env=environment(), capture_output=True, text=True
-            )
-            outcome = Outcome(done.returncode, done.stdout, done.stderr)
-        else:
-            outcome = run_here(TINY, capsys)
-        line = is_one_clear_line(outcome)
-        assert "cannot be written (Permission denied)" in line
-        assert everything(folder) == []
-    finally:
-        folder.chmod(0o755)
-
-
-def test_other_settings_in_a_datasets_folder_end_with_one_clear_line(
-    data_dir: Path, folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    before = contents(data_dir)
-    outcome = run_here(["generate", f"data_dir={data_dir}", "sampler.num_steps=4", "num_images=6"], capsys)
-    assert outcome.status in (1, 2)
-    assert "Traceback" not in outcome.err
-    lines = [line for line in outcome.err.splitlines() if line.startswith("calib: ")]
-    assert len(lines) == 1
-    assert "num_steps=8" in lines[0]
-    assert contents(data_dir) == before
-
-
-def test_a_damaged_state_ends_with_one_clear_line_and_a_failed_run(
-    data_dir: Path, folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    shutil.copytree(data_dir, folder / "dataset")
-    path = folder / "dataset" / "samples" / "0001.h5"
-    flip_byte(path, path.stat().st_size // 2)
-    arguments = ["data_dir=dataset", "sampler.num_steps=8", "timestep_schedule=all", "taps.include=[x_embedder]"]
-    outcome = run_here(["collect", *arguments, "hydra.run.dir=run"], capsys)
-    assert outcome.status == 1
-    lines = [line for line in outcome.err.splitlines() if not line.startswith("collect ")]
-    assert len(lines) == 1, outcome.err
-    assert lines[0].startswith("calib: ")
-    assert "0001.h5" in lines[0]
-    status = json.loads((folder / "run" / "status.json").read_text())
-    assert status["state"] == "failed"
-    assert "0001.h5" in status["error"]
-    assert "Traceback" in (folder / "run" / "run.log").read_text()
-
-
-# Help
 
 
 @pytest.mark.parametrize("stage", [None, "run", "generate", "collect", "analyze"])

@@ -128,7 +128,7 @@ def test_pictures_explain_themselves(data_dir: Path, model: DiffusionModel) -> N
         with Image.open(data_dir / f"images/{image:04d}.png") as picture:
             assert picture.size == (64, 64)
             assert picture.mode == "RGB"
-            text = picture.text  # type: ignore[attr-defined]
+            text = picture.text
         assert text["prompt"] == PROMPTS[image]
         assert int(text["seed"]) == image_seed(0, image)
         assert float(text["cfg_weight"]) == 3.0
@@ -143,7 +143,7 @@ def test_a_prompt_in_any_language_is_kept(model: DiffusionModel, tmp_path: Path)
     assert [Manifest.load(folder).images[i].prompt for i in (0, 1)] == list(texts)
     for image, prompt in enumerate(texts):
         with Image.open(folder / f"images/{image:04d}.png") as picture:
-            assert picture.text["prompt"] == prompt  # type: ignore[attr-defined]
+            assert picture.text["prompt"] == prompt
         with h5py.File(folder / f"samples/{image:04d}.h5", "r") as file:
             assert file.attrs["prompt"] == prompt
 

@@ -203,7 +203,7 @@ def test_an_interrupted_draw_leaves_nothing_behind(model: DiffusionModel) -> Non
     states = trajectory(model, PROMPTS[:2], [1, 2], SamplerSettings(num_steps=3, cfg_weight=3.0))
     next(states)
     next(states)
-    states.close()  # type: ignore[attr-defined]
+    states.close()
     with pytest.raises(ValueError):
         model.denoise(mx.zeros((1, *LATENT)), mx.array(5.0), mx.array(0.5), model.encode(["x", "y"], 3.0), 3.0)
     assert leftovers(model) == []

@@ -13,7 +13,7 @@ from calib.models.model import Conditioning, DiffusionModel
 import mlx.core as mx
 import numpy as np
 import pytest
-from helpers import MLX_DTYPES, STEPS, check_percentiles, check_statistics, float64
+from helpers import MLX_DTYPES, STEPS, check_percentiles, check_statistics, float64, pooled
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -253,7 +253,7 @@ def test_collected_statistics_of_every_layer_equal_numpys_on_what_went_by(
         assert layer.dtype == "float32"
         for step in STEPS:
             check_statistics(layer.steps[step], seen[step][name], "float32")
-        check_statistics(layer.pooled(), np.concatenate([seen[step][name] for step in STEPS]), "float32")
+        check_statistics(pooled(layer), np.concatenate([seen[step][name] for step in STEPS]), "float32")
         check_statistics(
             merge_all([layer.steps[0], layer.steps[3]]),
             np.concatenate([seen[step][name] for step in (0, 3)]),
@@ -266,7 +266,7 @@ def test_the_batch_size_of_collection_changes_nothing_but_rounding(
 ) -> None:
     for name, layer in collected(model, data_dir, batch_size=1, histogram_rows=None).items():
         values = np.concatenate([seen[step][name] for step in STEPS])
-        statistics, spread = layer.pooled(), values.std()
+        statistics, spread = pooled(layer), values.std()
         assert statistics.count.sum() == values.size
         np.testing.assert_allclose(statistics.minimum, values.min(axis=0), rtol=1e-3, atol=1e-3 * spread)
         np.testing.assert_allclose(statistics.mean, values.mean(axis=0), rtol=1e-4, atol=1e-4 * spread)
@@ -275,7 +275,7 @@ def test_the_batch_size_of_collection_changes_nothing_but_rounding(
 def test_collection_is_the_same_every_time(model: DiffusionModel, data_dir: Any) -> None:
     first, again = (collected(model, data_dir, batch_size=2, histogram_rows=16, seed=3) for _ in range(2))
     for name in first:
-        one, two = first[name].pooled(), again[name].pooled()
+        one, two = pooled(first[name]), pooled(again[name])
         assert np.array_equal(one.histogram.keys, two.histogram.keys)
         assert np.array_equal(one.histogram.counts, two.histogram.counts)
         assert np.array_equal(one.mean, two.mean)

@@ -17,7 +17,7 @@ import h5py
 import mlx.core as mx
 import numpy as np
 import pytest
-from helpers import MLX_DTYPES, STEPS, flip_byte, run_process
+from helpers import MLX_DTYPES, STEPS, flip_byte, pooled, run_process
 from mlx import nn
 
 PER_CHANNEL = ("channel_min", "channel_max", "channel_mean", "channel_std")
@@ -155,15 +155,18 @@ def test_what_is_read_is_what_was_written(
 def test_merged_views_are_the_merged_statistics(stored: Path, layers: dict[str, LayerActivations]) -> None:
     with ActivationFile(stored) as file:
         for name in ("mm_block_1.image.mlp.fc2", "final_layer.linear", "mm_block_2", "x_embedder"):
-            check_same(file.statistics(name), layers[name].pooled())
+            check_same(file.statistics(name), pooled(layers[name]))
             check_same(file.statistics(name, [0, 8]), merge_all([layers[name].steps[0], layers[name].steps[8]]))
-        check_same(file.statistics("mm_block_1.image.attn.v_proj"), layers["mm_block_1.image.attn.q_proj"].pooled())
+        check_same(
+            file.statistics("mm_block_1.image.attn.v_proj"),
+            pooled(layers["mm_block_1.image.attn.q_proj"]),
+        )
 
 
 def test_a_block_pools_its_streams(layers: dict[str, LayerActivations]) -> None:
     for i in range(4):
-        streams = [layers[f"mm_block_{i}.{s}"].pooled() for s in ("image", "text") if f"mm_block_{i}.{s}" in layers]
-        block = layers[f"mm_block_{i}"].pooled()
+        streams = [pooled(layers[f"mm_block_{i}.{s}"]) for s in ("image", "text") if f"mm_block_{i}.{s}" in layers]
+        block = pooled(layers[f"mm_block_{i}"])
         assert block.count.sum() == sum(int(stream.count.sum()) for stream in streams)
         np.testing.assert_array_equal(block.minimum, np.min([stream.minimum for stream in streams], axis=0))
         assert block.histogram.total == sum(stream.histogram.total for stream in streams)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from calib.activations.histogram import DTYPES
-from calib.activations.statistics import Statistics, is_sound, merge_all, summarize
+from calib.activations.statistics import Statistics, is_sound, summarize
 from calib.activations.taps import TapPoint, tapped
 from calib.dataset.manifest import Manifest
 from calib.dataset.store import read_state
@@ -50,10 +50,6 @@ class LayerActivations:
 
     def add(self, step: int, statistics: Statistics) -> None:
         self.steps[step] = self.steps[step].merge(statistics) if step in self.steps else statistics
-
-    def pooled(self) -> Statistics:
-        """All steps, merged."""
-        return merge_all(list(self.steps.values()))
 
 
 def collect(

@@ -17,7 +17,7 @@ from calib.errors import CalibError, ConfigError
 from calib.files import checksum, replacing
 from calib.models.model import DiffusionModel
 from calib.progress import Progress
-from calib.sampling import State, as_floats, euler, initial_noise, initial_state, noise_levels
+from calib.sampling import State, as_floats, euler, initial_noise, initial_state, noise_levels, timesteps_of
 from calib.seeds import image_seed
 from calib.versions import versions
 
@@ -145,7 +145,7 @@ def _open_manifest(
         batch_size=settings.batch_size,
         latent_shape=model.latent_shape,
         sigmas=as_floats(sigmas),
-        timesteps=as_floats((sigmas * 1000).astype(model.dtype)),
+        timesteps=as_floats(timesteps_of(sigmas, model.dtype)),
         storage=storage.value,
         dtype=dtype.value,
         versions=versions(),
