@@ -1,11 +1,14 @@
 """The command line: ``calib [stage] [overrides]``."""
 
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import calib
+from calib import interrupts
+from calib.commands import COMMANDS
 from calib.compose import CONF, check, groups, job_name, plain, swept_keys, take_apart
 from calib.config import Stage, build
 from calib.errors import CalibError, ConfigError, suggest
@@ -27,6 +30,12 @@ stages
   generate   draw images, keeping the latent of every denoising step
   collect    replay stored states with every layer tapped; statistics into activations.h5
   analyze    turn statistics into a plan: quantization_config.json
+
+on datasets, with ordinary arguments: calib COMMAND --help
+  verify DIR             read every file of a dataset and say whether it is sound; --json, --repair
+  rebuild-manifest DIR   restore a lost or damaged manifest.json from the files
+
+on this machine
   doctor     report device, BLAS, versions; `calib doctor --selftest` checks this device's numerics
 
 examples
@@ -61,7 +70,7 @@ def split_arguments(arguments: Sequence[str]) -> tuple[Stage | None, list[str]]:
         return None, list(arguments)
     known = [stage.value for stage in Stage]
     if arguments[0] not in known:
-        raise ConfigError(f"{arguments[0]}: unknown stage.{suggest(arguments[0], [*known, 'doctor'])}")
+        raise ConfigError(f"{arguments[0]}: unknown stage.{suggest(arguments[0], [*known, *COMMANDS, 'doctor'])}")
     return Stage(arguments[0]), list(arguments[1:])
 
 
@@ -104,8 +113,12 @@ def _end_badly(error: CalibError | OSError, path: Path, multirun: bool) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point of ``calib``; exits 0, 2 for a bad configuration, 1 for other errors, 130 when interrupted."""
+    """Entry point of ``calib``.
+
+    Exits 0; 2 for a bad configuration, 1 for other errors, 130 when interrupted, 143 when terminated.
+    """
     given = list(sys.argv[1:] if arguments is None else arguments)
+    interrupts.install()
     try:
         sys.exit(_run(given))
     except CalibError as error:
@@ -114,12 +127,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except OSError as error:
         print(f"calib: {error.filename or 'files'}: {error.strerror or error}", file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt:
-        print("calib: interrupted; the same command goes on from what is finished", file=sys.stderr)
-        sys.exit(130)
+    except KeyboardInterrupt as error:
+        done = str(error) or "the same command goes on from what is finished"
+        print(f"calib: interrupted; {done}", file=sys.stderr)
+        sys.exit(143 if isinstance(error, interrupts.Terminated) else 130)
 
 
 def _run(arguments: list[str]) -> int:
+    if arguments and arguments[0] in COMMANDS:
+        return COMMANDS[arguments[0]](arguments[1:])
     stage, rest = split_arguments(arguments)
     if {"--help", "-h"} & set(rest):
         print(help_text(stage), end="")
@@ -134,6 +150,8 @@ def _run(arguments: list[str]) -> int:
         overrides.append(f"swept=[{','.join(swept_keys(given))}]")
     check(replace(given, overrides=overrides))
     GlobalHydra.instance().clear()
+    # What Hydra itself fails at (a full disk) is told by main, not by Hydra's own report.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
     # Hydra's parser takes overrides in one piece only.
     _failed.clear()
     sys.argv = ["calib", *given.flags, "--", *overrides]

@@ -21,11 +21,13 @@ from calib.activations.collect import CollectSettings
 from calib.activations.taps import TapSelection, tap_points
 from calib.analysis.layers import LayerSummary
 from calib.analysis.plan import Heuristic, LayerPlan
-from calib.dataset.generate import SamplerSettings
+from calib.dataset.settings import SamplerSettings
+from calib.dataset.shards import Shard
 from calib.dataset.store import StateDtype, StorageFormat
 from calib.errors import ConfigError, suggest
 from calib.files import short_hash
 from calib.models.model import DiffusionModel
+from calib.prompts import report_duplicates
 
 T = TypeVar("T")
 
@@ -39,12 +41,20 @@ class Stage(StrEnum):
     ANALYZE = "analyze"
 
 
+class StoredStates(StrEnum):
+    """Which states of a trajectory are stored: all, or only those of the timestep schedule."""
+
+    ALL = "all"
+    SCHEDULE = "schedule"
+
+
 @dataclass(frozen=True)
 class DatasetSettings:
     """How trajectories are stored."""
 
     format: StorageFormat = StorageFormat.HDF5
     dtype: StateDtype = StateDtype.FLOAT16
+    steps: StoredStates = StoredStates.ALL
 
 
 @dataclass(frozen=True)
@@ -73,9 +83,16 @@ class Settings:
     collect: CollectSettings
     heuristic: Heuristic
     generate_missing: bool
+    shard: Shard
+    keep_awake: bool
     stats: Path | None
     export_config: Path | None
     fingerprint: str
+
+    @property
+    def stored_steps(self) -> tuple[int, ...]:
+        """The states that a dataset of this configuration keeps."""
+        return self.steps if self.dataset.steps is StoredStates.SCHEDULE else tuple(range(self.sampler.num_steps + 1))
 
 
 #: Key of a ``model`` option that names a function building its transformer without weights, so that layer patterns
@@ -87,11 +104,11 @@ _PROBE = LayerSummary(-1.0, 1.0, 0.0, 0.5, dict.fromkeys(("p001", "p01", "p05", 
 
 #: Top-level keys of a configuration.
 GROUPS = (
-    *("collect", "model", "prompts", "sampler", "dataset", "timestep_schedule", "subset", "taps", "storage"),
+    *("collect", "shard", "model", "prompts", "sampler", "dataset", "timestep_schedule", "subset", "taps", "storage"),
     "analysis",
 )
 KEYS = (
-    *("stage", "swept", "num_images", "seed", "data_dir", "generate_missing", "stats", "export_config"),
+    *("stage", "swept", "num_images", "seed", "data_dir", "generate_missing", "keep_awake", "stats", "export_config"),
     *GROUPS,
 )
 
@@ -205,6 +222,7 @@ def build(config: Mapping[str, Any], multirun: bool = False) -> Settings:
         choose_images(range(num_images))
     elif requested is not None:
         at_least("subset.num_images", requested, 1)
+    steps = _steps(config["timestep_schedule"], sampler.num_steps)
     return Settings(
         stage=stage,
         model_name=typed("model.name", model.get("name"), str),
@@ -212,15 +230,17 @@ def build(config: Mapping[str, Any], multirun: bool = False) -> Settings:
         prompts=prompts,
         num_images=num_images,
         seed=seed,
-        data_dir=_data_dir(config, prompts, sampler, dataset),
+        data_dir=_data_dir(config, prompts, sampler, dataset, steps),
         sampler=sampler,
         dataset=dataset,
-        steps=_steps(config["timestep_schedule"], sampler.num_steps),
+        steps=steps,
         choose_images=choose_images,
         taps=taps,
         collect=_collect(config, seed),
         heuristic=_heuristic(config["analysis"]),
         generate_missing=generate_missing,
+        shard=_shard(config["shard"], stage),
+        keep_awake=typed("keep_awake", config["keep_awake"], bool),
         stats=_path("stats", config["stats"]),
         export_config=_path("export_config", config["export_config"]),
         fingerprint=short_hash([{k: v for k, v in config.items() if k != "swept"}, prompts], digits=16),
@@ -230,7 +250,8 @@ def build(config: Mapping[str, Any], multirun: bool = False) -> Settings:
 def _sampler(node: Mapping[str, Any]) -> SamplerSettings:
     sampler = fill("sampler", node, SamplerSettings)
     at_least("sampler.num_steps", sampler.num_steps, 1)
-    at_least("sampler.batch_size", sampler.batch_size, 1)
+    if sampler.batch_size is not None:
+        at_least("sampler.batch_size", sampler.batch_size, 1)
     at_least("sampler.cfg_weight", sampler.cfg_weight, 0)
     if sampler.shift <= 0:
         raise ConfigError.bad_value("sampler.shift", sampler.shift, "must be more than 0")
@@ -244,18 +265,34 @@ def _prompts(node: Mapping[str, Any]) -> tuple[str, ...]:
     prompts = tuple(bind("prompts", node)())
     if not prompts:
         raise ConfigError("prompts: the list of prompts is empty; give at least one")
+    report_duplicates(prompts)
     return prompts
 
 
+def _shard(node: Mapping[str, Any], stage: Stage) -> Shard:
+    shard = fill("shard", node, Shard)
+    at_least("shard.count", shard.count, 1)
+    if not 0 <= shard.index < shard.count:
+        raise ConfigError.bad_value("shard.index", shard.index, f"must be 0 to {shard.count - 1} (shard.count - 1)")
+    if shard.count > 1 and stage is not Stage.GENERATE:
+        raise ConfigError.bad_value("shard.count", shard.count, "only calib generate is done in shards")
+    return shard
+
+
 def _data_dir(
-    config: Mapping[str, Any], prompts: Sequence[str], sampler: SamplerSettings, dataset: DatasetSettings
+    config: Mapping[str, Any],
+    prompts: Sequence[str],
+    sampler: SamplerSettings,
+    dataset: DatasetSettings,
+    steps: Sequence[int],
 ) -> Path:
     """The configured folder, or one named by what makes the images: model, prompts, sampler, seed and storage."""
     given = _path("data_dir", config["data_dir"])
     if given is not None:
         return given
     drawn_by = {name: value for name, value in asdict(sampler).items() if name != "batch_size"}
-    made_by = [dict(config["model"]), list(prompts), drawn_by, config["seed"], asdict(dataset)]
+    stored = asdict(dataset) | ({"steps": list(steps)} if dataset.steps is StoredStates.SCHEDULE else {})
+    made_by = [dict(config["model"]), list(prompts), drawn_by, config["seed"], stored]
     model, source = config["model"]["name"], str(config["prompts"]["_target_"]).rpartition(".")[2].removeprefix("from_")
     return Path("calibration_data") / f"{model}-{source}-{sampler.num_steps}steps-{short_hash(made_by)}"
 
@@ -276,8 +313,9 @@ def _chooser(node: Mapping[str, Any], requested: int | None) -> Callable[[Sequen
 
 
 def _collect(config: Mapping[str, Any], seed: int) -> CollectSettings:
-    batch_size = typed("collect.batch_size", config["collect"].get("batch_size"), int)
-    at_least("collect.batch_size", batch_size, 1)
+    batch_size = typed("collect.batch_size", config["collect"].get("batch_size"), int | None)
+    if batch_size is not None:
+        at_least("collect.batch_size", batch_size, 1)
     storage = fill("storage", config["storage"], StorageSettings)
     if storage.histogram_rows is not None:
         at_least("storage.histogram_rows", storage.histogram_rows, 1)

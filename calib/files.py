@@ -1,32 +1,86 @@
 """Writing files that are whole or absent, whatever interrupts."""
 
+import fcntl
 import hashlib
 import json
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from calib.errors import CalibError
 
+TEMPORARY_SUFFIX = ".tmp"
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``; when the body ends well it is synced and renamed to ``path``."""
+    """Yield a temporary path beside ``path``; when the body ends well it is synced and renamed to ``path``.
+
+    The temporary file is locked while its writer lives: what lies there unlocked was left by a killed process.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
+    handle, temporary = _locked_temporary(path)
     try:
         yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
+        os.fsync(handle)
         temporary.chmod(0o666 & ~_umask())
         os.replace(temporary, path)
+        _sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+        os.close(handle)
+
+
+def _locked_temporary(path: Path) -> tuple[int, Path]:
+    """A new temporary file, locked; made again where another process cleaned it away before the lock was held."""
+    while True:
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=TEMPORARY_SUFFIX, dir=path.parent)
+        with suppress(OSError):  # a file system without locks: nothing is cleaned there either
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        if os.path.exists(name):
+            return handle, Path(name)
+        os.close(handle)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename last through a power cut; some file systems refuse to, and do not need it."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def abandoned_temporaries(folder: Path) -> list[Path]:
+    """Temporary files directly in ``folder`` whose writer is dead."""
+    return [path for path in sorted(folder.glob(f".*{TEMPORARY_SUFFIX}")) if not is_locked(path)]
+
+
+def remove_abandoned(folder: Path) -> None:
+    """Remove what dead writers left half-written directly in ``folder``.
+
+    A file goes while its lock is held: its writer, if it has only just made it, then makes another.
+    """
+    for path in folder.glob(f".*{TEMPORARY_SUFFIX}"):
+        with suppress(OSError), open(path, "r+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a living process holds the lock of a file; True where that cannot be known."""
+    try:
+        with open(path, "r+b" if os.access(path, os.W_OK) else "rb") as file:  # NFS locks only what may be written
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return False
 
 
 def _umask() -> int:
@@ -35,10 +89,15 @@ def _umask() -> int:
     return mask
 
 
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write ``content``, whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write ``text`` as UTF-8, whole or not at all."""
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_bytes(path, text.encode())
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -4,6 +4,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,17 @@ from calib.activations.weights import weight_sqnr
 from calib.analysis.layers import STATISTICS, LayerSummary, read_summaries
 from calib.analysis.plan import Plan, make_plan, phase_bits
 from calib.analysis.summary import summary_text
+from calib.awake import awake
 from calib.config import Settings, Stage, check_writable
-from calib.dataset.generate import check_prompts, generate, missing_images
+from calib.dataset.generate import generate, missing_images
+from calib.dataset.load import load_manifest
 from calib.dataset.manifest import FILE as MANIFEST
 from calib.dataset.manifest import Manifest
+from calib.dataset.settings import check_prompts
 from calib.errors import CalibError, ConfigError
 from calib.files import checksum, short_hash, write_json, write_text
 from calib.models.model import DiffusionModel
+from calib.progress import counted
 from calib.runs.directory import RunDirectory, device_name, git_commit
 from calib.timesteps import phase_bounds
 from calib.versions import versions
@@ -46,11 +51,14 @@ def precheck(settings: Settings) -> None:
     if not draws:
         manifest = _dataset(settings)
         settings.choose_images(sorted(manifest.images))
-        check_matches(settings, manifest, ("model", "num_steps"))
+        check_matches(settings, manifest, ("num_steps",) if manifest.is_older else ("model", "num_steps"))
+        _check_stored(settings, manifest)
     elif (settings.data_dir / MANIFEST).exists():
         manifest = _dataset(settings)
-        check_matches(settings, manifest, ("model", "num_steps", "cfg_weight", "shift", "seed", "format", "dtype"))
-        check_prompts(settings.data_dir, manifest, settings.prompts)
+        if manifest.images:  # a dataset without images is begun anew
+            check_matches(settings, manifest, ("model", "num_steps", "cfg_weight", "shift", "seed", "format", "dtype"))
+            _check_stored(settings, manifest)
+            check_prompts(settings.data_dir, manifest, settings.prompts)
     if draws and missing_images(settings.data_dir, settings.num_images):
         check_writable("data_dir", settings.data_dir)
 
@@ -66,6 +74,17 @@ def check_matches(settings: Settings, manifest: Manifest, names: Sequence[str]) 
         if name in names and there != value:
             allowed = f"{settings.data_dir} was drawn with {name}={there}; ask for that, or name another data_dir"
             raise ConfigError.bad_value(key, value, allowed)
+
+
+def _check_stored(settings: Settings, manifest: Manifest) -> None:
+    """Raise where a state that is asked for is not kept in the dataset."""
+    wanted = settings.steps if settings.stage is not Stage.GENERATE else settings.stored_steps
+    if lacking := sorted(set(wanted) - set(manifest.steps)):
+        raise ConfigError(
+            f"timestep_schedule: {settings.data_dir} does not keep state {lacking[0]} (it keeps "
+            f"{len(manifest.steps)} of {manifest.num_steps + 1}); choose other steps, or draw "
+            "another data_dir with dataset.steps=all"
+        )
 
 
 def run_stage(settings: Settings, run: RunDirectory, config: Mapping[str, Any]) -> None:
@@ -99,7 +118,7 @@ def content_fingerprint(settings: Settings) -> str:
 
 
 def _dataset(settings: Settings) -> Manifest:
-    return Manifest.load(settings.data_dir)
+    return load_manifest(settings.data_dir)
 
 
 def _stats(settings: Settings) -> Path:
@@ -110,23 +129,29 @@ def _stats(settings: Settings) -> Path:
 
 def run_generate(settings: Settings, run: RunDirectory, model: Callable[[], DiffusionModel]) -> None:
     """Fill the dataset up to ``num_images``; a complete one costs nothing, not even the model."""
-    missing = missing_images(settings.data_dir, settings.num_images)
-    start = time.monotonic()
-    if missing:
-        generate(
-            model(),
-            settings.prompts,
-            settings.num_images,
-            settings.data_dir,
-            settings.sampler,
-            settings.seed,
-            settings.dataset.format,
-            settings.dataset.dtype,
-        )
+    shard = settings.shard
+    drawn, start = 0, time.monotonic()
+    if missing_images(settings.data_dir, settings.num_images, shard, thorough=True):
+        with awake() if settings.keep_awake else nullcontext():
+            drawn = generate(
+                model(),
+                settings.prompts,
+                settings.num_images,
+                settings.data_dir,
+                settings.sampler,
+                settings.seed,
+                settings.dataset.format,
+                settings.dataset.dtype,
+                settings.stored_steps,
+                shard,
+                wait=settings.generate_missing,
+            )
     seconds = time.monotonic() - start
-    logger.info("dataset %s: %d images made in %.1f s", settings.data_dir, len(missing), seconds)
-    run.add_metrics({"images_generated": len(missing), "generate_seconds": seconds})
-    print(f"Dataset: {settings.data_dir} ({settings.num_images} images, {len(missing)} new)")
+    logger.info("dataset %s: %d images made in %.1f s", settings.data_dir, drawn, seconds)
+    run.add_metrics({"images_generated": drawn, "generate_seconds": seconds})
+    part = f"shard {shard.index} of {shard.count}, " if shard.count > 1 else ""
+    complete = len(load_manifest(settings.data_dir).images)
+    print(f"Dataset: {settings.data_dir} ({part}{counted(complete, 'image')}, {drawn} new)")
 
 
 def run_collect(
@@ -148,7 +173,7 @@ def run_collect(
         "git_commit": git_commit(),
         "config": json.dumps(config),
         "model": manifest.model,
-        "fingerprint": manifest.fingerprint,
+        "fingerprint": model().fingerprint,
         "mlx_version": versions()["mlx"],
         "device": device_name(),
     }

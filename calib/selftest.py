@@ -15,7 +15,8 @@ import calib.models.compat  # noqa: F401  (must precede diffusionkit.mlx)
 from calib.activations.histogram import DTYPES, count_keys, ordered_keys
 from calib.activations.statistics import PERCENTILES, Statistics, summarize
 from calib.activations.taps import TapPoint, tapped
-from calib.dataset.generate import SamplerSettings, trajectory
+from calib.dataset.generate import trajectory
+from calib.dataset.settings import SamplerSettings
 from calib.models import emoji
 from calib.models.model import DiffusionModel
 from calib.sampling import initial_noise

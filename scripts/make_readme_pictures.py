@@ -11,7 +11,7 @@ from pathlib import Path
 
 from calib.activations.store import ActivationFile
 from calib.analysis.layers import reported_layers
-from calib.dataset.manifest import Manifest
+from calib.dataset.load import load_manifest
 from calib.files import read_json
 
 import matplotlib.pyplot as plt
@@ -24,7 +24,7 @@ COLUMNS, TILE, GAP = 12, 72, 6
 
 def emoji_grid(data_dir: Path, out: Path) -> None:
     """Generated pictures side by side, in the order of their ids."""
-    entries = list(Manifest.load(data_dir).images.values())
+    entries = list(load_manifest(data_dir).images.values())
     rows = -(-len(entries) // COLUMNS)
     sheet = Image.new("RGB", (COLUMNS * (TILE + GAP) - GAP, rows * (TILE + GAP) - GAP), "white")
     for i, entry in enumerate(entries):

@@ -7,6 +7,7 @@ from pathlib import Path
 from calib.activations.collect import CollectSettings, LayerActivations, collect
 from calib.activations.taps import TapKind, TapSelection, tap_points
 from calib.dataset.generate import SamplerSettings, generate
+from calib.dataset.load import load_manifest
 from calib.dataset.manifest import Manifest
 from calib.models import emoji
 from calib.models.model import DiffusionModel
@@ -38,7 +39,7 @@ def data_dir(model: DiffusionModel, tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture(scope="session")
 def manifest(data_dir: Path) -> Manifest:
-    return Manifest.load(data_dir)
+    return load_manifest(data_dir)
 
 
 @pytest.fixture(scope="session")

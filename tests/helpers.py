@@ -4,6 +4,7 @@ import hashlib
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +13,10 @@ from typing import Any
 from calib.activations.collect import LayerActivations
 from calib.activations.statistics import PERCENTILES, Statistics, merge_all
 from calib.cli import main
-from calib.dataset.generate import SamplerSettings
+from calib.dataset.load import load_manifest
+from calib.dataset.settings import SamplerSettings
 from calib.errors import ConfigError
+from calib.files import checksum
 from calib.models.model import DiffusionModel
 
 import mlx.core as mx
@@ -156,7 +159,8 @@ def command(*arguments: str) -> list[str]:
 
 def environment() -> dict[str, str]:
     """A process started in any folder imports this checkout."""
-    return os.environ | {"PYTHONPATH": str(CHECKOUT)}
+    inherited = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    return inherited | {"PYTHONPATH": str(CHECKOUT)}
 
 
 def run_process(folder: Path, *arguments: str) -> Outcome:
@@ -165,6 +169,49 @@ def run_process(folder: Path, *arguments: str) -> Outcome:
         command(*arguments), cwd=folder, env=environment(), capture_output=True, text=True, timeout=300
     )
     return Outcome(done.returncode, done.stdout, done.stderr)
+
+
+def start_process(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    """``calib`` in a process of its own, in ``folder``, left running."""
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command(*arguments), cwd=folder, env=environment(), stdout=pipe, stderr=pipe, text=True)
+
+
+def run_without_rights(folder: Path, *arguments: str) -> Outcome:
+    """``calib`` in ``folder`` as a user without special rights: root may write anywhere, so it gives its rights up."""
+    drop = "os.setuid(65534); " if os.geteuid() == 0 else ""
+    code = f"import os, sys; from calib.cli import main; {drop}main(sys.argv[1:])"
+    for part in folder.parents[:-1] if drop else ():
+        if not part.stat().st_mode & 0o001:
+            part.chmod(part.stat().st_mode | 0o011)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], cwd=folder, env=environment(), capture_output=True, text=True
+    )
+    return Outcome(done.returncode, done.stdout, done.stderr)
+
+
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen[Any], pause: float = 0.003) -> None:
+    """Until ``condition`` holds or ``process``, which should bring it about, has ended."""
+    end = time.monotonic() + 60
+    while not condition() and process.poll() is None:
+        assert time.monotonic() < end, "it does not come about"
+        time.sleep(pause)
+
+
+def listed(data_dir: Path) -> set[int]:
+    """Ids of the images of a dataset, of none where there is no dataset yet; each must be sound."""
+    if not (data_dir / "manifest.json").exists():
+        return set()
+    images = load_manifest(data_dir).images
+    for entry in images.values():
+        assert set(entry.checksums) == set(entry.files)
+        assert {name: checksum(data_dir / name) for name in entry.files} == entry.checksums
+    return set(images)
+
+
+def temporaries(folder: Path) -> set[Path]:
+    """Half-written files below ``folder``."""
+    return {Path(root) / name for root, _, names in os.walk(folder) for name in names if name.endswith(".tmp")}
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -191,6 +238,3 @@ def is_one_clear_line(outcome: Outcome, status: int = 2) -> str:
     assert outcome.err.startswith("calib: ")
     assert outcome.out == ""
     return outcome.err.removeprefix("calib: ").strip()
-
-
-# The whole job

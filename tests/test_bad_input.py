@@ -1,23 +1,20 @@
 """Bad input ends with one clear line and the right status, and leaves nothing behind."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from helpers import (
+    PROMPTS,
     TINY,
-    Outcome,
     contents,
-    environment,
     everything,
     flip_byte,
     is_one_clear_line,
     run_here,
     run_process,
+    run_without_rights,
 )
 
 CHEAP = ("num_images=2", "sampler.num_steps=2")
@@ -35,6 +32,19 @@ BAD = [
     (["timestep_schedules=key"], ("timestep_schedules=key", "'timestep_schedule'")),
     (["timestep_schedule.count=3"], ("timestep_schedule.count=3",)),
     (["num_images=three"], ("num_images=three", "integer")),
+    (["sampler.batch_size=0"], ("sampler.batch_size=0", "1 or more")),
+    (["dataset.dtype=float17"], ("dataset.dtype=float17", "float16, bfloat16, float32", "'float16'")),
+    (["dataset.steps=schedul"], ("dataset.steps=schedul", "all, schedule", "'schedule'")),
+    (["dataset.format=zarr"], ("dataset.format=zarr", "hdf5, npz")),
+    (["keep_awake=please"], ("keep_awake=please", "true or false")),
+    (["generate", "shard.count=0"], ("shard.count=0", "1 or more")),
+    (["generate", "shard.index=3", "shard.count=3"], ("shard.index=3", "0 to 2")),
+    (["generate", "shard.index=1"], ("shard.index=1", "0 to 0")),
+    (["generate", "shard.index=-1", "shard.count=2"], ("shard.index=-1", "0 to 1")),
+    (["generate", "shard.index=a"], ("shard.index=a", "integer")),
+    (["shard.count=2"], ("shard.count=2", "calib generate")),
+    (["collect", "shard.count=2"], ("shard.count=2", "calib generate")),
+    (["analyze", "shard.count=2"], ("shard.count=2", "calib generate")),
     (["sampler.num_steps=4.5"], ("sampler.num_steps=4.5", "integer")),
     (["subset.num_images=0"], ("subset.num_images=0", "1 to 10")),
     (["subset.num_images=-3"], ("subset.num_images=-3", "1 to 10")),
@@ -133,21 +143,10 @@ def test_a_real_process_ends_so_too(tmp_path: Path, arguments: list[str]) -> Non
     assert everything(tmp_path) == []
 
 
-def test_a_folder_without_write_permission_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """As a user without special rights; root may write anywhere, so the process gives its rights up first."""
+def test_a_folder_without_write_permission_is_refused(folder: Path) -> None:
     folder.chmod(0o555)
     try:
-        if os.geteuid() == 0:
-            code = "import os, sys; from calib.cli import main; os.setuid(65534); main(sys.argv[1:])"
-            for part in (folder, *folder.parents[:-1]):
-                if not part.stat().st_mode & 0o001:
-                    part.chmod(part.stat().st_mode | 0o011)
-            done = subprocess.run(
-                [sys.executable, "-c", code, *TINY], cwd=folder, env=environment(), capture_output=True, text=True
-            )
-            outcome = Outcome(done.returncode, done.stdout, done.stderr)
-        else:
-            outcome = run_here(TINY, capsys)
+        outcome = run_without_rights(folder, *TINY)
         line = is_one_clear_line(outcome)
         assert "cannot be written (Permission denied)" in line
         assert everything(folder) == []
@@ -166,6 +165,85 @@ def test_other_settings_in_a_datasets_folder_end_with_one_clear_line(
     assert len(lines) == 1
     assert "num_steps=8" in lines[0]
     assert contents(data_dir) == before
+
+
+def test_a_folder_of_another_model_ends_with_one_clear_line(
+    data_dir: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(data_dir, folder / "dataset")
+    path = folder / "dataset" / "manifest.json"
+    sound = path.read_text(encoding="utf-8")
+    given = ("data_dir=dataset", "sampler.num_steps=8", "num_images=5", "hydra.run.dir=run")
+    path.write_text(sound.replace('"model": "emoji"', '"model": "sd3_medium"', 1), encoding="utf-8")
+    for stage in ("generate", "collect"):
+        line = is_one_clear_line(run_here([stage, *given], capsys))
+        assert line.startswith("model=emoji: dataset was drawn with model=sd3_medium;")
+        assert everything(folder) == sorted(
+            ["dataset", *(f"dataset/{name}" for name in everything(folder / "dataset"))]
+        )
+    # Other weights of the same model are known when it is loaded.
+    fingerprint = json.loads(sound)["fingerprint"]
+    (folder / "prompts.txt").write_text("\n".join(PROMPTS))
+    path.write_text(sound.replace(fingerprint, "0123456789abcdef"), encoding="utf-8")
+    before = contents(folder / "dataset")
+    outcome = run_here(["generate", *given, "prompts=file", "prompts.path=prompts.txt"], capsys)
+    line = is_one_clear_line(outcome, status=1)
+    assert f"fingerprint=0123456789abcdef, not {fingerprint}" in line
+    assert contents(folder / "dataset") == before
+
+
+@pytest.mark.parametrize("stage", ["run", "generate", "collect"])
+@pytest.mark.parametrize(
+    "content", ["", "half", "[]", '{"format": "calib-dataset", "format_version": 1}', "no entries"]
+)
+def test_a_corrupt_manifest_ends_with_one_clear_line_that_offers_to_rebuild_it(
+    data_dir: Path, folder: Path, capsys: pytest.CaptureFixture[str], stage: str, content: str
+) -> None:
+    shutil.copytree(data_dir, folder / "dataset")
+    path = folder / "dataset" / "manifest.json"
+    sound = path.read_text(encoding="utf-8")
+    if content == "half":
+        content = sound[: len(sound) // 2]
+    elif content == "no entries":
+        content = json.dumps({name: value for name, value in json.loads(sound).items() if name != "images"})
+    path.write_text(content, encoding="utf-8")
+    before = everything(folder)
+    line = is_one_clear_line(run_here([stage, "data_dir=dataset", "sampler.num_steps=8"], capsys), status=1)
+    assert line.startswith("dataset/manifest.json: ")
+    assert "calib rebuild-manifest dataset" in line
+    assert everything(folder) == before
+    assert path.read_text(encoding="utf-8") == content
+
+
+def test_a_read_only_dataset_is_read_and_not_added_to(data_dir: Path, folder: Path) -> None:
+    shutil.copytree(data_dir, folder / "dataset", ignore=shutil.ignore_patterns(".*"))
+    (folder / "prompts.txt").write_text("\n".join(PROMPTS))
+    folder.chmod(0o777)
+    folders = [folder / "dataset", *(path for path in (folder / "dataset").iterdir() if path.is_dir())]
+    given = ("data_dir=dataset", "sampler.num_steps=8", "prompts=file", "prompts.path=prompts.txt", "hydra.run.dir=run")
+    before = contents(folder)
+    for part in folders:
+        part.chmod(0o555)
+    try:
+        line = is_one_clear_line(run_without_rights(folder, "generate", *given, "num_images=5"))
+        assert line == "data_dir=dataset: cannot be written (Permission denied); choose another folder"
+        assert contents(folder) == before
+        # Writable itself, but not where the files go.
+        (folder / "dataset").chmod(0o777)
+        (folder / "dataset" / "manifest.json").chmod(0o666)
+        outcome = run_without_rights(folder, "generate", *given, "num_images=5")
+        assert outcome.status == 1, outcome
+        (line,) = [line for line in outcome.err.splitlines() if line.startswith("calib: ")]
+        assert "Permission denied" in line and "0 of the 1 images to do are done" in line
+        assert "Traceback" not in outcome.err
+        assert contents(folder / "dataset") == contents(data_dir)
+        (folder / "dataset").chmod(0o555)
+        outcome = run_without_rights(folder, "generate", *given, "num_images=4")
+        assert outcome.status == 0, outcome
+        assert "Dataset: dataset (4 images, 0 new)" in outcome.out
+    finally:
+        for part in folders:
+            part.chmod(0o755)
 
 
 def test_a_damaged_state_ends_with_one_clear_line_and_a_failed_run(

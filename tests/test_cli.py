@@ -2,26 +2,32 @@
 
 import fcntl
 import json
+import re
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
+from calib import prompts
 from calib.activations.store import ActivationFile
-from calib.dataset.manifest import Manifest
+from calib.dataset.generate import generate
+from calib.dataset.load import load_manifest
+from calib.dataset.settings import SamplerSettings
+from calib.models.model import DiffusionModel
 
 import pytest
 from helpers import (
     CHECKOUT,
     TINY,
-    command,
     contents,
     environment,
     everything,
+    listed,
     run_here,
     run_process,
+    start_process,
+    wait_until,
 )
 
 RUN_FILES = {
@@ -65,7 +71,9 @@ def test_the_whole_job_prints_the_summary_and_the_run_directory(tiny_run: Path) 
     assert out.splitlines()[-1] == "Run directory: run"
     err = (tiny_run.parent / "stderr.txt").read_text()
     assert "\r" not in err, "plain lines where output is not a terminal"
-    assert "generate 2 images" in err
+    lines = err.splitlines()
+    preflight = r"generate: 2 images to do in batches of 2, up to [\d.]+ kB \([\d.]+ kB each\); .* free in dataset"
+    assert re.fullmatch(preflight, lines[0])
     assert "Traceback" not in err
     assert "Warning" not in err
 
@@ -104,13 +112,13 @@ def test_stage_by_stage_gives_what_the_whole_job_gives(
 
 
 def test_more_images_are_added_to_the_same_dataset(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for number, new in ((1, 1), (3, 2), (2, 0)):
+    for number, new, complete in ((1, 1, "1 image"), (3, 2, "3 images"), (2, 0, "3 images")):
         outcome = run_here(["generate", f"num_images={number}", "sampler.num_steps=2", "sampler.batch_size=2"], capsys)
         assert outcome.status == 0, outcome.err
-        assert f"({number} images, {new} new)" in outcome.out
+        assert f"({complete}, {new} new)" in outcome.out
     (dataset,) = (folder / "calibration_data").iterdir()
     assert dataset.name.startswith("emoji-emoji-2steps-")
-    assert sorted(Manifest.load(dataset).images) == [0, 1, 2]
+    assert sorted(load_manifest(dataset).images) == [0, 1, 2]
 
 
 def test_collect_takes_the_chosen_images_steps_and_layers(
@@ -164,7 +172,7 @@ def test_a_multirun_gives_a_run_directory_a_job_and_one_dataset(tmp_path: Path) 
     jobs = [path for path in sweep.iterdir() if path.is_dir()]
     assert len(jobs) == 6
     (dataset,) = (tmp_path / "calibration_data").iterdir()
-    assert sorted(Manifest.load(dataset).images) == [0, 1]
+    assert sorted(load_manifest(dataset).images) == [0, 1]
     assert not (tmp_path / "outputs").exists()
     plans, steps, drawn = {}, set(), []
     for job in jobs:
@@ -182,9 +190,6 @@ def test_a_multirun_gives_a_run_directory_a_job_and_one_dataset(tmp_path: Path) 
         bits = {name: {e["suggested_weight_bits"] for e in plans[name].values()} for name in names}
         assert {4} in bits.values()
     assert outcome.out.count("Layer Statistics Summary:") == 6
-
-
-#: Keeps a job short that should have been refused.
 
 
 @pytest.mark.parametrize("stage", [None, "run", "generate", "collect", "analyze"])
@@ -239,29 +244,29 @@ def test_scripts_are_the_same_commands(tmp_path: Path, script: str, arguments: l
 # Interruption and company
 
 
-def test_interrupted_by_the_keyboard_it_says_so_and_goes_on_later(tmp_path: Path) -> None:
+def test_interrupted_by_the_keyboard_it_says_so_and_goes_on_later(model: DiffusionModel, tmp_path: Path) -> None:
     job = ("num_images=5", "sampler.num_steps=8", "sampler.batch_size=1", "timestep_schedule=quarters")
     job += ("data_dir=dataset", "hydra.run.dir=run", "taps.include=[x_embedder]")
-    process = subprocess.Popen(
-        command(*job), cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    while not (tmp_path / "dataset" / "manifest.json").exists() and process.poll() is None:
-        time.sleep(0.005)
+    process = start_process(tmp_path, *job)
+    wait_until(lambda: bool(listed(tmp_path / "dataset")), process)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 130, err
     assert "Traceback" not in err
+    kept = listed(tmp_path / "dataset")
+    assert 1 <= len(kept) < 5
     assert [line for line in err.splitlines() if line.startswith("calib: ")] == [
-        "calib: interrupted; the same command goes on from what is finished"
+        f"calib: interrupted; {len(kept)} of the 5 images to do are done and kept in dataset; the same command goes on "
+        "from there"
     ]
     status = json.loads((tmp_path / "run" / "status.json").read_text())
     assert status["state"] == "failed"
-    kept = set(Manifest.load(tmp_path / "dataset").images)
-    assert 1 <= len(kept) < 5
     outcome = run_process(tmp_path, *job)
     assert outcome.status == 0, outcome.err
     assert f"(5 images, {5 - len(kept)} new)" in outcome.out
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "complete"
+    generate(model, prompts.emoji(), 5, tmp_path / "whole", SamplerSettings(num_steps=8, batch_size=1))
+    assert contents(tmp_path / "dataset") == contents(tmp_path / "whole")
 
 
 def test_a_second_process_in_the_same_run_directory_ends_with_a_clear_line(

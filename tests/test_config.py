@@ -9,6 +9,7 @@ from typing import Any
 
 from calib.compose import CONF, job_name
 from calib.config import Settings, Stage, build, check_writable, typed
+from calib.dataset.shards import Shard
 from calib.dataset.store import StateDtype, StorageFormat
 from calib.errors import ConfigError
 from calib.models.model import ModelDtype
@@ -94,6 +95,10 @@ def test_the_defaults_are_those_of_the_design() -> None:
     assert (settings.num_images, settings.sampler.num_steps, settings.sampler.cfg_weight) == (10, 50, 3.0)
     assert len(settings.steps) == 17
     assert settings.dataset.format is StorageFormat.HDF5
+    assert settings.dataset.dtype is StateDtype.FLOAT16
+    assert settings.stored_steps == tuple(range(51))
+    assert settings.sampler.batch_size is None, "as memory allows"
+    assert settings.shard == Shard(0, 1)
     assert settings.generate_missing
     assert str(settings.data_dir).startswith("calibration_data/emoji-emoji-50steps-")
     assert not built("stage=collect").generate_missing
@@ -138,6 +143,7 @@ def test_an_option_of_the_users_own_package_is_an_option(folder: Path, monkeypat
         "export_config=plan.json",
         "sampler.cfg_weight=3",
         "sampler.shift=1",
+        "keep_awake=true",
     ],
 )
 def test_what_does_not_change_the_images_does_not_change_their_folder(override: str) -> None:
@@ -156,10 +162,27 @@ def test_what_does_not_change_the_images_does_not_change_their_folder(override: 
         "prompts=builtin",
         "model.dtype=float16",
         "dataset.dtype=float32",
+        "dataset.dtype=bfloat16",
+        "dataset.steps=schedule",
     ],
 )
 def test_what_changes_the_images_changes_their_folder(override: str) -> None:
     assert built(override).data_dir != built().data_dir
+
+
+def test_shards_of_a_dataset_have_its_folder() -> None:
+    sharded = built("stage=generate", "shard.index=2", "shard.count=3")
+    assert sharded.data_dir == built().data_dir
+    assert sharded.shard == Shard(2, 3)
+
+
+def test_a_folder_of_chosen_states_is_that_of_its_schedule_and_keeps_those_states() -> None:
+    key, same, other = (
+        built("dataset.steps=schedule", f"timestep_schedule={name}") for name in ("key", "key", "quarters")
+    )
+    assert key.data_dir == same.data_dir != other.data_dir
+    assert key.stored_steps == key.steps == built().steps
+    assert built("timestep_schedule=quarters").stored_steps == tuple(range(51))
 
 
 def test_other_prompts_in_the_same_file_change_the_folder(folder: Path) -> None:
@@ -220,7 +243,7 @@ def test_no_odd_value_of_any_other_key_ends_in_a_traceback(folder: Path) -> None
     names = ["stage", "num_images", "seed", "data_dir", "generate_missing", "stats", "export_config"]
     paths = [(name,) for name in names] + list(leaves({"model": config["model"], "sampler": config["sampler"]}))
     assert ("sampler", "image_size") in paths
-    for path in [*paths, ("collect", "batch_size")]:
+    for path in [*paths, ("keep_awake",), ("collect", "batch_size"), ("shard", "index"), ("shard", "count")]:
         for value in ODD:
             changed = copy.deepcopy(config)
             node = changed if len(path) == 1 else changed[path[0]]
@@ -278,7 +301,13 @@ def test_a_seed_of_any_size_is_used_or_refused(key: str, seed: int) -> None:
         (["analysis.large=wide"], ("analysis.large=wide", "number")),
         (["storage.histogram_rows=0"], ("storage.histogram_rows=0", "1 or more")),
         (["collect.batch_size=0"], ("collect.batch_size=0", "1 or more")),
-        (["dataset.dtype=float8"], ("dataset.dtype=float8", "float16, float32")),
+        (["dataset.dtype=float8"], ("dataset.dtype=float8", "float16, bfloat16, float32")),
+        (["dataset.steps=some"], ("dataset.steps=some", "all, schedule")),
+        (["sampler.batch_size=two"], ("sampler.batch_size=two", "integer")),
+        (["shard.count=0"], ("shard.count=0", "1 or more")),
+        (["stage=generate", "shard.index=2", "shard.count=2"], ("shard.index=2", "0 to 1")),
+        (["shard.count=2"], ("shard.count=2", "calib generate")),
+        (["keep_awake=3"], ("keep_awake=3", "true or false")),
         (["model.dtype=floot16"], ("model.dtype=floot16", "'float16'")),
         (["prompts=file"], ("prompts.path", "text file")),
         (["prompts=file", "prompts.path=none.txt"], ("prompts.path=none.txt", "cannot be read")),

@@ -8,7 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from calib.errors import CalibError
-from calib.files import checksum, read_json, replacing, short_hash, write_json, write_text
+from calib.files import (
+    abandoned_temporaries,
+    checksum,
+    is_locked,
+    read_json,
+    replacing,
+    short_hash,
+    write_json,
+    write_text,
+)
 
 import pytest
 from helpers import environment
@@ -58,6 +67,32 @@ def test_a_process_killed_while_writing_leaves_the_old_file(tmp_path: Path) -> N
     assert done.returncode == -9
     assert path.read_text() == "old"
     assert [name for name in os.listdir(tmp_path) if not name.startswith(".")] == ["file.txt"]
+    (half,) = abandoned_temporaries(tmp_path)
+    assert half.read_text() == "half of the ne"
+
+
+def test_what_a_living_writer_has_half_written_is_not_abandoned(tmp_path: Path) -> None:
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom calib.files import replacing\n"
+        "with replacing(Path('file.txt')) as temporary:\n"
+        "    temporary.write_text('half of the ne')\n    print('written', flush=True)\n    sys.stdin.read()\n"
+    )
+    writer = subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=environment(),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert writer.stdout is not None
+    assert writer.stdout.readline() == b"written\n"
+    (half,) = tmp_path.glob(".*.tmp")
+    assert is_locked(half)
+    assert abandoned_temporaries(tmp_path) == []
+    writer.communicate()
+    assert writer.returncode == 0
+    assert (tmp_path / "file.txt").read_text() == "half of the ne"
+    assert list(tmp_path.iterdir()) == [tmp_path / "file.txt"]
 
 
 def test_files_have_the_permissions_of_any_other(tmp_path: Path) -> None:

@@ -226,7 +226,7 @@ def seen(
     points = tap_points(model.transformer, TapSelection(kind=TapKind.LINEAR))
     seen: dict[int, dict[str, NDArray[np.float64]]] = {}
     for step in STEPS:
-        states = [read_state(data_dir, manifest.images[image], step) for image in (0, 1)]
+        states = [read_state(data_dir, manifest, image, step) for image in (0, 1)]
         x = mx.array(np.stack(states).astype(np.float32))
         arrays: dict[str, mx.array] = {}
         with tapped(model.transformer, points, arrays.__setitem__):
@@ -285,7 +285,7 @@ def test_collection_is_the_same_every_time(model: DiffusionModel, data_dir: Any)
 def test_a_layer_that_overflows_is_counted_and_the_others_are_unharmed(
     model: DiffusionModel, data_dir: Any, manifest: Manifest, text: Conditioning
 ) -> None:
-    states = [read_state(data_dir, manifest.images[image], 3) for image in (0, 1)]
+    states = [read_state(data_dir, manifest, image, 3) for image in (0, 1)]
     x = np.stack(states).astype(np.float32)
     x[0, 0, 0, 0], x[0, 0, 0, 1] = np.inf, np.nan
     points = tap_points(model.transformer, TapSelection(include=["x_embedder", "context_embedder", "t_embedder.0"]))

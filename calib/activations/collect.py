@@ -13,9 +13,11 @@ from typing import Any
 from calib.activations.histogram import DTYPES
 from calib.activations.statistics import Statistics, is_sound, summarize
 from calib.activations.taps import TapPoint, tapped
-from calib.dataset.manifest import Manifest
+from calib.dataset.load import load_manifest
+from calib.dataset.manifest import FILE, ImageEntry, Manifest
 from calib.dataset.store import read_state
 from calib.errors import CalibError
+from calib.memory import plan_memory
 from calib.models.model import Conditioning, DiffusionModel
 from calib.progress import Progress
 from calib.seeds import generator
@@ -29,13 +31,13 @@ class CollectSettings:
     """How statistics are gathered.
 
     Attributes:
-        batch_size: images replayed side by side.
+        batch_size: images replayed side by side; None for as many as were drawn side by side.
         histogram_rows: about how many rows of an image stream enter the histogram in one full forward; other
             activations are sampled at the same rate. None for all. Extremes and moments always see every value.
         seed: shifts the sampled rows from forward to forward.
     """
 
-    batch_size: int = 10
+    batch_size: int | None = None
     histogram_rows: int | None = 256
     seed: int = 0
 
@@ -65,21 +67,21 @@ def collect(
     Raises:
         CalibError: the dataset was made by another model, or a state cannot be read.
     """
-    manifest = Manifest.load(data_dir)
-    if manifest.fingerprint != model.fingerprint:
-        raise CalibError(
-            f"{data_dir}: made by {manifest.model} with other weights ({manifest.fingerprint}, not {model.fingerprint})"
-        )
+    manifest = load_manifest(data_dir)
+    _check_model(data_dir, manifest, model)
+    height, width, _ = model.latent_shape
+    memory = plan_memory(model, (8 * height, 8 * width), manifest.cfg_weight > 0)
     layers: dict[str, LayerActivations] = {}
-    stride = histogram_stride(model, manifest.cfg_weight, settings)
+    batch_size = settings.batch_size or manifest.batch_size or 1
+    stride = histogram_stride(model, manifest.cfg_weight, batch_size, settings.histogram_rows)
     label = f"collect {len(image_ids)} images at {len(steps)} steps"
-    blocks = list(batched_ids(image_ids, settings.batch_size))
+    blocks = list(batched_ids(image_ids, batch_size))
     with Progress(label, len(blocks) * len(steps), "forward") as progress:
-        for number, block in enumerate(blocks):
-            entries = [manifest.images[image_id] for image_id in block]
-            text = model.encode([entry.prompt for entry in entries], manifest.cfg_weight)
+        prompts = [[_prompt(data_dir, manifest.images[i]) for i in block] for block in blocks]
+        texts = model.encode_batches(prompts, manifest.cfg_weight, memory.keep_text)
+        for number, (block, text) in enumerate(zip(blocks, texts, strict=True)):
             for step in steps:
-                x = mx.array(np.stack([read_state(data_dir, entry, step) for entry in entries]).astype(np.float32))
+                x = mx.array(np.stack([read_state(data_dir, manifest, i, step) for i in block]).astype(np.float32))
                 phase = float(generator("seed", settings.seed, number, step).rand())
                 observed = observe(model, x, text, manifest, step, points, stride, phase)
                 for name, (point, dtype, statistics) in observed.items():
@@ -88,17 +90,36 @@ def collect(
     return layers
 
 
-def histogram_stride(model: DiffusionModel, cfg_weight: float, settings: CollectSettings) -> int:
+def _check_model(data_dir: Path, manifest: Manifest, model: DiffusionModel) -> None:
+    """Raise where ``model`` cannot have drawn the dataset; one of the older layout does not name its weights."""
+    if manifest.fingerprint not in (None, model.fingerprint):
+        raise CalibError(
+            f"{data_dir}: made by {manifest.model} with other weights ({manifest.fingerprint}, not {model.fingerprint})"
+        )
+    if manifest.latent_shape != model.latent_shape:
+        raise CalibError(
+            f"{data_dir}: holds latents of shape {manifest.latent_shape}, {model.name} has {model.latent_shape}; set "
+            "model and sampler.image_size as they were when it was drawn"
+        )
+
+
+def _prompt(data_dir: Path, entry: ImageEntry) -> str:
+    if entry.prompt is None:
+        raise CalibError(f"{data_dir}: the prompt of image {entry.image_id} is unknown; write it into {FILE}")
+    return entry.prompt
+
+
+def histogram_stride(model: DiffusionModel, cfg_weight: float, batch_size: int, histogram_rows: int | None) -> int:
     """Every how many rows one is counted, so that a full forward's image stream gives ``histogram_rows``.
 
     Coprime to the number of tokens, or the same places of every image would be sampled.
     """
-    if settings.histogram_rows is None:
+    if histogram_rows is None:
         return 1
     height, width, _ = model.latent_shape
     tokens = height * width // int(model.transformer.config.patch_size) ** 2
-    rows = tokens * settings.batch_size * (2 if cfg_weight > 0 else 1)
-    stride = max(1, rows // settings.histogram_rows)
+    rows = tokens * batch_size * (2 if cfg_weight > 0 else 1)
+    stride = max(1, rows // histogram_rows)
     while math.gcd(stride, tokens) > 1:
         stride += 1
     return stride

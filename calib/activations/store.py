@@ -41,7 +41,8 @@ def write_activations(
     attributes: Mapping[str, str],
 ) -> None:
     """Write ``layers`` as observed at ``steps``; ``attributes`` become root attributes beside format and version."""
-    with replacing(path) as temporary, h5py.File(temporary, "w") as file:
+    # Unlocked by HDF5: the temporary file is locked already.
+    with replacing(path) as temporary, h5py.File(temporary, "w", locking=False) as file:
         own = {"format": FORMAT, "format_version": FORMAT_VERSION, "num_steps": manifest.num_steps}
         file.attrs.update(own | dict(attributes))
         _add_scale(file, "step_index", np.asarray(steps, np.int64))

@@ -1,95 +1,85 @@
 """Draw the images of a dataset and keep every state on the way.
 
 Work goes in fixed blocks of image ids, the last one padded, so that the arithmetic of an image does not depend on
-how many were asked for or where an earlier run stopped: the same configuration gives the same bytes.
+how many were asked for, which process drew it or where an earlier run stopped: the same configuration gives the same
+bytes. While one block is drawn, the one before it is written.
 """
 
-import fcntl
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from calib.dataset.images import DrawnImage, write_image
+from calib.dataset.load import load_manifest
 from calib.dataset.manifest import FILE, ImageEntry, Manifest
-from calib.dataset.store import StateDtype, StorageFormat, write_trajectory
+from calib.dataset.preflight import check_disk, note_long_prompts, numbers, time_left
+from calib.dataset.settings import SamplerSettings, check_prompts, open_dataset, planned_dataset
+from calib.dataset.shards import Shard, add_entries, shard_lock
+from calib.dataset.store import StateDtype, StorageFormat
 from calib.errors import CalibError, ConfigError
-from calib.files import checksum, replacing
-from calib.models.model import DiffusionModel
-from calib.progress import Progress
-from calib.sampling import State, as_floats, euler, initial_noise, initial_state, noise_levels, timesteps_of
+from calib.files import checksum, remove_abandoned
+from calib.interrupts import in_threads
+from calib.memory import plan_memory
+from calib.models.model import Conditioning, DiffusionModel
+from calib.progress import Progress, say
+from calib.sampling import State, euler, initial_noise, initial_state, noise_levels
 from calib.seeds import image_seed
-from calib.versions import versions
 
 import mlx.core as mx
 import numpy as np
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
 
-@dataclass(frozen=True)
-class SamplerSettings:
-    """How images are drawn.
+def missing_images(data_dir: Path, num_images: int, shard: Shard | None = None, thorough: bool = False) -> list[int]:
+    """Ids below ``num_images`` that are not complete; of one shard, where one is given.
 
-    Attributes:
-        cfg_weight: classifier-free guidance; 0 switches it off.
-        batch_size: images drawn side by side.
-        image_size: height and width, pixels.
+    A quick look asks whether files exist; a thorough one reads them all and compares checksums.
     """
-
-    num_steps: int = 50
-    cfg_weight: float = 3.0
-    shift: float = 1.0
-    batch_size: int = 10
-    image_size: tuple[int, ...] = (64, 64)
-
-
-@contextmanager
-def dataset_lock(data_dir: Path, announce: Callable[[str], None] = print) -> Iterator[None]:
-    """Hold the dataset for writing; waits, and says so, while another process does. Dies with its process."""
-    data_dir.mkdir(parents=True, exist_ok=True)
-    with open(data_dir / ".lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            announce(f"waiting for another process that writes {data_dir}")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def missing_images(data_dir: Path, num_images: int) -> list[int]:
-    """Ids below ``num_images`` that the dataset has no entry for, or whose files are gone."""
     if not (data_dir / FILE).exists():
         return list(range(num_images))
-    images = Manifest.load(data_dir).images
-    return [i for i in range(num_images) if i not in images or not files_exist(data_dir, images[i])]
+    manifest = load_manifest(data_dir)
+    wanted = list(range(num_images))
+    if shard is not None and manifest.batch_size is not None:
+        wanted = [i for i in wanted if shard.owns(i // manifest.batch_size)]
+    listed = [manifest.images[i] for i in wanted if i in manifest.images]
+    if thorough:
+        with in_threads() as pool, Progress("check files", len(listed), "image", delay=2) as progress:
+            whole = set()
+            for entry, sound in zip(listed, pool.map(lambda e: is_whole(data_dir, e), listed), strict=True):
+                progress.advance()
+                if sound:
+                    whole.add(entry.image_id)
+    else:
+        whole = {e.image_id for e in listed if all((data_dir / name).exists() for name in e.files)}
+    return [i for i in wanted if i not in whole]
 
 
-def check_prompts(data_dir: Path, manifest: Manifest, prompts: Sequence[str]) -> None:
-    """Raise where the dataset's images show other prompts than those asked for."""
-    for image_id, entry in manifest.images.items():
-        wanted = prompts[image_id % len(prompts)]
-        if entry.prompt != wanted:
-            raise ConfigError(
-                f"prompts: {data_dir} shows {entry.prompt!r} in image {image_id}, not {wanted!r}; name another data_dir"
-            )
-
-
-def files_exist(data_dir: Path, entry: ImageEntry) -> bool:
-    """Whether every file that ``entry`` names is there."""
-    return all((data_dir / name).exists() for name in (entry.filename, entry.latent_filename, *entry.samples))
+def is_whole(data_dir: Path, entry: ImageEntry) -> bool:
+    """Whether every file of ``entry`` is there with the content that was written."""
+    try:
+        return all(checksum(data_dir / name) == entry.checksums.get(name) for name in entry.files)
+    except OSError:
+        return False
 
 
 def trajectory(
     model: DiffusionModel, prompts: Sequence[str], seeds: Sequence[int], settings: SamplerSettings
 ) -> Iterator[State]:
     """States 0 … num_steps of a batch of images."""
-    sigmas = noise_levels(model.sampler, settings.num_steps)
     text = model.encode(prompts, settings.cfg_weight)
+    return _states(model, text, seeds, settings.num_steps, settings.cfg_weight)
+
+
+def _states(
+    model: DiffusionModel, text: Conditioning, seeds: Sequence[int], num_steps: int, cfg_weight: float
+) -> Iterator[State]:
+    sigmas = noise_levels(model.sampler, num_steps)
     noise = mx.stack([initial_noise(seed, model.latent_shape) for seed in seeds])
 
     def denoise(x: mx.array, timestep: mx.array, sigma: mx.array) -> mx.array:
-        return model.denoise(x, timestep, sigma, text, settings.cfg_weight)
+        return model.denoise(x, timestep, sigma, text, cfg_weight)
 
     return euler(denoise, initial_state(noise, model.sampler, sigmas), sigmas, model.dtype)
 
@@ -103,129 +93,173 @@ def generate(
     seed: int = 0,
     storage: StorageFormat = StorageFormat.HDF5,
     dtype: StateDtype = StateDtype.FLOAT16,
-) -> Manifest:
-    """Make images 0 … num_images - 1 of the dataset in ``data_dir``; those it has are kept.
+    steps: Sequence[int] | None = None,
+    shard: Shard | None = None,
+    wait: bool = False,
+) -> int:
+    """Make images 0 … num_images - 1 of the dataset in ``data_dir``, or one shard of them; those it has are kept.
 
-    Image i is drawn from ``prompts[i % len(prompts)]`` with the seed of (``seed``, i).
+    Returns how many were drawn. Image i is drawn from ``prompts[i % len(prompts)]`` with the seed of (``seed``, i).
+
+    Args:
+        steps: the states to keep; None for all.
+        wait: wait for another process that draws the same shard, rather than raise.
+
+    Raises:
+        CalibError: the folder holds another dataset, the disk is full, or another process is at work.
+        KeyboardInterrupt: its message says what is done; the same call goes on.
     """
     if settings.cfg_weight > 0 and not model.supports_guidance:
         raise ConfigError.bad_value("sampler.cfg_weight", settings.cfg_weight, f"{model.name} takes only 0")
-    with dataset_lock(data_dir):
-        manifest = _open_manifest(model, data_dir, settings, seed, storage, dtype)
+    shard = shard or Shard()
+    memory = plan_memory(model, settings.image_size, settings.cfg_weight > 0, batch_size=settings.batch_size)
+    planned = planned_dataset(model, settings, memory.batch_size, seed, storage, dtype, steps)
+    check_disk(data_dir, planned, settings.image_size, missing_images(data_dir, num_images))
+    with shard_lock(data_dir, shard, wait):
+        manifest = open_dataset(data_dir, planned, shard)
         check_prompts(data_dir, manifest, prompts)
-        todo = set(missing_images(data_dir, num_images))
-        size = manifest.batch_size
-        blocks = sorted({image_id // size for image_id in todo})
-        total = len(blocks) * settings.num_steps
-        with Progress(f"generate {len(todo)} images", total, "step") as progress:
-            for block in blocks:
-                ids = range(block * size, (block + 1) * size)
-                entries = _draw_block(model, prompts, ids, todo, data_dir, manifest, settings, progress)
-                manifest.images.update({entry.image_id: entry for entry in entries})
-                manifest.save(data_dir)
-    return manifest
+        todo = missing_images(data_dir, num_images, shard, thorough=True)
+        if todo:
+            _clean(data_dir)
+            memory = plan_memory(model, settings.image_size, settings.cfg_weight > 0, batch_size=manifest.batch_size)
+            check_disk(data_dir, manifest, settings.image_size, todo, announce=True)
+            say(f"generate: {memory.warning or memory.describe()}")
+            note_long_prompts(model, prompts, todo)
+            _draw_missing(model, prompts, todo, data_dir, manifest, keep_text=memory.keep_text)
+    return len(todo)
 
 
-def _open_manifest(
+def _clean(data_dir: Path) -> None:
+    """Remove what killed writers left half-written."""
+    for folder in (data_dir, *(path for path in data_dir.iterdir() if path.is_dir())):
+        remove_abandoned(folder)
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Image ids that are drawn side by side, and what each row of the batch shows.
+
+    Rows of images that are not wanted repeat a wanted one: they only fill the batch, what they hold changes nothing.
+    """
+
+    wanted: list[int]
+    positions: list[int]
+    rows: list[int]
+
+    @classmethod
+    def of(cls, number: int, size: int, todo: set[int]) -> "_Block":
+        ids = range(number * size, (number + 1) * size)
+        wanted = [i for i in ids if i in todo]
+        return cls(wanted, [i - ids.start for i in wanted], [i if i in todo else wanted[0] for i in ids])
+
+
+def _draw_missing(
     model: DiffusionModel,
+    prompts: Sequence[str],
+    todo: Sequence[int],
     data_dir: Path,
-    settings: SamplerSettings,
-    seed: int,
-    storage: StorageFormat,
-    dtype: StateDtype,
-) -> Manifest:
-    sigmas = noise_levels(model.sampler, settings.num_steps)
-    fresh = Manifest(
-        model=model.name,
-        fingerprint=model.fingerprint,
-        num_steps=settings.num_steps,
-        cfg_weight=settings.cfg_weight,
-        shift=settings.shift,
-        seed=seed,
-        batch_size=settings.batch_size,
-        latent_shape=model.latent_shape,
-        sigmas=as_floats(sigmas),
-        timesteps=as_floats(timesteps_of(sigmas, model.dtype)),
-        storage=storage.value,
-        dtype=dtype.value,
-        versions=versions(),
-    )
-    if not (data_dir / FILE).exists():
-        return fresh
-    found = Manifest.load(data_dir)
-    for name in (
-        "model",
-        "fingerprint",
-        "num_steps",
-        "cfg_weight",
-        "shift",
-        "seed",
-        "storage",
-        "dtype",
-        "latent_shape",
+    manifest: Manifest,
+    keep_text: bool,
+) -> None:
+    assert manifest.batch_size is not None
+    size, wanted = manifest.batch_size, set(todo)
+    blocks = [_Block.of(number, size, wanted) for number in sorted({i // size for i in todo})]
+    shown = [[prompts[i % len(prompts)] for i in block.rows] for block in blocks]
+    start = time.monotonic()
+    with (
+        Progress("generate", len(blocks) * manifest.num_steps, "step") as progress,
+        _writer(data_dir, manifest, len(todo)) as writer,
     ):
-        there, wanted = getattr(found, name), getattr(fresh, name)
-        if there != wanted:
-            raise CalibError(f"{data_dir}: holds a dataset with {name}={there}, not {wanted}; choose another data_dir")
-    return found
+        texts = model.encode_batches(shown, manifest.cfg_weight, keep_text)
+        for block, text in zip(blocks, texts, strict=True):
+            done = writer.submitted
+            progress.describe(f"image {numbers(done + 1, done + len(block.wanted))} of {len(todo)}")
+            writer.submit(_draw_block(model, prompts, block, text, manifest, progress))
+            if not done and len(blocks) > 1:
+                progress.say(time_left(time.monotonic() - start, len(block.wanted), len(blocks), len(todo)))
 
 
 def _draw_block(
     model: DiffusionModel,
     prompts: Sequence[str],
-    ids: Sequence[int],
-    todo: set[int],
-    data_dir: Path,
+    block: _Block,
+    text: Conditioning,
     manifest: Manifest,
-    settings: SamplerSettings,
     progress: Progress,
-) -> list[ImageEntry]:
-    """Draw one block and store those of its images that are asked for; the others only fill the batch."""
-    texts = [prompts[i % len(prompts)] for i in ids]
-    seeds = [image_seed(manifest.seed, i) for i in ids]
+) -> list[DrawnImage]:
+    """Draw one block; the images that are wanted of it, on the host."""
+    assert manifest.seed is not None
+    dtype, keep = StateDtype(manifest.dtype), set(manifest.steps)
+    seeds = [image_seed(manifest.seed, i) for i in block.rows]
     states = []
-    for state in trajectory(model, texts, seeds, settings):
-        states.append(np.array(state.x))
+    for state in _states(model, text, seeds, manifest.num_steps, manifest.cfg_weight):
+        if state.step_index in keep:
+            states.append(dtype.pack(state.x))
         if state.step_index:
             progress.advance()
-    wanted = [position for position, image_id in enumerate(ids) if image_id in todo]
-    final = mx.array(states[-1])
-    images = np.array(model.decode(final))
-    latents = np.array(model.latent_format.process_out(final))
-    entries = []
-    for k in wanted:
-        facts: dict[str, Any] = {
-            "image_id": ids[k],
-            "prompt": texts[k],
-            "seed": seeds[k],
-            "cfg_weight": settings.cfg_weight,
-        }
-        attributes = {**facts, "model": model.name, "fingerprint": model.fingerprint, "num_steps": settings.num_steps}
-        trajectory_k = np.stack([state[k] for state in states])
-        samples = write_trajectory(data_dir, ids[k], trajectory_k, manifest, attributes)
-        picture, latent = f"images/{ids[k]:04d}.png", f"latents/{ids[k]:04d}.npy"
-        _write_png(data_dir / picture, images[k], attributes)
-        with replacing(data_dir / latent) as temporary, open(temporary, "wb") as file:
-            np.save(file, latents[k])
-        sums = {name: checksum(data_dir / name) for name in (picture, latent, *samples)}
-        entries.append(
-            ImageEntry(
-                **facts,
-                num_steps=settings.num_steps,
-                filename=picture,
-                latent_filename=latent,
-                samples=samples,
-                checksums=sums,
+        final = state.x
+    drawn = []
+    for image_id, row in zip(block.wanted, block.positions, strict=True):
+        latent = final[row : row + 1]
+        drawn.append(
+            DrawnImage(
+                image_id,
+                prompts[image_id % len(prompts)],
+                seeds[row],
+                np.stack([state[row] for state in states]),
+                np.array(model.latent_format.process_out(latent))[0],
+                # One at a time: at full resolution the decoder needs more memory than the transformer does.
+                np.array(model.decode(latent))[0],
             )
         )
-    return entries
+    return drawn
 
 
-def _write_png(path: Path, image: np.ndarray, attributes: dict[str, object]) -> None:
-    """``image`` (height, width, 3) in [0, 1]; the attributes become PNG text, so that a picture explains itself."""
-    info = PngInfo()
-    for name, value in attributes.items():
-        info.add_itxt(name, str(value))
-    with replacing(path) as temporary:
-        # DiffusionKit truncates (x * 255), it does not round: the same seed gives its very pixels.
-        Image.fromarray((image * 255).astype(np.uint8)).save(temporary, format="PNG", pnginfo=info)
+class _Writer:
+    """Writes drawn blocks on a thread of its own, one behind the drawing at most; memory stays flat."""
+
+    def __init__(self, data_dir: Path, manifest: Manifest, total: int, pool: ThreadPoolExecutor):
+        self.data_dir, self.manifest, self._total, self._pool = data_dir, manifest, total, pool
+        self.submitted, self.done = 0, 0
+        self._pending: Future[None] | None = None
+
+    def submit(self, images: list[DrawnImage]) -> None:
+        self.wait()
+        self.submitted += len(images)
+        self._pending = self._pool.submit(self._write, images)
+
+    def wait(self) -> None:
+        """Until all that was submitted is written; raises what went wrong."""
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        try:
+            pending.result()
+        except OSError as error:
+            raise CalibError(
+                f"{error.filename or self.data_dir}: {error.strerror or error}; {self.kept()}: mend it (is the disk "
+                "full?) and run the same command again"
+            ) from error
+
+    def kept(self) -> str:
+        return f"{self.done} of the {self._total} images to do are done and kept in {self.data_dir}"
+
+    def _write(self, images: list[DrawnImage]) -> None:
+        entries = [write_image(self.data_dir, self.manifest, image) for image in images]
+        add_entries(self.data_dir, entries)
+        self.done += len(entries)
+
+
+@contextmanager
+def _writer(data_dir: Path, manifest: Manifest, total: int) -> Iterator[_Writer]:
+    """A writer that ends with all blocks written; errors and interruptions say what is done."""
+    with ThreadPoolExecutor(1) as pool:
+        writer = _Writer(data_dir, manifest, total, pool)
+        try:
+            try:
+                yield writer
+            finally:
+                writer.wait()
+        except KeyboardInterrupt as interrupt:
+            interrupt.args = (f"{writer.kept()}; the same command goes on from there",)
+            raise

@@ -1,27 +1,35 @@
 """``manifest.json``: what a dataset is and which images it has.
 
-An image is complete when its entry is here; entries are written after the files they name. Top-level keys
-``num_steps``, ``cfg_scale``, ``latent_size`` and ``model_version`` are those of older datasets.
+An image is complete when its entry is here and the checksums of its files hold; entries are written after the files
+they name. Top-level keys ``num_steps``, ``cfg_scale``, ``latent_size`` and ``model_version`` are those of older
+datasets, which :mod:`calib.dataset.older` reads.
 """
 
-from dataclasses import asdict, dataclass, field
+import json
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from calib.errors import CalibError
-from calib.files import read_json, write_json
+from calib.files import write_text
 
-FORMAT, FORMAT_VERSION = "calib-dataset", 1
+FORMAT, FORMAT_VERSION = "calib-dataset", 2
 FILE = "manifest.json"
 
 
 @dataclass(frozen=True)
 class ImageEntry:
-    """One image; file names are relative to the dataset's folder."""
+    """One image; file names are relative to the dataset's folder.
+
+    Attributes:
+        prompt, seed: None where an older dataset does not say.
+        samples: the files that hold its states: one, or one for each of the manifest's ``steps``.
+        checksums: 'sha256:<hex>' by file name; empty in older datasets.
+    """
 
     image_id: int
-    prompt: str
-    seed: int
+    prompt: str | None
+    seed: int | None
     cfg_weight: float
     num_steps: int
     filename: str
@@ -29,57 +37,95 @@ class ImageEntry:
     samples: list[str]
     checksums: dict[str, str]
 
+    @property
+    def files(self) -> list[str]:
+        """Names of all its files."""
+        return [self.filename, self.latent_filename, *self.samples]
+
 
 @dataclass
 class Manifest:
-    """A dataset's settings, and its images by id."""
+    """A dataset's settings, and its images by id.
+
+    Attributes:
+        fingerprint, shift, seed, batch_size: None in older datasets, which do not say.
+        latent_shape: (height, width, channels).
+        sigmas, timesteps: of all states 0 … num_steps; NaN where an older dataset does not say.
+        steps: the states that are stored, ascending.
+        storage, dtype: layout and type of the stored states.
+    """
 
     model: str
-    fingerprint: str
+    fingerprint: str | None
     num_steps: int
     cfg_weight: float
-    shift: float
-    seed: int
-    batch_size: int
+    shift: float | None
+    seed: int | None
+    batch_size: int | None
     latent_shape: tuple[int, int, int]
     sigmas: list[float]
     timesteps: list[float]
+    steps: list[int]
     storage: str
     dtype: str
     versions: dict[str, str]
     images: dict[int, ImageEntry] = field(default_factory=dict)
 
+    @property
+    def is_older(self) -> bool:
+        """Whether the dataset has the older layout, which is read and not drawn on."""
+        return self.fingerprint is None
+
+    def settings(self) -> dict[str, Any]:
+        """Everything but the images; each file of an image carries it, so that a lost manifest can be restored."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "images"}
+
+    @classmethod
+    def from_settings(cls, settings: dict[str, Any]) -> Self:
+        """The inverse of :meth:`settings`, images left empty; raises KeyError or TypeError where they are not such."""
+        known = {f.name: settings[f.name] for f in fields(cls) if f.name != "images"}
+        height, width, channels = known["latent_shape"]
+        return cls(**{**known, "latent_shape": (height, width, channels)})
+
+    def row(self, step: int) -> int:
+        """Position of state ``step`` among the stored ones."""
+        try:
+            return self.steps.index(step)
+        except ValueError:
+            raise CalibError(f"state {step} is not stored; the dataset keeps {self.steps}") from None
+
     def save(self, data_dir: Path) -> None:
-        settings = asdict(self)
-        del settings["images"]
-        document = {
+        """Write ``manifest.json``, whole or not at all; one line an image, as there may be a hundred thousand."""
+        head = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
             "model_version": self.model,
             "cfg_scale": self.cfg_weight,
             "latent_size": list(self.latent_shape[:2]),
-            **settings,
-            "images": [asdict(self.images[image_id]) for image_id in sorted(self.images)],
+            **self.settings(),
         }
-        write_json(data_dir / FILE, document)
+        lines = [json.dumps(asdict(self.images[i]), ensure_ascii=False) for i in sorted(self.images)]
+        values = [f"{json.dumps(k)}: {json.dumps(v, ensure_ascii=False, allow_nan=False)}" for k, v in head.items()]
+        values.append('"images": [' + ",".join(f"\n  {line}" for line in lines) + "\n]")
+        write_text(data_dir / FILE, "{\n" + ",\n".join(values) + "\n}\n")
 
-    @classmethod
-    def load(cls, data_dir: Path) -> "Manifest":
-        """Read the manifest of a dataset; a missing or foreign one ends in a line that says what to do."""
-        path = data_dir / FILE
-        if not path.exists():
-            raise CalibError(f"{data_dir}: no dataset there (no {FILE}); make one with calib generate")
-        document: Any = read_json(path)
-        if (
-            not isinstance(document, dict)
-            or document.get("format") != FORMAT
-            or document.get("format_version") != FORMAT_VERSION
-        ):
-            raise CalibError(f"{path}: not a {FORMAT} manifest of version {FORMAT_VERSION}")
-        try:
-            images = {entry["image_id"]: ImageEntry(**entry) for entry in document["images"]}
-            settings = {name: document[name] for name in cls.__dataclass_fields__ if name != "images"}
-            settings["latent_shape"] = tuple(settings["latent_shape"])
-        except (KeyError, TypeError) as error:
-            raise CalibError(f"{path}: damaged manifest ({error!r})") from None
-        return cls(**settings, images=images)
+
+def parse_manifest(path: Path, document: Any) -> Manifest:
+    """The dataset that ``document``, read from ``path``, describes; a damaged or foreign one ends in one line."""
+    repair = f"calib rebuild-manifest {path.parent} restores it from the files"
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        raise CalibError(f"{path}: not a {FORMAT} manifest; {repair}")
+    if document.get("format_version") != FORMAT_VERSION:
+        version = document.get("format_version")
+        raise CalibError(f"{path}: has format version {version}, this calib reads {FORMAT_VERSION}; {repair}")
+    try:
+        manifest = Manifest.from_settings(document)
+        manifest.images = {entry["image_id"]: ImageEntry(**entry) for entry in document["images"]}
+        for name in ("num_steps", "seed", "batch_size"):
+            if not isinstance(document[name], int):
+                raise ValueError(f"{name} is {document[name]!r}")
+        if not isinstance(manifest.fingerprint, str):
+            raise ValueError(f"fingerprint is {manifest.fingerprint!r}")
+    except (KeyError, TypeError, ValueError) as error:
+        raise CalibError(f"{path}: damaged manifest ({error!r}); {repair}") from None
+    return manifest

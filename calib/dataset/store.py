@@ -1,19 +1,23 @@
 """Trajectories on disk: one HDF5 file an image, or one ``.npz`` a state (the layout of older datasets)."""
 
+import json
+from collections.abc import Mapping
 from enum import StrEnum
+from io import BytesIO
 from pathlib import Path
-from typing import Any
-from zipfile import BadZipFile
+from typing import Any, cast
 
-from calib.dataset.manifest import ImageEntry, Manifest
+from calib.dataset.manifest import Manifest
 from calib.errors import CalibError
-from calib.files import replacing
+from calib.files import write_bytes
 
 import h5py
+import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
 SAMPLES = "samples"
+TRAJECTORY_FORMAT, TRAJECTORY_FORMAT_VERSION = "calib-trajectory", 2
 
 
 class StorageFormat(StrEnum):
@@ -24,69 +28,102 @@ class StorageFormat(StrEnum):
 
 
 class StateDtype(StrEnum):
-    """Type in which states are stored."""
+    """Type in which states are stored; neither HDF5 nor NumPy has bfloat16, its bits are stored as uint16."""
 
     FLOAT16 = "float16"
+    BFLOAT16 = "bfloat16"
     FLOAT32 = "float32"
 
+    @property
+    def bytes(self) -> int:
+        return 4 if self is StateDtype.FLOAT32 else 2
 
-def sample_files(image_id: int, num_states: int, storage: StorageFormat) -> list[str]:
-    """Names, relative to the dataset, of the files that hold one image's trajectory."""
-    if storage is StorageFormat.HDF5:
+    def pack(self, x: mx.array) -> NDArray[Any]:
+        """``x`` as it is stored."""
+        if self is StateDtype.BFLOAT16:
+            return np.array(x.astype(mx.bfloat16).view(mx.uint16))
+        return np.array(x.astype(mx.float16 if self is StateDtype.FLOAT16 else mx.float32))
+
+    def unpack(self, stored: NDArray[Any]) -> NDArray[Any]:
+        """The values of what is stored: bfloat16 as float32, the others as they are."""
+        if self is StateDtype.BFLOAT16:
+            return cast("NDArray[Any]", (stored.astype(np.uint32) << 16).view(np.float32))
+        return stored
+
+
+def sample_files(image_id: int, manifest: Manifest) -> list[str]:
+    """Names, relative to the dataset, of the files that hold one image's states."""
+    if manifest.storage == StorageFormat.HDF5:
         return [f"{SAMPLES}/{image_id:04d}.h5"]
-    return [f"{SAMPLES}/{image_id:04d}_{step:03d}.npz" for step in range(num_states)]
+    return [f"{SAMPLES}/{image_id:04d}_{step:03d}.npz" for step in manifest.steps]
 
 
 def write_trajectory(
-    data_dir: Path, image_id: int, states: NDArray[Any], manifest: Manifest, attributes: dict[str, Any]
+    data_dir: Path, image_id: int, stored: NDArray[Any], manifest: Manifest, facts: Mapping[str, Any]
 ) -> list[str]:
-    """Store ``states`` (num_steps + 1, height, width, channels) of one image; returns the files' names."""
-    storage = StorageFormat(manifest.storage)
-    names = sample_files(image_id, len(states), storage)
-    with np.errstate(over="ignore"):  # what overflows is reported in the next line
-        stored = states.astype(manifest.dtype)
-    if not np.isfinite(stored).all():
+    """Store the states of one image; returns the files' names.
+
+    Args:
+        stored: (len(manifest.steps), height, width, channels), packed as ``manifest.dtype``.
+        facts: what is particular to the image; attributes of its HDF5 file.
+    """
+    names = sample_files(image_id, manifest)
+    if not np.isfinite(StateDtype(manifest.dtype).unpack(stored)).all():
         raise CalibError(f"image {image_id}: NaN or infinite latents in {manifest.dtype}; try dataset.dtype=float32")
-    if storage is StorageFormat.HDF5:
-        with replacing(data_dir / names[0]) as temporary:
-            _write_hdf5(temporary, stored, manifest, attributes)
+    if manifest.storage == StorageFormat.HDF5:
+        write_bytes(data_dir / names[0], _hdf5(stored, manifest, facts))
         return names
-    for step, (name, x) in enumerate(zip(names, stored, strict=True)):
-        with replacing(data_dir / name) as temporary, open(temporary, "wb") as file:
-            np.savez(
-                file,
-                x=x[None],
-                timestep=np.float32(manifest.timesteps[step]),
-                sigma=np.float32(manifest.sigmas[step]),
-                step_index=np.int64(step),
-                image_id=np.int64(image_id),
-                is_final=np.bool_(step == manifest.num_steps),
-            )
+    for step, name, x in zip(manifest.steps, names, stored, strict=True):
+        archive = BytesIO()
+        np.savez(
+            archive,
+            x=x[None],
+            timestep=np.float32(manifest.timesteps[step]),
+            sigma=np.float32(manifest.sigmas[step]),
+            step_index=np.int64(step),
+            image_id=np.int64(image_id),
+            is_final=np.bool_(step == manifest.num_steps),
+        )
+        write_bytes(data_dir / name, archive.getvalue())
     return names
 
 
-def _write_hdf5(path: Path, states: NDArray[Any], manifest: Manifest, attributes: dict[str, Any]) -> None:
-    with h5py.File(path, "w") as file:
-        file.attrs.update({"format": "calib-trajectory", "format_version": 1, **attributes})
+def _hdf5(stored: NDArray[Any], manifest: Manifest, facts: Mapping[str, Any]) -> bytes:
+    """Made in memory: a disk that fills under HDF5 ends the process, under a plain write it is an error."""
+    steps = manifest.steps
+    with h5py.File("trajectory", "w", driver="core", backing_store=False) as file:
+        file.attrs.update({"format": TRAJECTORY_FORMAT, "format_version": TRAJECTORY_FORMAT_VERSION, **facts})
+        file.attrs["dataset"] = json.dumps(manifest.settings(), ensure_ascii=False)
         # One state a chunk, as states are read one by one; 16-bit latents do not compress.
-        file.create_dataset("x", data=states, chunks=(1, *states.shape[1:]), fletcher32=True)
-        file["step_index"] = np.arange(len(states))
-        file["sigma"] = np.asarray(manifest.sigmas, np.float32)
-        file["timestep"] = np.asarray(manifest.timesteps, np.float32)
+        x = file.create_dataset("x", data=stored, chunks=(1, *stored.shape[1:]), fletcher32=True)
+        x.attrs["dtype"] = manifest.dtype
+        file["step_index"] = np.asarray(steps)
+        file["sigma"] = np.asarray([manifest.sigmas[step] for step in steps], np.float32)
+        file["timestep"] = np.asarray([manifest.timesteps[step] for step in steps], np.float32)
+        file.flush()
+        return cast(bytes, file.id.get_file_image())
 
 
-def read_state(data_dir: Path, entry: ImageEntry, step: int) -> NDArray[Any]:
-    """The latent (height, width, channels) of one image before model call ``step``, in its stored type."""
-    single = len(entry.samples) == 1
-    path = data_dir / (entry.samples[0] if single else entry.samples[step])
+def read_state(data_dir: Path, manifest: Manifest, image_id: int, step: int) -> NDArray[Any]:
+    """The latent (height, width, channels) of one image before model call ``step``, in its stored type.
+
+    A damaged file, or one with a state of another shape, ends in a line that names it.
+    """
+    entry, row = manifest.images[image_id], manifest.row(step)
+    single = manifest.storage == StorageFormat.HDF5
+    path = data_dir / entry.samples[0 if single else row]
     try:
         if single:
             with h5py.File(path, "r") as file:
-                state: NDArray[Any] = file["x"][step]
+                stored: NDArray[Any] = file["x"][row]
         else:
             with np.load(path) as archive:
-                state = archive["x"][0]
-    except (OSError, EOFError, KeyError, IndexError, ValueError, BadZipFile) as error:
+                stored = archive["x"][0]
+        state = StateDtype(manifest.dtype).unpack(stored)
+        if state.shape != manifest.latent_shape:
+            raise ValueError(f"shape {state.shape}, not {manifest.latent_shape}")
+    except Exception as error:  # readers raise what they like for a file that anything may have happened to
         reason = " ".join(str(error).split())
-        raise CalibError(f"{path}: cannot be read ({reason}); remove it and run calib generate again") from None
+        mend = f"calib generate draws it again, calib verify {data_dir} says what else is wrong"
+        raise CalibError(f"{path}: cannot be read ({reason}); {mend}") from None
     return state

@@ -3,7 +3,7 @@
 DiffusionKit's MLX part asks at import for three names of ``argmaxtools`` (a logger and two mix-ins of its
 command-line report) and, through ``diffusionkit.utils``, for torch. Neither does any work in the model code.
 Where the real packages are missing this module puts small stand-ins in ``sys.modules``; where they are
-installed they are used. Its T5 encoder also reads Metal's memory size, which MLX on Linux reports as unknown.
+installed they are used. Its T5 encoder also reads Metal's memory size, which MLX on Linux does not know.
 
 Import the submodules of ``diffusionkit.mlx`` only after ``import calib.models.compat``.
 """
@@ -42,18 +42,23 @@ def _supply_utils() -> None:
 
 
 def _supply_metal_memory_size() -> None:
+    """T5 sets the memory limit in every forward, to what Metal's device information says: here to what it is.
+
+    The functions it calls are also deprecated names, of which MLX says so on the terminal each time.
+    """
+
     def device_info() -> dict[str, Any]:
-        return {"memory_size": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")}
+        return {**mx.device_info(), "memory_size": mx.get_memory_limit()}
 
     mx.metal.device_info = device_info
+    mx.metal.set_memory_limit = mx.set_memory_limit
 
 
 if _missing("argmaxtools"):
     _supply_argmaxtools()
 if _missing("torch"):
     _supply_utils()
-if not mx.metal.is_available():
-    _supply_metal_memory_size()
+_supply_metal_memory_size()
 
 # transformers, imported by DiffusionKit for T5's configuration, warns that torch is absent: that is intended here.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")

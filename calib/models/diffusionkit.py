@@ -1,32 +1,34 @@
 """DiffusionKit's SD3 and FLUX behind calib's interface.
 
 Weights are read with DiffusionKit's own key mappings and every name is checked: MLX's strict loading rejects
-DiffusionKit's FLUX loader, and a lenient one would hide a missing tensor. Text is encoded by DiffusionKit's own
-``encode_text``, called on a pipeline object that holds nothing but the encoders.
+DiffusionKit's FLUX loader, and a lenient one would hide a missing tensor.
 """
 
-import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import calib.models.compat  # noqa: F401  (must precede diffusionkit.mlx)
 from calib.errors import CalibError, ConfigError, suggest
-from calib.models.model import Conditioning, DiffusionModel, ModelDtype
+from calib.memory import device_memory
+from calib.models.hub import fetch, load_checked, read_weights, renamed
+from calib.models.model import DiffusionModel, ModelDtype
+from calib.models.model import weights as parameters
+from calib.models.text import CLIP_TOKENS, TextEncoders
+from calib.progress import note
 
 import mlx.core as mx
-from diffusionkit.mlx import T5_MAX_LENGTH, DiffusionPipeline, FluxLatentFormat, FluxPipeline, SD3LatentFormat, model_io
+from diffusionkit.mlx import DiffusionPipeline, FluxLatentFormat, FluxPipeline, SD3LatentFormat, model_io
 from diffusionkit.mlx.config import FLUX_SCHNELL, MMDiTConfig, VAEDecoderConfig
 from diffusionkit.mlx.mmdit import MMDiT
 from diffusionkit.mlx.sampler import FluxSampler, ModelSamplingDiscreteFlow
 from diffusionkit.mlx.vae import VAEDecoder
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-from mlx import nn
-from mlx.utils import tree_flatten
 
 SD3_PREFIX = "model.diffusion_model."
+
+#: How repositories of 4-bit weights end.
+QUANTIZED = "-4bit-quantized"
 
 #: In FLUX checkpoints but not in DiffusionKit's model: it has no key bias and no distilled-guidance embedding.
 FLUX_UNUSED = (".k_proj.bias", "guidance_in.")
@@ -38,9 +40,16 @@ def latent_shape(image_size: Sequence[int]) -> tuple[int, int, int]:
     return height // 8, width // 8, 16
 
 
-def _known(name: str, repository: str, table: dict[str, Any]) -> None:
-    if repository not in table:
-        raise ConfigError(f"model.repository={repository}: not known for {name}.{suggest(repository, table)}")
+def _known(name: str, repository: str, flux: bool) -> None:
+    """Raise unless ``repository`` is one whose 16-bit checkpoint DiffusionKit maps to such a transformer."""
+    if repository.endswith(QUANTIZED):
+        plain = repository.removesuffix(QUANTIZED)
+        allowed = f"its weights are 4-bit already, calib needs those of 16 bits: {plain}"
+        raise ConfigError.bad_value("model.repository", repository, allowed)
+    known = {key for key, config in model_io._CONFIG.items() if (config.depth_unified > 0) == flux}
+    known = {key for key in known if not key.endswith(QUANTIZED)}
+    if repository not in known:
+        raise ConfigError(f"model.repository={repository}: not known for {name}.{suggest(repository, known)}")
 
 
 def sd3_config(repository: str) -> MMDiTConfig:
@@ -58,9 +67,13 @@ def sd3_skeleton(
     cfg_weight: float = 0.0,
 ) -> MMDiT:
     """The transformer without its weights, and a check of what was asked of it; parameters as for :func:`load_sd3`."""
-    _known(name, repository, model_io._CONFIG)
+    _known(name, repository, flux=False)
     _check_file("model.checkpoint", checkpoint)
-    return MMDiT(sd3_config(repository))
+    config = sd3_config(repository)
+    if max(latent_shape(image_size)[:2]) > config.max_latent_resolution:
+        allowed = f"{name} has positions for at most {8 * config.max_latent_resolution} pixels a side"
+        raise ConfigError.bad_value("sampler.image_size", list(image_size), allowed)
+    return MMDiT(config)
 
 
 def flux_skeleton(
@@ -73,7 +86,7 @@ def flux_skeleton(
     cfg_weight: float = 0.0,
 ) -> MMDiT:
     """The transformer without its weights, and a check of what was asked of it; parameters as for :func:`load_flux`."""
-    _known(name, repository, model_io._CONFIG)
+    _known(name, repository, flux=True)
     if cfg_weight > 0:
         raise ConfigError.bad_value("sampler.cfg_weight", cfg_weight, f"{name} takes only 0, its guidance is distilled")
     _check_file("model.checkpoint", checkpoint)
@@ -91,47 +104,17 @@ def _check_file(key: str, path: str | None) -> None:
         raise ConfigError.bad_value(key, path, "no such file; name a .safetensors, or leave it out for the hub's")
 
 
-def fetch(repository: str, file: str) -> str:
-    """Path of a hub file, downloaded once; an unreachable or gated one ends in a line that says what to do."""
-    # Its retries are not news to the user; the one line below is.
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-    try:
-        return hf_hub_download(repository, file)
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise CalibError(
-            f"{repository}/{file}: cannot be fetched ({reason}); check the network, accept the model's licence and "
-            "run `hf auth login`, or give model.checkpoint=FILE"
-        ) from None
+def _check_lengths(weights: dict[str, mx.array], lengths: dict[str, tuple[int, int]], path: str) -> None:
+    """Raise where a tensor is longer than what DiffusionKit's mapping takes of it: it would leave the rest in silence.
 
-
-def load_checked(
-    module: nn.Module, weights: dict[str, mx.array], dtype: mx.Dtype, source: str, unused: Sequence[str] = ()
-) -> None:
-    """Load ``weights`` into ``module`` as ``dtype``; every parameter must be given, and every name used.
-
-    ``unused`` lists parts of names that the module is known not to have.
+    ``lengths`` gives an axis and its length by part of the name.
     """
-    given = {name: w for name, w in weights.items() if not any(part in name for part in unused)}
-    wanted = dict(tree_flatten(module.parameters()))
-    for name in sorted(wanted.keys() ^ given.keys()):
-        state = "lacks" if name in wanted else "has an unknown"
-        raise CalibError(f"{source}: {state} tensor {name!r}; is it the right checkpoint?")
-    for name, value in given.items():
-        if value.shape != wanted[name].shape:
-            raise CalibError(f"{source}: tensor {name!r} has shape {value.shape}, not {wanted[name].shape}")
-    module.load_weights([(name, value.astype(dtype)) for name, value in given.items()])
-    mx.eval(module.parameters())
-
-
-def read_weights(path: str) -> dict[str, mx.array]:
-    """The tensors of a safetensors file."""
-    try:
-        weights = mx.load(str(Path(path).expanduser()))
-    except (RuntimeError, ValueError) as error:
-        raise CalibError(f"{path}: not a readable safetensors file ({str(error).splitlines()[0]})") from None
-    assert isinstance(weights, dict)
-    return weights
+    for name, weight in weights.items():
+        for part, (axis, length) in lengths.items():
+            if part in name and weight.ndim > axis and weight.shape[axis] != length:
+                raise CalibError(
+                    f"{path}: tensor {name!r} has shape {weight.shape}, with {length} expected on axis {axis}"
+                )
 
 
 def load_sd3_transformer(path: str, config: MMDiTConfig, dtype: mx.Dtype) -> MMDiT:
@@ -140,7 +123,9 @@ def load_sd3_transformer(path: str, config: MMDiTConfig, dtype: mx.Dtype) -> MMD
     weights = {name: w for name, w in read_weights(path).items() if name.startswith(SD3_PREFIX)}
     if not weights:
         raise CalibError(f"{path}: holds no tensor named {SD3_PREFIX}…; is it an SD3 checkpoint?")
-    load_checked(transformer, model_io.mmdit_state_dict_adjustments(weights, prefix=SD3_PREFIX), dtype, path)
+    _check_lengths(weights, {"pos_embed": (0, 1)}, path)
+    mapping = partial(model_io.mmdit_state_dict_adjustments, prefix=SD3_PREFIX)
+    load_checked(transformer, renamed(mapping, weights, path), dtype, path)
     return transformer
 
 
@@ -150,7 +135,13 @@ def load_flux_transformer(path: str, config: MMDiTConfig, dtype: mx.Dtype) -> MM
     weights = read_weights(path)
     if "img_in.weight" not in weights:
         raise CalibError(f"{path}: holds no tensor named img_in.weight; is it a FLUX checkpoint?")
-    mapped = model_io.flux_state_dict_adjustments(weights, hidden_size=config.hidden_size, mlp_ratio=config.mlp_ratio)
+    lengths = {
+        ".linear1.": (0, (3 + config.mlp_ratio) * config.hidden_size),
+        ".linear2.weight": (1, (1 + config.mlp_ratio) * config.hidden_size),
+    }
+    _check_lengths(weights, lengths, path)
+    mapping = partial(model_io.flux_state_dict_adjustments, hidden_size=config.hidden_size, mlp_ratio=config.mlp_ratio)
+    mapped = renamed(mapping, weights, path)
     # Output and fc2 share one bias in a unified block: DiffusionKit adds it once, and zeroes fc2's in the first
     # forward. Zeroing it here keeps the weights the same for ever after.
     for name in mapped:
@@ -171,43 +162,20 @@ def load_vae_decoder(path: str, prefix: str, dtype: mx.Dtype) -> VAEDecoder:
         config.resnet_groups,
     )
     weights = {name: w for name, w in read_weights(path).items() if name.startswith(prefix)}
-    load_checked(decoder, model_io.vae_decoder_state_dict_adjustments(weights, prefix=prefix), dtype, path)
+    _check_lengths(weights, {".attn_1.": (3, 1), ".nin_shortcut.": (3, 1)}, path)
+    mapping = partial(model_io.vae_decoder_state_dict_adjustments, prefix=prefix)
+    load_checked(decoder, renamed(mapping, weights, path), dtype, path)
     return decoder
 
 
-def _clip(key: str, dtype: ModelDtype) -> Any:
-    return model_io.load_text_encoder(model_io._DEFAULT_MODEL, dtype is not ModelDtype.FLOAT32, model_key=key)
-
-
-def _tokenizer(part: str, pad_with_eos: bool) -> Any:
-    keys = {"merges_key": f"tokenizer_{part}_merges", "vocab_key": f"tokenizer_{part}_vocab"}
-    return model_io.load_tokenizer(model_io._DEFAULT_MODEL, pad_with_eos=pad_with_eos, **keys)
-
-
-def _add_encoders(pipeline: DiffusionPipeline, dtype: ModelDtype, use_t5: bool, clip_g: bool) -> None:
-    """Fill ``pipeline`` with the text encoders of the hub's ``argmaxinc/stable-diffusion``."""
-    model_io._FLOAT16 = dtype.mlx
-    for file in ("clip_l_config", "clip_l", *(("clip_g",) * clip_g), *(("t5",) * use_t5)):
-        fetch(model_io._DEFAULT_MODEL, model_io._MODELS[model_io._DEFAULT_MODEL][file])
-    pipeline.clip_l, pipeline.tokenizer_l = _clip("clip_l", dtype), _tokenizer("l", True)
-    if clip_g:
-        pipeline.clip_g, pipeline.tokenizer_g = _clip("clip_g", dtype), _tokenizer("g", False)
-    pipeline.use_t5 = use_t5
-    if use_t5:
-        half = dtype is not ModelDtype.FLOAT32
-        pipeline.t5_encoder = model_io.load_t5_encoder(float16=half, low_memory_mode=False)
-        pipeline.t5_tokenizer = model_io.load_t5_tokenizer(T5_MAX_LENGTH[pipeline.model_version])
-
-
-def text_encoder(pipeline: DiffusionPipeline, guidance: bool) -> Callable[[str, float], Conditioning]:
-    """DiffusionKit's ``encode_text``; SD3's gives two rows always, of which one is kept without guidance."""
-
-    def encode(prompt: str, cfg_weight: float) -> Conditioning:
-        tokens, pooled = pipeline.encode_text(prompt, cfg_weight, "")
-        rows = 2 if guidance and cfg_weight > 0 else 1
-        return Conditioning(tokens[:rows], pooled[:rows])
-
-    return encode
+def _preflight(name: str, config: MMDiTConfig, dtype: ModelDtype) -> None:
+    """Notes on what will be slow or too large, before anything is downloaded or read."""
+    if dtype is not ModelDtype.FLOAT32 and mx.default_device().type == mx.DeviceType.cpu:
+        note(f"model.dtype={dtype}: 16-bit products are some 40 times slower on a CPU; model.dtype=float32 is the way")
+    size, memory = sum(weight.size for weight in parameters(MMDiT(config)).values()) * dtype.mlx.size, device_memory()
+    if size > memory:
+        needed = f"{size / 1e9:.1f} of {memory / 1e9:.1f} GB"
+        note(f"memory: the transformer of {name} alone takes {needed}; it may swap or fail")
 
 
 def load_sd3(
@@ -226,21 +194,30 @@ def load_sd3(
         shift: timestep shift of the sampler (arXiv 2403.03206, equation 23).
         image_size: height and width, pixels.
     """
-    path = checkpoint or fetch(repository, model_io._MMDIT[repository]["vae"])
-    transformer = load_sd3_transformer(path, sd3_config(repository), dtype.mlx)
+    config = sd3_config(repository)
+    _preflight(name, config, dtype)
+    path = checkpoint or fetch(repository, model_io._MMDIT[repository]["vae"], "model.checkpoint")
+    # Before gigabytes are read: what the hub does not give is said at once.
+    text = TextEncoders(DiffusionPipeline, repository, dtype.mlx, clip_g=True, use_t5=use_t5)
+    transformer = load_sd3_transformer(path, config, dtype.mlx)
     decoder = load_vae_decoder(path, model_io._PREFIX[repository]["vae_decoder"], dtype.mlx)
-    pipeline = DiffusionPipeline.__new__(DiffusionPipeline)
-    pipeline.model_version = repository
-    _add_encoders(pipeline, dtype, use_t5, clip_g=True)
     return DiffusionModel(
         name=name,
         transformer=transformer,
         sampler=ModelSamplingDiscreteFlow(shift=shift),
         latent_format=SD3LatentFormat(),
-        encode_text=text_encoder(pipeline, guidance=True),
+        encode_text=text,
+        decoder=decoder,
         decode_latents=decoder,
         dtype=dtype.mlx,
         latent_shape=latent_shape(image_size),
+        text_length=text.length,
+        # With T5 too: what lies beyond CLIP's 77 tokens does not reach the pooled text, nor half of the other.
+        token_count=text.clip_tokens,
+        max_prompt_tokens=CLIP_TOKENS,
+        unload_text=text.unload,
+        text_bytes=text.nbytes,
+        smaller_text="model.use_t5=false" if use_t5 else "",
     )
 
 
@@ -257,21 +234,29 @@ def load_flux(
 
     Parameters as for :func:`load_sd3`. Guidance is distilled into the weights: ``sampler.cfg_weight`` must be 0.
     """
+    config = flux_config()
+    _preflight(name, config, dtype)
     files = model_io._MMDIT[repository]
-    path = checkpoint or fetch(repository, files[repository])
-    transformer = load_flux_transformer(path, flux_config(), dtype.mlx)
-    decoder = load_vae_decoder(vae_checkpoint or fetch(repository, files["vae"]), "decoder.", dtype.mlx)
-    pipeline = FluxPipeline.__new__(FluxPipeline)
-    pipeline.model_version = repository
-    _add_encoders(pipeline, dtype, use_t5=True, clip_g=False)
+    path = checkpoint or fetch(repository, files[repository], "model.checkpoint")
+    vae = vae_checkpoint or fetch(repository, files["vae"], "model.vae_checkpoint")
+    text = TextEncoders(FluxPipeline, repository, dtype.mlx, clip_g=False, use_t5=True)
+    transformer = load_flux_transformer(path, config, dtype.mlx)
+    decoder = load_vae_decoder(vae, "decoder.", dtype.mlx)
     return DiffusionModel(
         name=name,
         transformer=transformer,
         sampler=FluxSampler(shift=shift),
         latent_format=FluxLatentFormat(),
-        encode_text=text_encoder(pipeline, guidance=False),
+        encode_text=text,
+        decoder=decoder,
         decode_latents=decoder,
         dtype=dtype.mlx,
         latent_shape=latent_shape(image_size),
+        text_length=text.length,
+        # T5 alone gives the token-level text; CLIP's cut at 77 concerns only the pooled one.
+        token_count=text.t5_tokens,
+        max_prompt_tokens=text.length,
         supports_guidance=False,
+        unload_text=text.unload,
+        text_bytes=text.nbytes,
     )

@@ -6,7 +6,7 @@ unconditional rows, in DiffusionKit's order.
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -20,6 +20,9 @@ from diffusionkit.mlx.mmdit import MMDiT
 from diffusionkit.mlx.sampler import FluxSampler, ModelSamplingDiscreteFlow
 from mlx import nn
 from mlx.utils import tree_flatten
+
+#: Prompts encoded ahead where the text encoders do not fit beside the transformer: about 300 MB with SD3 and T5.
+ENCODE_AHEAD = 64
 
 
 class ModelDtype(StrEnum):
@@ -42,12 +45,9 @@ class Conditioning:
     pooled: mx.array
 
     @classmethod
-    def batch(cls, prompts: Sequence["Conditioning"]) -> "Conditioning":
-        """Join single prompts (one row each, or a conditional and an unconditional one) into a batch."""
-        rows = prompts[0].tokens.shape[0]
-        tokens = [prompt.tokens[i : i + 1] for i in range(rows) for prompt in prompts]
-        pooled = [prompt.pooled[i : i + 1] for i in range(rows) for prompt in prompts]
-        return cls(mx.concatenate(tokens), mx.concatenate(pooled))
+    def batch(cls, parts: Sequence["Conditioning"]) -> "Conditioning":
+        """The rows of all ``parts``, one after the other."""
+        return cls(mx.concatenate([p.tokens for p in parts]), mx.concatenate([p.pooled for p in parts]))
 
 
 @dataclass
@@ -57,34 +57,75 @@ class DiffusionModel:
     Attributes:
         name: the option of the ``model`` config group.
         transformer: the MMDiT whose layers are tapped and quantized.
-        encode_text: (prompt, cfg_weight) -> conditioning of one row, or of two rows with guidance.
+        encode_text: a text -> its conditioning, one row. Loads the text encoders where they are not loaded.
+        decoder: the VAE's, which ``decode_latents`` calls.
         decode_latents: latents (batch, height, width, channels) after ``process_out`` -> images in about [-1, 1].
         dtype: activation type of the transformer.
         latent_shape: (height, width, channels) of one latent.
+        text_length: length of a row of conditioning.
+        token_count: tokens of a text, begin and end included, before anything is cut.
+        max_prompt_tokens: tokens beyond this are cut by the text encoder.
         supports_guidance: False for FLUX, whose guidance is distilled: it takes ``cfg_weight=0`` only.
-        max_prompt_tokens: tokens of a prompt beyond this are cut by the text encoder.
+        unload_text: frees the text encoders; the next ``encode_text`` loads them again.
+        text_bytes: memory of the text encoders while they are loaded.
+        smaller_text: what to set for smaller text encoders, where that is possible.
     """
 
     name: str
     transformer: MMDiT
     sampler: ModelSamplingDiscreteFlow | FluxSampler
     latent_format: LatentFormat
-    encode_text: Callable[[str, float], Conditioning]
+    encode_text: Callable[[str], Conditioning]
+    decoder: nn.Module
     decode_latents: Callable[[mx.array], mx.array]
     dtype: mx.Dtype
     latent_shape: tuple[int, int, int]
+    text_length: int
+    token_count: Callable[[str], int]
+    max_prompt_tokens: int
     supports_guidance: bool = True
+    unload_text: Callable[[], None] = lambda: None
+    text_bytes: int = 0
+    smaller_text: str = ""
     _fingerprint: str = field(default="", repr=False)
+    _empty: Conditioning | None = field(default=None, repr=False)
 
     def encode(self, prompts: Sequence[str], cfg_weight: float) -> Conditioning:
-        """Conditioning of a batch of prompts, each encoded by itself, so that a batch's make-up changes nothing."""
-        parts = []
-        for prompt in prompts:
-            one = self.encode_text(prompt, cfg_weight)
-            part = Conditioning(one.tokens.astype(self.dtype), one.pooled.astype(self.dtype))
-            mx.eval(part.tokens, part.pooled)
-            parts.append(part)
+        """Conditioning of a batch: all conditional rows, then with guidance as many unconditional ones.
+
+        Each distinct prompt is encoded once and by itself, so that a batch's make-up changes nothing; the empty prompt
+        once for ever.
+        """
+        rows = {prompt: self._row(prompt) for prompt in dict.fromkeys(prompts)}
+        parts = [rows[prompt] for prompt in prompts]
+        if cfg_weight > 0:
+            parts += [self._row("")] * len(prompts)
         return Conditioning.batch(parts)
+
+    def encode_batches(
+        self, batches: Sequence[Sequence[str]], cfg_weight: float, keep_text: bool
+    ) -> Iterator[Conditioning]:
+        """Conditioning of one batch after the other, as :meth:`encode` gives it.
+
+        Unless ``keep_text``, many are encoded ahead and the text encoders unloaded before the first is given out.
+        """
+        ahead = 1 if keep_text or not batches else max(1, ENCODE_AHEAD // len(batches[0]))
+        for first in range(0, len(batches), ahead):
+            texts = [self.encode(prompts, cfg_weight) for prompts in batches[first : first + ahead]]
+            if not keep_text:
+                self.unload_text()
+            yield from texts
+
+    def _row(self, prompt: str) -> Conditioning:
+        """One prompt's row in the transformer's type, evaluated."""
+        if not prompt and self._empty is not None:
+            return self._empty
+        text = self.encode_text(prompt)
+        row = Conditioning(text.tokens.astype(self.dtype), text.pooled.astype(self.dtype))
+        mx.eval(row.tokens, row.pooled)
+        if not prompt:
+            self._empty = row
+        return row
 
     def denoise(
         self, x: mx.array, timestep: mx.array, sigma: mx.array, text: Conditioning, cfg_weight: float

@@ -8,14 +8,14 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from calib import blas
 from calib.errors import CalibError
-from calib.files import read_json, write_json, write_text
+from calib.files import read_json, remove_abandoned, write_json, write_text
 from calib.versions import versions
 
 import mlx.core as mx
@@ -61,6 +61,7 @@ class RunDirectory:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise CalibError(f"{self.path}: another process is running in this directory") from None
+            remove_abandoned(self.path)
             write_text(self.path / CONFIG, config_yaml)
             write_json(self.path / ENVIRONMENT, environment())
             self.write_status("running")
@@ -69,7 +70,8 @@ class RunDirectory:
                     yield self.path
                 except BaseException as error:
                     logger.error("%s", traceback.format_exc())
-                    self.write_status("failed", f"{type(error).__name__}: {error}")
+                    with suppress(OSError):  # of a full disk, say: the first error is the one to tell
+                        self.write_status("failed", f"{type(error).__name__}: {error}")
                     raise
             self.write_status("complete")
 
@@ -85,6 +87,7 @@ def _logging_to(path: Path) -> Iterator[None]:
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
+    logging.raiseExceptions = False  # a log that cannot be written must not hide what is to be told
     try:
         yield
     finally:

@@ -16,7 +16,7 @@ from calib.models.emoji.architecture import (
     build_transformer,
     latent_format,
 )
-from calib.models.model import Conditioning, DiffusionModel, ModelDtype
+from calib.models.model import Conditioning, DiffusionModel, ModelDtype, weights
 
 import mlx.core as mx
 from diffusionkit.mlx.mmdit import MMDiT
@@ -28,9 +28,9 @@ FOLDER = Path(__file__).parent
 
 
 def _load_weights(module: nn.Module, file: str, dtype: mx.Dtype, prefix: str = "") -> None:
-    weights = mx.load(str(FOLDER / file))
-    assert isinstance(weights, dict)
-    chosen = [(name.removeprefix(prefix), w.astype(dtype)) for name, w in weights.items() if name.startswith(prefix)]
+    stored = mx.load(str(FOLDER / file))
+    assert isinstance(stored, dict)
+    chosen = [(name.removeprefix(prefix), w.astype(dtype)) for name, w in stored.items() if name.startswith(prefix)]
     module.load_weights(chosen)
     mx.eval(module.parameters())
 
@@ -57,9 +57,8 @@ def load(
     _load_weights(decoder, "vae.safetensors", mx.float32, prefix="decoder.")
     tokenizer = EmojiTokenizer.load(FOLDER, config.text_length)
 
-    def encode_text(prompt: str, cfg_weight: float) -> Conditioning:
-        rows = [prompt, ""] if cfg_weight > 0 else [prompt]
-        output = text_encoder(mx.array([tokenizer(row) for row in rows]))
+    def encode_text(text: str) -> Conditioning:
+        output = text_encoder(mx.array([tokenizer(text)]))
         return Conditioning(output.last_hidden_state, output.pooled_output)
 
     def decode_latents(latents: mx.array) -> mx.array:
@@ -72,9 +71,14 @@ def load(
         sampler=ModelSamplingDiscreteFlow(shift=shift),
         latent_format=latent_format(config),
         encode_text=encode_text,
+        decoder=decoder,
         decode_latents=decode_latents,
         dtype=dtype.mlx,
         latent_shape=(config.latent_size, config.latent_size, config.latent_channels),
+        text_length=config.text_length,
+        token_count=lambda text: len(tokenizer.tokens(text)),
+        max_prompt_tokens=config.text_length,
+        text_bytes=sum(weight.nbytes for weight in weights(text_encoder).values()),
     )
 
 

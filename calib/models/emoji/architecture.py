@@ -1,12 +1,14 @@
 """Shapes of the emoji model, and its parts built from DiffusionKit's classes."""
 
 import json
+import sys
 import unicodedata
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Self
 
 import calib.models.compat  # noqa: F401  (must precede diffusionkit.mlx)
+from calib.models.tokens import fit
 
 import mlx.core as mx
 from diffusionkit.mlx import LatentFormat
@@ -105,7 +107,7 @@ class EmojiTokenizer:
     def __init__(self, vocab: dict[str, int], merges: list[tuple[str, str]], length: int):
         self.length = length
         self._bpe = Tokenizer({pair: rank for rank, pair in enumerate(merges)}, vocab, pad_with_eos=True)
-        self._bpe.max_length = length
+        self._bpe.max_length = sys.maxsize  # it would cut with a warning; `fit` cuts
         self._alphabet = {token for token in vocab if len(token) == 1}
 
     @classmethod
@@ -121,7 +123,11 @@ class EmojiTokenizer:
         kept = (c if c in self._alphabet else " " for c in plain if not unicodedata.combining(c))
         return " ".join("".join(kept).split())
 
+    def tokens(self, text: str) -> list[int]:
+        """All token ids of ``text``, between those of begin and end."""
+        found: list[int] = self._bpe.tokenize(self.normalise(text))
+        return found
+
     def __call__(self, text: str) -> list[int]:
         """Token ids of ``text``, padded with the end token to the model's length; longer text is cut."""
-        tokens: list[int] = self._bpe.tokenize(self.normalise(text))
-        return tokens + [self._bpe.eos_token] * (self.length - len(tokens))
+        return fit(self.tokens(text), self.length, self._bpe.eos_token)

@@ -1,0 +1,122 @@
+"""Commands with ordinary arguments, no Hydra: what is done to files that are there already."""
+
+import argparse
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from calib.dataset.manifest import FILE
+from calib.dataset.rebuild import Rebuilt, rebuild_manifest
+from calib.dataset.repair import Repair, repair
+from calib.dataset.report import findings_table, report_json, report_text
+from calib.dataset.verify import verify
+from calib.errors import CalibError, ConfigError
+from calib.progress import counted
+
+VERIFY_HELP = """Reads every file of the dataset in DIR and says whether it is sound.
+
+Found are: missing, truncated and altered files; NaN, infinite or implausible latents; constant pictures; entries of
+manifest.json that disagree with what the files say of themselves (prompt, seed, settings); images of other settings;
+files that no entry names, and what killed processes left half-written. A dataset of the older layout has no checksums:
+its files are judged by reading them.
+"""
+VERIFY_END = """exit status: 0 sound, 1 not sound or no dataset, 2 wrong arguments
+
+examples
+  calib verify calibration_data/emoji-…            a table, and one verdict
+  calib verify DIR --json | jq .bad_images
+  calib verify DIR --repair && calib generate …    the same bytes as if nothing had happened
+"""
+REBUILD_HELP = """Writes DIR/manifest.json anew from the files beside it.
+
+For a dataset of calib's it is the lost manifest to the byte; images whose files are not all there and sound are listed
+and left out. For one of the older layout it holds what its files say, and what they do not is listed.
+The manifest that was there is renamed, never deleted.
+"""
+REBUILD_END = "exit status: 0 restored, 1 not, 2 wrong arguments"
+
+
+class _Parser(argparse.ArgumentParser):
+    """One line for wrong arguments, as everywhere in calib."""
+
+    def __init__(self, command: str, description: str, epilog: str):
+        as_written = argparse.RawDescriptionHelpFormatter
+        super().__init__(
+            prog=f"calib {command}",
+            description=description,
+            epilog=epilog,
+            formatter_class=as_written,
+            allow_abbrev=False,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{self.prog.removeprefix('calib ')}: {message}; see {self.prog} --help")
+
+
+def _verify(arguments: Sequence[str]) -> int:
+    parser = _Parser("verify", VERIFY_HELP, VERIFY_END)
+    parser.add_argument("data_dir", metavar="DIR", type=Path, help="the dataset's folder")
+    parser.add_argument("--json", action="store_true", help="print one JSON document, every finding in it")
+    parser.add_argument(
+        "--repair",
+        action="store_true",
+        help="move what is wrong into DIR/aside/<time>/ and take it off the manifest, for calib generate to make it "
+        "again; nothing is deleted",
+    )
+    given = parser.parse_args(arguments)
+    try:
+        repaired = repair(given.data_dir) if given.repair else None
+        report = verify(given.data_dir) if repaired is None else repaired.before
+    except CalibError as error:
+        if given.json:
+            _print_json({"data_dir": str(given.data_dir), "sound": False, "error": str(error)})
+        raise
+    except KeyboardInterrupt as interrupt:
+        if not given.repair:
+            interrupt.args = ("nothing was changed",)
+        raise
+    if given.json:
+        _print_json({**report_json(report), "repair": None if repaired is None else _repair_json(repaired)})
+    else:
+        print(report_text(report, report.verdict if repaired is None else _repair_text(repaired)), end="")
+    return 0 if report.sound or repaired is not None else 1
+
+
+def _print_json(document: Mapping[str, Any]) -> None:
+    print(json.dumps(document, indent=2, ensure_ascii=False))
+
+
+def _repair_json(done: Repair) -> dict[str, Any]:
+    return {"aside": str(done.aside), "moved": done.moved, "images": done.images, "sound": True}
+
+
+def _repair_text(done: Repair) -> str:
+    left = counted(done.before.images - len(done.images), "image")
+    again = "; calib generate makes the others again" if done.images and not done.before.manifest.is_older else ""
+    return f"repaired: {counted(len(done.moved), 'file')} moved to {done.aside}; what remains is sound: {left}{again}"
+
+
+def _rebuild_manifest(arguments: Sequence[str]) -> int:
+    parser = _Parser("rebuild-manifest", REBUILD_HELP, REBUILD_END)
+    parser.add_argument("data_dir", metavar="DIR", type=Path, help="the dataset's folder")
+    parser.add_argument("--force", action="store_true", help="even where manifest.json is there and readable")
+    given = parser.parse_args(arguments)
+    print(_rebuilt_text(given.data_dir, rebuild_manifest(given.data_dir, given.force)))
+    return 0
+
+
+def _rebuilt_text(data_dir: Path, done: Rebuilt) -> str:
+    lines = [f"{data_dir / FILE}: restored from the files, {counted(done.images, 'image')}"]
+    if done.kept is not None:
+        lines.append(f"the manifest that was there is now {done.kept}")
+    if done.left_out:
+        left_out = counted(len({finding.image_id for finding in done.left_out}), "image")
+        lines += [*findings_table(done.left_out), ""]
+        lines.append(f"{left_out} left out; calib verify {data_dir} --repair moves them aside, calib generate draws on")
+    lines += [f"unknown: {line}" for line in done.unknown]
+    return "\n".join(lines)
+
+
+#: Each takes the arguments after its name and returns the exit status.
+COMMANDS: Mapping[str, Callable[[Sequence[str]], int]] = {"verify": _verify, "rebuild-manifest": _rebuild_manifest}

@@ -1,0 +1,82 @@
+"""The files of one image: its states, its final latent, its picture."""
+
+import json
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from calib.dataset.manifest import ImageEntry, Manifest
+from calib.dataset.store import StateDtype, StorageFormat, write_trajectory
+from calib.files import checksum, write_bytes
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+#: Bytes beside the values, at most: the settings that files carry, HDF5's tables (14.7 kB for 51 states), zip's.
+HDF5_OVERHEAD, NPZ_OVERHEAD, PNG_OVERHEAD = 18_000, 2_000, 8_000
+DISK_BLOCK = 4096
+
+
+@dataclass(frozen=True)
+class DrawnImage:
+    """What was drawn, on the host.
+
+    Attributes:
+        states: (stored states, height, width, channels), as the manifest's dtype is stored.
+        latent: (height, width, channels), the finished latent after ``process_out``.
+        picture: (height, width, 3) in [0, 1].
+    """
+
+    image_id: int
+    prompt: str
+    seed: int
+    states: NDArray[Any]
+    latent: NDArray[Any]
+    picture: NDArray[Any]
+
+
+def write_image(data_dir: Path, manifest: Manifest, image: DrawnImage) -> ImageEntry:
+    """Write all files of ``image``, each whole or not at all; returns the entry that completes it."""
+    facts: dict[str, Any] = {
+        "image_id": image.image_id,
+        "prompt": image.prompt,
+        "seed": image.seed,
+        "cfg_weight": manifest.cfg_weight,
+        "num_steps": manifest.num_steps,
+    }
+    described = {**facts, "model": manifest.model, "fingerprint": manifest.fingerprint}
+    samples = write_trajectory(data_dir, image.image_id, image.states, manifest, described)
+    picture, latent = f"images/{image.image_id:04d}.png", f"latents/{image.image_id:04d}.npy"
+    text = {**described, "dataset": json.dumps(manifest.settings(), ensure_ascii=False)}
+    write_bytes(data_dir / picture, _png(image.picture, text))
+    archive = BytesIO()
+    np.save(archive, image.latent)
+    write_bytes(data_dir / latent, archive.getvalue())
+    sums = {name: checksum(data_dir / name) for name in (picture, latent, *samples)}
+    return ImageEntry(**facts, filename=picture, latent_filename=latent, samples=samples, checksums=sums)
+
+
+def _png(picture: NDArray[Any], text: dict[str, Any]) -> bytes:
+    """``picture`` with its facts as text chunks, so that it explains itself."""
+    info = PngInfo()
+    for name, value in text.items():
+        info.add_itxt(name, str(value))
+    file = BytesIO()
+    # DiffusionKit truncates (x * 255), it does not round: the same seed gives its very pixels.
+    Image.fromarray((picture * 255).astype(np.uint8)).save(file, format="PNG", pnginfo=info)
+    return file.getvalue()
+
+
+def bytes_per_image(manifest: Manifest, image_size: tuple[int, ...]) -> int:
+    """At most what one image takes on disk, from shapes and types; a picture counts as if it did not compress."""
+    latent, states = int(np.prod(manifest.latent_shape)), len(manifest.steps)
+    state = latent * StateDtype(manifest.dtype).bytes
+    if manifest.storage == StorageFormat.HDF5:
+        samples = [states * state + HDF5_OVERHEAD]
+    else:
+        samples = [state + NPZ_OVERHEAD] * states
+    picture = 3 * image_size[0] * image_size[1] + PNG_OVERHEAD
+    return sum(-(-size // DISK_BLOCK) * DISK_BLOCK for size in (*samples, 4 * latent + NPZ_OVERHEAD, picture))

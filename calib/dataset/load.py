@@ -1,0 +1,61 @@
+"""Opening a dataset, of calib's own layout or an older one."""
+
+from pathlib import Path
+from typing import Any
+
+from calib.dataset.manifest import FILE, ImageEntry, Manifest, parse_manifest
+from calib.dataset.older import parse_older_manifest
+from calib.dataset.store import StateDtype, StorageFormat
+from calib.errors import CalibError
+from calib.files import read_json
+
+
+def load_manifest(data_dir: Path) -> Manifest:
+    """The manifest of the dataset in ``data_dir``; a missing or damaged one ends in a line that says what to do."""
+    path = data_dir / FILE
+    if not path.exists():
+        raise CalibError(
+            f"{data_dir}: no dataset there (no {FILE}); make one with calib generate, or, if its images are there, "
+            f"calib rebuild-manifest {data_dir}"
+        )
+    try:
+        document: Any = read_json(path)
+    except CalibError as error:
+        raise CalibError(f"{error}; calib rebuild-manifest {data_dir} restores it from the files") from None
+    if isinstance(document, dict) and "format" not in document and "images" in document:
+        manifest = parse_older_manifest(data_dir, document)
+    else:
+        manifest = parse_manifest(path, document)
+    _check(path, manifest)
+    return manifest
+
+
+def _check(path: Path, manifest: Manifest) -> None:
+    """Raise where values of the manifest are none that it could have been written with."""
+    try:
+        StateDtype(manifest.dtype), StorageFormat(manifest.storage)
+        states = manifest.num_steps + 1
+        if not len(manifest.sigmas) == len(manifest.timesteps) == states:
+            raise ValueError(f"{len(manifest.sigmas)} sigmas for {states} states")
+        if not manifest.steps or not set(manifest.steps) <= set(range(states)):
+            raise ValueError(f"steps {manifest.steps} of {states} states")
+        for image_id, entry in manifest.images.items():
+            if not _is_well_formed(entry):
+                raise ValueError(f"the entry of image {image_id!r}")
+    except (TypeError, ValueError) as error:
+        what = "no states to be found" if manifest.is_older and not manifest.steps else f"damaged manifest ({error})"
+        again = f"calib rebuild-manifest {path.parent} makes it anew from the files"
+        raise CalibError(f"{path}: {what}; {again}") from None
+
+
+def _is_well_formed(entry: ImageEntry) -> bool:
+    return (
+        all(isinstance(value, int) for value in (entry.image_id, entry.num_steps))
+        and entry.image_id >= 0
+        and isinstance(entry.cfg_weight, int | float)
+        and isinstance(entry.prompt, str | None)
+        and isinstance(entry.seed, int | None)
+        and isinstance(entry.samples, list)
+        and all(isinstance(name, str) for name in entry.files)
+        and isinstance(entry.checksums, dict)
+    )

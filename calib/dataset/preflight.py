@@ -1,0 +1,61 @@
+"""What is said, and refused, before a long job starts."""
+
+import shutil
+from collections.abc import Sequence
+from datetime import datetime, timedelta
+from pathlib import Path
+
+from calib.dataset.images import bytes_per_image
+from calib.dataset.manifest import Manifest
+from calib.errors import CalibError
+from calib.models.model import DiffusionModel
+from calib.progress import counted, note, readable_bytes, readable_duration, say
+
+
+def numbers(first: int, last: int) -> str:
+    """'7' or '7–9'."""
+    return str(first) if first == last else f"{first}–{last}"
+
+
+def free_bytes(folder: Path) -> int:
+    """Bytes that this user may still write where ``folder`` is or would be."""
+    existing = folder.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    return shutil.disk_usage(existing).free
+
+
+def check_disk(
+    data_dir: Path, manifest: Manifest, image_size: tuple[int, ...], todo: Sequence[int], announce: bool = False
+) -> None:
+    """Raise where the disk cannot hold the images to do; with ``announce``, say what they will take."""
+    each = bytes_per_image(manifest, image_size)
+    needed, free = readable_bytes(each * len(todo)), readable_bytes(free_bytes(data_dir))
+    images = counted(len(todo), "image")
+    if each * len(todo) > free_bytes(data_dir):
+        raise CalibError(
+            f"{data_dir}: {images} may take up to {needed}, {free} are free; make room, ask for fewer images "
+            "(num_images), or keep fewer states (dataset.steps=schedule)"
+        )
+    if announce:
+        batches = f"{images} to do in batches of {manifest.batch_size}"
+        say(f"generate: {batches}, up to {needed} ({readable_bytes(each)} each); {free} free in {data_dir}")
+
+
+def note_long_prompts(model: DiffusionModel, prompts: Sequence[str], todo: Sequence[int]) -> None:
+    """Report prompts that the text encoder will cut."""
+    limit = model.max_prompt_tokens
+    cut = [i for i in todo if model.token_count(prompts[i % len(prompts)]) > limit]
+    if cut:
+        first = ", ".join(str(i) for i in cut[:5]) + (", …" if len(cut) > 5 else "")
+        note(f"{len(cut)} prompts are longer than {limit} tokens and are cut by the text encoder (images {first})")
+
+
+def time_left(seconds: float, images_done: int, blocks: int, images: int) -> str:
+    """What the first of ``blocks`` tells of the others."""
+    left = seconds * (blocks - 1)
+    end = datetime.now() + timedelta(seconds=left)
+    return (
+        f"{seconds / images_done:.2g} s an image; about {readable_duration(left)} for the other "
+        f"{images - images_done}, until {end:%a %H:%M}"
+    )

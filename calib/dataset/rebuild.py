@@ -1,0 +1,168 @@
+"""``manifest.json`` again, from the files alone: every picture and HDF5 file says how it was made."""
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from json import JSONDecodeError, loads
+from pathlib import Path
+from typing import Any
+
+from calib.dataset.checks import FOLDERS, IMAGES, Finding, Kind, canonical_files, reason_of
+from calib.dataset.load import load_manifest
+from calib.dataset.manifest import FILE, ImageEntry, Manifest
+from calib.dataset.rebuild_older import older_document
+from calib.dataset.repair import exclusive, timestamp
+from calib.dataset.store import SAMPLES
+from calib.dataset.verify import check_images
+from calib.errors import CalibError
+from calib.files import checksum, write_json
+from calib.interrupts import in_threads
+from calib.progress import Progress
+
+import h5py
+from PIL import Image
+
+NAMED_BY_ID = re.compile(r"(\d{4,})(?:_\d{3,})?\.(?:png|npy|npz|h5)")
+
+
+@dataclass(frozen=True)
+class Rebuilt:
+    """What :func:`rebuild_manifest` did.
+
+    Attributes:
+        images: how many the new manifest lists.
+        left_out: why other images are not among them.
+        unknown: what an older dataset's files do not say, and what to do about it; a line each.
+        kept: where the manifest that was there lies now.
+    """
+
+    images: int
+    left_out: list[Finding]
+    unknown: list[str]
+    kept: Path | None
+
+
+def rebuild_manifest(data_dir: Path, force: bool = False) -> Rebuilt:
+    """Write ``manifest.json`` from the files of the dataset in ``data_dir``.
+
+    For a dataset of calib's it is the lost one to the byte, without the images whose files are not all there and
+    sound; for an older one it holds what is known, the rest is null. The manifest that was there is renamed.
+
+    Raises:
+        CalibError: there are no such files, another process writes, or the manifest is sound and ``force`` is not set.
+    """
+    ids = image_ids(data_dir)
+    if not ids:
+        what = "no images there to restore a manifest from" if data_dir.is_dir() else "no such folder"
+        raise CalibError(f"{data_dir}: {what}")
+    path = data_dir / FILE
+    with exclusive(data_dir):
+        readable = _is_readable(data_dir)
+        if readable and not force:
+            raise CalibError(f"{path}: is there and readable; --force makes it anew and keeps this one beside it")
+        settings = _settings_of(data_dir, ids)
+        if settings is None:
+            document, unknown = older_document(data_dir)
+            kept = _keep(path, readable)
+            write_json(path, document)
+            return Rebuilt(len(document["images"]), [], unknown, kept)
+        manifest, left_out = _restore(data_dir, settings, ids)
+        kept = _keep(path, readable)
+        manifest.save(data_dir)
+        return Rebuilt(len(manifest.images), left_out, [], kept)
+
+
+def image_ids(data_dir: Path) -> list[int]:
+    """Ids of which there is any file."""
+    paths = [path for folder in FOLDERS for path in (data_dir / folder).glob("*")]
+    return sorted({int(match[1]) for path in paths if (match := NAMED_BY_ID.fullmatch(path.name))})
+
+
+def _is_readable(data_dir: Path) -> bool:
+    try:
+        load_manifest(data_dir)
+    except CalibError:
+        return False
+    return True
+
+
+def _keep(path: Path, readable: bool) -> Path | None:
+    if not path.exists():
+        return None
+    kept = path.with_name(f"{path.name}.{'old' if readable else 'damaged'}-{timestamp()}")
+    while kept.exists():
+        kept = kept.with_name(f"{kept.name}-2")
+    return path.rename(kept)
+
+
+def _settings_of(data_dir: Path, ids: Sequence[int]) -> str | None:
+    """The settings that most files carry, as they carry them; None where none does."""
+    names = [f"{folder}/{i:04d}.{suffix}" for i in ids for folder, suffix in ((SAMPLES, "h5"), (IMAGES, "png"))]
+    names = [name for name in names if (data_dir / name).exists()]
+    with in_threads() as pool, Progress("read settings", len(names), "file", delay=1) as progress:
+        found: Counter[str] = Counter()
+        for facts in pool.map(partial(_facts, data_dir), names):
+            found.update([str(facts["dataset"])] if _is_settings(facts.get("dataset")) else [])
+            progress.advance()
+    return found.most_common(1)[0][0] if found else None
+
+
+def _facts(data_dir: Path, name: str) -> dict[str, Any]:
+    """What a file says of itself; nothing where it cannot be read."""
+    try:
+        if name.endswith(".h5"):
+            with h5py.File(data_dir / name, "r") as file:
+                return dict(file.attrs)
+        with Image.open(data_dir / name) as picture:
+            return {str(key): value for key, value in picture.info.items()}
+    except Exception:  # whatever the readers raise for a damaged file; the checks name it later
+        return {}
+
+
+def _is_settings(text: Any) -> bool:
+    try:
+        Manifest.from_settings(loads(text))
+    except (JSONDecodeError, KeyError, TypeError, ValueError):
+        return False
+    return True
+
+
+def _restore(data_dir: Path, settings: str, ids: Sequence[int]) -> tuple[Manifest, list[Finding]]:
+    """The manifest with every image that is whole, and what is wrong with the others."""
+    manifest = Manifest.from_settings(loads(settings))
+    with in_threads() as pool, Progress("hash files", len(ids), "image", delay=1) as progress:
+        results = []
+        for result in pool.map(partial(_entry, data_dir, manifest), ids):
+            results.append(result)
+            progress.advance()
+    left_out = [result for result in results if isinstance(result, Finding)]
+    entries = {result.image_id: result for result in results if isinstance(result, ImageEntry)}
+    checked = check_images(data_dir, manifest, list(entries.values()), "check images")
+    left_out += [finding for one in checked.values() for finding in one.findings]
+    manifest.images = {i: entry for i, entry in entries.items() if not checked[i].findings}
+    return manifest, left_out
+
+
+def _entry(data_dir: Path, manifest: Manifest, image_id: int) -> ImageEntry | Finding:
+    """The entry of an image whose files are all there."""
+    picture, latent, *samples = canonical_files(image_id, manifest)
+    for name in (picture, latent, *samples):
+        if not (data_dir / name).exists():
+            return Finding(Kind.MISSING, image_id, name, "no such file")
+    facts = _facts(data_dir, picture)
+    try:
+        return ImageEntry(
+            image_id=image_id,
+            prompt=facts["prompt"],
+            seed=int(facts["seed"]),
+            cfg_weight=manifest.cfg_weight,
+            num_steps=manifest.num_steps,
+            filename=picture,
+            latent_filename=latent,
+            samples=samples,
+            checksums={name: checksum(data_dir / name) for name in (picture, latent, *samples)},
+        )
+    except (KeyError, ValueError, OSError) as error:
+        return Finding(Kind.UNREADABLE, image_id, picture, f"does not say how it was made ({reason_of(error)})")

@@ -1,0 +1,100 @@
+"""A dataset's settings: fixed by whoever begins it, and whoever goes on must ask for the same."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from calib.dataset.load import load_manifest
+from calib.dataset.manifest import FILE, Manifest
+from calib.dataset.shards import Shard, being_written, manifest_lock
+from calib.dataset.store import StateDtype, StorageFormat
+from calib.errors import CalibError, ConfigError
+from calib.models.model import DiffusionModel
+from calib.sampling import as_floats, noise_levels, timesteps_of
+from calib.versions import versions
+
+#: Settings that make the images: a folder holds images of one value each.
+IDENTITY = (
+    *("model", "fingerprint", "num_steps", "cfg_weight", "shift", "seed", "storage", "dtype", "steps", "latent_shape"),
+)
+
+
+@dataclass(frozen=True)
+class SamplerSettings:
+    """How images are drawn.
+
+    Attributes:
+        cfg_weight: classifier-free guidance; 0 switches it off.
+        batch_size: images drawn side by side; None: as memory allows. A dataset keeps the one it was begun with.
+        image_size: height and width, pixels.
+    """
+
+    num_steps: int = 50
+    cfg_weight: float = 3.0
+    shift: float = 1.0
+    batch_size: int | None = None
+    image_size: tuple[int, ...] = (64, 64)
+
+
+def planned_dataset(
+    model: DiffusionModel,
+    settings: SamplerSettings,
+    default_batch_size: int,
+    seed: int,
+    storage: StorageFormat,
+    dtype: StateDtype,
+    steps: Sequence[int] | None,
+) -> Manifest:
+    """The manifest, without images, of what is asked for."""
+    sigmas = noise_levels(model.sampler, settings.num_steps)
+    return Manifest(
+        model=model.name,
+        fingerprint=model.fingerprint,
+        num_steps=settings.num_steps,
+        cfg_weight=settings.cfg_weight,
+        shift=settings.shift,
+        seed=seed,
+        batch_size=settings.batch_size or default_batch_size,
+        latent_shape=model.latent_shape,
+        sigmas=as_floats(sigmas),
+        timesteps=as_floats(timesteps_of(sigmas, model.dtype)),
+        steps=list(range(settings.num_steps + 1)) if steps is None else sorted(steps),
+        storage=storage.value,
+        dtype=dtype.value,
+        versions=versions(),
+    )
+
+
+def open_dataset(data_dir: Path, planned: Manifest, shard: Shard) -> Manifest:
+    """The dataset in ``data_dir``, begun as ``planned`` where there is none; raises where it is another one.
+
+    A dataset without images is begun anew, unless another shard than ``shard`` is being drawn.
+    """
+    with manifest_lock(data_dir):
+        if (data_dir / FILE).exists():
+            found = load_manifest(data_dir)
+            differences = [
+                name for name in (*IDENTITY, "latent_shape") if getattr(found, name) != getattr(planned, name)
+            ]
+            if not differences:
+                return found
+            if found.is_older:
+                raise CalibError(f"{data_dir}: a dataset of the older layout is only read; name another data_dir")
+            if found.images or being_written(data_dir, besides=shard):
+                name = differences[0]
+                there, wanted = getattr(found, name), getattr(planned, name)
+                raise CalibError(
+                    f"{data_dir}: holds a dataset with {name}={there}, not {wanted}; choose another data_dir"
+                )
+        planned.save(data_dir)
+        return planned
+
+
+def check_prompts(data_dir: Path, manifest: Manifest, prompts: Sequence[str]) -> None:
+    """Raise where the dataset's images show other prompts than those asked for."""
+    for image_id, entry in manifest.images.items():
+        wanted = prompts[image_id % len(prompts)]
+        if entry.prompt != wanted:
+            raise ConfigError(
+                f"prompts: {data_dir} shows {entry.prompt!r} in image {image_id}, not {wanted!r}; name another data_dir"
+            )

@@ -1,0 +1,102 @@
+"""Several processes that fill one dataset: who draws what, and the locks that keep them apart.
+
+Locks are the operating system's and die with their process. Where processes run on different hosts the shared
+folder's file system must support ``flock`` (NFS, SMB 3 and Lustre mounted with ``flock`` do).
+"""
+
+import fcntl
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from calib.dataset.load import load_manifest
+from calib.dataset.manifest import ImageEntry
+from calib.errors import CalibError
+from calib.files import is_locked
+from calib.progress import say
+
+LOCK = ".lock-"
+ATTEMPTS, PAUSE_SECONDS = 5, 0.02
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Shard ``index`` of ``count``: every ``count``-th block of images, so that a larger dataset stays balanced."""
+
+    index: int = 0
+    count: int = 1
+
+    def owns(self, block: int) -> bool:
+        return block % self.count == self.index
+
+
+def _open_lock(data_dir: Path, name: str) -> IO[str]:
+    data_dir.mkdir(parents=True, exist_ok=True)
+    return open(data_dir / f"{LOCK}{name}", "w")
+
+
+def _acquire(file: IO[str], flags: int) -> bool:
+    """Take the lock of ``file``; False where another process has it and ``flags`` forbid to wait."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | flags)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        raise CalibError(
+            f"{file.name}: this file system has no locks ({error.strerror}); choose another data_dir"
+        ) from None
+    return True
+
+
+def _acquire_soon(file: IO[str]) -> bool:
+    """Take the lock of ``file`` unless somebody keeps it: who only asks whether it is held has it for an instant."""
+    for _ in range(ATTEMPTS):
+        if _acquire(file, fcntl.LOCK_NB):
+            return True
+        time.sleep(PAUSE_SECONDS)
+    return False
+
+
+def _lock_name(shard: Shard) -> str:
+    return f"shard-{shard.index}-of-{shard.count}"
+
+
+@contextmanager
+def shard_lock(data_dir: Path, shard: Shard, wait: bool) -> Iterator[None]:
+    """Hold one shard for writing.
+
+    Where another process holds it: wait for it and say so, or, unless ``wait``, raise a CalibError.
+    """
+    with _open_lock(data_dir, _lock_name(shard)) as file:
+        if not _acquire_soon(file):
+            which = f"shard {shard.index} of {shard.count} of " if shard.count > 1 else ""
+            if not wait:
+                raise CalibError(f"{data_dir}: another process is drawing {which}this dataset; let it finish")
+            say(f"waiting for the process that draws {which}{data_dir}")
+            _acquire(file, 0)
+        yield
+
+
+@contextmanager
+def manifest_lock(data_dir: Path) -> Iterator[None]:
+    """Hold the manifest for the moment of a change; shards take turns."""
+    with _open_lock(data_dir, "manifest") as file:
+        _acquire(file, 0)
+        yield
+
+
+def being_written(data_dir: Path, besides: Shard | None = None) -> bool:
+    """Whether a living process holds a shard of the dataset, other than ``besides``."""
+    own = None if besides is None else LOCK + _lock_name(besides)
+    return any(is_locked(path) for path in data_dir.glob(f"{LOCK}shard-*") if path.name != own)
+
+
+def add_entries(data_dir: Path, entries: Iterable[ImageEntry]) -> None:
+    """Add images to the manifest on disk, whatever other shards have added meanwhile."""
+    with manifest_lock(data_dir):
+        manifest = load_manifest(data_dir)
+        manifest.images.update({entry.image_id: entry for entry in entries})
+        manifest.save(data_dir)

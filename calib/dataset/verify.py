@@ -1,0 +1,178 @@
+"""Whether a dataset is what its manifest says: every file of every image, and what lies beside them."""
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from calib.dataset.checks import ASIDE, FOLDERS, Checked, Finding, Kind, check_image
+from calib.dataset.load import load_manifest
+from calib.dataset.manifest import FILE, ImageEntry, Manifest
+from calib.dataset.shards import Shard, being_written
+from calib.files import TEMPORARY_SUFFIX, abandoned_temporaries, read_json
+from calib.interrupts import in_threads
+from calib.progress import Progress, counted, readable_bytes
+
+#: Findings for which an image need not be drawn again: writing the manifest anew mends it.
+MENDED_BY_REWRITING = (Kind.DUPLICATE,)
+
+
+@dataclass(frozen=True)
+class Storage:
+    """What one component of a dataset takes."""
+
+    files: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """What :func:`verify` found.
+
+    Attributes:
+        images: how many the manifest lists.
+        storage: by component: samples, latents, images, manifest, other (and aside, where there is one).
+        notes: what is worth knowing and no fault.
+    """
+
+    data_dir: Path
+    manifest: Manifest
+    findings: list[Finding]
+    storage: dict[str, Storage]
+    notes: list[str]
+
+    @property
+    def images(self) -> int:
+        return len(self.manifest.images)
+
+    @property
+    def sound(self) -> bool:
+        return not self.findings
+
+    @property
+    def bad_images(self) -> set[int]:
+        """Images whose files or entries are not what they must be."""
+        return {f.image_id for f in self.findings if f.image_id is not None and f.kind not in MENDED_BY_REWRITING}
+
+    @property
+    def manifest_is_wrong(self) -> bool:
+        """Whether most images disagree with the manifest's settings: then the manifest is at fault, not they."""
+        return 2 * len({f.image_id for f in self.findings if f.kind is Kind.SETTINGS}) > self.images
+
+    @property
+    def verdict(self) -> str:
+        """One line: sound or not, and what to do."""
+        if self.sound:
+            size = sum(part.bytes for name, part in self.storage.items() if name != ASIDE)
+            return f"sound: {counted(self.images, 'image')}, {readable_bytes(size)}"
+        if self.manifest_is_wrong:
+            return f"NOT sound: most images disagree with {FILE} itself; {mend_manifest(self.data_dir, self.manifest)}"
+        remedy = f"calib verify {self.data_dir} --repair moves what is wrong aside"
+        if not self.bad_images:
+            return f"NOT sound: {counted(self.images, 'image')} good, but more is there; {remedy}"
+        again = "" if self.manifest.is_older else ", calib generate draws it again"
+        return f"NOT sound: {len(self.bad_images)} of {counted(self.images, 'image')} bad; {remedy}{again}"
+
+
+def mend_manifest(data_dir: Path, manifest: Manifest) -> str:
+    """What to do about settings that most images disagree with."""
+    if manifest.is_older:
+        return f"correct num_steps and cfg_scale in {data_dir / FILE}"
+    return f"calib rebuild-manifest {data_dir} --force makes it anew from the files"
+
+
+def verify(data_dir: Path, besides: Shard | None = None) -> Report:
+    """Read every file of the dataset in ``data_dir`` and compare all that must agree; nothing is written.
+
+    Args:
+        besides: a shard that the caller itself holds.
+
+    Raises:
+        CalibError: there is no dataset, or its manifest is damaged.
+    """
+    manifest = load_manifest(data_dir)
+    checked = check_images(data_dir, manifest, [manifest.images[i] for i in sorted(manifest.images)], "verify")
+    findings = [finding for one in checked.values() for finding in one.findings]
+    findings += _odd_sizes(manifest, checked)
+    findings += _duplicates(data_dir)
+    notes = _gaps(manifest)
+    if being_written(data_dir, besides):
+        notes.append("another process is adding images: files that no entry names are not judged")
+    else:
+        findings += orphans(data_dir, manifest)
+    findings.sort(key=lambda f: (f.image_id is None, f.image_id or 0))
+    return Report(data_dir, manifest, findings, _storage(data_dir), notes)
+
+
+def check_images(data_dir: Path, manifest: Manifest, entries: Sequence[ImageEntry], label: str) -> dict[int, Checked]:
+    """Check ``entries`` side by side, by image id; hashing and decompression leave Python's lock to each other."""
+    with in_threads() as pool, Progress(label, len(entries), "image", delay=1) as progress:
+        checked = {}
+        results = pool.map(partial(check_image, data_dir, manifest), entries)
+        for entry, result in zip(entries, results, strict=True):
+            checked[entry.image_id] = result
+            progress.advance()
+    return checked
+
+
+def _odd_sizes(manifest: Manifest, checked: dict[int, Checked]) -> Iterable[Finding]:
+    """Pictures of another size than most."""
+    sizes = Counter(one.picture_size for one in checked.values() if one.picture_size)
+    usual = sizes.most_common(1)[0][0] if sizes else None
+    for image_id, one in checked.items():
+        if one.picture_size and one.picture_size != usual:
+            detail = f"{one.picture_size} pixels, the other pictures have {usual}"
+            yield Finding(Kind.DISAGREES, image_id, manifest.images[image_id].filename, detail)
+
+
+def _duplicates(data_dir: Path) -> Iterable[Finding]:
+    """Ids that the manifest lists more than once; loading it keeps the last of them."""
+    counts = Counter(int(entry["image_id"]) for entry in read_json(data_dir / FILE)["images"])
+    for image_id, count in counts.items():
+        if count > 1:
+            yield Finding(Kind.DUPLICATE, image_id, FILE, f"{count} entries; the last one counts")
+
+
+def _gaps(manifest: Manifest) -> list[str]:
+    missing = sorted(set(range(max(manifest.images, default=-1))) - set(manifest.images))
+    if not missing:
+        return []
+    shown = ", ".join(map(str, missing[:5])) + (", …" if len(missing) > 5 else "")
+    return [f"{counted(len(missing), 'image')} not drawn below the highest id ({shown})"]
+
+
+def orphans(data_dir: Path, manifest: Manifest) -> list[Finding]:
+    """Files that no entry names, and what killed writers left half-written; other hidden files (.DS_Store) may lie."""
+    named = {name for entry in manifest.images.values() for name in entry.files}
+    findings = []
+    for folder in FOLDERS:
+        for path in sorted((data_dir / folder).rglob("*")):
+            name = path.relative_to(data_dir).as_posix()
+            if name not in named and not path.name.startswith(".") and not path.is_dir():
+                findings.append(Finding(Kind.ORPHAN, None, name, "no entry names it"))
+    for place in (data_dir, *(data_dir / folder for folder in FOLDERS)):
+        for path in abandoned_temporaries(place):
+            name = path.relative_to(data_dir).as_posix()
+            findings.append(Finding(Kind.TEMPORARY, None, name, "left by a killed process"))
+    return findings
+
+
+def _storage(data_dir: Path) -> dict[str, Storage]:
+    parts: dict[str, list[int]] = {name: [] for name in (*FOLDERS, "manifest", "other")}
+    for parent, _, names in os.walk(data_dir, followlinks=True):
+        for name in names:
+            path = Path(parent, name)
+            if name.startswith(".") and not name.endswith(TEMPORARY_SUFFIX):
+                continue
+            with suppress(FileNotFoundError):  # a live writer has just renamed it
+                parts.setdefault(_part(path.relative_to(data_dir)), []).append(path.stat().st_size)
+    return {name: Storage(len(sizes), sum(sizes)) for name, sizes in parts.items()}
+
+
+def _part(path: Path) -> str:
+    if path == Path(FILE):
+        return "manifest"
+    return path.parts[0] if path.parts[0] in (*FOLDERS, ASIDE) else "other"

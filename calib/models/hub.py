@@ -1,0 +1,102 @@
+"""Files of the Hugging Face hub, and tensors of checkpoints; what is missing or wrong ends in one clear line."""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import calib.models.compat  # noqa: F401  (must precede diffusionkit.mlx)
+from calib.errors import CalibError
+
+import mlx.core as mx
+from huggingface_hub import constants, hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
+from mlx import nn
+from mlx.utils import tree_flatten
+
+
+def fetch(repository: str, file: str, key: str | None = None) -> str:
+    """Path of a hub file, downloaded once; ``key`` names the setting that takes a local file in its place."""
+    # Its retries are not news to the user; the one line below is.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    try:
+        return hf_hub_download(repository, file)
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        instead = f"; or give {key}=FILE" if key else ""
+        raise CalibError(f"{repository}/{file}: {_what_to_do(repository, error)}{instead}") from None
+
+
+def _what_to_do(repository: str, error: Exception) -> str:
+    """Why the hub did not give a file, and the way out; the narrower classes come first."""
+    page = f"{constants.ENDPOINT}/{repository}"
+    if isinstance(error, GatedRepoError):
+        return f"its licence was not accepted; accept it on {page}, `hf auth login`, and run this again"
+    if isinstance(error, RepositoryNotFoundError):
+        return f"the hub shows no such repository; where {page} is private: `hf auth login`, and run this again"
+    if isinstance(error, LocalEntryNotFoundError):
+        if constants.is_offline_mode():
+            return f"not in the cache {constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE is set; unset it once to download"
+        cause = _cause(error.__cause__ or error)
+        return (
+            f"not in the cache {constants.HF_HUB_CACHE}, and {constants.ENDPOINT} cannot be reached ({cause}); connect "
+            "this machine once, or copy the cache of another and set HF_HUB_CACHE"
+        )
+    if isinstance(error, EntryNotFoundError):
+        return f"the repository holds no such file; see {page}"
+    if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403):
+        return f"the hub refuses access; see {page}, `hf auth login` with a token that may read it, and run this again"
+    return f"cannot be downloaded ({_cause(error)}); run this again, or see {page}"
+
+
+def _cause(error: BaseException) -> str:
+    """The first line of an error, cut to a readable length."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:120]
+
+
+def read_weights(path: str) -> dict[str, mx.array]:
+    """The tensors of a safetensors file; MLX reads each when it is first used."""
+    try:
+        weights = mx.load(str(Path(path).expanduser()), format="safetensors")
+    except (RuntimeError, ValueError) as error:
+        raise CalibError(f"{path}: not a readable safetensors file ({_cause(error)})") from None
+    assert isinstance(weights, dict)
+    return weights
+
+
+def renamed(
+    mapping: Callable[[dict[str, mx.array]], dict[str, mx.array]], weights: dict[str, mx.array], source: str
+) -> dict[str, mx.array]:
+    """``weights`` under the names that one of DiffusionKit's mappings gives them, which fails on the unexpected."""
+    try:
+        return mapping(weights)
+    except KeyError as error:
+        raise CalibError(f"{source}: lacks tensor {error}; is it the right checkpoint?") from None
+    except (ValueError, IndexError) as error:
+        raise CalibError(f"{source}: holds a tensor of a wrong shape ({_cause(error)})") from None
+
+
+def load_checked(
+    module: nn.Module, weights: Mapping[str, mx.array], dtype: mx.Dtype, source: str, unused: Sequence[str] = ()
+) -> None:
+    """Load ``weights`` into ``module`` as ``dtype``; every parameter must be given, and every name used.
+
+    ``unused`` lists parts of names that the module is known not to have.
+    """
+    given = {name: w for name, w in weights.items() if not any(part in name for part in unused)}
+    wanted = dict(tree_flatten(module.parameters()))
+    for name in sorted(wanted.keys() ^ given.keys()):
+        state = "lacks" if name in wanted else "has an unknown"
+        raise CalibError(f"{source}: {state} tensor {name!r}; is it the right checkpoint?")
+    for name, value in given.items():
+        if value.shape != wanted[name].shape:
+            raise CalibError(f"{source}: tensor {name!r} has shape {value.shape}, not {wanted[name].shape}")
+    module.load_weights([(name, value.astype(dtype)) for name, value in given.items()])
+    try:
+        mx.eval(module.parameters())
+    except RuntimeError as error:
+        raise CalibError(f"{source}: cannot be read to its end ({_cause(error)}); download it again") from None
