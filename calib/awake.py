@@ -32,7 +32,7 @@ def awake() -> Iterator[None]:
     """
     command = _command()
     if command is None or shutil.which(command[0]) is None:
-        note("keep_awake: nothing found that holds sleep off (caffeinate, systemd-inhibit); look to it yourself")
+        note("keep_awake: nothing found that holds sleep off (caffeinate, systemd-inhibit); keep it awake yourself")
         yield
         return
     # A session of its own: an interrupt from the keyboard must not reach it, and it is ended with its child.
@@ -44,6 +44,6 @@ def awake() -> Iterator[None]:
             note(f"keep_awake: {command[0]} ended with status {status}; the machine may fall asleep")
         yield
     finally:
-        with suppress(ProcessLookupError):
+        with suppress(OSError):  # gone already; macOS says of an ended one that it may not
             os.killpg(process.pid, signal.SIGTERM)
         process.wait()

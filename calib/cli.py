@@ -115,7 +115,8 @@ def _end_badly(error: CalibError | OSError, path: Path, multirun: bool) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of ``calib``.
 
-    Exits 0; 2 for a bad configuration, 1 for other errors, 130 when interrupted, 143 when terminated.
+    Exits 0; 2 for a bad configuration, 1 for other errors, 130 when interrupted, 143 (129) when
+    terminated (its terminal closed).
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     interrupts.install()
@@ -130,7 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt as error:
         done = str(error) or "the same command goes on from what is finished"
         print(f"calib: interrupted; {done}", file=sys.stderr)
-        sys.exit(143 if isinstance(error, interrupts.Terminated) else 130)
+        sys.exit(error.exit_status if isinstance(error, interrupts.Terminated) else 130)
 
 
 def _run(arguments: list[str]) -> int:

@@ -113,7 +113,9 @@ def _rebuilt_text(data_dir: Path, done: Rebuilt) -> str:
     if done.left_out:
         left_out = counted(len({finding.image_id for finding in done.left_out}), "image")
         lines += [*findings_table(done.left_out), ""]
-        lines.append(f"{left_out} left out; calib verify {data_dir} --repair moves them aside, calib generate draws on")
+        lines.append(
+            f"{left_out} left out; calib verify {data_dir} --repair moves them aside, calib generate draws them again"
+        )
     lines += [f"unknown: {line}" for line in done.unknown]
     return "\n".join(lines)
 

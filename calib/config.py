@@ -4,17 +4,13 @@ Options of a group are functions named by ``_target_``; their parameters are che
 signature, so an option of the user's own gets the same care as one of calib's.
 """
 
-import inspect
-import math
 import os
-import pkgutil
-import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar
 
 from calib import subsets, timesteps
 from calib.activations.collect import CollectSettings
@@ -28,6 +24,7 @@ from calib.errors import ConfigError, suggest
 from calib.files import short_hash
 from calib.models.model import DiffusionModel
 from calib.prompts import report_duplicates
+from calib.typed import at_least, bind, fill, typed
 
 T = TypeVar("T")
 
@@ -111,80 +108,6 @@ KEYS = (
     *("stage", "swept", "num_images", "seed", "data_dir", "generate_missing", "keep_awake", "stats", "export_config"),
     *GROUPS,
 )
-
-_WORDS = {int: "an integer", float: "a number", str: "text", bool: "true or false", type(None): "null"}
-
-
-def typed(key: str, value: Any, annotation: Any) -> Any:
-    """``value`` as ``annotation`` asks for it; raises a :class:`ConfigError` that names ``key`` where it is not."""
-    origin = get_origin(annotation)
-    if origin in (Union, types.UnionType):
-        if value is None and type(None) in get_args(annotation):
-            return None
-        inner = next(a for a in get_args(annotation) if a is not type(None))
-        return typed(key, value, inner)
-    if isinstance(annotation, type) and issubclass(annotation, StrEnum):
-        known = [member.value for member in annotation]
-        if value not in known:
-            raise ConfigError(
-                f"{key}={value}: must be one of {', '.join(known)}.{suggest(str(value), known, list_all=False)}"
-            )
-        return annotation(value)
-    if origin in (list, tuple, Sequence):
-        if isinstance(value, str) and get_args(annotation)[0] is str:
-            value = [value]
-        if not isinstance(value, list | tuple):
-            raise ConfigError.bad_value(key, value, f"must be a list, e.g. {key}=[…]")
-        return tuple(typed(key, item, get_args(annotation)[0]) for item in value)
-    if annotation is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if annotation in (int, float, str, bool):
-        if not isinstance(value, annotation) or (isinstance(value, bool) and annotation is not bool):
-            raise ConfigError.bad_value(key, value, f"must be {_WORDS[annotation]}")
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ConfigError.bad_value(key, value, "must be finite")
-    return value
-
-
-def bind(key: str, node: Mapping[str, Any], given: Sequence[str] = ()) -> Callable[..., Any]:
-    """The function that ``node['_target_']`` names, with the node's other entries bound as checked parameters.
-
-    ``given`` names the parameters that the caller will supply.
-    """
-    target = node.get("_target_")
-    try:
-        function = pkgutil.resolve_name(str(target))
-        signature, hints = inspect.signature(function), get_type_hints(function)
-    except (ImportError, AttributeError, ValueError, TypeError) as error:
-        raise ConfigError.bad_value(f"{key}._target_", target, f"names no function ({error})") from None
-    parameters = {}
-    for name, value in node.items():
-        if name == "_target_":
-            continue
-        if name not in signature.parameters or name in given:
-            known = [n for n in signature.parameters if n not in given]
-            raise ConfigError(f"{key}.{name}: no parameter of {target}.{suggest(name, known)}")
-        parameters[name] = typed(f"{key}.{name}", value, hints.get(name, Any))
-    for name, parameter in signature.parameters.items():
-        variable = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
-        if parameter.default is parameter.empty and not variable and name not in (*parameters, *given):
-            raise ConfigError(f"{key}.{name}: missing; {target} needs it")
-    return partial(function, **parameters)
-
-
-def fill(key: str, node: Mapping[str, Any], kind: type[T]) -> T:
-    """A dataclass of type ``kind`` from ``node``, each field checked."""
-    hints = get_type_hints(kind)
-    for name in node:
-        if name not in hints:
-            raise ConfigError(f"{key}.{name}: no such key.{suggest(name, hints)}")
-    return kind(**{name: typed(f"{key}.{name}", value, hints[name]) for name, value in node.items()})
-
-
-def at_least(key: str, value: float, low: float) -> None:
-    """Raise where ``value`` is below ``low``."""
-    if value < low:
-        raise ConfigError.bad_value(key, value, f"must be {low} or more")
 
 
 def build(config: Mapping[str, Any], multirun: bool = False) -> Settings:

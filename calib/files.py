@@ -15,6 +15,16 @@ from calib.errors import CalibError
 TEMPORARY_SUFFIX = ".tmp"
 
 
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+#: Read once: reading it sets it for an instant, which another thread's new file must not meet.
+UMASK = _umask()
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; when the body ends well it is synced and renamed to ``path``.
@@ -25,10 +35,14 @@ def replacing(path: Path) -> Iterator[Path]:
     handle, temporary = _locked_temporary(path)
     try:
         yield temporary
-        os.fsync(handle)
-        temporary.chmod(0o666 & ~_umask())
+        _sync(handle)
+        temporary.chmod(0o666 & ~UMASK)
         os.replace(temporary, path)
         _sync_folder(path.parent)
+    except OSError as error:
+        if error.filename in (str(temporary), None):
+            error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
         os.close(handle)
@@ -43,6 +57,15 @@ def _locked_temporary(path: Path) -> tuple[int, Path]:
         if os.path.exists(name):
             return handle, Path(name)
         os.close(handle)
+
+
+def _sync(handle: int) -> None:
+    """Down to the disk itself: macOS' fsync stops at the drive's cache."""
+    if hasattr(fcntl, "F_FULLFSYNC"):
+        with suppress(OSError):  # a file system that does not know it, a network's
+            fcntl.fcntl(handle, fcntl.F_FULLFSYNC)
+            return
+    os.fsync(handle)
 
 
 def _sync_folder(folder: Path) -> None:
@@ -81,12 +104,6 @@ def is_locked(path: Path) -> bool:
     except OSError:
         return True
     return False
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def write_bytes(path: Path, content: bytes) -> None:

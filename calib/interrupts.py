@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: both end the work in order, with what is done kept and said."""
+"""Ctrl-C, SIGTERM and a closed terminal end the work in order, with what is done kept and said."""
 
 import signal
 import time
@@ -9,7 +9,11 @@ from types import FrameType
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, as schedulers send it some time before they kill."""
+    """SIGTERM, as schedulers send it some time before they kill, or SIGHUP, when the terminal is closed."""
+
+    def __init__(self, signum: int):
+        super().__init__()
+        self.exit_status = 128 + signum
 
 
 #: Further signals are ignored for so long: they must not interrupt the orderly end that the first one began.
@@ -24,15 +28,16 @@ def _interrupt(signum: int, frame: FrameType | None) -> None:
     if _received and time.monotonic() - _last < PATIENCE_SECONDS:
         return
     _last = time.monotonic()
-    _received.append(Terminated() if signum == signal.SIGTERM else KeyboardInterrupt())
+    _received.append(KeyboardInterrupt() if signum == signal.SIGINT else Terminated(signum))
     raise _received[-1]
 
 
 def install() -> None:
-    """Handle both signals, from now on, in this process."""
+    """Handle the signals, from now on, in this process; those it was started to ignore stay ignored."""
     _received.clear()
-    signal.signal(signal.SIGINT, _interrupt)
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup, and jobs put into the background
+            signal.signal(number, _interrupt)
 
 
 def check() -> None:

@@ -23,7 +23,7 @@ from calib.dataset.generate import generate, missing_images
 from calib.dataset.load import load_manifest
 from calib.dataset.manifest import FILE as MANIFEST
 from calib.dataset.manifest import Manifest
-from calib.dataset.settings import check_prompts
+from calib.dataset.settings import check_manifest_is_there, check_prompts, only_read
 from calib.errors import CalibError, ConfigError
 from calib.files import checksum, short_hash, write_json, write_text
 from calib.models.model import DiffusionModel
@@ -55,10 +55,14 @@ def precheck(settings: Settings) -> None:
         _check_stored(settings, manifest)
     elif (settings.data_dir / MANIFEST).exists():
         manifest = _dataset(settings)
+        if manifest.is_older:
+            raise only_read(settings.data_dir)
         if manifest.images:  # a dataset without images is begun anew
             check_matches(settings, manifest, ("model", "num_steps", "cfg_weight", "shift", "seed", "format", "dtype"))
             _check_stored(settings, manifest)
             check_prompts(settings.data_dir, manifest, settings.prompts)
+    if draws:
+        check_manifest_is_there(settings.data_dir)
     if draws and missing_images(settings.data_dir, settings.num_images):
         check_writable("data_dir", settings.data_dir)
 
@@ -77,7 +81,15 @@ def check_matches(settings: Settings, manifest: Manifest, names: Sequence[str]) 
 
 
 def _check_stored(settings: Settings, manifest: Manifest) -> None:
-    """Raise where a state that is asked for is not kept in the dataset."""
+    """Raise where a state that is asked for is not kept in the dataset, or more would be drawn than it keeps."""
+    drawn = settings.stored_steps
+    if (settings.stage is Stage.GENERATE or settings.generate_missing) and list(drawn) != manifest.steps:
+        raise ConfigError.bad_value(
+            "dataset.steps",
+            settings.dataset.steps,
+            f"{settings.data_dir} keeps {len(manifest.steps)} states of an image, others than these {len(drawn)}; ask "
+            "for the same, or name another data_dir",
+        )
     wanted = settings.steps if settings.stage is not Stage.GENERATE else settings.stored_steps
     if lacking := sorted(set(wanted) - set(manifest.steps)):
         raise ConfigError(
@@ -131,7 +143,7 @@ def run_generate(settings: Settings, run: RunDirectory, model: Callable[[], Diff
     """Fill the dataset up to ``num_images``; a complete one costs nothing, not even the model."""
     shard = settings.shard
     drawn, start = 0, time.monotonic()
-    if missing_images(settings.data_dir, settings.num_images, shard, thorough=True):
+    if missing := missing_images(settings.data_dir, settings.num_images, shard, thorough=True):
         with awake() if settings.keep_awake else nullcontext():
             drawn = generate(
                 model(),
@@ -145,6 +157,7 @@ def run_generate(settings: Settings, run: RunDirectory, model: Callable[[], Diff
                 settings.stored_steps,
                 shard,
                 wait=settings.generate_missing,
+                known_missing=missing,
             )
     seconds = time.monotonic() - start
     logger.info("dataset %s: %d images made in %.1f s", settings.data_dir, drawn, seconds)

@@ -234,7 +234,7 @@ def test_a_read_only_dataset_is_read_and_not_added_to(data_dir: Path, folder: Pa
         outcome = run_without_rights(folder, "generate", *given, "num_images=5")
         assert outcome.status == 1, outcome
         (line,) = [line for line in outcome.err.splitlines() if line.startswith("calib: ")]
-        assert "Permission denied" in line and "0 of the 1 images to do are done" in line
+        assert "Permission denied" in line and "0 of 1 image done" in line
         assert "Traceback" not in outcome.err
         assert contents(folder / "dataset") == contents(data_dir)
         (folder / "dataset").chmod(0o555)

@@ -256,8 +256,7 @@ def test_interrupted_by_the_keyboard_it_says_so_and_goes_on_later(model: Diffusi
     kept = listed(tmp_path / "dataset")
     assert 1 <= len(kept) < 5
     assert [line for line in err.splitlines() if line.startswith("calib: ")] == [
-        f"calib: interrupted; {len(kept)} of the 5 images to do are done and kept in dataset; the same command goes on "
-        "from there"
+        f"calib: interrupted; {len(kept)} of 5 images done and kept in dataset; the same command goes on from there"
     ]
     status = json.loads((tmp_path / "run" / "status.json").read_text())
     assert status["state"] == "failed"

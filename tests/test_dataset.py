@@ -278,7 +278,7 @@ def test_a_damaged_state_is_an_error_that_names_the_file_and_drawing_again_mends
         path.unlink()
     with pytest.raises(CalibError, match=path.name) as error:
         read_state(folder, manifest, 1, 2)
-    assert f"calib verify {folder} --repair, then generate" in str(error.value)
+    assert f"calib verify {folder} says what else is wrong" in str(error.value)
     assert "\n" not in str(error.value)
     make(model, folder, 2, storage=storage)
     assert contents(folder) == before

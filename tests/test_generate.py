@@ -3,22 +3,29 @@
 import fcntl
 import gc
 import json
+import time
 import weakref
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import calib.dataset.generate
+import calib.dataset.writer
 import calib.models.model
+from calib.activations.collect import CollectSettings, collect
+from calib.activations.taps import TapSelection, tap_points
 from calib.dataset.generate import generate, trajectory
 from calib.dataset.images import DrawnImage, bytes_per_image, write_image
 from calib.dataset.load import load_manifest
 from calib.dataset.manifest import ImageEntry, Manifest
 from calib.dataset.settings import SamplerSettings
-from calib.dataset.shards import Shard
+from calib.dataset.shards import Shard, add_entries
 from calib.dataset.store import SAMPLES, StateDtype, StorageFormat, read_state, write_trajectory
-from calib.memory import MemoryPlan, plan_memory
-from calib.models.model import Conditioning, DiffusionModel
+from calib.errors import CalibError
+from calib.models.memory import MemoryPlan, plan_memory
+from calib.models.model import ROWS_KEPT, Conditioning, DiffusionModel
+from calib.progress import note
 from calib.seeds import image_seed
 
 import h5py
@@ -82,7 +89,7 @@ def test_a_block_of_only_padding_beside_one_image_is_the_same_image(model: Diffu
 
 
 def test_the_batch_size_is_the_memorys_where_none_is_asked_for(model: DiffusionModel, tmp_path: Path) -> None:
-    planned = plan_memory(model, (64, 64), guidance=True).batch_size
+    planned = plan_memory(model, guidance=True).batch_size
     folder = make(model, tmp_path, 1, replace(QUICK, num_steps=1, batch_size=None))
     assert load_manifest(folder).batch_size == planned > 1
 
@@ -102,9 +109,7 @@ class Counted:
             self.texts.append(text)
             return encode(text)
 
-        self.model = replace(
-            model, encode_text=encode_text, unload_text=lambda: self.unloaded.append(len(self.texts)), _empty=None
-        )
+        self.model = replace(model, encode_text=encode_text, unload_text=lambda: self.unloaded.append(len(self.texts)))
 
 
 def test_a_prompt_is_encoded_once_and_the_empty_one_once_for_all(model: DiffusionModel, tmp_path: Path) -> None:
@@ -119,11 +124,21 @@ def test_a_prompt_is_encoded_once_and_the_empty_one_once_for_all(model: Diffusio
     assert sorted(without.texts) == ["octopus", "red apple"], "no guidance, no empty prompt"
 
 
-def small_memory(
-    model: DiffusionModel, image_size: tuple[int, ...], guidance: bool, batch_size: int | None = None
-) -> MemoryPlan:
+def test_conditioning_of_the_last_prompts_is_kept_and_no_more(model: DiffusionModel) -> None:
+    counted = Counted(model)
+    names = [f"prompt {i}" for i in range(ROWS_KEPT)]
+    for name in names:
+        counted.model.encode([name], 3.0)
+    assert counted.texts == [names[0], "", *names[1:]], "the empty prompt is used all the time, and stays"
+    counted.model.encode([names[-1]], 3.0)
+    assert len(counted.texts) == ROWS_KEPT + 1
+    counted.model.encode([names[0]], 3.0)
+    assert counted.texts[-1] == names[0], "it has made room"
+
+
+def small_memory(model: DiffusionModel, guidance: bool, batch_size: int | None = None) -> MemoryPlan:
     """The plan of a machine on which text encoders and transformer do not fit together."""
-    plan = plan_memory(model, image_size, guidance, batch_size=batch_size)
+    plan = plan_memory(model, guidance, batch_size)
     needs = replace(plan.needs, text=100 * plan.needs.transformer)
     short = MemoryPlan.of(needs, needs.text + needs.transformer + needs.decoder + plan.batch_size * needs.drawing // 2)
     assert not short.keep_text
@@ -229,15 +244,15 @@ def test_a_dataset_of_chosen_states_serves_its_schedule_and_no_other(
     assert load_manifest(folder / "some").steps == [0, 2, 4, 6, 8]
     found, expected = ((folder / f"{name}-run" / "layer_statistics.json").read_text() for name in ("some", "full"))
     assert found == expected
-    for stage in ("collect", "run"):
-        line = is_one_clear_line(run_here([stage, *common, "data_dir=some", "timestep_schedule=all"], capsys))
-        assert "state 1" in line
-        assert "dataset.steps=all" in line
+    line = is_one_clear_line(run_here(["collect", *common, "data_dir=some", "timestep_schedule=all"], capsys))
+    assert "state 1" in line and "dataset.steps=all" in line
+    line = is_one_clear_line(run_here(["run", *common, "data_dir=some", "timestep_schedule=all"], capsys))
+    assert line.startswith("dataset.steps=all: some keeps 5 states of an image, others than these 9;")
     # More images of the same states, not of others.
     outcome = run_here(["generate", *chosen, "num_images=3", "data_dir=some"], capsys)
     assert outcome.status == 0, outcome.err
     line = is_one_clear_line(run_here(["generate", *common, "num_images=4", "data_dir=some"], capsys))
-    assert "does not keep state 1" in line
+    assert line.startswith("dataset.steps=all: some keeps 5 states")
     assert sorted(load_manifest(folder / "some").images) == [0, 1, 2]
 
 
@@ -393,9 +408,101 @@ def test_memory_does_not_grow_with_the_number_of_images(
         active.append(mx.get_active_memory())
         return write_image(data_dir, manifest, image)
 
-    monkeypatch.setattr(calib.dataset.generate, "write_image", watched)
+    monkeypatch.setattr(calib.dataset.writer, "write_image", watched)
     make(model, tmp_path, 16, BRIEF)
     assert len(drawn) == 16
     assert max(alive) <= 4
     # Drawing goes on meanwhile: arrays of one forward come and go.
     assert max(active[8:]) <= 1.1 * max(active[:6])
+
+
+# What got lost, or cannot be
+
+
+def test_images_without_their_manifest_are_not_drawn_over(
+    model: DiffusionModel, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = make(model, folder / "dataset", 3)
+    (data / "manifest.json").unlink()
+    before = contents(data)
+    with pytest.raises(CalibError, match=r"files of 3 images but no manifest.*calib rebuild-manifest"):
+        make(model, data, 3)
+    line = is_one_clear_line(run_here(["generate", "num_images=9", "data_dir=dataset"], capsys), status=1)
+    assert "calib rebuild-manifest dataset" in line
+    assert contents(data) == before
+
+
+def test_other_text_encoders_are_another_dataset(model: DiffusionModel, tmp_path: Path) -> None:
+    folder = make(model, tmp_path, 2)
+    other = replace(model, text_encoders="clip_l+t5")
+    with pytest.raises(CalibError, match=r"text_encoders=emoji, not clip_l\+t5"):
+        make(other, folder, 3)
+    with pytest.raises(CalibError, match=r"encoded by emoji, not clip_l\+t5"):
+        points = tap_points(model.transformer, TapSelection(include=("x_embedder",)))
+        collect(other, folder, [0], [0], points, CollectSettings())
+
+
+def test_an_image_that_cannot_be_stored_is_left_out_and_told_and_the_others_are_drawn(
+    model: DiffusionModel, tmp_path: Path
+) -> None:
+    """The model gives one image NaN: the second row of the first block."""
+
+    class Failing(type(model)):  # type: ignore[misc]
+        def denoise(self, x: mx.array, timestep: mx.array, sigma: mx.array, text: Conditioning, cfg: float) -> mx.array:
+            good = super().denoise(x, timestep, sigma, text, cfg)
+            first = mx.all(text.tokens[1] == octopus)
+            return mx.concatenate([good[:1], mx.where(first, mx.array(float("nan")), good[1:])])
+
+    octopus = model.encode([PROMPTS[1]], 0.0).tokens[0]
+    failing = Failing.__new__(Failing)
+    vars(failing).update(vars(model))
+    with pytest.raises(CalibError, match=r"image 1: the model drew NaN.*left out; 3 of 4 images done and kept"):
+        make(failing, tmp_path, 4)
+    assert sorted(load_manifest(tmp_path).images) == [0, 2, 3]
+    make(model, tmp_path, 4)
+    assert sorted(load_manifest(tmp_path).images) == [0, 1, 2, 3]
+
+
+def test_a_device_that_fails_ends_with_one_line_that_says_what_is_done(model: DiffusionModel, tmp_path: Path) -> None:
+    calls = 0
+
+    class Failing(type(model)):  # type: ignore[misc]
+        def denoise(self, *arguments: mx.array, **named: mx.array) -> mx.array:
+            nonlocal calls
+            calls += 1
+            if calls > QUICK.num_steps:
+                raise RuntimeError("[malloc] Unable to allocate 9 bytes.")
+            return super().denoise(*arguments, **named)
+
+    failing = Failing.__new__(Failing)
+    vars(failing).update(vars(model))
+    with pytest.raises(CalibError, match=r"Unable to allocate 9 bytes.*2 of 4 images done and kept.*smaller") as error:
+        make(failing, tmp_path, 4)
+    assert "\n" not in str(error.value)
+    assert sorted(load_manifest(tmp_path).images) == [0, 1]
+
+
+def test_a_slow_manifest_is_written_less_often_and_complete_in_the_end(
+    model: DiffusionModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writes: list[int] = []
+
+    def slow(data_dir: Path, entries: Sequence[ImageEntry]) -> None:
+        writes.append(len(entries))
+        time.sleep(0.3)
+        add_entries(data_dir, entries)
+
+    monkeypatch.setattr(calib.dataset.writer, "add_entries", slow)
+    folder = make(model, tmp_path / "slow", 7, replace(QUICK, batch_size=1))
+    assert writes[0] == 1 and sum(writes) == 7 and len(writes) == 2
+    monkeypatch.undo()
+    assert contents(folder) == contents(make(model, tmp_path / "plain", 7, replace(QUICK, batch_size=1)))
+
+
+def test_a_dataset_keeps_its_batch_size_and_says_so(
+    model: DiffusionModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    note.cache_clear()
+    make(model, tmp_path, 2)
+    make(model, tmp_path, 3, replace(QUICK, batch_size=3))
+    assert "begun with sampler.batch_size=2, which is kept" in capsys.readouterr().err

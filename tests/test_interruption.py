@@ -218,9 +218,7 @@ def test_a_signal_ends_the_drawing_within_a_step(tmp_path: Path, number: signal.
     found, err = end(process)
     assert time.monotonic() - start < 5, "a step takes some hundredths of a second"
     assert found == status, err
-    assert lines_of(err) == [
-        "interrupted; 0 of the 2 images to do are done and kept in dataset; the same command goes on from there"
-    ]
+    assert lines_of(err) == ["interrupted; 0 of 2 images done and kept in dataset; the same command goes on from there"]
     assert listed(tmp_path / "dataset") == set()
     state = json.loads((tmp_path / "run" / "status.json").read_text())
     assert state["state"] == "failed"
@@ -237,7 +235,7 @@ def test_terminated_between_blocks_what_is_done_is_kept(model: DiffusionModel, t
     kept = listed(tmp_path / "dataset")
     assert 2 <= len(kept) < 12
     (line,) = lines_of(err)
-    assert line.startswith(f"interrupted; {len(kept)} of the 12 images to do are done and kept in dataset;")
+    assert line.startswith(f"interrupted; {len(kept)} of 12 images done and kept in dataset;")
     outcome = run_process(tmp_path, *arguments(12))
     assert outcome.status == 0, outcome.err
     assert f"(12 images, {12 - len(kept)} new)" in outcome.out
@@ -274,7 +272,7 @@ main(sys.argv[1:])
     assert "Exception ignored" in done.stderr, "the signal came in the callback"
     assert "not reached" not in done.stdout
     assert done.returncode == 130, done.stderr
-    assert done.stderr.splitlines()[-1].startswith("calib: interrupted; 0 of the 2 images to do are done")
+    assert done.stderr.splitlines()[-1].startswith("calib: interrupted; 0 of 2 images done")
     assert listed(tmp_path / "dataset") == set()
 
 
@@ -340,7 +338,7 @@ def test_a_disk_that_fills_while_images_are_drawn_loses_nothing(
     assert 2 <= len(kept) < 12
     (line,) = lines_of(err)
     assert "No space left on device" in line
-    assert f"{len(kept)} of the 12 images to do are done and kept in disk/dataset" in line
+    assert f"{len(kept)} of 12 images done and kept in disk/dataset" in line
     assert temporaries(small_disk) == set()
     ballast.unlink()
     outcome = run_process(folder, *given)

@@ -4,21 +4,21 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 
-from calib import memory
-from calib.memory import (
+from calib.models import memory
+from calib.models.diffusionkit import sd3_config, sd3_skeleton
+from calib.models.memory import (
     LARGEST_BATCH,
     MemoryPlan,
     Needs,
     decoding_bytes,
     device_memory,
     drawing_bytes,
-    latent_size,
     nbytes,
     plan_memory,
+    shrink_factor,
     tokens_of,
     useful_batch,
 )
-from calib.models.diffusionkit import sd3_config, sd3_skeleton
 from calib.models.model import DiffusionModel
 from calib.models.modulation import velocity
 
@@ -55,14 +55,14 @@ def sd3_medium(use_t5: bool, pixels: int) -> Needs:
     text = [CLIPTextModel(shapes.clip_l), CLIPTextModel(shapes.clip_g)]
     if use_t5:
         text.append(SD3T5Encoder(T5Config(**{**shapes.t5, "num_layers": T5_LAYERS})))
-    size = latent_size(decoder, (pixels, pixels))
+    size = (pixels // shrink_factor(decoder), pixels // shrink_factor(decoder))
     tokens = tokens_of(transformer.config, size, 77 + (512 if use_t5 else 77))
     return Needs(
         transformer=nbytes(transformer),
         decoder=nbytes(decoder),
         text=sum(nbytes(as_float16(network)) for network in text),
         drawing=drawing_bytes(transformer.config, tokens, True, 2),
-        decoding=decoding_bytes(decoder, (pixels, pixels), size),
+        decoding=decoding_bytes(decoder, size),
         useful_batch=useful_batch(tokens, True),
     )
 
@@ -151,8 +151,8 @@ def test_what_cannot_fit_is_warned_of_with_advice() -> None:
 
 def test_the_device_has_memory_and_the_plan_is_the_same_each_time(model: DiffusionModel) -> None:
     assert GB < device_memory() == device_memory()
-    assert plan_memory(model, (64, 64), True) == plan_memory(model, (64, 64), True, device_memory())
-    assert plan_memory(model, (64, 64), True).describe().startswith("memory: 1")
+    assert plan_memory(model, True) == plan_memory(model, True, memory=device_memory())
+    assert plan_memory(model, True).describe().startswith("memory: 1")
 
 
 def peak_over_weights(run: Callable[[], mx.array]) -> int:
@@ -171,7 +171,7 @@ def test_drawing_emoji_takes_what_is_estimated(model: DiffusionModel, batch_size
     x, timestep, sigma = mx.random.normal((batch_size, *model.latent_shape)), mx.array(500.0), mx.array(0.5)
     mx.eval(text.tokens, text.pooled, x, timestep, sigma)
     measured = peak_over_weights(lambda: model.denoise(x, timestep, sigma, text, 3.0))
-    plan = plan_memory(model, (64, 64), True)
+    plan = plan_memory(model, True)
     assert batch_size * plan.needs.drawing == pytest.approx(measured, rel=0.25)
 
 
@@ -179,7 +179,7 @@ def test_drawing_emoji_takes_what_is_estimated(model: DiffusionModel, batch_size
 def test_decoding_an_emoji_takes_what_is_estimated(model: DiffusionModel) -> None:
     x = mx.random.normal((1, *model.latent_shape))
     mx.eval(x)
-    estimate = plan_memory(model, (64, 64), True).needs.decoding
+    estimate = plan_memory(model, True).needs.decoding
     assert estimate == pytest.approx(peak_over_weights(lambda: model.decode(x)), rel=0.25)
 
 
@@ -200,4 +200,4 @@ def test_decoding_with_sd3s_vae_takes_what_is_estimated() -> None:
     decoder, latent = VAEDecoder(), mx.random.normal((1, 4, 4, 16))
     mx.eval(decoder.parameters(), latent)
     measured = peak_over_weights(lambda: decoder(latent))
-    assert decoding_bytes(decoder, (32, 32), (4, 4)) == pytest.approx(measured, rel=0.15)
+    assert decoding_bytes(decoder, (4, 4)) == pytest.approx(measured, rel=0.15)

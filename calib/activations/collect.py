@@ -17,7 +17,7 @@ from calib.dataset.load import load_manifest
 from calib.dataset.manifest import FILE, ImageEntry, Manifest
 from calib.dataset.store import read_state
 from calib.errors import CalibError
-from calib.memory import plan_memory
+from calib.models.memory import plan_memory
 from calib.models.model import Conditioning, DiffusionModel
 from calib.progress import Progress
 from calib.seeds import generator
@@ -69,8 +69,7 @@ def collect(
     """
     manifest = load_manifest(data_dir)
     _check_model(data_dir, manifest, model)
-    height, width, _ = model.latent_shape
-    memory = plan_memory(model, (8 * height, 8 * width), manifest.cfg_weight > 0)
+    memory = plan_memory(model, manifest.cfg_weight > 0)
     layers: dict[str, LayerActivations] = {}
     batch_size = settings.batch_size or manifest.batch_size or 1
     stride = histogram_stride(model, manifest.cfg_weight, batch_size, settings.histogram_rows)
@@ -95,6 +94,11 @@ def _check_model(data_dir: Path, manifest: Manifest, model: DiffusionModel) -> N
     if manifest.fingerprint not in (None, model.fingerprint):
         raise CalibError(
             f"{data_dir}: made by {manifest.model} with other weights ({manifest.fingerprint}, not {model.fingerprint})"
+        )
+    if manifest.text_encoders not in (None, model.text_encoders):
+        raise CalibError(
+            f"{data_dir}: its prompts were encoded by {manifest.text_encoders}, not {model.text_encoders}; set the "
+            "model's options as they were when it was drawn"
         )
     if manifest.latent_shape != model.latent_shape:
         raise CalibError(

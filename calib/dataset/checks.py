@@ -7,9 +7,10 @@ from enum import StrEnum
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from calib.dataset.images import IMAGES, LATENTS
 from calib.dataset.manifest import FILE, ImageEntry, Manifest
 from calib.dataset.plausible import Fault, fault_of, is_affine_of, is_first_state
-from calib.dataset.store import SAMPLES, TRAJECTORY_FORMAT, StateDtype, StorageFormat, sample_files
+from calib.dataset.store import TRAJECTORY_FORMAT, StateDtype, StorageFormat, sample_files
 from calib.files import checksum
 from calib.seeds import image_seed
 
@@ -18,8 +19,6 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-IMAGES, LATENTS = "images", "latents"
-FOLDERS = (SAMPLES, LATENTS, IMAGES)
 ASIDE = "aside"
 
 #: States whose noise levels are nearer than this may round to the same values.

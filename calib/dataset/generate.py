@@ -7,24 +7,23 @@ bytes. While one block is drawn, the one before it is written.
 
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from calib.dataset.images import DrawnImage, write_image
+from calib.dataset.images import DrawnImage
 from calib.dataset.load import load_manifest
 from calib.dataset.manifest import FILE, ImageEntry, Manifest
 from calib.dataset.preflight import check_disk, note_long_prompts, numbers, time_left
 from calib.dataset.settings import SamplerSettings, check_prompts, open_dataset, planned_dataset
-from calib.dataset.shards import Shard, add_entries, shard_lock
+from calib.dataset.shards import Shard, shard_lock
 from calib.dataset.store import StateDtype, StorageFormat
-from calib.errors import CalibError, ConfigError
+from calib.dataset.writer import writing
+from calib.errors import ConfigError
 from calib.files import checksum, remove_abandoned
 from calib.interrupts import in_threads
-from calib.memory import plan_memory
+from calib.models.memory import plan_memory
 from calib.models.model import Conditioning, DiffusionModel
-from calib.progress import Progress, say
+from calib.progress import Progress, note, say
 from calib.sampling import State, euler, initial_noise, initial_state, noise_levels
 from calib.seeds import image_seed
 
@@ -32,15 +31,25 @@ import mlx.core as mx
 import numpy as np
 
 
-def missing_images(data_dir: Path, num_images: int, shard: Shard | None = None, thorough: bool = False) -> list[int]:
-    """Ids below ``num_images`` that are not complete; of one shard, where one is given.
+def missing_images(
+    data_dir: Path,
+    num_images: int,
+    shard: Shard | None = None,
+    thorough: bool = False,
+    among: Sequence[int] | None = None,
+) -> list[int]:
+    """Ids below ``num_images`` that are not complete.
 
     A quick look asks whether files exist; a thorough one reads them all and compares checksums.
+
+    Args:
+        shard: only ids that this one draws.
+        among: only these ids.
     """
+    wanted = list(range(num_images) if among is None else among)
     if not (data_dir / FILE).exists():
-        return list(range(num_images))
+        return wanted
     manifest = load_manifest(data_dir)
-    wanted = list(range(num_images))
     if shard is not None and manifest.batch_size is not None:
         wanted = [i for i in wanted if shard.owns(i // manifest.batch_size)]
     listed = [manifest.images[i] for i in wanted if i in manifest.images]
@@ -96,6 +105,7 @@ def generate(
     steps: Sequence[int] | None = None,
     shard: Shard | None = None,
     wait: bool = False,
+    known_missing: Sequence[int] | None = None,
 ) -> int:
     """Make images 0 … num_images - 1 of the dataset in ``data_dir``, or one shard of them; those it has are kept.
 
@@ -104,29 +114,40 @@ def generate(
     Args:
         steps: the states to keep; None for all.
         wait: wait for another process that draws the same shard, rather than raise.
+        known_missing: what :func:`missing_images` has just found, thoroughly; other images are not looked at again.
 
     Raises:
-        CalibError: the folder holds another dataset, the disk is full, or another process is at work.
+        CalibError: the folder holds another dataset, the disk is full, another process is at work, the device failed,
+            or latents of some images cannot be stored; what is done is kept.
         KeyboardInterrupt: its message says what is done; the same call goes on.
     """
     if settings.cfg_weight > 0 and not model.supports_guidance:
         raise ConfigError.bad_value("sampler.cfg_weight", settings.cfg_weight, f"{model.name} takes only 0")
     shard = shard or Shard()
-    memory = plan_memory(model, settings.image_size, settings.cfg_weight > 0, batch_size=settings.batch_size)
+    guidance = settings.cfg_weight > 0
+    memory = plan_memory(model, guidance, settings.batch_size)
     planned = planned_dataset(model, settings, memory.batch_size, seed, storage, dtype, steps)
-    check_disk(data_dir, planned, settings.image_size, missing_images(data_dir, num_images))
+    check_disk(data_dir, planned, settings.image_size, missing_images(data_dir, num_images, among=known_missing))
     with shard_lock(data_dir, shard, wait):
         manifest = open_dataset(data_dir, planned, shard)
         check_prompts(data_dir, manifest, prompts)
-        todo = missing_images(data_dir, num_images, shard, thorough=True)
+        todo = missing_images(data_dir, num_images, shard, thorough=True, among=known_missing)
         if todo:
             _clean(data_dir)
-            memory = plan_memory(model, settings.image_size, settings.cfg_weight > 0, batch_size=manifest.batch_size)
+            memory = plan_memory(model, guidance, manifest.batch_size)
             check_disk(data_dir, manifest, settings.image_size, todo, announce=True)
             say(f"generate: {memory.warning or memory.describe()}")
+            _note_surprises(model, settings, manifest)
             note_long_prompts(model, prompts, todo)
             _draw_missing(model, prompts, todo, data_dir, manifest, keep_text=memory.keep_text)
     return len(todo)
+
+
+def _note_surprises(model: DiffusionModel, settings: SamplerSettings, manifest: Manifest) -> None:
+    if settings.batch_size not in (None, manifest.batch_size):
+        note(f"the dataset was begun with sampler.batch_size={manifest.batch_size}, which is kept")
+    if model.dtype == mx.bfloat16 and manifest.dtype == StateDtype.FLOAT16:
+        note("a bfloat16 model is replayed without loss from dataset.dtype=bfloat16, at the same size as float16")
 
 
 def _clean(data_dir: Path) -> None:
@@ -168,7 +189,7 @@ def _draw_missing(
     start = time.monotonic()
     with (
         Progress("generate", len(blocks) * manifest.num_steps, "step") as progress,
-        _writer(data_dir, manifest, len(todo)) as writer,
+        writing(data_dir, manifest, len(todo)) as writer,
     ):
         texts = model.encode_batches(shown, manifest.cfg_weight, keep_text)
         for block, text in zip(blocks, texts, strict=True):
@@ -213,53 +234,3 @@ def _draw_block(
             )
         )
     return drawn
-
-
-class _Writer:
-    """Writes drawn blocks on a thread of its own, one behind the drawing at most; memory stays flat."""
-
-    def __init__(self, data_dir: Path, manifest: Manifest, total: int, pool: ThreadPoolExecutor):
-        self.data_dir, self.manifest, self._total, self._pool = data_dir, manifest, total, pool
-        self.submitted, self.done = 0, 0
-        self._pending: Future[None] | None = None
-
-    def submit(self, images: list[DrawnImage]) -> None:
-        self.wait()
-        self.submitted += len(images)
-        self._pending = self._pool.submit(self._write, images)
-
-    def wait(self) -> None:
-        """Until all that was submitted is written; raises what went wrong."""
-        pending, self._pending = self._pending, None
-        if pending is None:
-            return
-        try:
-            pending.result()
-        except OSError as error:
-            raise CalibError(
-                f"{error.filename or self.data_dir}: {error.strerror or error}; {self.kept()}: mend it (is the disk "
-                "full?) and run the same command again"
-            ) from error
-
-    def kept(self) -> str:
-        return f"{self.done} of the {self._total} images to do are done and kept in {self.data_dir}"
-
-    def _write(self, images: list[DrawnImage]) -> None:
-        entries = [write_image(self.data_dir, self.manifest, image) for image in images]
-        add_entries(self.data_dir, entries)
-        self.done += len(entries)
-
-
-@contextmanager
-def _writer(data_dir: Path, manifest: Manifest, total: int) -> Iterator[_Writer]:
-    """A writer that ends with all blocks written; errors and interruptions say what is done."""
-    with ThreadPoolExecutor(1) as pool:
-        writer = _Writer(data_dir, manifest, total, pool)
-        try:
-            try:
-                yield writer
-            finally:
-                writer.wait()
-        except KeyboardInterrupt as interrupt:
-            interrupt.args = (f"{writer.kept()}; the same command goes on from there",)
-            raise

@@ -1,19 +1,24 @@
 """The files of one image: its states, its final latent, its picture."""
 
 import json
+import re
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from calib.dataset.manifest import ImageEntry, Manifest
-from calib.dataset.store import StateDtype, StorageFormat, write_trajectory
+from calib.dataset.store import SAMPLES, StateDtype, StorageFormat, UnstorableLatents, write_trajectory
 from calib.files import checksum, write_bytes
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+
+IMAGES, LATENTS = "images", "latents"
+FOLDERS = (SAMPLES, LATENTS, IMAGES)
+NAMED_BY_ID = re.compile(r"(\d{4,})(?:_\d{3,})?\.(?:png|npy|npz|h5)")
 
 #: Bytes beside the values, at most: the settings that files carry, HDF5's tables (14.7 kB for 51 states), zip's.
 HDF5_OVERHEAD, NPZ_OVERHEAD, PNG_OVERHEAD = 18_000, 2_000, 8_000
@@ -38,8 +43,17 @@ class DrawnImage:
     picture: NDArray[Any]
 
 
+def image_ids(data_dir: Path) -> list[int]:
+    """Ids of which there is any file."""
+    paths = [path for folder in FOLDERS for path in (data_dir / folder).glob("*")]
+    return sorted({int(match[1]) for path in paths if (match := NAMED_BY_ID.fullmatch(path.name))})
+
+
 def write_image(data_dir: Path, manifest: Manifest, image: DrawnImage) -> ImageEntry:
-    """Write all files of ``image``, each whole or not at all; returns the entry that completes it."""
+    """Write all files of ``image``, each whole or not at all; returns the entry that completes it.
+
+    Raises UnstorableLatents where its latents are not finite, or not in the type they are stored in.
+    """
     facts: dict[str, Any] = {
         "image_id": image.image_id,
         "prompt": image.prompt,
@@ -48,8 +62,10 @@ def write_image(data_dir: Path, manifest: Manifest, image: DrawnImage) -> ImageE
         "num_steps": manifest.num_steps,
     }
     described = {**facts, "model": manifest.model, "fingerprint": manifest.fingerprint}
+    if not np.isfinite(image.latent).all():
+        raise UnstorableLatents(f"image {image.image_id}: the model drew NaN or infinity (model.dtype=float32 may not)")
     samples = write_trajectory(data_dir, image.image_id, image.states, manifest, described)
-    picture, latent = f"images/{image.image_id:04d}.png", f"latents/{image.image_id:04d}.npy"
+    picture, latent = f"{IMAGES}/{image.image_id:04d}.png", f"{LATENTS}/{image.image_id:04d}.npy"
     text = {**described, "dataset": json.dumps(manifest.settings(), ensure_ascii=False)}
     write_bytes(data_dir / picture, _png(image.picture, text))
     archive = BytesIO()

@@ -34,6 +34,8 @@ def _check(path: Path, manifest: Manifest) -> None:
     """Raise where values of the manifest are none that it could have been written with."""
     try:
         StateDtype(manifest.dtype), StorageFormat(manifest.storage)
+        if manifest.num_steps < 1 or (manifest.seed or 0) < 0 or (manifest.batch_size or 1) < 1:
+            raise ValueError(f"num_steps {manifest.num_steps}, seed {manifest.seed}, batch {manifest.batch_size}")
         states = manifest.num_steps + 1
         if not len(manifest.sigmas) == len(manifest.timesteps) == states:
             raise ValueError(f"{len(manifest.sigmas)} sigmas for {states} states")

@@ -48,7 +48,7 @@ class Manifest:
     """A dataset's settings, and its images by id.
 
     Attributes:
-        fingerprint, shift, seed, batch_size: None in older datasets, which do not say.
+        fingerprint, text_encoders, shift, seed, batch_size: None in older datasets, which do not say.
         latent_shape: (height, width, channels).
         sigmas, timesteps: of all states 0 … num_steps; NaN where an older dataset does not say.
         steps: the states that are stored, ascending.
@@ -57,6 +57,7 @@ class Manifest:
 
     model: str
     fingerprint: str | None
+    text_encoders: str | None
     num_steps: int
     cfg_weight: float
     shift: float | None

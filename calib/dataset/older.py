@@ -47,6 +47,7 @@ def parse_older_manifest(data_dir: Path, document: Mapping[str, Any]) -> Manifes
     return Manifest(
         model=str(document.get("model_version") or "unknown"),
         fingerprint=None,
+        text_encoders=None,
         num_steps=num_steps,
         cfg_weight=cfg_weight,
         shift=None,

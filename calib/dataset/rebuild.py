@@ -1,6 +1,5 @@
 """``manifest.json`` again, from the files alone: every picture and HDF5 file says how it was made."""
 
-import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +8,8 @@ from json import JSONDecodeError, loads
 from pathlib import Path
 from typing import Any
 
-from calib.dataset.checks import FOLDERS, IMAGES, Finding, Kind, canonical_files, reason_of
+from calib.dataset.checks import Finding, Kind, canonical_files, reason_of
+from calib.dataset.images import IMAGES, image_ids
 from calib.dataset.load import load_manifest
 from calib.dataset.manifest import FILE, ImageEntry, Manifest
 from calib.dataset.rebuild_older import older_document
@@ -23,8 +23,6 @@ from calib.progress import Progress
 
 import h5py
 from PIL import Image
-
-NAMED_BY_ID = re.compile(r"(\d{4,})(?:_\d{3,})?\.(?:png|npy|npz|h5)")
 
 
 @dataclass(frozen=True)
@@ -72,12 +70,6 @@ def rebuild_manifest(data_dir: Path, force: bool = False) -> Rebuilt:
         kept = _keep(path, readable)
         manifest.save(data_dir)
         return Rebuilt(len(manifest.images), left_out, [], kept)
-
-
-def image_ids(data_dir: Path) -> list[int]:
-    """Ids of which there is any file."""
-    paths = [path for folder in FOLDERS for path in (data_dir / folder).glob("*")]
-    return sorted({int(match[1]) for path in paths if (match := NAMED_BY_ID.fullmatch(path.name))})
 
 
 def _is_readable(data_dir: Path) -> bool:

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from calib.dataset.checks import IMAGES, LATENTS
+from calib.dataset.images import IMAGES, LATENTS
 from calib.dataset.manifest import FILE
 from calib.dataset.older import sample_names
 from calib.errors import CalibError

@@ -46,11 +46,8 @@ def exclusive(data_dir: Path) -> Iterator[Shard]:
     """
     own = Shard()
     with ExitStack() as stack:
-        try:
-            stack.enter_context(shard_lock(data_dir, own, wait=False))
-            stack.enter_context(manifest_lock(data_dir))
-        except OSError as error:
-            raise CalibError(f"{data_dir}: cannot be written ({error.strerror})") from None
+        stack.enter_context(shard_lock(data_dir, own, wait=False))
+        stack.enter_context(manifest_lock(data_dir))
         if being_written(data_dir, besides=own):
             raise CalibError(f"{data_dir}: another process is drawing this dataset; let it finish")
         yield own

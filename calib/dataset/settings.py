@@ -4,19 +4,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from calib.dataset.images import image_ids
 from calib.dataset.load import load_manifest
 from calib.dataset.manifest import FILE, Manifest
 from calib.dataset.shards import Shard, being_written, manifest_lock
 from calib.dataset.store import StateDtype, StorageFormat
 from calib.errors import CalibError, ConfigError
 from calib.models.model import DiffusionModel
+from calib.progress import counted
 from calib.sampling import as_floats, noise_levels, timesteps_of
 from calib.versions import versions
 
 #: Settings that make the images: a folder holds images of one value each.
 IDENTITY = (
-    *("model", "fingerprint", "num_steps", "cfg_weight", "shift", "seed", "storage", "dtype", "steps", "latent_shape"),
+    *("model", "fingerprint", "text_encoders", "num_steps", "cfg_weight", "shift", "seed"),
+    *("storage", "dtype", "steps", "latent_shape"),
 )
+#: How a user knows a setting whose name in the manifest says little.
+SPELT_OUT = {"fingerprint": "weights (or model.dtype)", "text_encoders": "text encoders", "steps": "stored states"}
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,7 @@ def planned_dataset(
     return Manifest(
         model=model.name,
         fingerprint=model.fingerprint,
+        text_encoders=model.text_encoders,
         num_steps=settings.num_steps,
         cfg_weight=settings.cfg_weight,
         shift=settings.shift,
@@ -73,21 +79,38 @@ def open_dataset(data_dir: Path, planned: Manifest, shard: Shard) -> Manifest:
     with manifest_lock(data_dir):
         if (data_dir / FILE).exists():
             found = load_manifest(data_dir)
-            differences = [
-                name for name in (*IDENTITY, "latent_shape") if getattr(found, name) != getattr(planned, name)
-            ]
+            differences = [name for name in IDENTITY if getattr(found, name) != getattr(planned, name)]
             if not differences:
                 return found
             if found.is_older:
-                raise CalibError(f"{data_dir}: a dataset of the older layout is only read; name another data_dir")
+                raise only_read(data_dir)
             if found.images or being_written(data_dir, besides=shard):
                 name = differences[0]
                 there, wanted = getattr(found, name), getattr(planned, name)
+                what = f"{SPELT_OUT[name]}: {name}" if name in SPELT_OUT else name
                 raise CalibError(
-                    f"{data_dir}: holds a dataset with {name}={there}, not {wanted}; choose another data_dir"
+                    f"{data_dir}: holds a dataset with other {what}={there}, not {wanted}; choose another data_dir"
                 )
+        check_manifest_is_there(data_dir)
         planned.save(data_dir)
         return planned
+
+
+def only_read(data_dir: Path) -> CalibError:
+    """The error for who would draw on a dataset of the older layout."""
+    return CalibError(
+        f"{data_dir}: a dataset of the older layout is only read: calib collect data_dir={data_dir}; to draw, name "
+        "another data_dir"
+    )
+
+
+def check_manifest_is_there(data_dir: Path) -> None:
+    """Raise where images lie in ``data_dir`` and no manifest: it got lost, as it is written before any image."""
+    if not (data_dir / FILE).exists() and (found := image_ids(data_dir)):
+        raise CalibError(
+            f"{data_dir}: holds files of {counted(len(found), 'image')} but no {FILE}; calib rebuild-manifest "
+            f"{data_dir} restores it, or name another data_dir"
+        )
 
 
 def check_prompts(data_dir: Path, manifest: Manifest, prompts: Sequence[str]) -> None:

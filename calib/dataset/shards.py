@@ -34,8 +34,11 @@ class Shard:
 
 
 def _open_lock(data_dir: Path, name: str) -> IO[str]:
-    data_dir.mkdir(parents=True, exist_ok=True)
-    return open(data_dir / f"{LOCK}{name}", "w")
+    try:
+        data_dir.mkdir(parents=True, exist_ok=True)
+        return open(data_dir / f"{LOCK}{name}", "w")
+    except OSError as error:
+        raise CalibError(f"{data_dir}: cannot be written ({error.strerror})") from None
 
 
 def _acquire(file: IO[str], flags: int) -> bool:

@@ -20,6 +20,10 @@ SAMPLES = "samples"
 TRAJECTORY_FORMAT, TRAJECTORY_FORMAT_VERSION = "calib-trajectory", 2
 
 
+class UnstorableLatents(CalibError):
+    """Latents of one image that are not finite, or would not be once stored."""
+
+
 class StorageFormat(StrEnum):
     """Layout of trajectories on disk."""
 
@@ -69,7 +73,10 @@ def write_trajectory(
     """
     names = sample_files(image_id, manifest)
     if not np.isfinite(StateDtype(manifest.dtype).unpack(stored)).all():
-        raise CalibError(f"image {image_id}: NaN or infinite latents in {manifest.dtype}; try dataset.dtype=float32")
+        raise UnstorableLatents(
+            f"image {image_id}: latents beyond {manifest.dtype}'s range (dataset.dtype=float32 holds them, in another "
+            "data_dir)"
+        )
     if manifest.storage == StorageFormat.HDF5:
         write_bytes(data_dir / names[0], _hdf5(stored, manifest, facts))
         return names

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from calib.dataset.checks import ASIDE, FOLDERS, Checked, Finding, Kind, check_image
+from calib.dataset.checks import ASIDE, Checked, Finding, Kind, check_image
+from calib.dataset.images import FOLDERS
 from calib.dataset.load import load_manifest
 from calib.dataset.manifest import FILE, ImageEntry, Manifest
 from calib.dataset.shards import Shard, being_written
@@ -72,7 +73,7 @@ class Report:
             return f"NOT sound: most images disagree with {FILE} itself; {mend_manifest(self.data_dir, self.manifest)}"
         remedy = f"calib verify {self.data_dir} --repair moves what is wrong aside"
         if not self.bad_images:
-            return f"NOT sound: {counted(self.images, 'image')} good, but more is there; {remedy}"
+            return f"NOT sound: {counted(self.images, 'image')} good, but other files lie there; {remedy}"
         again = "" if self.manifest.is_older else ", calib generate draws it again"
         return f"NOT sound: {len(self.bad_images)} of {counted(self.images, 'image')} bad; {remedy}{again}"
 
@@ -93,16 +94,17 @@ def verify(data_dir: Path, besides: Shard | None = None) -> Report:
     Raises:
         CalibError: there is no dataset, or its manifest is damaged.
     """
+    written = being_written(data_dir, besides)
     manifest = load_manifest(data_dir)
     checked = check_images(data_dir, manifest, [manifest.images[i] for i in sorted(manifest.images)], "verify")
     findings = [finding for one in checked.values() for finding in one.findings]
     findings += _odd_sizes(manifest, checked)
     findings += _duplicates(data_dir)
     notes = _gaps(manifest)
-    if being_written(data_dir, besides):
+    if written or being_written(data_dir, besides):
         notes.append("another process is adding images: files that no entry names are not judged")
     else:
-        findings += orphans(data_dir, manifest)
+        findings += orphans(data_dir)
     findings.sort(key=lambda f: (f.image_id is None, f.image_id or 0))
     return Report(data_dir, manifest, findings, _storage(data_dir), notes)
 
@@ -144,15 +146,16 @@ def _gaps(manifest: Manifest) -> list[str]:
     return [f"{counted(len(missing), 'image')} not drawn below the highest id ({shown})"]
 
 
-def orphans(data_dir: Path, manifest: Manifest) -> list[Finding]:
+def orphans(data_dir: Path) -> list[Finding]:
     """Files that no entry names, and what killed writers left half-written; other hidden files (.DS_Store) may lie."""
-    named = {name for entry in manifest.images.values() for name in entry.files}
+    paths = [path for folder in FOLDERS for path in sorted((data_dir / folder).rglob("*")) if not path.is_dir()]
+    # Read after the files were listed: a writer adds an image's entry last.
+    named = {name for entry in load_manifest(data_dir).images.values() for name in entry.files}
     findings = []
-    for folder in FOLDERS:
-        for path in sorted((data_dir / folder).rglob("*")):
-            name = path.relative_to(data_dir).as_posix()
-            if name not in named and not path.name.startswith(".") and not path.is_dir():
-                findings.append(Finding(Kind.ORPHAN, None, name, "no entry names it"))
+    for path in paths:
+        name = path.relative_to(data_dir).as_posix()
+        if name not in named and not path.name.startswith("."):
+            findings.append(Finding(Kind.ORPHAN, None, name, "no entry names it"))
     for place in (data_dir, *(data_dir / folder for folder in FOLDERS)):
         for path in abandoned_temporaries(place):
             name = path.relative_to(data_dir).as_posix()
@@ -162,7 +165,7 @@ def orphans(data_dir: Path, manifest: Manifest) -> list[Finding]:
 
 def _storage(data_dir: Path) -> dict[str, Storage]:
     parts: dict[str, list[int]] = {name: [] for name in (*FOLDERS, "manifest", "other")}
-    for parent, _, names in os.walk(data_dir, followlinks=True):
+    for parent, _, names in os.walk(data_dir):
         for name in names:
             path = Path(parent, name)
             if name.startswith(".") and not name.endswith(TEMPORARY_SUFFIX):

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import calib.models.compat  # noqa: F401  (must precede diffusionkit.mlx)
 from calib.errors import CalibError, ConfigError, suggest
-from calib.memory import device_memory
 from calib.models.hub import fetch, load_checked, read_weights, renamed
+from calib.models.memory import device_memory
 from calib.models.model import DiffusionModel, ModelDtype
 from calib.models.model import weights as parameters
 from calib.models.text import CLIP_TOKENS, TextEncoders
@@ -212,6 +212,7 @@ def load_sd3(
         dtype=dtype.mlx,
         latent_shape=latent_shape(image_size),
         text_length=text.length,
+        text_encoders=text.names,
         # With T5 too: what lies beyond CLIP's 77 tokens does not reach the pooled text, nor half of the other.
         token_count=text.clip_tokens,
         max_prompt_tokens=CLIP_TOKENS,
@@ -253,6 +254,7 @@ def load_flux(
         dtype=dtype.mlx,
         latent_shape=latent_shape(image_size),
         text_length=text.length,
+        text_encoders=text.names,
         # T5 alone gives the token-level text; CLIP's cut at 77 concerns only the pooled one.
         token_count=text.t5_tokens,
         max_prompt_tokens=text.length,

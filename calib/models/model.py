@@ -23,6 +23,8 @@ from mlx.utils import tree_flatten
 
 #: Prompts encoded ahead where the text encoders do not fit beside the transformer: about 300 MB with SD3 and T5.
 ENCODE_AHEAD = 64
+#: Prompts whose conditioning is kept, the empty one among them.
+ROWS_KEPT = 64
 
 
 class ModelDtype(StrEnum):
@@ -65,6 +67,7 @@ class DiffusionModel:
         text_length: length of a row of conditioning.
         token_count: tokens of a text, begin and end included, before anything is cut.
         max_prompt_tokens: tokens beyond this are cut by the text encoder.
+        text_encoders: which ones, as 'clip_l+clip_g+t5': with other ones a prompt means something else.
         supports_guidance: False for FLUX, whose guidance is distilled: it takes ``cfg_weight=0`` only.
         unload_text: frees the text encoders; the next ``encode_text`` loads them again.
         text_bytes: memory of the text encoders while they are loaded.
@@ -83,18 +86,19 @@ class DiffusionModel:
     text_length: int
     token_count: Callable[[str], int]
     max_prompt_tokens: int
+    text_encoders: str
     supports_guidance: bool = True
     unload_text: Callable[[], None] = lambda: None
     text_bytes: int = 0
     smaller_text: str = ""
-    _fingerprint: str = field(default="", repr=False)
-    _empty: Conditioning | None = field(default=None, repr=False)
+    _fingerprint: str = field(default="", init=False, repr=False)
+    _rows: dict[str, Conditioning] = field(default_factory=dict, init=False, repr=False)
 
     def encode(self, prompts: Sequence[str], cfg_weight: float) -> Conditioning:
         """Conditioning of a batch: all conditional rows, then with guidance as many unconditional ones.
 
-        Each distinct prompt is encoded once and by itself, so that a batch's make-up changes nothing; the empty prompt
-        once for ever.
+        Each prompt is encoded by itself, so that a batch's make-up changes nothing, and once, as long as it is among
+        the last few.
         """
         rows = {prompt: self._row(prompt) for prompt in dict.fromkeys(prompts)}
         parts = [rows[prompt] for prompt in prompts]
@@ -118,13 +122,15 @@ class DiffusionModel:
 
     def _row(self, prompt: str) -> Conditioning:
         """One prompt's row in the transformer's type, evaluated."""
-        if not prompt and self._empty is not None:
-            return self._empty
+        if prompt in self._rows:
+            self._rows[prompt] = row = self._rows.pop(prompt)
+            return row
         text = self.encode_text(prompt)
         row = Conditioning(text.tokens.astype(self.dtype), text.pooled.astype(self.dtype))
         mx.eval(row.tokens, row.pooled)
-        if not prompt:
-            self._empty = row
+        self._rows[prompt] = row
+        if len(self._rows) > ROWS_KEPT:
+            del self._rows[next(iter(self._rows))]
         return row
 
     def denoise(

@@ -125,6 +125,7 @@ class TextEncoders:
         # SD3 has CLIP's tokens and T5's, or as many zeros as CLIP's; FLUX has T5's alone.
         t5_length = T5_MAX_LENGTH[repository] if use_t5 else CLIP_TOKENS
         self.length = CLIP_TOKENS + t5_length if clip_g else t5_length
+        self.names = "+".join(name.removesuffix("_encoder") for name in self._encoders)
         counts = (sum(w.size for w in encoder.weights().values()) for encoder in self._encoders.values())
         self.nbytes = sum(counts) * dtype.size
 

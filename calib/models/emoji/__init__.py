@@ -76,6 +76,7 @@ def load(
         dtype=dtype.mlx,
         latent_shape=(config.latent_size, config.latent_size, config.latent_channels),
         text_length=config.text_length,
+        text_encoders="emoji",
         token_count=lambda text: len(tokenizer.tokens(text)),
         max_prompt_tokens=config.text_length,
         text_bytes=sum(weight.nbytes for weight in weights(text_encoder).values()),

@@ -96,19 +96,19 @@ def drawing_bytes(config: MMDiTConfig, tokens: int, guidance: bool, size: int) -
     return int((1 + guidance) * size * (widths * config.hidden_size * tokens + scores))
 
 
-def decoding_bytes(decoder: nn.Module, image_size: Sequence[int], latent_size: Sequence[int]) -> int:
-    """Bytes of decoding one latent to an image of ``image_size``."""
+def decoding_bytes(decoder: nn.Module, latent_size: Sequence[int]) -> int:
+    """Bytes of decoding one latent (height, width)."""
     weight = decoder.conv_out.weight
     widths, size = (DECODER_WIDTHS_GPU, weight.dtype.size) if on_gpu() else (DECODER_WIDTHS_CPU, 4)
-    convolutions = widths * weight.shape[-1] * image_size[0] * image_size[1]
-    attention = 2 * (latent_size[0] * latent_size[1]) ** 2  # the scores of all positions, before and after the softmax
+    positions = latent_size[0] * latent_size[1]
+    convolutions = widths * weight.shape[-1] * positions * shrink_factor(decoder) ** 2
+    attention = 2 * positions**2  # the scores of all positions, before and after the softmax
     return int(size * max(convolutions, attention))
 
 
-def latent_size(decoder: nn.Module, image_size: Sequence[int]) -> tuple[int, int]:
-    """Height and width of the latent that ``decoder`` makes an image of ``image_size`` of."""
-    shrink = 2 ** sum("upsample" in block for block in decoder.up_blocks)
-    return image_size[0] // shrink, image_size[1] // shrink
+def shrink_factor(decoder: nn.Module) -> int:
+    """Pixels of an image's side to one of its latent's."""
+    return int(2 ** sum("upsample" in block for block in decoder.up_blocks))
 
 
 @dataclass(frozen=True)
@@ -176,22 +176,17 @@ class MemoryPlan:
 
 
 def plan_memory(
-    model: DiffusionModel,
-    image_size: Sequence[int],
-    guidance: bool,
-    memory: int | None = None,
-    batch_size: int | None = None,
+    model: DiffusionModel, guidance: bool, batch_size: int | None = None, memory: int | None = None
 ) -> MemoryPlan:
     """The plan for ``model`` on this device, or on one of ``memory`` bytes; for a ``batch_size``, if one is given."""
-    size = latent_size(model.decoder, image_size)
-    config = model.transformer.config
+    size, config = model.latent_shape[:2], model.transformer.config
     tokens = tokens_of(config, size, model.text_length)
     needs = Needs(
         transformer=nbytes(model.transformer),
         decoder=nbytes(model.decoder),
         text=model.text_bytes,
         drawing=drawing_bytes(config, tokens, guidance, model.dtype.size),
-        decoding=decoding_bytes(model.decoder, image_size, size),
+        decoding=decoding_bytes(model.decoder, size),
         useful_batch=useful_batch(tokens, guidance),
     )
     return MemoryPlan.of(needs, device_memory() if memory is None else memory, batch_size, model.smaller_text)

@@ -1,0 +1,124 @@
+"""Writing what is drawn, on a thread of its own, while the next block is drawn."""
+
+import errno
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from calib.dataset.images import DrawnImage, write_image
+from calib.dataset.manifest import ImageEntry, Manifest
+from calib.dataset.shards import add_entries
+from calib.dataset.store import UnstorableLatents
+from calib.errors import CalibError
+from calib.progress import counted
+
+#: The manifest is written anew when so many times the last writing's duration have passed: with a hundred thousand
+#: images it takes seconds, which a block of one image must not wait for. What is not listed yet a kill loses.
+LISTING_SHARE = 20
+
+
+class _WriteError(Exception):
+    """An OSError of the writing thread, told apart from those of drawing."""
+
+
+class Writer:
+    """Writes drawn blocks, one behind the drawing at most; memory stays flat.
+
+    Attributes:
+        submitted: images handed over.
+        done: images that the manifest lists.
+        left_out: why images were left out.
+    """
+
+    def __init__(self, data_dir: Path, manifest: Manifest, total: int, pool: ThreadPoolExecutor):
+        self.data_dir, self.manifest, self._total, self._pool = data_dir, manifest, total, pool
+        self.submitted, self.done = 0, 0
+        self.left_out: list[str] = []
+        self._unlisted: list[ImageEntry] = []
+        self._listed, self._listing_seconds = time.monotonic(), 0.0
+        self._pending: Future[None] | None = None
+
+    def submit(self, images: list[DrawnImage]) -> None:
+        """Write ``images``, once those handed over before are written."""
+        self._wait()
+        self.submitted += len(images)
+        self._pending = self._pool.submit(self._write, images)
+
+    def finish(self) -> None:
+        """Write and list all that was handed over."""
+        try:
+            self._wait()
+        finally:
+            self._list()
+
+    def kept(self) -> str:
+        """How far it got, for the user."""
+        return f"{self.done} of {counted(self._total, 'image')} done and kept in {self.data_dir}"
+
+    def _wait(self) -> None:
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            try:
+                pending.result()
+            except OSError as error:
+                raise _WriteError from error
+
+    def _write(self, images: list[DrawnImage]) -> None:
+        for image in images:
+            try:
+                self._unlisted.append(write_image(self.data_dir, self.manifest, image))
+            except UnstorableLatents as error:
+                self.left_out.append(str(error))
+        if time.monotonic() - self._listed >= LISTING_SHARE * self._listing_seconds:
+            self._list()
+
+    def _list(self) -> None:
+        if not self._unlisted:
+            return
+        start = time.monotonic()
+        try:
+            add_entries(self.data_dir, self._unlisted)
+        except OSError as error:
+            raise _WriteError from error
+        self.done += len(self._unlisted)
+        self._unlisted.clear()
+        self._listed = time.monotonic()
+        self._listing_seconds = self._listed - start
+
+
+@contextmanager
+def writing(data_dir: Path, manifest: Manifest, total: int) -> Iterator[Writer]:
+    """A :class:`Writer` that ends with all blocks written and listed; whatever ends it says what is done."""
+    with ThreadPoolExecutor(1) as pool:
+        writer = Writer(data_dir, manifest, total, pool)
+        try:
+            try:
+                yield writer
+            except BaseException:
+                with suppress(_WriteError):  # the first error is the one to tell
+                    writer.finish()
+                raise
+            writer.finish()
+        except KeyboardInterrupt as interrupt:
+            interrupt.args = (f"{writer.kept()}; the same command goes on from there",)
+            raise
+        except _WriteError as error:
+            raise _explained(error.__cause__, writer) from error.__cause__
+        except RuntimeError as error:  # MLX's, when the device fails or its memory is full
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise CalibError(
+                f"the device failed ({reason}); {writer.kept()}. If its memory was full: another data_dir with a "
+                "smaller sampler.batch_size or sampler.image_size, or model.use_t5=false"
+            ) from error
+    if writer.left_out:
+        raise CalibError(f"{'; '.join(writer.left_out)}: left out; {writer.kept()}")
+
+
+def _explained(error: BaseException | None, writer: Writer) -> CalibError:
+    assert isinstance(error, OSError)
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    remedy = "make room" if full else "mend that"
+    what = f"{error.filename or writer.data_dir}: {error.strerror or error}"
+    return CalibError(f"{what}; {writer.kept()}: {remedy} and run the same command again")
