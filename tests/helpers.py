@@ -158,9 +158,10 @@ def command(*arguments: str) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    """A process started in any folder imports this checkout."""
+    """A process started in any folder imports this checkout, and else what this one does."""
     inherited = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
-    return inherited | {"PYTHONPATH": str(CHECKOUT)}
+    path = [str(CHECKOUT), *filter(None, [inherited.get("PYTHONPATH")])]
+    return inherited | {"PYTHONPATH": os.pathsep.join(path)}
 
 
 def run_process(folder: Path, *arguments: str) -> Outcome:
