@@ -356,6 +356,8 @@ def hub(request: pytest.FixtureRequest) -> Iterator[str]:
 def test_what_the_hub_refuses_is_said_in_one_line(
     hub: str, advice: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    for name in ("HF_HUB_OFFLINE", "HF_HUB_CACHE"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HF_ENDPOINT", hub)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
     outcome = run_process(tmp_path, "generate", "model=sd3_medium", "model.dtype=float32", "num_images=1")
