@@ -158,7 +158,10 @@ def _explain(message: str, overrides: Sequence[str]) -> str:
         if group in groups():
             parameters = [k for k in known_keys(chosen) if k.startswith(f"{group}.")]
             takes = ", ".join(parameters) or "no parameters"
-            return f"{given}: this {group} takes {takes}.{suggest(key, parameters, list_all=False)}"
+            others = [option for option in groups()[group] if key in known_keys([*chosen, f"{group}={option}"])]
+            named = " or ".join(f"{group}={option}" for option in others)
+            hint = f" {named} takes it." if others else suggest(key, parameters, list_all=False)
+            return f"{given}: the chosen {group} takes {takes}.{hint}"
         return f"{given}: no such key.{suggest(key, known_keys(chosen))}"
     return f"{' '.join(overrides)}: {message.strip().splitlines()[0] if message.strip() else 'not possible'}"
 

@@ -57,6 +57,7 @@ BAD = [
     (["prompts=file", "prompts.path=../empty.txt"], ("prompts.path=../empty.txt", "no prompts")),
     (["prompts=file", "prompts.path=../none.txt"], ("prompts.path=../none.txt", "cannot be read")),
     (["prompts=file"], ("prompts.path",)),
+    (["prompts.path=a.txt"], ("prompts.path=a.txt", "prompts=file takes it")),
     (["prompts.seed=-1"], ("prompts.seed=-1",)),
     ([*CHEAP, "subset=random", "subset.seed=-1"], ("subset.seed=-1",)),
     (["hydra.run.dir=../file/run"], ("hydra.run.dir=../file/run", "cannot be written")),

@@ -171,7 +171,7 @@ def load_vae_decoder(path: str, prefix: str, dtype: mx.Dtype) -> VAEDecoder:
 def _preflight(name: str, config: MMDiTConfig, dtype: ModelDtype) -> None:
     """Notes on what will be slow or too large, before anything is downloaded or read."""
     if dtype is not ModelDtype.FLOAT32 and mx.default_device().type == mx.DeviceType.cpu:
-        note(f"model.dtype={dtype}: 16-bit products are some 40 times slower on a CPU; model.dtype=float32 is the way")
+        note(f"model.dtype={dtype}: 16-bit products are some 40 times slower on a CPU; use model.dtype=float32")
     size, memory = sum(weight.size for weight in parameters(MMDiT(config)).values()) * dtype.mlx.size, device_memory()
     if size > memory:
         needed = f"{size / 1e9:.1f} of {memory / 1e9:.1f} GB"
