@@ -2,6 +2,7 @@
 
 import calib  # isort: skip  (its BLAS must be loaded before mlx)
 
+import shutil
 from pathlib import Path
 
 from calib.activations.collect import CollectSettings, LayerActivations, collect
@@ -9,10 +10,12 @@ from calib.activations.taps import TapKind, TapSelection, tap_points
 from calib.dataset.generate import SamplerSettings, generate
 from calib.dataset.load import load_manifest
 from calib.dataset.manifest import Manifest
+from calib.dataset.store import StorageFormat
 from calib.models import emoji
 from calib.models.model import DiffusionModel
 
 import pytest
+from damage import IMAGES, SETTINGS
 from helpers import PROMPTS, SAMPLER, STEPS, TINY, run_process
 from hypothesis import settings
 
@@ -74,3 +77,22 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     work.mkdir()
     monkeypatch.chdir(work)
     return work
+
+
+@pytest.fixture(scope="session")
+def drawn(model: DiffusionModel, tmp_path_factory: pytest.TempPathFactory) -> dict[StorageFormat, Path]:
+    """Four images of two steps in either storage; tests copy them."""
+    folders = {storage: tmp_path_factory.mktemp("drawn") / storage for storage in StorageFormat}
+    for storage, folder in folders.items():
+        generate(model, PROMPTS, IMAGES, folder, SETTINGS, storage=storage)
+    return folders
+
+
+@pytest.fixture
+def dataset(drawn: dict[StorageFormat, Path], tmp_path: Path) -> Path:
+    return Path(shutil.copytree(drawn[StorageFormat.HDF5], tmp_path / "dataset"))
+
+
+@pytest.fixture
+def npz_dataset(drawn: dict[StorageFormat, Path], tmp_path: Path) -> Path:
+    return Path(shutil.copytree(drawn[StorageFormat.NPZ], tmp_path / "dataset"))
