@@ -11,6 +11,8 @@ import ctypes
 import importlib.metadata
 import os
 import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from ctypes.util import find_library
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,3 +84,27 @@ def _load() -> BlasStatus:
 
 #: Outcome of the one attempt, made when ``calib`` is first imported.
 STATUS: BlasStatus = _load()
+
+#: Functions that set the number of threads of a BLAS, by library.
+_SET_THREADS = ("MKL_Set_Num_Threads", "openblas_set_num_threads")
+_GET_THREADS = ("MKL_Get_Max_Threads", "openblas_get_num_threads")
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Within the context a product takes ``count`` threads; no effect on a library that cannot be told."""
+    library = ctypes.CDLL(STATUS.library) if STATUS.library is not None else None
+    setter, getter = (_first(library, names) for names in (_SET_THREADS, _GET_THREADS))
+    if setter is None or getter is None:
+        yield
+        return
+    before = getter()
+    setter(count)
+    try:
+        yield
+    finally:
+        setter(before)
+
+
+def _first(library: ctypes.CDLL | None, names: Sequence[str]) -> Callable[..., int] | None:
+    return next((getattr(library, name) for name in names if hasattr(library, name)), None)

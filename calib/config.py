@@ -4,16 +4,18 @@ Options of a group are functions named by ``_target_``; their parameters are che
 signature, so an option of the user's own gets the same care as one of calib's.
 """
 
+import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from calib import subsets, timesteps
 from calib.activations.collect import CollectSettings
+from calib.activations.samples import Samples, SampleSettings
 from calib.activations.taps import TapSelection, tap_points
 from calib.analysis.layers import LayerSummary
 from calib.analysis.plan import Heuristic, LayerPlan
@@ -26,7 +28,12 @@ from calib.models.model import DiffusionModel
 from calib.prompts import report_duplicates
 from calib.typed import at_least, bind, fill, typed
 
+from diffusionkit.mlx.mmdit import MMDiT
+
 T = TypeVar("T")
+
+#: Which of the image ids given are collected; where the final latents decide, they must be given too.
+ImageChooser: TypeAlias = Callable[[Sequence[int], "subsets.Latents | None"], list[int]]
 
 
 class Stage(StrEnum):
@@ -56,9 +63,12 @@ class DatasetSettings:
 
 @dataclass(frozen=True)
 class StorageSettings:
-    """What is kept of activations; see :class:`CollectSettings`."""
+    """What is kept of activations; see :class:`CollectSettings` and :class:`SampleSettings`."""
 
     histogram_rows: int | None = 256
+    samples: Samples = Samples.NONE
+    rows_per_image: int = 2
+    dtype: StateDtype | None = None
 
 
 @dataclass(frozen=True)
@@ -68,14 +78,16 @@ class Settings:
     stage: Stage
     model_name: str
     load_model: Callable[[], DiffusionModel]
+    skeleton: Callable[[], MMDiT] | None
     prompts: tuple[str, ...]
     num_images: int
     seed: int
     data_dir: Path
+    cache_dir: Path
     sampler: SamplerSettings
     dataset: DatasetSettings
-    steps: tuple[int, ...]
-    choose_images: Callable[[Sequence[int]], list[int]]
+    steps: tuple[int, ...] | timesteps.Drift
+    choose_images: ImageChooser
     taps: TapSelection
     collect: CollectSettings
     heuristic: Heuristic
@@ -89,7 +101,8 @@ class Settings:
     @property
     def stored_steps(self) -> tuple[int, ...]:
         """The states that a dataset of this configuration keeps."""
-        return self.steps if self.dataset.steps is StoredStates.SCHEDULE else tuple(range(self.sampler.num_steps + 1))
+        scheduled = self.dataset.steps is StoredStates.SCHEDULE and not isinstance(self.steps, timesteps.Drift)
+        return self.steps if scheduled else tuple(range(self.sampler.num_steps + 1))  # type: ignore[return-value]
 
 
 #: Key of a ``model`` option that names a function building its transformer without weights, so that layer patterns
@@ -105,9 +118,22 @@ GROUPS = (
     "analysis",
 )
 KEYS = (
-    *("stage", "swept", "num_images", "seed", "data_dir", "generate_missing", "keep_awake", "stats", "export_config"),
+    *(
+        "stage",
+        "swept",
+        "num_images",
+        "seed",
+        "data_dir",
+        "cache_dir",
+        "generate_missing",
+        "keep_awake",
+        "stats",
+        "export_config",
+    ),
     *GROUPS,
 )
+#: Of these results do not depend.
+BESIDES = ("swept", "cache_dir", "keep_awake")
 
 
 def build(config: Mapping[str, Any], multirun: bool = False) -> Settings:
@@ -132,17 +158,23 @@ def build(config: Mapping[str, Any], multirun: bool = False) -> Settings:
     load = bind("model", parameters, given=("shift", "image_size"))
     prompts = _prompts(config["prompts"])
     taps = fill("taps", config["taps"], TapSelection)
+    skeleton = None
     if SKELETON in model:
-        skeleton = bind("model", {**parameters, "_target_": model[SKELETON]}, given=("image_size", "cfg_weight"))
-        tap_points(skeleton(image_size=image_size, cfg_weight=sampler.cfg_weight), taps)
+        build_skeleton = bind("model", {**parameters, "_target_": model[SKELETON]}, given=("image_size", "cfg_weight"))
+        skeleton = cache(partial(build_skeleton, image_size=image_size, cfg_weight=sampler.cfg_weight))
+        tap_points(skeleton(), taps)
     generate_missing = typed("generate_missing", config["generate_missing"], bool | None)
     subset = dict(config["subset"])
     requested = typed("subset.num_images", subset.pop("num_images", None), int | None)
+    shard = _shard(config["shard"], stage)
+    parts = stage is Stage.COLLECT and shard.count > 1
     if generate_missing is None:
-        generate_missing = multirun or stage is Stage.RUN
+        generate_missing = (multirun and not parts) or stage is Stage.RUN
+    if parts and generate_missing:
+        raise ConfigError("generate_missing=true: a shard does not draw what it collects; calib generate first")
     choose_images = _chooser(subset, requested)
     if stage in (Stage.RUN, Stage.COLLECT) and generate_missing:
-        choose_images(range(num_images))
+        choose_images(range(num_images), None)
     elif requested is not None:
         at_least("subset.num_images", requested, 1)
     steps = _steps(config["timestep_schedule"], sampler.num_steps)
@@ -150,10 +182,12 @@ def build(config: Mapping[str, Any], multirun: bool = False) -> Settings:
         stage=stage,
         model_name=typed("model.name", model.get("name"), str),
         load_model=partial(load, shift=sampler.shift, image_size=image_size),
+        skeleton=skeleton,
         prompts=prompts,
         num_images=num_images,
         seed=seed,
         data_dir=_data_dir(config, prompts, sampler, dataset, steps),
+        cache_dir=_path("cache_dir", config["cache_dir"]) or Path("calibration_cache"),
         sampler=sampler,
         dataset=dataset,
         steps=steps,
@@ -162,11 +196,11 @@ def build(config: Mapping[str, Any], multirun: bool = False) -> Settings:
         collect=_collect(config, seed),
         heuristic=_heuristic(config["analysis"]),
         generate_missing=generate_missing,
-        shard=_shard(config["shard"], stage),
+        shard=shard,
         keep_awake=typed("keep_awake", config["keep_awake"], bool),
         stats=_path("stats", config["stats"]),
         export_config=_path("export_config", config["export_config"]),
-        fingerprint=short_hash([{k: v for k, v in config.items() if k != "swept"}, prompts], digits=16),
+        fingerprint=short_hash([{k: v for k, v in config.items() if k not in BESIDES}, prompts], digits=16),
     )
 
 
@@ -197,8 +231,9 @@ def _shard(node: Mapping[str, Any], stage: Stage) -> Shard:
     at_least("shard.count", shard.count, 1)
     if not 0 <= shard.index < shard.count:
         raise ConfigError.bad_value("shard.index", shard.index, f"must be 0 to {shard.count - 1} (shard.count - 1)")
-    if shard.count > 1 and stage is not Stage.GENERATE:
-        raise ConfigError.bad_value("shard.count", shard.count, "only calib generate is done in shards")
+    if shard.count > 1 and stage not in (Stage.GENERATE, Stage.COLLECT):
+        allowed = "only calib generate and calib collect are done in shards"
+        raise ConfigError.bad_value("shard.count", shard.count, allowed)
     return shard
 
 
@@ -207,29 +242,42 @@ def _data_dir(
     prompts: Sequence[str],
     sampler: SamplerSettings,
     dataset: DatasetSettings,
-    steps: Sequence[int],
+    steps: Sequence[int] | timesteps.Drift,
 ) -> Path:
     """The configured folder, or one named by what makes the images: model, prompts, sampler, seed and storage."""
     given = _path("data_dir", config["data_dir"])
     if given is not None:
         return given
+    by_schedule = dataset.steps is StoredStates.SCHEDULE
+    if isinstance(steps, timesteps.Drift):
+        if by_schedule:
+            allowed = "timestep_schedule=drift chooses among stored states: it needs all of them"
+            raise ConfigError.bad_value("dataset.steps", dataset.steps, allowed)
+        steps = ()
     drawn_by = {name: value for name, value in asdict(sampler).items() if name != "batch_size"}
-    stored = asdict(dataset) | ({"steps": list(steps)} if dataset.steps is StoredStates.SCHEDULE else {})
+    stored = asdict(dataset) | ({"steps": list(steps)} if by_schedule else {})
     made_by = [dict(config["model"]), list(prompts), drawn_by, config["seed"], stored]
     model, source = config["model"]["name"], str(config["prompts"]["_target_"]).rpartition(".")[2].removeprefix("from_")
     return Path("calibration_data") / f"{model}-{source}-{sampler.num_steps}steps-{short_hash(made_by)}"
 
 
-def _steps(node: Mapping[str, Any], num_steps: int) -> tuple[int, ...]:
+def _steps(node: Mapping[str, Any], num_steps: int) -> tuple[int, ...] | timesteps.Drift:
     schedule = bind("timestep_schedule", node, given=("num_steps",))
-    return timesteps.checked(schedule(num_steps=num_steps), num_steps)
+    steps = schedule(num_steps=num_steps)
+    return steps if isinstance(steps, timesteps.Drift) else timesteps.checked(steps, num_steps)
 
 
-def _chooser(node: Mapping[str, Any], requested: int | None) -> Callable[[Sequence[int]], list[int]]:
-    choose = bind("subset", node, given=("image_ids", "num_images"))
+def _chooser(node: Mapping[str, Any], requested: int | None) -> ImageChooser:
+    """The images of a dataset that are collected; those whose latents decide only where ``latents`` are given."""
+    choose = bind("subset", node, given=("image_ids", "num_images", subsets.LATENTS))
+    by_latents = subsets.LATENTS in inspect.signature(choose).parameters
 
-    def chosen(image_ids: Sequence[int]) -> list[int]:
-        found: list[int] = choose(image_ids=image_ids, num_images=subsets.resolve_count(requested, len(image_ids)))
+    def chosen(image_ids: Sequence[int], latents: subsets.Latents | None) -> list[int]:
+        count = subsets.resolve_count(requested, len(image_ids))
+        if by_latents and latents is None:
+            return list(image_ids[:count])  # which ones can be told once they are drawn
+        more = {subsets.LATENTS: latents} if by_latents else {}
+        found: list[int] = choose(image_ids=image_ids, num_images=count, **more)
         return found
 
     return chosen
@@ -242,7 +290,12 @@ def _collect(config: Mapping[str, Any], seed: int) -> CollectSettings:
     storage = fill("storage", config["storage"], StorageSettings)
     if storage.histogram_rows is not None:
         at_least("storage.histogram_rows", storage.histogram_rows, 1)
-    return CollectSettings(batch_size, storage.histogram_rows, seed)
+    at_least("storage.rows_per_image", storage.rows_per_image, 1)
+    if storage.dtype is StateDtype.FLOAT32:
+        raise ConfigError.bad_value("storage.dtype", storage.dtype, "must be float16 or bfloat16, or null")
+    samples = SampleSettings(storage.samples, storage.rows_per_image, storage.dtype)
+    halves = fill("taps", config["taps"], TapSelection).cfg_halves
+    return CollectSettings(batch_size, storage.histogram_rows, seed, halves, samples)
 
 
 def _heuristic(node: Mapping[str, Any]) -> Heuristic:

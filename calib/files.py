@@ -1,14 +1,16 @@
 """Writing files that are whole or absent, whatever interrupts."""
 
+import errno
 import fcntl
 import hashlib
 import json
 import os
+import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from calib.errors import CalibError
 
@@ -104,6 +106,42 @@ def is_locked(path: Path) -> bool:
     except OSError:
         return True
     return False
+
+
+def free_bytes(folder: Path) -> int:
+    """Bytes that this user may still write where ``folder`` is or would be."""
+    existing = folder.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    return shutil.disk_usage(existing).free
+
+
+def take_room(file: IO[bytes], nbytes: int) -> None:
+    """Raise OSError (ENOSPC) unless ``file``, open for writing, has room for ``nbytes``; where possible they are taken.
+
+    For files that a library writes to which a full disk is fatal.
+    """
+    if free_bytes(Path(file.name).parent) < nbytes:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    if hasattr(os, "posix_fallocate"):  # not on macOS
+        os.posix_fallocate(file.fileno(), 0, nbytes)
+
+
+@contextmanager
+def locked(path: Path, on_wait: Callable[[], None]) -> Iterator[None]:
+    """Hold the lock file ``path``, made where missing; where another process holds it, ``on_wait`` and then wait."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            on_wait()
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            raise CalibError(
+                f"{path}: this file system has no locks ({error.strerror}); choose another folder"
+            ) from None
+        yield
 
 
 def write_bytes(path: Path, content: bytes) -> None:

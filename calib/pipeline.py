@@ -1,6 +1,5 @@
 """The stages, one function each: generate, collect, analyze. They know settings and folders, not Hydra."""
 
-import json
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -9,15 +8,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from calib.activations.collect import LayerActivations, collect
 from calib.activations.store import FILE as ACTIVATIONS
-from calib.activations.store import write_activations
-from calib.activations.taps import TapPoint, linear_layers, tap_points
-from calib.activations.weights import weight_sqnr
 from calib.analysis.layers import STATISTICS, LayerSummary, read_summaries
 from calib.analysis.plan import Plan, make_plan, phase_bits
 from calib.analysis.summary import summary_text
 from calib.awake import awake
+from calib.collecting import chosen_images, run_collect
 from calib.config import Settings, Stage, check_writable
 from calib.dataset.generate import generate, missing_images
 from calib.dataset.load import load_manifest
@@ -28,16 +24,10 @@ from calib.errors import CalibError, ConfigError
 from calib.files import checksum, short_hash, write_json, write_text
 from calib.models.model import DiffusionModel
 from calib.progress import counted
-from calib.runs.directory import RunDirectory, device_name, git_commit
-from calib.timesteps import phase_bounds
-from calib.versions import versions
+from calib.runs.directory import RunDirectory
+from calib.timesteps import Drift, phase_bounds
 
-PLAN, TIMESTEP_CONFIG, SUMMARY, METADATA = (
-    "quantization_config.json",
-    "timestep_config.json",
-    "analysis.txt",
-    "collection_metadata.json",
-)
+PLAN, TIMESTEP_CONFIG, SUMMARY = ("quantization_config.json", "timestep_config.json", "analysis.txt")
 
 logger = logging.getLogger("calib")
 
@@ -50,7 +40,7 @@ def precheck(settings: Settings) -> None:
     draws = settings.stage is Stage.GENERATE or settings.generate_missing
     if not draws:
         manifest = _dataset(settings)
-        settings.choose_images(sorted(manifest.images))
+        chosen_images(settings, manifest)
         check_matches(settings, manifest, ("num_steps",) if manifest.is_older else ("model", "num_steps"))
         _check_stored(settings, manifest)
     elif (settings.data_dir / MANIFEST).exists():
@@ -90,7 +80,9 @@ def _check_stored(settings: Settings, manifest: Manifest) -> None:
             f"{settings.data_dir} keeps {len(manifest.steps)} states of an image, others than these {len(drawn)}; ask "
             "for the same, or name another data_dir",
         )
-    wanted = settings.steps if settings.stage is not Stage.GENERATE else settings.stored_steps
+    wanted: Sequence[int] = ()
+    if settings.stage is not Stage.GENERATE and not isinstance(settings.steps, Drift):
+        wanted = settings.steps
     if lacking := sorted(set(wanted) - set(manifest.steps)):
         raise ConfigError(
             f"timestep_schedule: {settings.data_dir} does not keep state {lacking[0]} (it keeps "
@@ -165,71 +157,6 @@ def run_generate(settings: Settings, run: RunDirectory, model: Callable[[], Diff
     part = f"shard {shard.index} of {shard.count}, " if shard.count > 1 else ""
     complete = len(load_manifest(settings.data_dir).images)
     print(f"Dataset: {settings.data_dir} ({part}{counted(complete, 'image')}, {drawn} new)")
-
-
-def run_collect(
-    settings: Settings, run: RunDirectory, model: Callable[[], DiffusionModel], config: Mapping[str, Any]
-) -> None:
-    """Statistics of the chosen images and steps, into the run directory."""
-    manifest = _dataset(settings)
-    limit = settings.num_images if settings.generate_missing else len(manifest.images)
-    available = sorted(manifest.images)[:limit]
-    image_ids = settings.choose_images(available)
-    points = tap_points(model().transformer, settings.taps)
-    start = time.monotonic()
-    layers = collect(model(), settings.data_dir, image_ids, settings.steps, points, settings.collect)
-    seconds = time.monotonic() - start
-    modules = linear_layers(model().transformer)
-    sqnr = {name: weight_sqnr(modules[name]) for point in points for name in point.names if name in modules}
-    attributes = {
-        "producer": f"calib {versions()['calib']}",
-        "git_commit": git_commit(),
-        "config": json.dumps(config),
-        "model": manifest.model,
-        "fingerprint": model().fingerprint,
-        "mlx_version": versions()["mlx"],
-        "device": device_name(),
-    }
-    write_activations(run.path / ACTIVATIONS, layers, settings.steps, manifest, sqnr, attributes)
-    summaries, _ = read_summaries(run.path)
-    write_json(run.path / STATISTICS, {name: layer.to_json() for name, layer in summaries.items()})
-    write_json(run.path / METADATA, _metadata(settings, manifest, image_ids, points, layers))
-    run.add_metrics({"images": len(image_ids), "steps": len(settings.steps), "collect_seconds": seconds})
-    size = (len(layers), len(image_ids), len(settings.steps))
-    logger.info("collected %d layers of %d images at %d steps in %.1f s", *size, seconds)
-
-
-def _metadata(
-    settings: Settings,
-    manifest: Manifest,
-    image_ids: list[int],
-    points: list[TapPoint],
-    layers: Mapping[str, LayerActivations],
-) -> dict[str, object]:
-    bad = {
-        name: {"nan": sum(s.nan for s in layer.steps.values()), "inf": sum(s.inf for s in layer.steps.values())}
-        for name, layer in layers.items()
-    }
-    return {
-        "data_dir": str(settings.data_dir),
-        "model": manifest.model,
-        "fingerprint": manifest.fingerprint,
-        "image_ids": image_ids,
-        "cfg_weight": manifest.cfg_weight,
-        "num_steps": manifest.num_steps,
-        "steps": [
-            {
-                "step_index": step,
-                "sigma": manifest.sigmas[step],
-                "timestep": manifest.timesteps[step],
-                "evaluated_by_sampler": step < manifest.num_steps,
-            }
-            for step in settings.steps
-        ],
-        "histogram_rows": settings.collect.histogram_rows,
-        "taps": {point.name: {"kind": point.kind, "same_input": list(point.aliases)} for point in points},
-        "non_finite": {name: counts for name, counts in bad.items() if any(counts.values())},
-    }
 
 
 def run_analyze(settings: Settings, run: RunDirectory, stats: Path) -> None:

@@ -3,14 +3,20 @@
 Every subset is a function of the dataset's image ids (ascending) and ``num_images`` and returns chosen ids.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 from calib.errors import ConfigError
 from calib.seeds import generator
 
 import numpy as np
+from numpy.typing import NDArray
 
 GROUP = "subset"
+#: Parameter of a subset that final latents decide.
+LATENTS = "latents"
+#: Image ids -> their final latents, (images, features) float32.
+Latents: TypeAlias = Callable[[Sequence[int]], NDArray[np.float32]]
 DEFAULT_NUM_IMAGES = 100
 
 
@@ -42,6 +48,23 @@ def random(image_ids: Sequence[int], num_images: int, seed: int = 0) -> list[int
     """``num_images`` images drawn without repeats."""
     order = generator(f"{GROUP}.seed", seed).permutation(len(image_ids))
     return sorted(image_ids[i] for i in order[:num_images])
+
+
+def diverse(image_ids: Sequence[int], num_images: int, latents: Latents, seed: int = 0) -> list[int]:
+    """``num_images`` images as unlike one another as possible, by their final latents.
+
+    k-center greedy (Gonzalez 1985; Sener and Savarese 2018, algorithm 1): a first image drawn by ``seed``, then ever
+    the one farthest from those chosen, in Euclidean distance.
+    """
+    points = latents(image_ids)
+    chosen = [int(generator(f"{GROUP}.seed", seed).randint(len(image_ids)))]
+    distance = np.full(len(image_ids), np.inf)
+    while len(chosen) < num_images:
+        difference = points - points[chosen[-1]]
+        distance = np.minimum(distance, np.einsum("ij,ij->i", difference, difference))
+        distance[chosen] = -1
+        chosen.append(int(np.argmax(distance)))
+    return sorted(image_ids[i] for i in chosen)
 
 
 def from_list(image_ids: Sequence[int], num_images: int, ids: Sequence[int] = ()) -> list[int]:

@@ -6,6 +6,7 @@ own package, is an option as soon as a YAML file under ``timestep_schedule/`` na
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from calib.errors import ConfigError
 from calib.seeds import generator
@@ -18,7 +19,7 @@ GROUP = "timestep_schedule"
 def _check_count(count: int, num_steps: int, at_least: int = 1) -> None:
     if not at_least <= count <= num_steps + 1:
         raise ConfigError.bad_value(
-            f"{GROUP}.count", count, f"must be {at_least} to {num_steps + 1}, as sampler.num_steps={num_steps}"
+            f"{GROUP}.count", count, f"must be {at_least} to {num_steps + 1}, the states there are to choose from"
         )
 
 
@@ -92,6 +93,26 @@ def phases(num_steps: int, early: int = 4, mid: int = 9, late: int = 4) -> list[
             )
         steps |= {round(step) for step in np.linspace(first, last, count)}
     return sorted(steps)
+
+
+@dataclass(frozen=True)
+class Drift:
+    """A schedule that statistics decide: ``count`` states, by those of the first ``images`` images at every state."""
+
+    count: int
+    images: int
+
+
+def drift(num_steps: int, count: int = 17, images: int = 8) -> Drift:
+    """``count`` states that differ most from one another, by a first look at ``images`` images.
+
+    Greedy: state 0, then ever the state farthest from those chosen (see :mod:`calib.activations.drift`). Of the states
+    that the sampler feeds to the model; the finished latent is not among them.
+    """
+    _check_count(count, num_steps - 1)
+    if images < 1:
+        raise ConfigError.bad_value(f"{GROUP}.images", images, "must be 1 or more")
+    return Drift(count, images)
 
 
 def from_list(num_steps: int, steps: Sequence[int] = ()) -> list[int]:

@@ -1,29 +1,41 @@
-"""Replay stored states through the tapped transformer and gather statistics per layer and step.
+"""Replay stored states through the tapped transformer, and keep what was seen for every run that asks again.
 
-Images go in blocks, each prompt is encoded once, and no image is drawn again. Each forward's statistics are
-computed on the device and evaluated together with its output.
+Images go in blocks, each prompt is encoded once, and no image is drawn again. What is collected at a step is written
+to the cache at once: an interrupted collection goes on from there, and another run that wants the step finds it.
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from calib.activations.histogram import DTYPES
-from calib.activations.statistics import Statistics, is_sound, summarize
-from calib.activations.taps import TapPoint, tapped
-from calib.dataset.load import load_manifest
+from calib.activations.cache import StepCache
+from calib.activations.observer import Observer, Seen
+from calib.activations.plain import PHASES
+from calib.activations.record import Block, StepRecord, merge_halves, over_rows
+from calib.activations.replay import Replay, new_observer, shared_cores
+from calib.activations.samples import Samples, SampleSettings, SampleWriter
+from calib.activations.states import ahead, check_states, read_states
+from calib.activations.store import Source
+from calib.activations.taps import Halves, TapPoint
 from calib.dataset.manifest import FILE, ImageEntry, Manifest
-from calib.dataset.store import read_state
+from calib.dataset.shards import Shard
 from calib.errors import CalibError
 from calib.models.memory import plan_memory
 from calib.models.model import Conditioning, DiffusionModel
-from calib.progress import Progress
+from calib.progress import Progress, note
 from calib.seeds import generator
+from calib.versions import versions
 
 import mlx.core as mx
 import numpy as np
+from diffusionkit.mlx.mmdit import MMDiT
+from numpy.typing import NDArray
+
+#: Images whose prompts stay encoded while all steps are replayed; each is some 10 MB with SD3 and T5.
+PART_IMAGES = 32
 
 
 @dataclass(frozen=True)
@@ -40,56 +52,256 @@ class CollectSettings:
     batch_size: int | None = None
     histogram_rows: int | None = 256
     seed: int = 0
+    cfg_halves: Halves = Halves.POOLED
+    samples: SampleSettings = field(default_factory=SampleSettings)
 
 
-@dataclass
-class LayerActivations:
-    """What was observed at one tap: a :class:`Statistics` for each step index."""
+class Collection:
+    """Statistics of one subset of a dataset's images, step by step, in the cache or yet to be collected.
 
-    point: TapPoint
-    dtype: str
-    steps: dict[int, Statistics] = field(default_factory=dict)
-
-    def add(self, step: int, statistics: Statistics) -> None:
-        self.steps[step] = self.steps[step].merge(statistics) if step in self.steps else statistics
-
-
-def collect(
-    model: DiffusionModel,
-    data_dir: Path,
-    image_ids: Sequence[int],
-    steps: Sequence[int],
-    points: Sequence[TapPoint],
-    settings: CollectSettings,
-) -> dict[str, LayerActivations]:
-    """Statistics of ``points`` over the given images and steps, by tap name, blocks' streams apart as well.
-
-    Raises:
-        CalibError: the dataset was made by another model, or a state cannot be read.
+    Args:
+        transformer: the model's, or one of its shape without weights.
+        model: loads the model; called only if a step is not in the cache.
+        shard: the part of the blocks that is collected.
     """
-    manifest = load_manifest(data_dir)
-    _check_model(data_dir, manifest, model)
-    memory = plan_memory(model, manifest.cfg_weight > 0)
-    layers: dict[str, LayerActivations] = {}
-    batch_size = settings.batch_size or manifest.batch_size or 1
-    stride = histogram_stride(model, manifest.cfg_weight, batch_size, settings.histogram_rows)
-    label = f"collect {len(image_ids)} images at {len(steps)} steps"
-    blocks = list(batched_ids(image_ids, batch_size))
-    with Progress(label, len(blocks) * len(steps), "forward") as progress:
-        prompts = [[_prompt(data_dir, manifest.images[i]) for i in block] for block in blocks]
-        texts = model.encode_batches(prompts, manifest.cfg_weight, memory.keep_text)
-        for number, (block, text) in enumerate(zip(blocks, texts, strict=True)):
+
+    def __init__(
+        self,
+        transformer: MMDiT,
+        model: Callable[[], DiffusionModel],
+        data_dir: Path,
+        manifest: Manifest,
+        image_ids: Sequence[int],
+        points: Sequence[TapPoint],
+        settings: CollectSettings,
+        cache_dir: Path,
+        shard: Shard | None = None,
+    ):
+        self.data_dir, self.manifest, self.points, self.settings = data_dir, manifest, points, settings
+        self._model = model
+        self.batch_size = settings.batch_size or manifest.batch_size or 1
+        self.stride = histogram_stride(transformer, manifest, self.batch_size, settings.histogram_rows)
+        shard = shard or Shard()
+        blocks = [Block(i, ids) for i, ids in enumerate(batched_ids(image_ids, self.batch_size))]
+        self.blocks = [block for block in blocks if shard.owns(block.number)]
+        self.images = [i for block in self.blocks for i in block.images]
+        each = max(1, PART_IMAGES // self.batch_size)
+        self.parts = [self.blocks[i : i + each] for i in range(0, len(self.blocks), each)]
+        self.cache = StepCache(cache_dir, self._identity(transformer))
+
+    def _identity(self, transformer: MMDiT) -> dict[str, Any]:
+        """What the statistics of a step follow from."""
+        manifest = self.manifest
+        return {
+            "dataset": {
+                "model": manifest.model,
+                "fingerprint": manifest.fingerprint or str(self.data_dir.absolute()),
+                "text_encoders": manifest.text_encoders,
+                "cfg_weight": manifest.cfg_weight,
+                "latent_shape": list(manifest.latent_shape),
+                "timesteps": [
+                    f"{sigma:.9g} {t:.9g}" for sigma, t in zip(manifest.sigmas, manifest.timesteps, strict=True)
+                ],
+            },
+            "states": [[block.number, [self._states_of(i) for i in block.images]] for block in self.blocks],
+            "taps": [asdict(point) for point in self.points],
+            "depth": [transformer.config.depth_multimodal, transformer.config.depth_unified],
+            "settings": {**asdict(self.settings), "batch_size": self.batch_size},
+            "device": mx.default_device().type.name,
+            "mlx": versions()["mlx"],
+        }
+
+    def _states_of(self, image_id: int) -> list[str]:
+        """Prompt and content of one image's states; of an older dataset, without checksums, size and time."""
+        entry = self.manifest.images[image_id]
+        if entry.checksums:
+            return [str(entry.prompt), *(entry.checksums.get(name, "") for name in entry.samples)]
+        stats = [(self.data_dir / name) for name in entry.samples]
+        found = [path.stat() for path in stats if path.exists()]
+        return [str(entry.prompt), *(f"{s.st_size} {s.st_mtime_ns}" for s in found)]
+
+    def missing(self, steps: Sequence[int]) -> list[int]:
+        """Steps that the cache does not hold."""
+        return [step for step in steps if not self.cache.has(step)]
+
+    def collect(self, steps: Sequence[int]) -> None:
+        """Have all of ``steps`` in the cache.
+
+        Raises:
+            CalibError: the dataset was made by another model, or states are missing or damaged.
+        """
+        if not self.missing(steps):
+            return
+        with self.cache.lock():
+            todo = self.missing(steps)  # another process may have been at it
+            if todo:
+                check_states(self.data_dir, self.manifest, self.images, todo)
+                model = self._model()
+                check_model(self.data_dir, self.manifest, model)
+                self._collect(model, todo)
+
+    def records(self, steps: Sequence[int], names: Sequence[str] | None = None) -> dict[int, StepRecord]:
+        """What was seen at ``steps``, at all taps or at ``names``."""
+        found = {}
+        for step in steps:
+            record = self.cache.load(step, names=names)
+            if record is None:
+                raise CalibError(f"{self.cache.path(step)}: was damaged just now; run the same command again")
+            found[step] = record
+        return found
+
+    def source(self, steps: Sequence[int]) -> Source:
+        """What is in the cache of ``steps``, for a file of activations."""
+        return Source(
+            names=list(self.records(steps[:1])[steps[0]].seen),
+            load=lambda names: self.records(steps, names),
+            nbytes=sum(self.cache.path(step).stat().st_size for step in steps),
+            blocks=self.blocks,
+            halves=2 if self.manifest.cfg_weight > 0 else 1,
+            samples=self.settings.samples if self.settings.samples.kind is not Samples.NONE else None,
+            samples_path=self.cache.samples_path,
+            seed=self.settings.seed,
+        )
+
+    def _collect(self, model: DiffusionModel, steps: Sequence[int]) -> None:
+        several = len(self.parts) > 1
+        todo = [
+            (part, number, [s for s in steps if not several or not self.cache.has(s, number)])
+            for number, part in enumerate(self.parts)
+        ]
+        forwards = sum(len(part) * len(left) for part, _, left in todo)
+        rows = min(self.batch_size, len(self.images)) * (2 if self.manifest.cfg_weight > 0 else 1)
+        label = f"collect {len(self.images)} images at {len(steps)} steps"
+        with (
+            Progress(label, forwards, "forward") as progress,
+            shared_cores(rows),
+            ThreadPoolExecutor(1) as writer,
+        ):
+            saving: list[Future[None]] = []
+            for part, number, left in todo:
+                place = number if several else None
+                for record in _replayed(model, self, part, left, place, progress):
+                    for done in saving:
+                        done.result()
+                    saving = [writer.submit(self.cache.save, record, place)]
+            for done in saving:
+                done.result()
+        if several:
             for step in steps:
-                x = mx.array(np.stack([read_state(data_dir, manifest, i, step) for i in block]).astype(np.float32))
-                phase = float(generator("seed", settings.seed, number, step).rand())
-                observed = observe(model, x, text, manifest, step, points, stride, phase)
-                for name, (point, dtype, statistics) in observed.items():
-                    layers.setdefault(name, LayerActivations(point, dtype)).add(step, statistics)
-                progress.advance()
-    return layers
+                self.cache.join_parts(step, len(self.parts))
 
 
-def _check_model(data_dir: Path, manifest: Manifest, model: DiffusionModel) -> None:
+def _replayed(
+    model: DiffusionModel,
+    collection: Collection,
+    blocks: Sequence[Block],
+    steps: Sequence[int],
+    part: int | None,
+    progress: Progress,
+) -> Iterator[StepRecord]:
+    """The record of each step over ``blocks``; while one is read from the device the next is computed already."""
+    if not steps:
+        return
+    data_dir, manifest = collection.data_dir, collection.manifest
+    memory = plan_memory(model, manifest.cfg_weight > 0, collection.batch_size)
+    prompts = [[_prompt(data_dir, manifest.images[i]) for i in block.images] for block in blocks]
+    texts = list(model.encode_batches(prompts, manifest.cfg_weight, memory.keep_text))
+    replay = Replay(model, collection.points, collection.settings.cfg_halves is Halves.APART)
+    with ThreadPoolExecutor(1) as reader:
+        work = [(step, number) for step in steps for number in range(len(blocks))]
+        states = ahead(reader, data_dir, manifest, [(blocks[number].images, step) for step, number in work])
+        watched: Watched | None = None
+        for (step, number), x in zip(work, states, strict=True):
+            if number == 0:
+                finished, watched = watched, Watched(collection, blocks, step, part)
+            assert watched is not None
+            watched.forward(replay, blocks[number], x, texts[number])
+            progress.advance()
+            if number == 0 and finished is not None:
+                yield finished.record(model, texts)
+        assert watched is not None
+        yield watched.record(model, texts)
+
+
+class Watched:
+    """One step under observation."""
+
+    def __init__(self, collection: Collection, blocks: Sequence[Block], step: int, part: int | None):
+        self._collection, self._blocks, self._step = collection, blocks, step
+        self._observer: Observer = new_observer(collection.stride)
+        self._finite: list[mx.array] = []
+        settings = collection.settings
+        self._sampler: SampleWriter | None = None
+        if settings.samples.kind is not Samples.NONE:
+            path = collection.cache.samples_path(step, part)
+            self._sampler = SampleWriter(path, settings.samples, settings.seed, step)
+
+    def forward(self, replay: Replay, block: Block, x: NDArray[np.float32], text: Conditioning) -> None:
+        manifest, seed = self._collection.manifest, self._collection.settings.seed
+        timestep = mx.array(manifest.timesteps[self._step]).astype(text.tokens.dtype)
+        mx.eval(timestep)
+        phase = int(generator("seed", seed, block.number, self._step).randint(PHASES))
+        more = (manifest.cfg_weight > 0, phase, block.images, self._sampler)
+        self._finite.append(replay.forward(self._observer, mx.array(x), text, timestep, *more))
+
+    def record(self, model: DiffusionModel, texts: Sequence[Conditioning]) -> StepRecord:
+        """What was seen; where NaN or infinity went by, all is replayed once more with those left out and counted."""
+        collection, step = self._collection, self._step
+        seen = self._observer.results()
+        table = self._sampler.finish() if self._sampler is not None else {}
+        self._sampler = None
+        if not self._observer.sound:
+            self._observer = new_observer(collection.stride, finite_only=True)
+            replay = Replay(model, collection.points, collection.settings.cfg_halves is Halves.APART)
+            for block, text in zip(self._blocks, texts, strict=True):
+                x = read_states(collection.data_dir, collection.manifest, block.images, step)
+                self.forward(replay, block, x, text)
+            seen = self._observer.results()
+            _tell_non_finite(step, seen)
+        sizes = [len(block.images) for block in self._blocks]
+        halves = 2 if collection.manifest.cfg_weight > 0 else 1
+        by_image = {name: _of_images(own, sizes, 1 if "/" in name else halves) for name, own in seen.items()}
+        images = [i for block in self._blocks for i in block.images]
+        merged = _pooled_streams(merge_halves(by_image), collection.points)
+        return StepRecord(step, images, merged, all(bool(finite.item()) for finite in self._finite), table)
+
+
+def _tell_non_finite(step: int, seen: Mapping[str, Seen]) -> None:
+    bad = [name for name, own in seen.items() if own.statistics.nan or own.statistics.inf]
+    if bad:
+        more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+        note(
+            f"step {step}: NaN or infinity at {bad[0]}{more}; left out of the statistics and counted, see "
+            "non_finite in collection_metadata.json"
+        )
+
+
+def _of_images(seen: Seen, sizes: Sequence[int], halves: int) -> Seen:
+    """``seen`` with a range for each image; its rows are those of blocks of ``sizes`` images, each with its halves."""
+    parts, first = [], 0
+    for size in sizes:
+        parts.append(over_rows(seen.ranges[first : first + halves * size].reshape(halves, size, 4)))
+        first += halves * size
+    return Seen(seen.dtype, seen.statistics, np.concatenate(parts))
+
+
+def _pooled_streams(seen: dict[str, Seen], points: Sequence[TapPoint]) -> dict[str, Seen]:
+    """With blocks of an image and a text stream: both together, under the block's own name."""
+    pooled = {}
+    for point in points:
+        for half in ("", "/conditional", "/unconditional"):
+            names = [f"{point.name}.{stream}{half}" for stream in ("image", "text")]
+            streams = [seen[name] for name in names if name in seen]
+            if point.kind == "block" and streams:
+                statistics = streams[0].statistics
+                for other in streams[1:]:
+                    statistics = statistics.merge(other.statistics)
+                ranges = over_rows(np.stack([stream.ranges for stream in streams]))
+                pooled[point.name + half] = Seen(streams[0].dtype, statistics, ranges)
+    return seen | pooled
+
+
+def check_model(data_dir: Path, manifest: Manifest, model: DiffusionModel) -> None:
     """Raise where ``model`` cannot have drawn the dataset; one of the older layout does not name its weights."""
     if manifest.fingerprint not in (None, model.fingerprint):
         raise CalibError(
@@ -113,16 +325,16 @@ def _prompt(data_dir: Path, entry: ImageEntry) -> str:
     return entry.prompt
 
 
-def histogram_stride(model: DiffusionModel, cfg_weight: float, batch_size: int, histogram_rows: int | None) -> int:
+def histogram_stride(transformer: MMDiT, manifest: Manifest, batch_size: int, histogram_rows: int | None) -> int:
     """Every how many rows one is counted, so that a full forward's image stream gives ``histogram_rows``.
 
     Coprime to the number of tokens, or the same places of every image would be sampled.
     """
     if histogram_rows is None:
         return 1
-    height, width, _ = model.latent_shape
-    tokens = height * width // int(model.transformer.config.patch_size) ** 2
-    rows = tokens * batch_size * (2 if cfg_weight > 0 else 1)
+    height, width, _ = manifest.latent_shape
+    tokens = height * width // int(transformer.config.patch_size) ** 2
+    rows = tokens * batch_size * (2 if manifest.cfg_weight > 0 else 1)
     stride = max(1, rows // histogram_rows)
     while math.gcd(stride, tokens) > 1:
         stride += 1
@@ -133,52 +345,3 @@ def batched_ids(image_ids: Sequence[int], size: int) -> Iterator[tuple[int, ...]
     """Consecutive blocks of at most ``size`` ids."""
     for start in range(0, len(image_ids), size):
         yield tuple(image_ids[start : start + size])
-
-
-def observe(
-    model: DiffusionModel,
-    x: mx.array,
-    text: Conditioning,
-    manifest: Manifest,
-    step: int,
-    points: Sequence[TapPoint],
-    histogram_stride: int,
-    phase: float,
-) -> dict[str, tuple[TapPoint, str, Statistics]]:
-    """Statistics of one forward at ``step`` over states ``x`` (batch, height, width, channels), by tap name."""
-    sigma = mx.array(manifest.sigmas[step])
-    timestep = mx.array(manifest.timesteps[step]).astype(model.dtype)
-    mx.eval(timestep)
-
-    def forward(finite_only: bool) -> dict[str, tuple[mx.Dtype, dict[str, mx.array]]]:
-        summaries: dict[str, tuple[mx.Dtype, dict[str, mx.array]]] = {}
-
-        def record(name: str, activation: mx.array) -> None:
-            summary = summarize(activation, histogram_stride, phase, finite_only)
-            summaries[name] = (activation.dtype, summary)
-
-        with tapped(model.transformer, points, record):
-            output = model.denoise(x, timestep, sigma, text, manifest.cfg_weight)
-            mx.eval(output, [summary for _, summary in summaries.values()])
-        return summaries
-
-    summaries = forward(finite_only=False)
-    if not all(is_sound(summary) for _, summary in summaries.values()):
-        summaries = forward(finite_only=True)
-    by_name = {point.name: point for point in points}
-    observed = {}
-    for name, (dtype, summary) in summaries.items():
-        point = by_name.get(name) or TapPoint(name, "block")
-        observed[name] = (point, DTYPES[dtype], Statistics.from_summary(summary, dtype))
-    return observed | _pooled_streams(observed, by_name)
-
-
-def _pooled_streams(observed: dict[str, Any], by_name: dict[str, TapPoint]) -> dict[str, Any]:
-    """Blocks with an image and a text stream: both together, under the block's own name."""
-    pooled = {}
-    for name, point in by_name.items():
-        streams = [observed[f"{name}.{stream}"] for stream in ("image", "text") if f"{name}.{stream}" in observed]
-        if point.kind == "block" and streams:
-            merged = streams[0][2] if len(streams) == 1 else streams[0][2].merge(streams[1][2])
-            pooled[name] = (point, streams[0][1], merged)
-    return pooled

@@ -7,7 +7,7 @@ one. Of a float32 the top 16 bits are kept and a bin is read at its midpoint (re
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Self
+from typing import Any, Self
 
 import mlx.core as mx
 import numpy as np
@@ -17,19 +17,21 @@ BINS = 1 << 16
 DTYPES = {mx.float16: "float16", mx.bfloat16: "bfloat16", mx.float32: "float32"}
 
 
-def ordered_keys(x: mx.array) -> mx.array:
-    """Order-preserving keys of ``x``, of any shape, as uint32 in 0 … 65535; larger value, larger key."""
-    if x.dtype == mx.float32:
-        bits = x.view(mx.uint32) >> 16
-    else:
-        bits = x.view(mx.uint16).astype(mx.uint32)
-    return mx.where(bits & 0x8000, bits ^ 0xFFFF, bits | 0x8000)
+def top_bits(x: mx.array) -> mx.array:
+    """Bit patterns of ``x``, of its shape, as uint16: of a float32 the upper half."""
+    return x.view(mx.uint16)[..., 1::2] if x.dtype == mx.float32 else x.view(mx.uint16)
 
 
-def count_keys(x: mx.array) -> mx.array:
-    """Histogram of the keys of ``x``, (65536,) uint32; lazy. Metal has no 64-bit scatter: widen on the host."""
-    keys = ordered_keys(x).reshape(-1)
-    return mx.zeros((BINS,), dtype=mx.uint32).at[keys].add(mx.array(1, dtype=mx.uint32))
+def count_bits(bits: mx.array) -> mx.array:
+    """How often each pattern occurs, (65536,) uint32; lazy. Metal has no 64-bit scatter: widen on the host."""
+    indices = bits.reshape(-1).astype(mx.uint32)
+    return mx.zeros((BINS,), dtype=mx.uint32).at[indices].add(mx.array(1, dtype=mx.uint32))
+
+
+def ordered_keys(bits: NDArray[Any]) -> NDArray[np.uint16]:
+    """Order-preserving keys of bit patterns: a larger value has a larger key."""
+    wide = bits.astype(np.uint32)
+    return np.where(wide & 0x8000, wide ^ 0xFFFF, wide | 0x8000).astype(np.uint16)
 
 
 def key_values(keys: NDArray[np.uint16], dtype: str) -> NDArray[np.float64]:
@@ -57,11 +59,13 @@ class Histogram:
     counts: NDArray[np.uint64] = field(default_factory=lambda: np.empty(0, np.uint64))
 
     @classmethod
-    def from_dense(cls, counts: NDArray[np.uint32], dtype: str) -> Self:
-        """From the 65,536 counts of :func:`count_keys`; NaN and infinities are left out."""
-        keys = np.flatnonzero(counts).astype(np.uint16)
-        finite = np.isfinite(key_values(keys, dtype))
-        return cls(dtype, keys[finite], counts[keys[finite]].astype(np.uint64))
+    def from_counts(cls, counts: NDArray[Any], dtype: str) -> Self:
+        """From how often each of the 65,536 bit patterns occurs; NaN and infinities are left out."""
+        bits = np.flatnonzero(counts)
+        keys = ordered_keys(bits)
+        order = np.argsort(keys)
+        order = order[np.isfinite(key_values(keys[order], dtype))]
+        return cls(dtype, keys[order], counts[bits[order]].astype(np.uint64))
 
     @property
     def total(self) -> int:

@@ -1,68 +1,93 @@
-"""``activations.h5``: statistics of a run's layers and steps, in plain HDF5.
+"""Writes ``activations.h5``; docs/FORMAT.md is its specification, :mod:`calib.activations.reader` reads it."""
 
-Opens in h5py, h5dump and xarray without plugins. Field by field:
-
-- ``/step_index`` (steps): dimension scale; ``/sigma``, ``/timestep``, ``/evaluated_by_sampler`` lie along it.
-- ``/weight_bits``: dimension scale of the bit-widths of ``weight_sqnr``.
-- ``/layers/<name>``, a group for each layer: ``channel`` (channels) a dimension scale; ``channel_min``,
-  ``channel_max``, ``channel_mean``, ``channel_std``, ``channel_count`` as (steps, channels); a sparse histogram of each
-  step: ``histogram_keys`` and ``histogram_counts``, those of step s from ``histogram_offsets[s]`` to
-  ``histogram_offsets[s + 1]``; ``nan_count`` and ``inf_count`` (steps); ``weight_sqnr`` (bits), dB, where the
-  layer's weights can be quantized. Layers that read one array share its datasets by hard link.
-"""
-
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
 
-from calib.activations.collect import LayerActivations
-from calib.activations.histogram import Histogram
-from calib.activations.statistics import Statistics, merge_all
+from calib.activations.record import Block, StepRecord
+from calib.activations.samples import RowIdentity, SampleSettings, read_rows
+from calib.activations.taps import TapPoint
 from calib.activations.weights import WEIGHT_BITS
 from calib.dataset.manifest import Manifest
-from calib.errors import CalibError
-from calib.files import replacing
+from calib.files import replacing, take_room
 
 import h5py
 import numpy as np
 
-FORMAT, FORMAT_VERSION = "calib-activations", 1
+FORMAT, FORMAT_VERSION = "calib-activations", 2
 FILE = "activations.h5"
 CHUNK_BYTES = 1 << 20
+RANGE_STATISTICS = ("min", "max", "p01", "p99")
+#: Records of all steps are held for so many bytes' worth of taps at a time.
+HELD_BYTES = 256 << 20
+ENCODINGS = {"float32": "ordered-bfloat16-midpoint", "float16": "ordered-float16", "bfloat16": "ordered-bfloat16"}
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the statistics of a file come from.
+
+    Attributes:
+        names: every tap, halves among them as ``<tap>/conditional``.
+        load: the records of all steps with some of the taps.
+        nbytes: of all taps and steps in memory, about.
+        blocks: of images, in the order of every record's ranges.
+        halves: of the guidance batch: 2 with guidance, else 1.
+        samples: which activations were kept as they are; None where none.
+        samples_path: the file that holds them, by step.
+        seed: what they were drawn by.
+    """
+
+    names: Sequence[str]
+    load: Callable[[Sequence[str]], Mapping[int, StepRecord]]
+    nbytes: int
+    blocks: Sequence[Block]
+    halves: int
+    samples: SampleSettings | None = None
+    samples_path: Callable[[int], Path] | None = None
+    seed: int = 0
+
+    def groups(self) -> Iterator[tuple[Sequence[str], Mapping[int, StepRecord]]]:
+        """Some taps with their records at a time, a tap always together with its halves."""
+        taps = [name for name in self.names if "/" not in name]
+        count = max(1, -(-self.nbytes // HELD_BYTES))
+        for part in np.array_split(np.arange(len(taps)), min(count, len(taps))):
+            chosen = [taps[i] for i in part]
+            with_halves = [name for name in self.names if name.partition("/")[0] in set(chosen)]
+            yield with_halves, self.load(with_halves)
 
 
 def write_activations(
     path: Path,
-    layers: Mapping[str, LayerActivations],
-    steps: Sequence[int],
+    source: Source,
+    points: Sequence[TapPoint],
     manifest: Manifest,
+    steps: Sequence[int],
     weight_sqnr: Mapping[str, Mapping[int, float]],
-    attributes: Mapping[str, str],
+    attributes: Mapping[str, str | int | float],
+    exact: bool = False,
 ) -> None:
-    """Write ``layers`` as observed at ``steps``; ``attributes`` become root attributes beside format and version."""
-    # Unlocked by HDF5: the temporary file is locked already.
-    with replacing(path) as temporary, h5py.File(temporary, "w", locking=False) as file:
+    """Write what was seen at ``steps``; ``attributes`` become root attributes beside format and version.
+
+    ``exact`` keeps the moments in full precision too, so that files of shards merge to that of the whole.
+    """
+    by_name = {point.name: point for point in points}
+    with _new_file(path, source.nbytes + _sample_bytes(source, steps)) as file:
         own = {"format": FORMAT, "format_version": FORMAT_VERSION, "num_steps": manifest.num_steps}
         file.attrs.update(own | dict(attributes))
-        _add_scale(file, "step_index", np.asarray(steps, np.int64))
-        file.create_group("layers", track_order=True)
-        _add_scale(file, "weight_bits", np.asarray(WEIGHT_BITS, np.int64))
-        along_steps = {
-            "sigma": np.asarray([manifest.sigmas[step] for step in steps], np.float32),
-            "timestep": np.asarray([manifest.timesteps[step] for step in steps], np.float32),
-            "evaluated_by_sampler": np.asarray([step < manifest.num_steps for step in steps]),
-        }
-        for name, values in along_steps.items():
-            file[name] = values
-            file[name].dims[0].attach_scale(file["step_index"])
-        for name, layer in layers.items():
-            first = _write_layer(file, name, layer, steps)
-            for alias in layer.point.aliases if name == layer.point.name else ():
-                group = file.create_group(f"layers/{alias}")
-                group.attrs.update(first.attrs)
-                for dataset in first:
-                    group[dataset] = first[dataset]
+        _write_axes(file, source.blocks, manifest, steps)
+        for names, records in source.groups():
+            for name in names:
+                group = _write_layer(file, name, [records[step] for step in steps], exact)
+                if name in records[steps[0]].samples:
+                    _write_samples(file, group, name, source, records)
+                tap, _, half = name.partition("/")
+                point = by_name.get(tap) or TapPoint(tap, "block")
+                group.attrs["kind"] = point.kind
+                for alias in point.aliases:
+                    _link(file, f"layers/{alias}{half and '/' + half}", group)
         for name, sqnr in weight_sqnr.items():
             if sqnr and f"layers/{name}" in file:
                 values = np.asarray([sqnr[bits] for bits in WEIGHT_BITS])
@@ -70,29 +95,73 @@ def write_activations(
                 dataset.dims[0].attach_scale(file["weight_bits"])
 
 
+@contextmanager
+def _new_file(path: Path, nbytes: int) -> Iterator[h5py.File]:
+    """A new file, whole or not at all; its room is taken first, as a disk that fills under HDF5 ends the process."""
+    # Unlocked by HDF5: the temporary file is locked already.
+    with replacing(path) as temporary:
+        with h5py.File(temporary, "w", locking=False) as file:
+            with open(temporary, "r+b") as raw:
+                take_room(raw, nbytes + CHUNK_BYTES)
+            yield file
+            file.flush()
+            size = file.id.get_filesize()
+        os.truncate(temporary, size)
+
+
+def _write_axes(file: h5py.File, blocks: Sequence[Block], manifest: Manifest, steps: Sequence[int]) -> None:
+    """Dimension scales, and what lies along the steps."""
+    _add_scale(file, "step_index", np.asarray(steps, np.int64))
+    file.create_group("layers", track_order=True)
+    _add_scale(file, "weight_bits", np.asarray(WEIGHT_BITS, np.int64))
+    _add_scale(file, "image_id", np.asarray([i for block in blocks for i in block.images], np.int64))
+    file["image_block"] = np.asarray([block.number for block in blocks for _ in block.images], np.int64)
+    file["image_block"].dims[0].attach_scale(file["image_id"])
+    _add_scale(file, "range_statistic", np.asarray(RANGE_STATISTICS, h5py.string_dtype()))
+    along_steps = {
+        "sigma": np.asarray([manifest.sigmas[step] for step in steps], np.float32),
+        "timestep": np.asarray([manifest.timesteps[step] for step in steps], np.float32),
+        "evaluated_by_sampler": np.asarray([step < manifest.num_steps for step in steps]),
+    }
+    for name, values in along_steps.items():
+        file[name] = values
+        file[name].dims[0].attach_scale(file["step_index"])
+
+
 def _add_scale(group: h5py.Group, name: str, values: np.ndarray) -> None:
     group[name] = values
     group[name].make_scale(name)
 
 
-def _compressed(group: h5py.Group, name: str, values: np.ndarray) -> h5py.Dataset:
+def _chunked(group: h5py.Group, name: str, values: np.ndarray, compress: bool = False) -> h5py.Dataset:
+    """With a checksum; compressed where that pays: counts do, floats do not."""
     rows = max(1, CHUNK_BYTES // max(1, values[:1].nbytes))
     chunks = (max(1, min(rows, len(values))), *values.shape[1:])
-    return group.create_dataset(name, data=values, chunks=chunks, compression="gzip", shuffle=True, fletcher32=True)
+    packed = {"compression": "gzip", "compression_opts": 1, "shuffle": True} if compress else {}
+    return group.create_dataset(name, data=values, chunks=chunks, fletcher32=True, **packed)
 
 
-def _write_layer(file: h5py.File, name: str, layer: LayerActivations, steps: Sequence[int]) -> h5py.Group:
-    observed = [layer.steps[step] for step in steps]
+def _link(file: h5py.File, path: str, group: h5py.Group) -> None:
+    """A layer that reads the same array: a group of its own with the same datasets."""
+    alias = file.create_group(path)
+    alias.attrs.update(group.attrs)
+    for name, item in group.items():
+        if isinstance(item, h5py.Dataset):
+            alias[name] = item
+
+
+def _write_layer(file: h5py.File, name: str, records: Sequence[StepRecord], exact: bool) -> h5py.Group:
+    observed = [record.seen[name].statistics for record in records]
+    dtype = records[0].seen[name].dtype
     group = file.create_group(f"layers/{name}")
     group.attrs.update(
         {
             "encoding-type": "layer-statistics",
-            "encoding-version": "1",
+            "encoding-version": "2",
             "channels": observed[0].channels,
             "count": sum(int(s.count.sum()) for s in observed),
-            "dtype": layer.dtype,
-            "encoding": "ordered-bfloat16-midpoint" if layer.dtype == "float32" else f"ordered-{layer.dtype}",
-            "kind": layer.point.kind,
+            "dtype": dtype,
+            "encoding": ENCODINGS[dtype],
         }
     )
     _add_scale(group, "channel", np.arange(observed[0].channels))
@@ -104,125 +173,60 @@ def _write_layer(file: h5py.File, name: str, layer: LayerActivations, steps: Seq
         "channel_count": np.stack([s.count for s in observed]),
     }
     for field, values in per_channel.items():
-        dataset = _compressed(group, field, values)
+        dataset = _chunked(group, field, values, compress=field == "channel_count")
         dataset.dims[0].attach_scale(file["step_index"])
         dataset.dims[1].attach_scale(group["channel"])
+    if exact:
+        _chunked(group, "channel_sums", np.stack([s.moments.sums for s in observed]))
     offsets = np.cumsum([0, *(len(s.histogram.keys) for s in observed)])
-    _compressed(group, "histogram_keys", np.concatenate([s.histogram.keys for s in observed]))
-    _compressed(group, "histogram_counts", np.concatenate([s.histogram.counts for s in observed]))
+    _chunked(group, "histogram_keys", np.concatenate([s.histogram.keys for s in observed]), compress=True)
+    _chunked(group, "histogram_counts", np.concatenate([s.histogram.counts for s in observed]), compress=True)
     group["histogram_offsets"] = offsets
     for field in ("nan", "inf"):
         group[f"{field}_count"] = np.asarray([getattr(s, field) for s in observed], np.uint64)
         group[f"{field}_count"].dims[0].attach_scale(file["step_index"])
+    ranges = _chunked(group, "image_ranges", np.stack([r.seen[name].ranges for r in records]).astype(np.float32))
+    for axis, scale in enumerate(("step_index", "image_id", "range_statistic")):
+        ranges.dims[axis].attach_scale(file[scale])
     return group
 
 
-_PER_STEP = ("channel_min", "channel_max", "channel_mean", "channel_std", "channel_count", "nan_count", "inf_count")
+def _sample_bytes(source: Source, steps: Sequence[int]) -> int:
+    if source.samples_path is None or source.samples is None:
+        return 0
+    return sum(source.samples_path(step).stat().st_size for step in steps)
 
 
-def _address(group: h5py.Group) -> int:
-    return int(h5py.h5o.get_info(group["channel_min"].id).addr)
-
-
-class ActivationFile:
-    """Reads an ``activations.h5``; use as a context.
-
-    Attributes:
-        steps: the step indices collected, ascending.
-        layers: the layers' names.
-    """
-
-    def __init__(self, path: Path):
-        if not path.exists():
-            raise CalibError(f"{path}: no such file; calib collect writes it")
-        self.path = path
-        with self._reading():
-            self._file = h5py.File(path, "r")
-        try:
-            with self._reading():
-                self.attributes: dict[str, Any] = dict(self._file.attrs)
-                if (self.attributes.get("format"), self.attributes.get("format_version")) != (FORMAT, FORMAT_VERSION):
-                    raise CalibError(f"{path}: not a {FORMAT} file of version {FORMAT_VERSION}")
-                self.steps: list[int] = self._file["step_index"][:].tolist()
-                self.layers: list[str] = list(self._file["layers"])
-                self._first_with: dict[int, str] = {}
-                for name in self.layers:
-                    self._first_with.setdefault(_address(self._file["layers"][name]), name)
-        except CalibError:
-            self._file.close()
-            raise
-
-    @contextmanager
-    def _reading(self) -> Iterator[None]:
-        """Whatever a damaged file makes h5py raise becomes one line that names the file."""
-        try:
-            yield
-        except (OSError, KeyError, ValueError, TypeError, IndexError, RuntimeError) as error:
-            reason = " ".join(str(error).split())
-            raise CalibError(f"{self.path}: damaged or not an {FILE} ({reason}); run calib collect again") from None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._file.close()
-
-    def evaluated_steps(self) -> list[int]:
-        """The steps that the sampler feeds to the model while drawing: all but the finished latent."""
-        with self._reading():
-            flags = self._file["evaluated_by_sampler"][:]
-        return [step for step, flag in zip(self.steps, flags, strict=True) if flag]
-
-    def kind(self, layer: str) -> str:
-        """What the layer reads: modulated, post-gelu, … or block."""
-        with self._reading():
-            return str(self._group(layer).attrs["kind"])
-
-    def weight_sqnr(self, layer: str) -> dict[int, float]:
-        """SQNR, dB, of the layer's weights at each bit-width; empty where they cannot be quantized."""
-        with self._reading():
-            group = self._group(layer)
-            if "weight_sqnr" not in group:
-                return {}
-            bits, values = self._file["weight_bits"][:].tolist(), group["weight_sqnr"][:].tolist()
-        return dict(zip(bits, values, strict=True))
-
-    def by_step(self, layer: str) -> dict[int, Statistics]:
-        """Statistics of one layer at each collected step; every dataset is read once."""
-        with self._reading():
-            group = self._group(layer)
-            data = {name: group[name][:] for name in _PER_STEP}
-            keys, counts = group["histogram_keys"][:], group["histogram_counts"][:]
-            offsets, dtype = group["histogram_offsets"][:], str(group.attrs["dtype"])
-        found = {}
-        for row, step in enumerate(self.steps):
-            part = slice(offsets[row], offsets[row + 1])
-            count = data["channel_count"][row]
-            found[step] = Statistics(
-                minimum=data["channel_min"][row],
-                maximum=data["channel_max"][row],
-                count=count,
-                mean=data["channel_mean"][row].astype(np.float64),
-                m2=data["channel_std"][row].astype(np.float64) ** 2 * count,
-                histogram=Histogram(dtype, keys[part], counts[part]),
-                nan=int(data["nan_count"][row]),
-                inf=int(data["inf_count"][row]),
-            )
-        return found
-
-    def statistics(self, layer: str, steps: Sequence[int] | None = None) -> Statistics:
-        """Statistics of one layer merged over ``steps`` (all where None)."""
-        by_step = self.by_step(layer)
-        for step in steps or ():
-            if step not in by_step:
-                raise CalibError(f"{self.path}: step {step} was not collected; it has {self.steps}")
-        return merge_all([by_step[step] for step in (self.steps if steps is None else steps)])
-
-    def same_data(self, layer: str) -> str:
-        """The first layer whose statistics are this one's: layers that read one array share their datasets."""
-        return self._first_with[_address(self._group(layer))]
-
-    def _group(self, layer: str) -> h5py.Group:
-        if layer not in self.layers:
-            raise CalibError(f"{self.path}: no layer {layer!r}")
-        return self._file["layers"][layer]
+def _write_samples(
+    file: h5py.File, group: h5py.Group, name: str, source: Source, records: Mapping[int, StepRecord]
+) -> None:
+    """Rows that were kept, (steps, rows, channels), and what each is: image, guidance half and token."""
+    assert source.samples is not None and source.samples_path is not None
+    steps, entry = list(records), records[next(iter(records))].samples[name]
+    channels, tokens = int(group.attrs["channels"]), int(entry["tokens"])
+    each = source.samples.rows(tokens)
+    rows = RowIdentity.of([block.images for block in source.blocks], source.halves, each)
+    _add_scale(group, "sample", np.arange(len(rows.image)))
+    chunk = max(1, min(len(rows.image), CHUNK_BYTES // (2 * channels)))
+    kind = np.uint16 if entry["dtype"] == "bfloat16" else np.float16
+    shape = (len(steps), len(rows.image), channels)
+    samples = group.create_dataset("samples", shape, kind, chunks=(1, chunk, channels), fletcher32=True)
+    samples.attrs["dtype"] = entry["dtype"]
+    for number, step in enumerate(steps):
+        first = 0
+        for part in read_rows(source.samples_path(step), records[step].samples[name], channels):
+            samples[number, first : first + len(part)] = part.view(kind)
+            first += len(part)
+    for axis, scale in enumerate((file["step_index"], group["sample"], group["channel"])):
+        samples.dims[axis].attach_scale(scale)
+    kept = {(i, s): source.samples.tokens(source.seed, i, s, tokens) for i in dict.fromkeys(rows.image) for s in steps}
+    identity: dict[str, np.ndarray] = {
+        "sample_image": rows.image,
+        "sample_half": rows.half,
+        "sample_token": np.stack([np.concatenate([kept[i, s] for i in rows.image[::each]]) for s in steps]),
+    }
+    for field, values in identity.items():
+        group[field] = values
+        group[field].dims[values.ndim - 1].attach_scale(group["sample"])
+        if values.ndim == 2:
+            group[field].dims[0].attach_scale(file["step_index"])

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import partial
 from typing import Any
 
 import calib.models.compat  # noqa: F401  (must precede diffusionkit.mlx)
@@ -19,8 +20,8 @@ import mlx.core as mx
 from diffusionkit.mlx.mmdit import MMDiT
 from mlx import nn
 
-#: Called as record(tap name, activation) during a forward; must not evaluate.
-Recorder = Callable[[str, mx.array], None]
+#: Called as record(tap name, activation) during a forward; returns the activation, and may have tied it to other work.
+Recorder = Callable[[str, mx.array], mx.array]
 
 #: What a layer reads, by the end of its name.
 _KINDS = {
@@ -44,6 +45,13 @@ class TapKind(StrEnum):
     ALL = "all"
 
 
+class Halves(StrEnum):
+    """Whether both halves of the guidance batch are observed together, or each also by itself."""
+
+    POOLED = "pooled"
+    APART = "apart"
+
+
 @dataclass(frozen=True)
 class TapPoint:
     """One place of observation.
@@ -65,11 +73,12 @@ class TapPoint:
 
 @dataclass(frozen=True)
 class TapSelection:
-    """Which taps to place: a kind, narrowed by patterns over canonical names (``*.mlp.fc2``)."""
+    """Which taps to place: a kind, narrowed by patterns over canonical names (``*.mlp.fc2``); what they tell apart."""
 
     kind: TapKind = TapKind.LINEAR
     include: Sequence[str] = field(default=("*",))
     exclude: Sequence[str] = field(default=())
+    cfg_halves: Halves = Halves.POOLED
 
 
 def linear_layers(transformer: MMDiT) -> dict[str, nn.Module]:
@@ -135,11 +144,10 @@ class InputTap(nn.Module):
     def __init__(self, inner: nn.Module, name: str, record: Recorder):
         super().__init__()
         self["inner"] = inner
-        self.observe = lambda x: record(name, x)
+        self.observe = partial(record, name)
 
     def __call__(self, x: mx.array) -> Any:
-        self.observe(x)
-        return self["inner"](x)
+        return self["inner"](self.observe(x))
 
     def __getattr__(self, key: str) -> Any:
         return super().__getattr__(key) if key in self else getattr(self["inner"], key)
@@ -163,11 +171,11 @@ class BlockTap(nn.Module):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         output = self["inner"](*args, **kwargs)
-        streams = zip(("image", "text"), output, strict=True) if isinstance(output, tuple) else [("", output)]
-        for stream, value in streams:
-            if value is not None:
-                self.observe(f"{self.tap_name}.{stream}" if stream else self.tap_name, value)
-        return output
+        if not isinstance(output, tuple):
+            return self.observe(self.tap_name, output)
+        # The last block has no text stream.
+        streams = zip(("image", "text"), output, strict=True)
+        return tuple(x if x is None else self.observe(f"{self.tap_name}.{stream}", x) for stream, x in streams)
 
     def __getattr__(self, key: str) -> Any:
         return super().__getattr__(key) if key in self else getattr(self["inner"], key)

@@ -1,7 +1,14 @@
-"""How well a layer's weights survive rounding, measured once at collection."""
+"""How well a layer's weights survive rounding, measured once for a model."""
 
 import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import cast
+
+from calib.errors import CalibError
+from calib.files import read_json, write_json
+from calib.progress import Progress
 
 import mlx.core as mx
 from mlx import nn
@@ -32,3 +39,37 @@ def weight_sqnr(layer: nn.Module) -> dict[int, float]:
         noise = energy(weight - restored)
         result[bits] = 10 * math.log10(signal / noise) if noise and signal else math.inf
     return result
+
+
+def cached_weight_sqnr(
+    cache_dir: Path, fingerprint: str, names: Sequence[str], layers: Callable[[], Mapping[str, nn.Module]]
+) -> dict[str, dict[int, float]]:
+    """:func:`weight_sqnr` of the layers ``names`` that are such, from ``cache_dir`` where it was measured before.
+
+    Args:
+        fingerprint: of the model's weights.
+        layers: every linear layer by name; called only if one is not known yet.
+    """
+    path = cache_dir / "weights" / f"{fingerprint}.json"
+    known: dict[str, dict[str, float | None]] = {}
+    # A lost or damaged file is measured again, one of damaged content too.
+    with suppress(CalibError, AttributeError, TypeError):
+        known = {name: dict(sqnr.items()) for name, sqnr in read_json(path).items()}
+    missing = [name for name in names if name not in known]
+    if missing:
+        modules = layers()
+        with Progress("measure weights", len(missing), "layer", delay=2) as progress:
+            for name in missing:
+                found = weight_sqnr(modules[name]) if name in modules else {}
+                known[name] = {str(bits): value if math.isfinite(value) else None for bits, value in found.items()}
+                progress.advance()
+        write_json(path, known)
+    try:
+        return {
+            name: {int(bits): math.inf if value is None else float(value) for bits, value in known[name].items()}
+            for name in names
+            if set(known[name]) >= set(map(str, WEIGHT_BITS))
+        }
+    except (ValueError, TypeError):
+        path.unlink()
+        return cached_weight_sqnr(cache_dir, fingerprint, names, layers)

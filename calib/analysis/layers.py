@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from calib.activations.reader import ActivationFile
 from calib.activations.statistics import PERCENTILES, Statistics, merge_all
 from calib.activations.store import FILE as ACTIVATIONS
-from calib.activations.store import ActivationFile
 from calib.errors import CalibError, ConfigError
 from calib.files import read_json
 from calib.models.names import network_order

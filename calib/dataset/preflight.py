@@ -1,6 +1,5 @@
 """What is said, and refused, before a long job starts."""
 
-import shutil
 from collections.abc import Sequence
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 from calib.dataset.images import bytes_per_image
 from calib.dataset.manifest import Manifest
 from calib.errors import CalibError
+from calib.files import free_bytes
 from calib.models.model import DiffusionModel
 from calib.progress import counted, note, readable_bytes, readable_duration, say
 
@@ -15,14 +15,6 @@ from calib.progress import counted, note, readable_bytes, readable_duration, say
 def numbers(first: int, last: int) -> str:
     """'7' or '7–9'."""
     return str(first) if first == last else f"{first}–{last}"
-
-
-def free_bytes(folder: Path) -> int:
-    """Bytes that this user may still write where ``folder`` is or would be."""
-    existing = folder.absolute()
-    while not existing.exists():
-        existing = existing.parent
-    return shutil.disk_usage(existing).free
 
 
 def check_disk(

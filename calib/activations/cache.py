@@ -1,0 +1,122 @@
+"""Statistics that runs share: a file a step, in a folder named by the content that they are of.
+
+``<cache_dir>/activations/<key>/`` holds ``about.json`` (what the key stands for), ``step_<i>.npz``, and while images
+are still collected in parts ``step_<i>.part_<k>.npz``; each with a ``.samples`` file beside it where activations are
+kept. A file that cannot be used, damaged or of another version, is told and made again.
+"""
+
+import json
+import shutil
+import zipfile
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from calib.activations.record import StepRecord, pack, unpack
+from calib.activations.samples import joined, shifted
+from calib.errors import CalibError
+from calib.files import locked, remove_abandoned, replacing, short_hash, write_bytes, write_json
+from calib.progress import note, say
+
+import numpy as np
+
+FORMAT, FORMAT_VERSION = "calib-step-statistics", 1
+
+
+def check_size(path: Path, table: Mapping[str, Any], taps: Sequence[Mapping[str, Any]]) -> None:
+    """Raise where a file of samples is not there, or not as long as its ``table`` says."""
+    widths = {tap["name"]: tap["channels"] for tap in taps}
+    rows = sum(widths[name] * sum(rows for _, rows, _ in entry["segments"]) for name, entry in table.items())
+    if not path.exists() or path.stat().st_size != 2 * rows:
+        raise ValueError(f"{path.name} is not there, or cut off")
+
+
+class StepCache:
+    """The steps of one key; ``identity`` is what their content follows from, JSON-able."""
+
+    def __init__(self, cache_dir: Path, identity: Mapping[str, Any]):
+        self.identity = dict(identity)
+        self.folder = cache_dir / "activations" / short_hash(self.identity, digits=16)
+
+    def path(self, step: int, part: int | None = None) -> Path:
+        return self.folder / (f"step_{step:04d}.npz" if part is None else f"step_{step:04d}.part_{part:03d}.npz")
+
+    def samples_path(self, step: int, part: int | None = None) -> Path:
+        return self.path(step, part).with_suffix(".samples")
+
+    def has(self, step: int, part: int | None = None) -> bool:
+        """Whether the file is there and sound; one that is not is told."""
+        return self.load(step, part, names=()) is not None
+
+    def load(self, step: int, part: int | None = None, names: Collection[str] | None = None) -> StepRecord | None:
+        """The record of a step, of all taps or of ``names``; None where there is none that can be used."""
+        path = self.path(step, part)
+        try:
+            content = path.read_bytes()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise CalibError(f"{path}: cannot be read ({error.strerror})") from None
+        try:
+            if zipfile.ZipFile(BytesIO(content)).testzip() is not None:
+                raise ValueError("its checksum does not hold")
+            with np.load(BytesIO(content)) as archive:
+                header = json.loads(archive["header"].tobytes())
+                if (header["format"], header["format_version"]) != (FORMAT, FORMAT_VERSION):
+                    raise ValueError(f"written by another version of calib, format {header['format_version']}")
+                arrays = {} if names == () else {name: archive[name] for name in archive.files if name != "header"}
+            if header["samples"]:
+                check_size(self.samples_path(step, part), header["samples"], header["taps"])
+            return unpack(header, arrays, names)
+        except Exception as error:  # zip and array readers raise what they like for a damaged file
+            reason = " ".join(str(error).split()) or type(error).__name__
+            note(f"{path}: cannot be used ({reason}); step {step} is collected again")
+            return None
+
+    def save(self, record: StepRecord, part: int | None = None) -> None:
+        """Write the record of a step, whole or not at all."""
+        if not (self.folder / "about.json").exists():
+            write_json(self.folder / "about.json", self.identity)
+        header, arrays = pack(record)
+        stamped = {"format": FORMAT, "format_version": FORMAT_VERSION, **header}
+        archive = BytesIO()
+        content: dict[str, Any] = {"header": np.frombuffer(json.dumps(stamped).encode(), np.uint8), **arrays}
+        np.savez(archive, **content)
+        write_bytes(self.path(record.step, part), archive.getvalue())
+
+    def join_parts(self, step: int, parts: int) -> None:
+        """Merge the ``parts`` of a step into its record, and remove them."""
+        records = []
+        for part in range(parts):
+            record = self.load(step, part)
+            if record is None:
+                raise CalibError(f"{self.path(step, part)}: was damaged just now; run the same command again")
+            records.append(record)
+        merged = records[0]
+        for record in records[1:]:
+            merged = merged.merge(record)
+        if merged.samples:
+            merged.samples = self._join_samples(step, records)
+        self.save(merged)
+        for part in range(parts):
+            self.path(step, part).unlink(missing_ok=True)
+            self.samples_path(step, part).unlink(missing_ok=True)
+
+    def _join_samples(self, step: int, records: Sequence[StepRecord]) -> dict[str, Any]:
+        tables = []
+        with replacing(self.samples_path(step)) as temporary, open(temporary, "wb") as whole:
+            for part, record in enumerate(records):
+                tables.append(shifted(record.samples, whole.tell()))
+                with open(self.samples_path(step, part), "rb") as file:
+                    shutil.copyfileobj(file, whole, 1 << 24)
+        return joined(tables)
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the key for writing; waits, and says so, where another process holds it."""
+        waiting = f"waiting for the process that collects the same statistics ({self.folder})"
+        with locked(self.folder / ".lock", lambda: say(waiting)):
+            remove_abandoned(self.folder)
+            yield

@@ -1,0 +1,53 @@
+"""What watches a transformer's forwards: the interface, and what an observer has seen in the end."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from calib.activations.statistics import Statistics
+
+import mlx.core as mx
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass
+class Seen:
+    """What went by at one tap.
+
+    Attributes:
+        dtype: of the activations.
+        ranges: min, max, 1st and 99th percentile of each row of the batches, in their order, (rows, 4). Minimum and
+            maximum are exact, the percentiles those of some 2,000 values of a row.
+    """
+
+    dtype: str
+    statistics: Statistics
+    ranges: NDArray[np.float64]
+
+    def merge(self, later: "Seen") -> "Seen":
+        """Both, the other's rows after these."""
+        ranges = np.concatenate([self.ranges, later.ranges])
+        return Seen(self.dtype, self.statistics.merge(later.statistics), ranges)
+
+
+class Observer(Protocol):
+    """Gathers statistics of any number of forwards, on the device as far as it can."""
+
+    @property
+    def sound(self) -> bool:
+        """After :meth:`results`: False where NaN, infinity or overflow was met; then the results are void."""
+
+    def begin(self, phase: int) -> None:
+        """A forward begins, or a part of one: of some of its rows. ``phase`` (0 … 65,535) moves the sampled rows."""
+
+    def see(self, name: str, x: mx.array) -> None:
+        """Take notice of ``x`` (rows, …, channels) at tap ``name``; lazy."""
+
+    def tie(self, x: mx.array) -> mx.array:
+        """``x`` itself, computed only after what was noticed so far: so activations live no longer than they must."""
+
+    def end_forward(self, outputs: list[mx.array]) -> None:
+        """Start to compute ``outputs``, one of each part, and all that was noticed on the way."""
+
+    def results(self) -> dict[str, Seen]:
+        """What was seen at each tap, over all forwards."""

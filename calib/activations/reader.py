@@ -1,0 +1,171 @@
+"""Reads ``activations.h5``, of this and earlier versions; docs/FORMAT.md is its specification."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Self
+
+from calib.activations.histogram import Histogram
+from calib.activations.statistics import Moments, Statistics, merge_all
+from calib.activations.store import FILE, FORMAT, FORMAT_VERSION
+from calib.errors import CalibError, suggest
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+READABLE = (1, FORMAT_VERSION)
+
+_PER_STEP = ("channel_min", "channel_max", "channel_count", "nan_count", "inf_count")
+
+
+def _address(group: h5py.Group) -> int:
+    return int(h5py.h5o.get_info(group["channel_min"].id).addr)
+
+
+class ActivationFile:
+    """Statistics of a run's activations; use as a context.
+
+    >>> with ActivationFile(run / "activations.h5") as file:  # doctest: +SKIP
+    ...     file.percentiles("mm_block_0.image.mlp.fc2", [1, 99], steps=[0, 5, 10])
+
+    Attributes:
+        attributes: those of the file's root.
+        steps: the step indices collected, ascending.
+        layers: the layers' names, and those of blocks and their streams.
+        images: the ids of the images collected; empty in files of version 1.
+    """
+
+    def __init__(self, path: Path):
+        if not path.exists():
+            raise CalibError(f"{path}: no such file; calib collect writes it")
+        self.path = path
+        with self._reading():
+            self._file = h5py.File(path, "r")
+        try:
+            with self._reading():
+                self.attributes: dict[str, Any] = dict(self._file.attrs)
+                self._check_version()
+                self.steps: list[int] = self._file["step_index"][:].tolist()
+                self.images: list[int] = self._file["image_id"][:].tolist() if "image_id" in self._file else []
+                self.layers: list[str] = list(self._file["layers"])
+                self._first_with: dict[int, str] = {}
+                for name in self.layers:
+                    self._first_with.setdefault(_address(self._file["layers"][name]), name)
+        except CalibError:
+            self._file.close()
+            raise
+
+    def _check_version(self) -> None:
+        version = self.attributes.get("format_version")
+        if self.attributes.get("format") != FORMAT:
+            raise CalibError(f"{self.path}: not a {FORMAT} file")
+        if version not in READABLE:
+            known = f"this calib reads {' and '.join(map(str, READABLE))}"
+            raise CalibError(f"{self.path}: has format version {version}, {known}; update calib, or collect again")
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Whatever a damaged file makes h5py raise becomes one line that names the file."""
+        try:
+            yield
+        except (OSError, KeyError, ValueError, TypeError, IndexError, RuntimeError) as error:
+            reason = " ".join(str(error).split())
+            raise CalibError(f"{self.path}: damaged or not an {FILE} ({reason}); run calib collect again") from None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._file.close()
+
+    def evaluated_steps(self) -> list[int]:
+        """The steps that the sampler feeds to the model while drawing: all but the finished latent."""
+        with self._reading():
+            flags = self._file["evaluated_by_sampler"][:]
+        return [step for step, flag in zip(self.steps, flags, strict=True) if flag]
+
+    def kind(self, layer: str) -> str:
+        """What the layer reads: modulated, post-gelu, … or block."""
+        with self._reading():
+            return str(self._group(layer).attrs["kind"])
+
+    def halves(self, layer: str) -> list[str]:
+        """Names under which the halves of the guidance batch can be asked for; empty where they were pooled."""
+        with self._reading():
+            return [f"{layer}/{name}" for name, item in self._group(layer).items() if isinstance(item, h5py.Group)]
+
+    def weight_sqnr(self, layer: str) -> dict[int, float]:
+        """SQNR, dB, of the layer's weights at each bit-width; empty where they cannot be quantized."""
+        with self._reading():
+            group = self._group(layer)
+            if "weight_sqnr" not in group:
+                return {}
+            bits, values = self._file["weight_bits"][:].tolist(), group["weight_sqnr"][:].tolist()
+        return dict(zip(bits, values, strict=True))
+
+    def by_step(self, layer: str) -> dict[int, Statistics]:
+        """Statistics of one layer at each collected step; every dataset is read once."""
+        with self._reading():
+            group = self._group(layer)
+            data = {name: group[name][:] for name in _PER_STEP}
+            keys, counts = group["histogram_keys"][:], group["histogram_counts"][:]
+            offsets, dtype = group["histogram_offsets"][:], str(group.attrs["dtype"])
+            moments = self._moments(group, data["channel_count"])
+        found = {}
+        for row, step in enumerate(self.steps):
+            part = slice(offsets[row], offsets[row + 1])
+            found[step] = Statistics(
+                minimum=data["channel_min"][row],
+                maximum=data["channel_max"][row],
+                count=data["channel_count"][row],
+                moments=moments[row],
+                histogram=Histogram(dtype, keys[part], counts[part]),
+                nan=int(data["nan_count"][row]),
+                inf=int(data["inf_count"][row]),
+            )
+        return found
+
+    @staticmethod
+    def _moments(group: h5py.Group, counts: NDArray[np.uint64]) -> list[Moments]:
+        """In full precision where the file has them, else from mean and standard deviation."""
+        if "channel_sums" in group:
+            return [Moments(sums) for sums in group["channel_sums"][:]]
+        means, stds = (group[name][:].astype(np.float64) for name in ("channel_mean", "channel_std"))
+        return [Moments.of(*row) for row in zip(counts, means, stds, strict=True)]
+
+    def statistics(self, layer: str, steps: Sequence[int] | None = None) -> Statistics:
+        """Statistics of one layer merged over ``steps`` (all where None)."""
+        by_step = self.by_step(layer)
+        return merge_all([by_step[step] for step in self._chosen(steps)])
+
+    def percentiles(
+        self, layer: str, percents: Sequence[float], steps: Sequence[int] | None = None
+    ) -> NDArray[np.float64]:
+        """Percentiles (0 … 100) of one layer's values over ``steps`` (all where None), from its histograms."""
+        return self.statistics(layer, steps).histogram.percentiles(percents)
+
+    def image_ranges(self, layer: str, steps: Sequence[int] | None = None) -> NDArray[np.float32]:
+        """Min, max, 1st and 99th percentile of each image at ``steps``, (steps, images, 4)."""
+        rows = [self.steps.index(step) for step in self._chosen(steps)]
+        with self._reading():
+            group = self._group(layer)
+            if "image_ranges" not in group:
+                raise CalibError(f"{self.path}: holds nothing image by image, it is of version 1; collect again")
+            ranges: NDArray[np.float32] = group["image_ranges"][:]
+        return ranges[rows]
+
+    def same_data(self, layer: str) -> str:
+        """The first layer whose statistics are this one's: layers that read one array share their datasets."""
+        return self._first_with[_address(self._group(layer))]
+
+    def _chosen(self, steps: Sequence[int] | None) -> list[int]:
+        for step in steps or ():
+            if step not in self.steps:
+                raise CalibError(f"{self.path}: step {step} was not collected; it has {self.steps}")
+        return self.steps if steps is None else list(steps)
+
+    def _group(self, layer: str) -> h5py.Group:
+        if layer.partition("/")[0] not in self.layers or layer not in self._file["layers"]:
+            raise CalibError(f"{self.path}: no layer {layer!r}.{suggest(layer, self.layers, list_all=False)}")
+        return self._file["layers"][layer]

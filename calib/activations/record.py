@@ -1,0 +1,127 @@
+"""Statistics of one step over some images: what the cache keeps, in flat arrays over all taps."""
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from calib.activations.histogram import Histogram
+from calib.activations.observer import Seen
+from calib.activations.statistics import Moments, Statistics
+
+import numpy as np
+from numpy.typing import NDArray
+
+#: Statistics of one half of the guidance batch, kept beside those of both under ``<tap>/conditional``.
+HALVES = ("conditional", "unconditional")
+
+
+@dataclass(frozen=True)
+class Block:
+    """Images replayed side by side; ``number`` counts the blocks of the whole subset."""
+
+    number: int
+    images: tuple[int, ...]
+
+
+@dataclass
+class StepRecord:
+    """What was seen at one step.
+
+    Attributes:
+        images: ids, in the order of every tap's ``ranges``, which hold a row for each.
+        seen: by tap; streams of blocks, and halves of the guidance batch, have entries of their own.
+        finite_output: False where the transformer's own output held NaN or infinity.
+        samples: where the rows that were kept lie in the file beside, see :mod:`calib.activations.samples`.
+    """
+
+    step: int
+    images: list[int]
+    seen: dict[str, Seen] = field(default_factory=dict)
+    finite_output: bool = True
+    samples: dict[str, Any] = field(default_factory=dict)
+
+    def merge(self, other: "StepRecord") -> "StepRecord":
+        """Both sets of images, the other's after these; samples are joined with their files."""
+        seen = {name: own.merge(other.seen[name]) for name, own in self.seen.items()}
+        return StepRecord(self.step, [*self.images, *other.images], seen, self.finite_output and other.finite_output)
+
+
+def merge_halves(seen: Mapping[str, Seen]) -> dict[str, Seen]:
+    """``seen`` with both guidance halves of a tap together under its own name, where they were kept apart."""
+    merged: dict[str, Seen] = {}
+    for name, own in seen.items():
+        tap, _, half = name.partition("/")
+        if half == HALVES[0]:
+            other = seen[f"{tap}/{HALVES[1]}"]
+            ranges = over_rows(np.stack([own.ranges, other.ranges]))
+            merged[tap] = Seen(own.dtype, own.statistics.merge(other.statistics), ranges)
+        merged[name] = own
+    return merged
+
+
+def over_rows(ranges: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Ranges (rows, images, 4) of the same images in several rows, as one each: extremes, and percentiles' means."""
+    low, high = ranges[..., 0].min(axis=0), ranges[..., 1].max(axis=0)
+    return np.stack([low, high, ranges[..., 2].mean(axis=0), ranges[..., 3].mean(axis=0)], axis=-1)
+
+
+def pack(record: StepRecord) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+    """A JSON-able header and flat arrays."""
+    taps = [
+        {
+            "name": name,
+            "dtype": seen.dtype,
+            "channels": seen.statistics.channels,
+            "bins": len(seen.statistics.histogram.keys),
+            "nan": seen.statistics.nan,
+            "inf": seen.statistics.inf,
+        }
+        for name, seen in record.seen.items()
+    ]
+    all_statistics = [seen.statistics for seen in record.seen.values()]
+    arrays = {
+        "minimum": np.concatenate([s.minimum for s in all_statistics]),
+        "maximum": np.concatenate([s.maximum for s in all_statistics]),
+        "count": np.concatenate([s.count for s in all_statistics]),
+        "moments": np.concatenate([s.moments.sums for s in all_statistics], axis=1),
+        "keys": np.concatenate([s.histogram.keys for s in all_statistics]),
+        "counts": np.concatenate([s.histogram.counts for s in all_statistics]),
+        "ranges": np.stack([seen.ranges for seen in record.seen.values()]),
+    }
+    header = {
+        "step": record.step,
+        "images": record.images,
+        "finite_output": record.finite_output,
+        "samples": record.samples,
+        "taps": taps,
+    }
+    return header, arrays
+
+
+def unpack(
+    header: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]], names: Collection[str] | None = None
+) -> StepRecord:
+    """The inverse of :func:`pack`, of all taps or only of ``names``; nothing of the arrays is held on to."""
+    record = StepRecord(header["step"], list(header["images"]), {}, header["finite_output"], header["samples"])
+    for number, (tap, channels, bins) in enumerate(_places(header["taps"])):
+        if names is not None and tap["name"] not in names:
+            continue
+        histogram = Histogram(tap["dtype"], arrays["keys"][bins].copy(), arrays["counts"][bins].copy())
+        statistics = Statistics(
+            arrays["minimum"][channels].copy(),
+            arrays["maximum"][channels].copy(),
+            arrays["count"][channels].copy(),
+            Moments(arrays["moments"][:, channels].copy()),
+            histogram,
+            tap["nan"],
+            tap["inf"],
+        )
+        record.seen[tap["name"]] = Seen(tap["dtype"], statistics, arrays["ranges"][number].copy())
+    return record
+
+
+def _places(taps: Sequence[Mapping[str, Any]]) -> Iterator[tuple[Mapping[str, Any], slice, slice]]:
+    channel = bin_ = 0
+    for tap in taps:
+        yield tap, slice(channel, channel + tap["channels"]), slice(bin_, bin_ + tap["bins"])
+        channel, bin_ = channel + tap["channels"], bin_ + tap["bins"]

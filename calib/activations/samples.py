@@ -1,0 +1,164 @@
+"""Activations kept as they are, for later reconstruction: some rows of every image, or all; 16 bits a value.
+
+While a step is collected they go into one file beside its statistics, forward by forward, so memory stays flat; the
+step's header says where each tap's rows lie, with a checksum. A row is a token of one image in one guidance half. Rows
+are in the order of the blocks; in a block all conditional images, then all unconditional ones; of an image its tokens,
+ascending.
+"""
+
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import IO, Any
+
+from calib.activations.histogram import DTYPES
+from calib.dataset.store import StateDtype
+from calib.errors import CalibError
+from calib.files import replacing
+from calib.seeds import generator
+
+import mlx.core as mx
+import numpy as np
+from numpy.typing import NDArray
+
+LARGEST_FLOAT16 = 65504.0
+
+
+class Samples(StrEnum):
+    """Which rows are kept: none, some of each image, or all."""
+
+    NONE = "none"
+    ROWS = "rows"
+    ALL = "all"
+
+
+@dataclass(frozen=True)
+class SampleSettings:
+    """Which rows are kept, how many of each image and guidance half, and in what type; None for the model's own."""
+
+    kind: Samples = Samples.NONE
+    rows_per_image: int = 2
+    dtype: StateDtype | None = None
+
+    def rows(self, tokens: int) -> int:
+        """Rows of one image and guidance half at a layer of so many ``tokens``."""
+        if self.kind is Samples.NONE:
+            return 0
+        return tokens if self.kind is Samples.ALL else min(self.rows_per_image, tokens)
+
+    def stored(self, dtype: str) -> str:
+        """The type in which activations of type ``dtype`` are stored."""
+        return self.dtype.value if self.dtype is not None else "bfloat16" if dtype == "bfloat16" else "float16"
+
+    def tokens(self, seed: int, image_id: int, step: int, tokens: int) -> NDArray[np.int32]:
+        """The tokens that are kept of one image at one step, ascending; the same at every layer of so many."""
+        count = self.rows(tokens)
+        if count == tokens:
+            return np.arange(tokens, dtype=np.int32)
+        order = generator("seed", seed, image_id, step, tokens).permutation(tokens)
+        return np.sort(order[:count]).astype(np.int32)
+
+
+class SampleWriter:
+    """Writes the rows of one step to ``path``, which is whole or absent.
+
+    Attributes:
+        table: by tap the rows' type, the layer's tokens, and segments of (offset, rows, checksum).
+    """
+
+    def __init__(self, path: Path, settings: SampleSettings, seed: int, step: int):
+        self._settings, self._seed, self._step = settings, seed, step
+        self._stack = ExitStack()
+        temporary = self._stack.enter_context(replacing(path))
+        self._file: IO[bytes] = self._stack.enter_context(temporary.open("wb"))
+        self._waiting: list[tuple[str, int, mx.array, mx.array]] = []
+        self._forward: list[tuple[str, int, mx.array, mx.array]] = []
+        self.table: dict[str, Any] = {}
+
+    def take(self, name: str, x: mx.array, images: Sequence[int]) -> mx.array:
+        """Keep rows of ``x`` (rows, …, channels), those of ``images``; lazy. Returns ``x``, computed after that."""
+        rows = x.reshape(len(images), -1, x.shape[-1])
+        tokens = rows.shape[1]
+        kept = np.stack([self._settings.tokens(self._seed, i, self._step, tokens) for i in images])
+        chosen = rows if kept.shape[1] == tokens else mx.take_along_axis(rows, mx.array(kept)[..., None], axis=1)
+        stored = self._settings.stored(DTYPES[x.dtype])
+        packed = chosen.astype(mx.bfloat16 if stored == "bfloat16" else mx.float16)
+        lost = mx.any(mx.isinf(packed) & mx.isfinite(chosen))
+        self.table.setdefault(name, {"dtype": stored, "tokens": tokens, "segments": []})
+        self._forward.append((name, x.shape[-1], mx.contiguous(packed).view(mx.uint16), lost))
+        tied: mx.array = mx.depends([x], [self._forward[-1][2], lost])[0]
+        return tied
+
+    def end_forward(self) -> list[mx.array]:
+        """Write the rows of the forward before; those of this one, to be computed with it."""
+        self._write()
+        self._waiting, self._forward = self._forward, []
+        return [value for *_, packed, lost in self._waiting for value in (packed, lost)]
+
+    def _write(self) -> None:
+        for name, channels, packed, lost in self._waiting:
+            if lost.item():
+                raise CalibError(
+                    f"storage.dtype={self.table[name]['dtype']}: activations at {name} exceed its range at step "
+                    f"{self._step}; use storage.dtype=bfloat16"
+                )
+            content = np.array(packed).tobytes()
+            rows = len(content) // (2 * channels)
+            self.table[name]["segments"].append((self._file.tell(), rows, zlib.crc32(content)))
+            self._file.write(content)
+        self._waiting = []
+
+    def finish(self) -> dict[str, Any]:
+        """Write what is left and put the file in its place; returns the table."""
+        self._write()
+        self._stack.close()
+        return self.table
+
+    def abandon(self, error: BaseException) -> None:
+        """Leave no file behind."""
+        self._stack.__exit__(type(error), error, error.__traceback__)
+
+
+def read_rows(path: Path, entry: Mapping[str, Any], channels: int) -> Iterator[NDArray[np.uint16]]:
+    """One tap's rows, segment by segment, (rows, channels) bit patterns; raises where the file is damaged."""
+    with open(path, "rb") as file:
+        for offset, rows, checksum in entry["segments"]:
+            file.seek(offset)
+            content = file.read(2 * rows * channels)
+            if zlib.crc32(content) != checksum:
+                raise CalibError(f"{path}: is damaged; delete it and run the same command again")
+            yield np.frombuffer(content, np.uint16).reshape(rows, channels)
+
+
+def shifted(table: Mapping[str, Any], by: int) -> dict[str, Any]:
+    """A table of rows that lie ``by`` bytes further on in a file."""
+    return {
+        name: {**entry, "segments": [(offset + by, rows, crc) for offset, rows, crc in entry["segments"]]}
+        for name, entry in table.items()
+    }
+
+
+def joined(tables: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The rows of several tables, one after the other."""
+    return {
+        name: {**entry, "segments": [segment for table in tables for segment in table[name]["segments"]]}
+        for name, entry in tables[0].items()
+    }
+
+
+@dataclass(frozen=True)
+class RowIdentity:
+    """What the rows of a layer are: image id and guidance half (0 conditional, 1 unconditional), each (rows,)."""
+
+    image: NDArray[np.int64]
+    half: NDArray[np.uint8]
+
+    @classmethod
+    def of(cls, blocks: Sequence[Sequence[int]], halves: int, each: int) -> "RowIdentity":
+        """Of ``blocks`` of image ids, with ``each`` rows of an image and half."""
+        pairs = [(image, half) for block in blocks for half in range(halves) for image in block for _ in range(each)]
+        table = np.array(pairs, np.int64).reshape(-1, 2)
+        return cls(table[:, 0], table[:, 1].astype(np.uint8))

@@ -1,0 +1,70 @@
+"""Stored states for replaying: checked before the work begins, read while the work before goes on."""
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from calib.dataset.manifest import Manifest
+from calib.dataset.store import StorageFormat, read_state
+from calib.errors import CalibError
+from calib.files import checksum
+from calib.interrupts import in_threads
+from calib.progress import Progress
+
+import numpy as np
+from numpy.typing import NDArray
+
+MOST_NAMED = 3
+
+
+def check_states(data_dir: Path, manifest: Manifest, images: Sequence[int], steps: Sequence[int]) -> None:
+    """Raise where files that hold ``steps`` of ``images`` are missing or not what was written; names them.
+
+    Those of an older dataset, which has no checksums, are only looked for.
+    """
+    single = manifest.storage == StorageFormat.HDF5
+    wanted = []
+    for i in images:
+        entry = manifest.images[i]
+        names = entry.samples if single else [entry.samples[manifest.row(step)] for step in steps]
+        wanted += [(name, entry.checksums.get(name)) for name in names]
+
+    def fault(file: tuple[str, str | None]) -> str | None:
+        name, expected = file
+        try:
+            if expected is None:
+                return None if (data_dir / name).is_file() else f"{name} is missing"
+            return None if checksum(data_dir / name) == expected else f"{name} is damaged"
+        except FileNotFoundError:
+            return f"{name} is missing"
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
+
+    with in_threads() as pool, Progress("check states", len(wanted), "file", delay=2) as progress:
+        faults = []
+        for found in pool.map(fault, wanted):
+            progress.advance()
+            faults += [found] if found else []
+    if faults:
+        more = f" and {len(faults) - MOST_NAMED} more" if len(faults) > MOST_NAMED else ""
+        again = "" if manifest.is_older else "; calib generate draws them again"
+        verify = f"calib verify {data_dir} says what else is wrong"
+        raise CalibError(f"{data_dir}: {', '.join(faults[:MOST_NAMED])}{more}; {verify}{again}")
+
+
+def read_states(data_dir: Path, manifest: Manifest, images: Sequence[int], step: int) -> NDArray[np.float32]:
+    """States of ``images`` before model call ``step``, (images, height, width, channels)."""
+    return np.stack([read_state(data_dir, manifest, i, step) for i in images]).astype(np.float32)
+
+
+def ahead(
+    reader: ThreadPoolExecutor, data_dir: Path, manifest: Manifest, work: Sequence[tuple[Sequence[int], int]]
+) -> Iterator[NDArray[Any]]:
+    """States of one (images, step) after the other; the next are read meanwhile."""
+    coming = reader.submit(read_states, data_dir, manifest, *work[0])
+    for following in [*work[1:], None]:
+        states = coming.result()
+        if following is not None:
+            coming = reader.submit(read_states, data_dir, manifest, *following)
+        yield states

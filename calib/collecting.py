@@ -1,0 +1,191 @@
+"""The stage that collects: from settings and a dataset to the files of a run directory."""
+
+import json
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from calib.activations.collect import Collection
+from calib.activations.drift import choose_steps
+from calib.activations.record import StepRecord
+from calib.activations.samples import SampleSettings
+from calib.activations.store import FILE as ACTIVATIONS
+from calib.activations.store import write_activations
+from calib.activations.taps import Halves, TapPoint, linear_layers, tap_points
+from calib.activations.weights import cached_weight_sqnr
+from calib.analysis.layers import STATISTICS, read_summaries
+from calib.config import Settings
+from calib.dataset.latents import features
+from calib.dataset.load import load_manifest
+from calib.dataset.manifest import Manifest
+from calib.dataset.shards import Shard
+from calib.errors import ConfigError
+from calib.files import write_json
+from calib.models.model import DiffusionModel
+from calib.progress import note, say
+from calib.runs.directory import RunDirectory, device_name, git_commit
+from calib.timesteps import Drift
+from calib.versions import versions
+
+from diffusionkit.mlx.mmdit import MMDiT
+
+METADATA = "collection_metadata.json"
+
+logger = logging.getLogger("calib")
+
+
+def run_collect(
+    settings: Settings, run: RunDirectory, model: Callable[[], DiffusionModel], config: Mapping[str, Any]
+) -> None:
+    """Statistics of the chosen images and steps, into the run directory; the model is loaded only if one is missing."""
+    start = time.monotonic()
+    manifest = load_manifest(settings.data_dir)
+    image_ids = chosen_images(settings, manifest)
+    transformer = settings.skeleton() if settings.skeleton is not None else model().transformer
+    points = tap_points(transformer, settings.taps)
+    steps = chosen_steps(settings, manifest, transformer, model, image_ids)
+    collection = _collection(settings, manifest, transformer, model, image_ids, points)
+    if not collection.images:
+        count = len(image_ids)
+        raise ConfigError.bad_value("shard.count", settings.shard.count, f"leaves this shard none of {count} images")
+    collection.collect(steps)
+    fingerprint = manifest.fingerprint or model().fingerprint
+    names = [name for point in points for name in point.names]
+    sqnr = cached_weight_sqnr(settings.cache_dir, fingerprint, names, lambda: linear_layers(model().transformer))
+    attributes: dict[str, str | int | float] = {
+        "producer": f"calib {versions()['calib']}",
+        "git_commit": git_commit(),
+        "config": json.dumps(config),
+        "model": manifest.model,
+        "fingerprint": fingerprint,
+        "mlx_version": versions()["mlx"],
+        "device": device_name(),
+        "cfg_weight": manifest.cfg_weight,
+        "shard_index": settings.shard.index,
+        "shard_count": settings.shard.count,
+        "collection": json.dumps(_subset_identity(settings, manifest, image_ids, points, steps)),
+    }
+    sharded = settings.shard.count > 1
+    source = collection.source(steps)
+    write_activations(run.path / ACTIVATIONS, source, points, manifest, steps, sqnr, attributes, exact=sharded)
+    records = collection.records(steps)
+    write_statistics(run.path)
+    write_json(run.path / METADATA, _metadata(settings, manifest, collection, points, records))
+    seconds = time.monotonic() - start
+    run.add_metrics({"images": len(collection.images), "steps": len(steps), "collect_seconds": seconds})
+    size = (len(names), len(collection.images), len(steps))
+    logger.info("collected %d layers of %d images at %d steps in %.1f s", *size, seconds)
+    if sharded:
+        print(f"Shard {settings.shard.index} of {settings.shard.count}: calib merge joins the shards' run directories")
+
+
+def write_statistics(run: Path) -> None:
+    """``layer_statistics.json`` of a run directory, from its ``activations.h5``."""
+    summaries, _ = read_summaries(run)
+    write_json(run / STATISTICS, {name: layer.to_json() for name, layer in summaries.items()})
+
+
+def chosen_images(settings: Settings, manifest: Manifest) -> list[int]:
+    """The images that are collected, of those that the dataset has."""
+    limit = settings.num_images if settings.generate_missing else len(manifest.images)
+    available = sorted(manifest.images)[:limit]
+    return settings.choose_images(available, lambda ids: features(settings.data_dir, manifest, ids))
+
+
+def chosen_steps(
+    settings: Settings,
+    manifest: Manifest,
+    transformer: MMDiT,
+    model: Callable[[], DiffusionModel],
+    image_ids: Sequence[int],
+) -> tuple[int, ...]:
+    """The steps that are collected; a schedule that statistics decide first looks at some images at every state."""
+    if not isinstance(settings.steps, Drift):
+        return settings.steps
+    candidates = [step for step in manifest.steps if step < manifest.num_steps]
+    if settings.steps.count > len(candidates):
+        allowed = f"{settings.data_dir} keeps {len(candidates)} states to choose from"
+        raise ConfigError.bad_value("timestep_schedule.count", settings.steps.count, allowed)
+    first = image_ids[: settings.steps.images]
+    say(f"drift: a first look at {len(first)} images at all {len(candidates)} states")
+    plain = replace(settings, shard=Shard(), collect=_without_extras(settings))
+    points = tap_points(transformer, replace(settings.taps, cfg_halves=Halves.POOLED))
+    collection = _collection(plain, manifest, transformer, model, first, points)
+    collection.collect(candidates)
+    steps = choose_steps(collection.records(candidates), settings.steps.count)
+    say(f"drift: steps {', '.join(map(str, steps))}")
+    return steps
+
+
+def _without_extras(settings: Settings) -> Any:
+    return replace(settings.collect, samples=SampleSettings(), cfg_halves=Halves.POOLED)
+
+
+def _collection(
+    settings: Settings,
+    manifest: Manifest,
+    transformer: MMDiT,
+    model: Callable[[], DiffusionModel],
+    image_ids: Sequence[int],
+    points: Sequence[TapPoint],
+) -> Collection:
+    place = (settings.collect, settings.cache_dir, settings.shard)
+    return Collection(transformer, model, settings.data_dir, manifest, image_ids, points, *place)
+
+
+def _subset_identity(
+    settings: Settings, manifest: Manifest, image_ids: Sequence[int], points: Sequence[TapPoint], steps: Sequence[int]
+) -> dict[str, Any]:
+    """What all shards of one collection have in common."""
+    return {
+        "images": list(image_ids),
+        "steps": list(steps),
+        "taps": [point.name for point in points],
+        "settings": {**asdict(settings.collect), "batch_size": settings.collect.batch_size or manifest.batch_size},
+        "dataset": [manifest.model, manifest.fingerprint, manifest.text_encoders, manifest.seed, manifest.cfg_weight],
+    }
+
+
+def _metadata(
+    settings: Settings,
+    manifest: Manifest,
+    collection: Collection,
+    points: Sequence[TapPoint],
+    records: Mapping[int, StepRecord],
+) -> dict[str, object]:
+    bad: dict[str, dict[str, dict[str, int]]] = {}
+    for step, record in records.items():
+        for name, seen in record.seen.items():
+            if seen.statistics.nan or seen.statistics.inf:
+                bad.setdefault(name, {})[str(step)] = {"nan": seen.statistics.nan, "inf": seen.statistics.inf}
+    bad_output = [step for step, record in records.items() if not record.finite_output]
+    if bad_output:
+        note(f"the model's output holds NaN or infinity at steps {', '.join(map(str, bad_output))}")
+    return {
+        "data_dir": str(settings.data_dir),
+        "model": manifest.model,
+        "fingerprint": manifest.fingerprint,
+        "image_ids": collection.images,
+        "shard": {"index": settings.shard.index, "count": settings.shard.count},
+        "cfg_weight": manifest.cfg_weight,
+        "cfg_halves": settings.collect.cfg_halves.value,
+        "num_steps": manifest.num_steps,
+        "steps": [
+            {
+                "step_index": step,
+                "sigma": manifest.sigmas[step],
+                "timestep": manifest.timesteps[step],
+                "evaluated_by_sampler": step < manifest.num_steps,
+            }
+            for step in records
+        ],
+        "batch_size": collection.batch_size,
+        "histogram_rows": settings.collect.histogram_rows,
+        "cache": str(collection.cache.folder),
+        "taps": {point.name: {"kind": point.kind, "same_input": list(point.aliases)} for point in points},
+        "non_finite": bad,
+        "non_finite_output": bad_output,
+    }

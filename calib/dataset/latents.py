@@ -1,0 +1,35 @@
+"""Final latents of a dataset's images, as features to tell the images apart by."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from calib.dataset.manifest import Manifest
+from calib.errors import CalibError
+
+import numpy as np
+from numpy.typing import NDArray
+
+#: Larger latents are averaged over squares: what tells pictures apart is coarse, and a thousand must fit in memory.
+LARGEST_SIDE = 16
+
+
+def features(data_dir: Path, manifest: Manifest, image_ids: Sequence[int]) -> NDArray[np.float32]:
+    """The final latent of each image, (images, features), averaged to at most 16 × 16 places."""
+    return np.stack([_feature(data_dir, manifest, i) for i in image_ids])
+
+
+def _feature(data_dir: Path, manifest: Manifest, image_id: int) -> NDArray[np.float32]:
+    path = data_dir / manifest.images[image_id].latent_filename
+    try:
+        latent = np.load(path).astype(np.float32).reshape(manifest.latent_shape)
+    except Exception as error:  # readers raise what they like for a file that anything may have happened to
+        reason = " ".join(str(error).split())
+        raise CalibError(
+            f"{path}: cannot be read ({reason}); calib verify {data_dir} says what else is wrong"
+        ) from None
+    height, width, channels = latent.shape
+    by = -(-max(height, width) // LARGEST_SIDE)
+    rows, columns = height // by, width // by
+    squares = latent[: rows * by, : columns * by].reshape(rows, by, columns, by, channels)
+    coarse: NDArray[np.float32] = squares.mean(axis=(1, 3)).reshape(-1)
+    return coarse
