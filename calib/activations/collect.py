@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -206,28 +207,34 @@ def _replayed(
     memory = plan_memory(model, manifest.cfg_weight > 0, collection.batch_size)
     prompts = [[_prompt(data_dir, manifest.images[i]) for i in block.images] for block in blocks]
     texts = list(model.encode_batches(prompts, manifest.cfg_weight, memory.keep_text))
+    timesteps = {step: mx.array(manifest.timesteps[step]).astype(model.dtype) for step in steps}
+    mx.eval(list(timesteps.values()))  # here, as it waits for all that is being computed
     replay = Replay(model, collection.points, collection.settings.cfg_halves is Halves.APART)
-    with ThreadPoolExecutor(1) as reader:
+    with ThreadPoolExecutor(1) as reader, replay:
         work = [(step, number) for step in steps for number in range(len(blocks))]
         states = ahead(reader, data_dir, manifest, [(blocks[number].images, step) for step, number in work])
         watched: Watched | None = None
         for (step, number), x in zip(work, states, strict=True):
             if number == 0:
-                finished, watched = watched, Watched(collection, blocks, step, part)
+                finished, watched = watched, Watched(collection, blocks, step, timesteps[step], part)
+            else:
+                finished = None
             assert watched is not None
-            watched.forward(replay, blocks[number], x, texts[number])
+            watched.forward(replay, blocks[number], x, texts[number], finished)
             progress.advance()
-            if number == 0 and finished is not None:
-                yield finished.record(model, texts)
+            if finished is not None:
+                yield finished.record(replay, texts)
         assert watched is not None
-        yield watched.record(model, texts)
+        yield watched.record(replay, texts)
 
 
 class Watched:
     """One step under observation."""
 
-    def __init__(self, collection: Collection, blocks: Sequence[Block], step: int, part: int | None):
-        self._collection, self._blocks, self._step = collection, blocks, step
+    def __init__(
+        self, collection: Collection, blocks: Sequence[Block], step: int, timestep: mx.array, part: int | None
+    ):
+        self._collection, self._blocks, self._step, self._timestep = collection, blocks, step, timestep
         self._observer: Observer = new_observer(collection.stride)
         self._finite: list[mx.array] = []
         settings = collection.settings
@@ -236,15 +243,22 @@ class Watched:
             path = collection.cache.samples_path(step, part)
             self._sampler = SampleWriter(path, settings.samples, settings.seed, step)
 
-    def forward(self, replay: Replay, block: Block, x: NDArray[np.float32], text: Conditioning) -> None:
+    def forward(
+        self,
+        replay: Replay,
+        block: Block,
+        x: NDArray[np.float32],
+        text: Conditioning,
+        before: "Watched | None" = None,
+    ) -> None:
+        """Start the forward of ``block``; what ``before`` has seen is brought to the host first."""
         manifest, seed = self._collection.manifest, self._collection.settings.seed
-        timestep = mx.array(manifest.timesteps[self._step]).astype(text.tokens.dtype)
-        mx.eval(timestep)
         phase = int(generator("seed", seed, block.number, self._step).randint(PHASES))
-        more = (manifest.cfg_weight > 0, phase, block.images, self._sampler)
-        self._finite.append(replay.forward(self._observer, mx.array(x), text, timestep, *more))
+        fetch = before._observer.fetch if before is not None else lambda: None
+        more = (manifest.cfg_weight > 0, phase, block.images, self._sampler, fetch)
+        self._finite.append(replay.forward(self._observer, mx.array(x), text, self._timestep, *more))
 
-    def record(self, model: DiffusionModel, texts: Sequence[Conditioning]) -> StepRecord:
+    def record(self, replay: Replay, texts: Sequence[Conditioning]) -> StepRecord:
         """What was seen; where NaN or infinity went by, all is replayed once more with those left out and counted."""
         collection, step = self._collection, self._step
         seen = self._observer.results()
@@ -252,7 +266,6 @@ class Watched:
         self._sampler = None
         if not self._observer.sound:
             self._observer = new_observer(collection.stride, finite_only=True)
-            replay = Replay(model, collection.points, collection.settings.cfg_halves is Halves.APART)
             for block, text in zip(self._blocks, texts, strict=True):
                 x = read_states(collection.data_dir, collection.manifest, block.images, step)
                 self.forward(replay, block, x, text)
@@ -279,9 +292,11 @@ def _tell_non_finite(step: int, seen: Mapping[str, Seen]) -> None:
 def _of_images(seen: Seen, sizes: Sequence[int], halves: int) -> Seen:
     """``seen`` with a range for each image; its rows are those of blocks of ``sizes`` images, each with its halves."""
     parts, first = [], 0
-    for size in sizes:
-        parts.append(over_rows(seen.ranges[first : first + halves * size].reshape(halves, size, 4)))
-        first += halves * size
+    for size, run in groupby(sizes):
+        blocks = len(list(run))
+        rows = seen.ranges[first : first + blocks * halves * size].reshape(blocks, halves, size, 4)
+        parts.append(over_rows(rows.swapaxes(0, 1)).reshape(-1, 4))
+        first += blocks * halves * size
     return Seen(seen.dtype, seen.statistics, np.concatenate(parts))
 
 

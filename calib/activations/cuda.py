@@ -1,14 +1,14 @@
 """Summaries of activations on NVIDIA GPUs: each activation is read once, a few taps a launch, nothing is copied.
 
-A forward's kernels are short and many, and a launch costs the host some 15 µs: so taps are observed eight at a time.
+A forward's kernels are short and many, and a launch costs the host some 15 µs: so taps are observed sixteen at a time.
 :mod:`calib.activations.plain` says what is gathered; here moments and extremes of all channels stay on the device, in
 one array over all taps, until the results are asked for.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import cast
+from typing import Any, cast
 
 from calib.activations import cuda_kernels as kernels
 from calib.activations.histogram import BINS, DTYPES, Histogram
@@ -21,9 +21,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 #: Taps of one launch.
-TAPS = 8
-#: Tokens that a block sums up, at most: a longer float32 sum loses digits.
-MOST_TOKENS = 256
+TAPS = 16
+#: A warp sums up so many tokens at most, as a longer float32 sum loses digits; fewer where that makes more warps.
+MOST_TOKENS, FEWEST_TOKENS = 256, 32
+ENOUGH_WARPS = 4000
+#: A tap's values are counted by so many blocks, unless they are too few, or too many for 16-bit counters.
+COUNT_BLOCKS, FEWEST_COUNTED = 64, 8192
 #: Counters of 32 bits are emptied before they could overflow.
 MOST_COUNTS = 1 << 31
 
@@ -33,12 +36,13 @@ _Shape = tuple[int, int, int]
 
 @cache
 def _observe_kernel() -> _Kernel:
-    return _activation_kernel("calib_observe", kernels.OBSERVE, ["plan"], ["sums", "ends", "picked"], 0)
+    return _activation_kernel("calib_observe", kernels.OBSERVE, ["plan"], ["sums", "picked"], 0)
 
 
 @cache
 def _count_kernel() -> _Kernel:
-    return _activation_kernel("calib_count", kernels.COUNT, ["plan", "phase"], ["counts"], kernels.COUNT_SHARED)
+    inputs = ["plan", "phase", "counters"]
+    return _activation_kernel("calib_count", kernels.COUNT, inputs, ["done"], kernels.COUNT_SHARED)
 
 
 def _activation_kernel(name: str, body: str, inputs: list[str], outputs: list[str], shared: int) -> _Kernel:
@@ -63,7 +67,7 @@ def _merge_kernel(launches: int) -> _Kernel:
 
 @cache
 def _ranges_kernel(launches: int) -> _Kernel:
-    return _joint_kernel("calib_ranges", launches, ["picked", "ends"], ["taps"], ["ranges"])
+    return _joint_kernel("calib_ranges", launches, ["picked", "sums"], ["taps"], ["ranges"])
 
 
 def _joint_kernel(name: str, launches: int, each: list[str], inputs: list[str], outputs: list[str]) -> _Kernel:
@@ -83,7 +87,7 @@ def _joint_kernel(name: str, launches: int, each: list[str], inputs: list[str], 
 
 @dataclass(frozen=True, eq=False)
 class _Launch:
-    """How activations of given shapes share a launch; ``plan`` is (TAPS, fields) int32, see ``FIELDS``."""
+    """How activations of given shapes share a launch; ``plan`` is (TAPS · fields + 1,) int32, see ``FIELDS``."""
 
     shapes: tuple[_Shape, ...]
     plan: mx.array
@@ -91,7 +95,6 @@ class _Launch:
     blocks: int
     count_blocks: int
     sums: int
-    ends: int
     picked: int
 
 
@@ -99,31 +102,42 @@ def _ceil(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def _tokens_of_a_warp(shapes: Sequence[_Shape]) -> int:
+    size = MOST_TOKENS
+    while size > FEWEST_TOKENS:
+        warps = sum(rows * _ceil(tokens, size) * _ceil(width, kernels.COLUMN) for rows, tokens, width in shapes)
+        if warps >= ENOUGH_WARPS:
+            break
+        size //= 2
+    return size
+
+
 @cache
-def _launch(shapes: tuple[_Shape, ...], stride: int) -> _Launch:
-    block = count_block = sums = ends = picked = 0
+def _launch(shapes: tuple[_Shape, ...], axes: tuple[tuple[int, int], ...], stride: int) -> _Launch:
+    """``axes`` are those of tokens and channels of each activation."""
+    warp = count_block = sums = picked = 0
     fields = []
-    for rows, tokens, channels in shapes:
-        columns, splits = _ceil(channels, kernels.COLUMN), _ceil(tokens, MOST_TOKENS)
+    most = _tokens_of_a_warp(shapes)
+    for place, ((rows, tokens, channels), (token_axis, channel_axis)) in enumerate(zip(shapes, axes, strict=True)):
+        columns, splits = _ceil(channels, kernels.COLUMN), _ceil(tokens, most)
         # A tap without tokens is counted whole; few values a block, as its counters have 16 bits.
         counted = 1 if tokens == 1 else stride
-        count_rows = max(1, kernels.MOST_COUNTED // channels)
+        values = rows * _ceil(tokens, counted) * channels
+        count_rows = max(1, min(kernels.MOST_COUNTED, max(values // COUNT_BLOCKS, FEWEST_COUNTED)) // channels)
         pick = pick_stride(tokens * channels, channels)
         picks = _ceil(tokens * channels, pick)
-        per_split = _ceil(tokens, splits)
-        values = [block, columns, tokens, channels, splits, per_split, sums, ends]
-        values += [picked, pick, picks, rows, count_block, count_rows, counted]
-        fields.append(dict(zip(kernels.FIELDS, values, strict=True)))
-        block += rows * splits * columns
+        row_values = [warp, columns, tokens, channels, splits, _ceil(tokens, splits), sums, token_axis, channel_axis]
+        row_values += [picked, pick, picks, rows, count_block, count_rows, counted, place]
+        fields.append(dict(zip(kernels.FIELDS, row_values, strict=True)))
+        warp += rows * splits * columns
         count_block += _ceil(_ceil(rows * tokens, counted), count_rows)
         sums += rows * splits * 5 * channels
-        ends += rows * splits * columns * 2
         picked += rows * picks
-    unused = dict.fromkeys(kernels.FIELDS, 0) | {"block": 2**31 - 1, "count_block": 2**31 - 1}
-    table = [list(f.values()) for f in [*fields, *[unused] * (TAPS - len(fields))]]
-    plan = mx.array(np.array(table, np.int32))
+    unused = dict.fromkeys(kernels.FIELDS, 0) | {"warp": 2**31 - 1, "count_block": 2**31 - 1}
+    table = [value for f in [*fields, *[unused] * (TAPS - len(fields))] for value in f.values()]
+    plan = mx.array(np.array([*table, warp], np.int32))
     mx.eval(plan)
-    return _Launch(shapes, plan, fields, block, count_block, sums, ends, picked)
+    return _Launch(shapes, plan, fields, _ceil(warp, kernels.WARPS), count_block, sums, picked)
 
 
 @dataclass
@@ -139,32 +153,35 @@ class CudaObserver:
 
     def __init__(self, histogram_stride: int):
         self._stride = histogram_stride
-        self._group: list[tuple[str, mx.array]] = []
+        self._group: list[tuple[str, mx.array, _Shape]] = []
         self._untied: list[mx.array] = []
         self._taps: list[_Tap] = []
-        self._sums: list[mx.array] = []
         self._launches: list[_Launch] = []
-        self._ranges: list[tuple[list[int], mx.array]] = []
-        self._ends: list[mx.array] = []
+        self._sums: list[mx.array] = []
         self._picked: list[mx.array] = []
-        self._counts: list[mx.array] = []
-        self._host_counts: list[NDArray[np.uint64]] = []
+        self._ranges: list[tuple[list[int], mx.array]] = []
+        self._counters: list[mx.array] = []
+        self._host_counts: list[NDArray[Any]] = []
+        self._counted = 0
         self._moments: mx.array | None = None
         self._extremes: mx.array | None = None
         self._values: NDArray[np.uint64] = np.zeros(0, np.uint64)
-        self._counted = 0
         self._phase = mx.array([0], dtype=mx.uint32)
+        self._fetched: tuple[NDArray[np.float64], NDArray[np.float32], list[tuple[list[int], NDArray[Any]]]] | None = (
+            None
+        )
         self.sound = True
 
     def begin(self, phase: int) -> None:
         self._phase = mx.array([phase], dtype=mx.uint32)
-        self._taps, self._sums, self._launches, self._ends, self._picked = [], [], [], [], []
+        self._taps, self._launches, self._sums, self._picked = [], [], [], []
 
     def see(self, name: str, x: mx.array) -> None:
-        x = x.reshape(x.shape[0], -1, x.shape[-1])
+        if x.ndim > 3 and x.shape[2:-1] != (1,):
+            x = x.reshape(x.shape[0], -1, x.shape[-1])
         if self._group and self._group[0][1].dtype != x.dtype:
             self._flush()
-        self._group.append((name, x))
+        self._group.append((name, x, (x.shape[0], x.shape[1] if x.ndim > 2 else 1, x.shape[-1])))
         if len(self._group) == TAPS:
             self._flush()
 
@@ -179,49 +196,46 @@ class CudaObserver:
         """Launch the kernels over the activations at hand."""
         if not self._group:
             return
-        arrays = [x for _, x in self._group]
-        launch = _launch(tuple((x.shape[0], x.shape[1], x.shape[2]) for x in arrays), self._stride)
+        arrays = [x for _, x, _ in self._group]
+        axes = tuple((1 if x.ndim > 2 else 0, x.ndim - 1) for x in arrays)
+        launch = _launch(tuple(shape for *_, shape in self._group), axes, self._stride)
         inputs = arrays + [arrays[0]] * (TAPS - len(arrays))
         template = [("T", arrays[0].dtype), ("TAPS", TAPS), ("FIELDS", len(kernels.FIELDS))]
-        sums, ends, picked = _observe_kernel()(
+        sums, picked = _observe_kernel()(
             inputs=[*inputs, launch.plan],
             template=template,
             grid=(launch.blocks * kernels.OBSERVE_THREADS, 1, 1),
             threadgroup=(kernels.OBSERVE_THREADS, 1, 1),
-            output_shapes=[(launch.sums,), (launch.ends,), (launch.picked,)],
-            output_dtypes=[mx.float32, mx.float32, mx.uint16],
+            output_shapes=[(launch.sums,), (launch.picked,)],
+            output_dtypes=[mx.float32, mx.uint16],
         )
-        (counts,) = _count_kernel()(
-            inputs=[*inputs, launch.plan, self._phase],
+        number = len(self._launches)
+        if number == len(self._counters):
+            self._counters.append(_no_counts())
+        (counted,) = _count_kernel()(
+            inputs=[*inputs, launch.plan, self._phase, self._counters[number]],
             template=template,
             grid=(2 * launch.count_blocks * kernels.COUNT_THREADS, 1, 1),
             threadgroup=(kernels.COUNT_THREADS, 1, 1),
-            output_shapes=[(len(arrays), BINS)],
+            output_shapes=[(1,)],
             output_dtypes=[mx.uint32],
-            init_value=0,
         )
-        number = len(self._launches)
-        if number < len(self._counts):
-            counts = self._counts[number] = self._counts[number] + counts
-        else:
-            self._counts.append(counts)
-        self._taps += [_Tap(name, x.dtype, number, i) for i, (name, x) in enumerate(self._group)]
+        self._taps += [_Tap(name, x.dtype, number, i) for i, (name, x, _) in enumerate(self._group)]
         self._launches.append(launch)
         self._sums.append(sums)
-        self._ends.append(ends)
         self._picked.append(picked)
-        self._untied += [sums, ends, picked, counts]
+        self._untied += [sums, picked, counted]
         self._group = []
 
-    def end_forward(self, outputs: list[mx.array]) -> None:
+    def end_forward(self) -> list[list[mx.array]]:
         self._flush()
-        self._untied = []
+        last, self._untied = self._untied, []
         shapes = [shape for launch in self._launches for shape in launch.shapes]
         tables = _tables(tuple(self._launches), tuple(tap.dtype for tap in self._taps))
         self._merge(shapes, tables[0])
         rows = [rows for rows, _, _ in shapes]
         (ranges,) = _ranges_kernel(len(self._launches))(
-            inputs=[*self._picked, *self._ends, tables[1]],
+            inputs=[*self._picked, *self._sums, tables[1]],
             template=[("TAPS", len(shapes))],
             grid=(sum(rows) * kernels.RANGES_THREADS, 1, 1),
             threadgroup=(kernels.RANGES_THREADS, 1, 1),
@@ -229,10 +243,13 @@ class CudaObserver:
             output_dtypes=[mx.float32],
         )
         self._ranges.append((rows, ranges))
-        mx.async_eval(outputs, self._moments, self._extremes, self._counts, ranges)
-        largest = max(rows * tokens * channels for rows, tokens, channels in shapes)
-        self._counted += largest
-        if self._counted + largest > MOST_COUNTS:
+        assert self._moments is not None and self._extremes is not None
+        self._counted += max(rows * tokens * channels for rows, tokens, channels in shapes)
+        return [[self._moments, self._extremes, ranges, *last]]
+
+    def settle(self) -> None:
+        if self._counted > MOST_COUNTS:
+            mx.eval(self._moments)
             self._empty_counters()
 
     def _merge(self, shapes: list[_Shape], table: mx.array) -> None:
@@ -241,7 +258,7 @@ class CudaObserver:
         if self._moments is None or self._extremes is None:
             self._moments = mx.zeros((4, channels), dtype=mx.uint64)
             self._extremes = mx.stack([mx.full((channels,), mx.inf), mx.full((channels,), -mx.inf)])
-            self._values = np.zeros(channels, np.uint64)
+            self._values = np.zeros(len(shapes), np.uint64)
         self._moments, self._extremes = _merge_kernel(len(self._launches))(
             inputs=[*self._sums, table, self._moments, self._extremes],
             template=[("TAPS", len(shapes)), ("CHANNELS", channels)],
@@ -250,22 +267,30 @@ class CudaObserver:
             output_shapes=[(4, channels), (2, channels)],
             output_dtypes=[mx.uint64, mx.float32],
         )
-        self._values += np.concatenate([np.full(width, rows * tokens, np.uint64) for rows, tokens, width in shapes])
+        self._values += np.array([rows * tokens for rows, tokens, _ in shapes], np.uint64)
 
     def _empty_counters(self) -> None:
-        new = [np.array(counts).astype(np.uint64) for counts in self._counts]
+        new = [np.array(counters) for counters in self._counters]
         old = self._host_counts
-        self._host_counts = [a + b for a, b in zip(old, new, strict=True)] if old else new
-        self._counts = [mx.zeros_like(counts) for counts in self._counts]
+        self._host_counts = [a.astype(np.uint64) + b for a, b in zip(old, new, strict=True)] if old else new
+        self._counters = [_no_counts() for _ in new]
         self._counted = 0
 
-    def results(self) -> dict[str, Seen]:
-        self._empty_counters()
+    def fetch(self) -> None:
         assert self._moments is not None and self._extremes is not None
-        moments, extremes = np.array(self._moments).view(np.float64), np.array(self._extremes)
+        mx.eval(self._moments, [ranges for _, ranges in self._ranges])  # then the counters hold all
+        self._empty_counters()
+        ranges = [(rows, np.array(ranges)) for rows, ranges in self._ranges]
+        self._fetched = np.array(self._moments).view(np.float64), np.array(self._extremes), ranges
+
+    def results(self) -> dict[str, Seen]:
+        if self._fetched is None:
+            self.fetch()
+        assert self._fetched is not None
+        moments, extremes, rows_of_forwards = self._fetched
         self.sound = bool(np.isfinite(moments).all())
         # Of each forward one array, the rows of one tap after the other.
-        forwards = [np.split(np.array(ranges), np.cumsum(rows)[:-1]) for rows, ranges in self._ranges]
+        forwards = [np.split(ranges, np.cumsum(rows)[:-1]) for rows, ranges in rows_of_forwards]
         found, first = {}, 0
         for number, tap in enumerate(self._taps):
             field = self._launches[tap.launch].fields[tap.place]
@@ -275,13 +300,19 @@ class CudaObserver:
             statistics = Statistics(
                 extremes[0, part],
                 extremes[1, part],
-                self._values[part],
+                np.full(field["channels"], self._values[number]),
                 Moments(moments[:, part]),
                 Histogram.from_counts(self._host_counts[tap.launch][tap.place], dtype),
             )
             ranges = np.concatenate([forward[number] for forward in forwards])
             found[tap.name] = Seen(dtype, statistics, ranges.astype(np.float64))
         return found
+
+
+def _no_counts() -> mx.array:
+    counters = mx.zeros((TAPS, BINS), dtype=mx.uint32)
+    mx.eval(counters)
+    return counters
 
 
 @cache
@@ -292,10 +323,10 @@ def _tables(launches: tuple[_Launch, ...], dtypes: tuple[mx.Dtype, ...]) -> tupl
     kinds = {mx.bfloat16: 0, mx.float16: 1, mx.float32: 2}
     fields = [(number, field) for number, launch in enumerate(launches) for field in launch.fields]
     for (number, field), dtype in zip(fields, dtypes, strict=True):
-        rows, splits, columns = field["rows"], field["splits"], field["columns"]
-        merging.append((channel, number, field["sums"], rows * splits, field["tokens"], field["per_split"]))
-        ranging.append((row, number, field["picked"], field["picks"], field["ends"], splits * columns, kinds[dtype]))
-        channel += field["channels"]
+        rows, splits, channels, sums = field["rows"], field["splits"], field["channels"], field["sums"]
+        merging.append((channel, number, sums, rows * splits, field["tokens"], field["per_split"]))
+        ranging.append((row, number, field["picked"], field["picks"], sums, splits, channels, kinds[dtype]))
+        channel += channels
         row += rows
     tables = mx.array(np.array(merging, np.int32)), mx.array(np.array(ranging, np.int32))
     mx.eval(tables)

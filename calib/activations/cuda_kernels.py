@@ -1,17 +1,17 @@
-"""CUDA sources of :mod:`calib.activations.cuda`: each reads an activation once, as it lies, a few taps a launch.
+"""CUDA sources of :mod:`calib.activations.cuda`: each reads an activation once, as it lies, many taps a launch.
 
 ``{cases}`` is filled with the choice among a launch's inputs. Arrays of ``int`` describe the taps, a row of fields
 each.
 """
 
-#: Threads of a block: 8 warps share 256 channels, 8 of them a thread, and take tokens in turn.
+#: Warps of an observing block work each by itself, on 256 channels of some tokens of a row: 8 channels a thread.
 OBSERVE_THREADS = 256
-#: Channels of such a block.
+WARPS = OBSERVE_THREADS // 32
 COLUMN = 256
 #: Fields of a tap in ``plan``, for both kernels of activations.
 FIELDS = (
-    *("block", "columns", "tokens", "channels", "splits", "per_split", "sums", "ends"),
-    *("picked", "pick_stride", "picks", "rows", "count_block", "count_rows", "counted_stride"),
+    *("warp", "columns", "tokens", "channels", "splits", "per_split", "sums", "token_axis", "channel_axis"),
+    *("picked", "pick_stride", "picks", "rows", "count_block", "count_rows", "counted_stride", "counts"),
 )
 #: Bit patterns of one sign; a block counts those of one sign, in 16-bit counters: 64 kB.
 SIGNED_BINS = 32768
@@ -31,116 +31,140 @@ template <typename T> __device__ __forceinline__ unsigned calib_pattern(T v) {
 // Eight channels of one token, as one or two loads of 16 bytes where they lie so; what is beyond ``wanted`` is 0.
 template <typename T>
 __device__ __forceinline__ CalibPack<T> calib_load(const T* p, long long step, bool whole, int wanted) {
-  if (whole) return *reinterpret_cast<const CalibPack<T>*>(p);
+  if (whole && wanted >= 8) return *reinterpret_cast<const CalibPack<T>*>(p);
   CalibPack<T> pack;
+#pragma unroll
   for (int i = 0; i < 8; ++i) pack.v[i] = i < wanted ? p[i * step] : static_cast<T>(0.0f);
   return pack;
 }
+
+// A copy into shared memory that is under way while its thread goes on, where the GPU has it.
+template <typename T> __device__ __forceinline__ void calib_copy(CalibPack<T>* to, const T* from) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+#pragma unroll
+  for (int i = 0; i < static_cast<int>(sizeof(CalibPack<T>)); i += 16)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::
+        "r"(static_cast<unsigned>(__cvta_generic_to_shared(reinterpret_cast<char*>(to) + i))),
+        "l"(reinterpret_cast<const char*>(from) + i) : "memory");
+#else
+  *to = *reinterpret_cast<const CalibPack<T>*>(from);
+#endif
+}
+__device__ __forceinline__ void calib_commit() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+template <int N> __device__ __forceinline__ void calib_wait() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+#endif
+}
+
+struct CalibSums {
+  alignas(16) float shift[8], sum[8], square[8], low[8], high[8];
+  __device__ __forceinline__ CalibSums(const float (&around)[8]) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      shift[i] = around[i];
+      sum[i] = square[i] = 0.0f;
+      low[i] = __int_as_float(0x7f800000);
+      high[i] = -low[i];
+    }
+  }
+  template <typename T> __device__ __forceinline__ void add(const CalibPack<T>& pack) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const float value = static_cast<float>(pack.v[i]), d = value - shift[i];
+      sum[i] += d;
+      square[i] = fmaf(d, d, square[i]);
+      low[i] = fminf(low[i], value);
+      high[i] = fmaxf(high[i], value);
+    }
+  }
+};
 """
 
 #: Which of the launch's inputs a tap is, with its strides.
 CASE = """
-    case {i}: x = x{i}; row_step = x{i}_strides[0]; token_step = x{i}_strides[1]; step = x{i}_strides[2]; break;"""
+    case {i}:
+      x = x{i}, row_step = x{i}_strides[0], token_step = x{i}_strides[f[7]], step = x{i}_strides[f[8]];
+      break;"""
 
 _INPUT = r"""
+  const int* f = plan + tap * FIELDS;
   const T* x = nullptr;
   long long row_step = 0, token_step = 0, step = 0;
   switch (tap) {{{cases}
   }}
-  const int tokens = f[2], channels = f[3], rows = f[11];
+  const int tokens = f[2], channels = f[3], rows = f[12];
   const bool whole = step == 1 && channels % 8 == 0 && row_step % 8 == 0 && token_step % 8 == 0 &&
       reinterpret_cast<unsigned long long>(x) % 16 == 0;
 """
 
-#: sums: of each split of each row shift, Σd, Σd², min, max of every channel; ends: min, max of each split's column;
-#: picked: bit patterns of each row.
+#: sums: of each split of each row shift, Σd, Σd², min, max of every channel; picked: bit patterns of each row.
 OBSERVE = (
     r"""
-  __shared__ float shared[5][8][256];
-  const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
+  const int lane = threadIdx.x % 32, warp = blockIdx.x * 8 + threadIdx.x / 32;
+  if (warp >= plan[TAPS * FIELDS]) return;
   int tap = 0;
-  for (int i = 1; i < TAPS; ++i) if (static_cast<int>(blockIdx.x) >= plan[i * FIELDS]) tap = i;
-  const int* f = plan + tap * FIELDS;
+  for (int i = 1; i < TAPS; ++i) if (warp >= plan[i * FIELDS]) tap = i;
 """
     + _INPUT
     + r"""
-  const int columns = f[1], local = blockIdx.x - f[0], column = local % columns, split = local / columns;
+  const int columns = f[1], local = warp - f[0], column = local % columns, split = local / columns;
   const int row = split / f[4], first = split % f[4] * f[5], last = min(first + f[5], tokens);
   const int channel = column * 256 + lane * 8, wanted = channels - channel;
   const T* base = x + row * row_step + channel * step;
-
-  // Any value near the mean will do as a shift; four tokens of the split, as one may be an outlier.
-  float shift[8], sum[8], square[8], low[8], high[8];
-  for (int i = 0; i < 8; ++i) {{
-    shift[i] = sum[i] = square[i] = 0.0f;
-    low[i] = __int_as_float(0x7f800000);
-    high[i] = -low[i];
-  }}
-  for (int k = 1; k < 8; k += 2) {{
-    const T* token = base + (first + (last - first) * k / 8) * token_step;
-    const CalibPack<T> pack = calib_load(token, step, whole && wanted > 0, wanted);
+  // Any value near the mean will do as a shift; of four tokens, as one may be an outlier.
+  float shift[8] = {{}};
+  for (int u = 0; u < 4; ++u) {{
+    const CalibPack<T> pack = calib_load(base + (first + (last - first) * u / 4) * token_step, step, whole, wanted);
+#pragma unroll
     for (int i = 0; i < 8; ++i) shift[i] += 0.25f * static_cast<float>(pack.v[i]);
   }}
-  for (int token = first + warp; token < last; token += 32) {{
-    CalibPack<T> pack[4];
-    for (int u = 0; u < 4; ++u)
-      if (token + 8 * u < last)
-        pack[u] = calib_load(base + (token + 8 * u) * token_step, step, whole && wanted > 0, wanted);
-    for (int u = 0; u < 4; ++u)
-      if (token + 8 * u < last)
-        for (int i = 0; i < 8; ++i) {{
-          const float value = static_cast<float>(pack[u].v[i]), d = value - shift[i];
-          sum[i] += d;
-          square[i] = fmaf(d, d, square[i]);
-          low[i] = fminf(low[i], value);
-          high[i] = fmaxf(high[i], value);
-        }}
-  }}
-  for (int i = 0; i < 8; ++i) {{
-    const int place = i * 32 + lane;
-    shared[0][warp][place] = shift[i];
-    shared[1][warp][place] = sum[i];
-    shared[2][warp][place] = square[i];
-    shared[3][warp][place] = low[i];
-    shared[4][warp][place] = high[i];
-  }}
-  __syncthreads();
-  const int place = tid % 8 * 32 + tid / 8, own = column * 256 + tid;
-  float total[5] = {{shared[0][0][place], 0.0f, 0.0f, shared[3][0][place], shared[4][0][place]}};
-  for (int w = 0; w < 8; ++w) {{
-    total[1] += shared[1][w][place];
-    total[2] += shared[2][w][place];
-    total[3] = fminf(total[3], shared[3][w][place]);
-    total[4] = fmaxf(total[4], shared[4][w][place]);
-  }}
-  if (own < channels)
-    for (int k = 0; k < 5; ++k) sums[f[6] + (split * 5 + k) * channels + own] = total[k];
-  else {{
-    total[3] = __int_as_float(0x7f800000);
-    total[4] = -total[3];
-  }}
-  __syncthreads();
-  shared[0][0][tid] = total[3];
-  shared[1][0][tid] = total[4];
-  for (int half = 128; half > 0; half /= 2) {{
-    __syncthreads();
-    if (tid < half) {{
-      shared[0][0][tid] = fminf(shared[0][0][tid], shared[0][0][tid + half]);
-      shared[1][0][tid] = fmaxf(shared[1][0][tid], shared[1][0][tid + half]);
+  CalibSums s(shift);
+  if (whole && wanted >= 8) {{
+    // Each thread copies ahead of itself into a ring of its own: in registers the compiler keeps one load in flight.
+    constexpr int RING = sizeof(T) == 4 ? 4 : 8;
+    __shared__ CalibPack<T> ring[RING][256];
+    for (int token = first; token < first + RING; ++token) {{
+      if (token < last) calib_copy(&ring[token - first][threadIdx.x], base + token * token_step);
+      calib_commit();
     }}
+    const T* ahead = base + (first + RING) * token_step;
+    for (int token = first, slot = 0; token < last; ++token, slot = (slot + 1) % RING, ahead += token_step) {{
+      calib_wait<RING - 1>();
+      s.add(ring[slot][threadIdx.x]);
+      if (token + RING < last) calib_copy(&ring[slot][threadIdx.x], ahead);
+      calib_commit();
+    }}
+  }} else {{
+    for (int token = first; token < last; ++token)
+      s.add(calib_load(base + token * token_step, step, whole, wanted));
   }}
-  __syncthreads();
-  if (tid < 2) ends[f[7] + 2 * local + tid] = shared[tid][0][0];
+  float* out = sums + f[6] + static_cast<long long>(split) * 5 * channels + channel;
+  const float* parts[5] = {{s.shift, s.sum, s.square, s.low, s.high}};
+  const bool aligned = channels % 8 == 0 && f[6] % 4 == 0;
+#pragma unroll
+  for (int k = 0; k < 5; ++k)
+    if (aligned && wanted >= 8)
+      *reinterpret_cast<CalibPack<float>*>(out + k * channels) = *reinterpret_cast<const CalibPack<float>*>(parts[k]);
+    else
+#pragma unroll
+      for (int i = 0; i < 8; ++i)
+        if (i < wanted) out[k * channels + i] = parts[k][i];
   if (split % f[4] == 0)
-    for (int j = column * 256 + tid; j < f[10]; j += columns * 256) {{
-      const int at = j * f[9];
+    for (int j = column * 32 + lane; j < f[11]; j += columns * 32) {{
+      const int at = j * f[10];
       const T value = x[row * row_step + at / channels * token_step + at % channels * step];
-      picked[f[8] + row * f[10] + j] = static_cast<unsigned short>(calib_pattern(value));
+      picked[f[9] + row * f[11] + j] = static_cast<unsigned short>(calib_pattern(value));
     }}
 """
 )
 
-#: counts: of each tap 65,536 counters of bit patterns, zero before.
+#: Adds to ``counters`` in place, 65,536 of each tap: adding commutes, so launches need not know of one another.
+#: ``done`` only orders what comes after.
 COUNT = (
     r"""
   extern __shared__ unsigned words[];  // two counters each, of the patterns of one sign
@@ -148,15 +172,14 @@ COUNT = (
   const unsigned sign = blockIdx.x % 2;
   const int block = blockIdx.x / 2;
   int tap = 0;
-  for (int i = 1; i < TAPS; ++i) if (block >= plan[i * FIELDS + 12]) tap = i;
-  const int* f = plan + tap * FIELDS;
+  for (int i = 1; i < TAPS; ++i) if (block >= plan[i * FIELDS + 13]) tap = i;
 """
     + _INPUT
     + r"""
-  const int stride = f[14], all = rows * tokens;
+  const int stride = f[15], all = rows * tokens;
   const int start = static_cast<int>(static_cast<long long>(phase[0]) * min(stride, all) / 65536);
   const int sampled = (all - start + stride - 1) / stride;
-  const int first = (block - f[12]) * f[13], last = min(first + f[13], sampled);
+  const int first = (block - f[13]) * f[14], last = min(first + f[14], sampled);
   const int packs = (channels + 7) / 8;
   for (int i = tid; i < 16384; i += 1024) words[i] = 0;
   __syncthreads();
@@ -164,18 +187,20 @@ COUNT = (
     const int at = start + (first + i / packs) * stride, channel = i % packs * 8, wanted = channels - channel;
     const T* p = x + at / tokens * row_step + at % tokens * token_step + channel * step;
     const CalibPack<T> pack = calib_load(p, step, whole, wanted);
+#pragma unroll
     for (int k = 0; k < 8; ++k) {{
       const unsigned bits = calib_pattern(pack.v[k]);
       if (k < wanted && bits >> 15 == sign) atomicAdd(&words[(bits & 32767) / 2], bits & 1 ? 65536u : 1u);
     }}
   }}
   __syncthreads();
-  unsigned* own = counts + tap * 65536 + sign * 32768;
+  unsigned* own = const_cast<unsigned*>(counters) + f[16] * 65536 + sign * 32768;
   for (int i = tid; i < 16384; i += 1024) {{
     const unsigned word = words[i];
     if (word & 65535) atomicAdd(&own[2 * i], word & 65535);
     if (word >> 16) atomicAdd(&own[2 * i + 1], word >> 16);
   }}
+  if (blockIdx.x == 0 && tid == 0) done[0] = 1;
 """
 )
 
@@ -207,8 +232,10 @@ MERGE = r"""
     // count · shift and shift · sum are exact: 24 bits by few, 24 by 24.
     const double base = count * shift, tail = fma(base, shift, -(base * shift));
     const double terms[2][4] = {{{{base, sum, 0.0, 0.0}}, {{base * shift, 2.0 * shift * sum, square, tail}}}};
+#pragma unroll
     for (int which = 0; which < 2; ++which)
-      for (int k = 0; k < 4; ++k) {{
+#pragma unroll
+      for (int k = 0; k < (which ? 4 : 2); ++k) {{
         const double a = total[2 * which], b = terms[which][k];
         const double s = a + b, share = s - a, error = (a - (s - share)) + (b - share) + total[2 * which + 1];
         total[2 * which] = s + error;
@@ -223,8 +250,8 @@ MERGE_CASE = """
     case {i}: sums = sums{i}; break;"""
 
 #: A block a row of a tap: its min, max, 1st and 99th percentile into ``ranges`` (rows, 4), taps one after the other.
-#: ``taps`` is (taps, 7): first row, launch, place in ``picked``, picks, place in ``ends``, pairs of a row, and 0 for
-#: bfloat16, 1 for float16, 2 for float32.
+#: ``taps`` is (taps, 8): first row, launch, place in ``picked``, picks, place in ``sums``, splits of a row, channels,
+#: and 0 for bfloat16, 1 for float16, 2 for float32.
 RANGES_THREADS = 256
 RANGES = r"""
   __shared__ unsigned keys[2048];
@@ -232,11 +259,11 @@ RANGES = r"""
   const int tid = threadIdx.x, block = blockIdx.x;
   int tap = 0;
   for (int step = 1 << 14; step > 0; step /= 2)
-    if (tap + step < TAPS && block >= taps[(tap + step) * 7]) tap += step;
-  const int* f = taps + tap * 7;
-  const int row = block - f[0], picks = f[3], pairs = f[5];
+    if (tap + step < TAPS && block >= taps[(tap + step) * 8]) tap += step;
+  const int* f = taps + tap * 8;
+  const int row = block - f[0], picks = f[3], channels = f[6];
   const unsigned short* picked = nullptr;
-  const float* ends = nullptr;
+  const float* sums = nullptr;
   switch (f[1]) {{{cases}
   }}
   for (int i = tid; i < 2048; i += 256) {{
@@ -245,9 +272,12 @@ RANGES = r"""
   }}
   low[tid] = __int_as_float(0x7f800000);
   high[tid] = -low[tid];
-  for (int i = tid; i < pairs; i += 256) {{
-    low[tid] = fminf(low[tid], ends[f[4] + (row * pairs + i) * 2]);
-    high[tid] = fmaxf(high[tid], ends[f[4] + (row * pairs + i) * 2 + 1]);
+  for (int split = row * f[5]; split < (row + 1) * f[5]; ++split) {{
+    const float* part = sums + f[4] + static_cast<long long>(split) * 5 * channels;
+    for (int i = tid; i < channels; i += 256) {{
+      low[tid] = fminf(low[tid], part[3 * channels + i]);
+      high[tid] = fmaxf(high[tid], part[4 * channels + i]);
+    }}
   }}
   for (int half = 128; half > 0; half /= 2) {{
     __syncthreads();
@@ -276,14 +306,14 @@ RANGES = r"""
     for (int k = 0; k < 2; ++k) {{
       const unsigned key = keys[min(below + k, picks - 1)];
       const unsigned short bits = static_cast<unsigned short>(key & 32768 ? key ^ 32768 : key ^ 65535);
-      if (f[6] == 1)
+      if (f[7] == 1)
         value[k] = __half2float(*reinterpret_cast<const __half*>(&bits));
       else  // of a float32 the upper half is known: the middle of what it may be, or zero
-        value[k] = __uint_as_float(static_cast<unsigned>(bits) << 16 | (f[6] == 2 && bits & 32767 ? 32768u : 0u));
+        value[k] = __uint_as_float(static_cast<unsigned>(bits) << 16 | (f[7] == 2 && bits & 32767 ? 32768u : 0u));
     }}
     ranges[block * 4 + 2 + tid] = static_cast<float>(value[0] + (value[1] - value[0]) * (place - below));
     ranges[block * 4 + tid] = tid == 0 ? low[0] : high[0];
   }}
 """
 RANGES_CASE = """
-    case {i}: picked = picked{i}; ends = ends{i}; break;"""
+    case {i}: picked = picked{i}; sums = sums{i}; break;"""

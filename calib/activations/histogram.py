@@ -16,6 +16,9 @@ from numpy.typing import NDArray
 BINS = 1 << 16
 DTYPES = {mx.float16: "float16", mx.bfloat16: "bfloat16", mx.float32: "float32"}
 
+#: The pattern of infinity; what is above, the sign left out, is NaN.
+INFINITY = {"float16": 0x7C00, "bfloat16": 0x7F80, "float32": 0x7F80}
+
 
 def top_bits(x: mx.array) -> mx.array:
     """Bit patterns of ``x``, of its shape, as uint16: of a float32 the upper half."""
@@ -62,10 +65,11 @@ class Histogram:
     def from_counts(cls, counts: NDArray[Any], dtype: str) -> Self:
         """From how often each of the 65,536 bit patterns occurs; NaN and infinities are left out."""
         bits = np.flatnonzero(counts)
-        keys = ordered_keys(bits)
-        order = np.argsort(keys)
-        order = order[np.isfinite(key_values(keys[order], dtype))]
-        return cls(dtype, keys[order], counts[bits[order]].astype(np.uint64))
+        bits = bits[(bits & 0x7FFF) < INFINITY[dtype]]
+        # The keys of negative numbers ascend as their patterns descend, and come first.
+        middle = np.searchsorted(bits, 0x8000)
+        ordered = np.concatenate([bits[middle:][::-1], bits[:middle]])
+        return cls(dtype, ordered_keys(ordered), counts[ordered].astype(np.uint64))
 
     @property
     def total(self) -> int:

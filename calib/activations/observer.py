@@ -46,8 +46,14 @@ class Observer(Protocol):
     def tie(self, x: mx.array) -> mx.array:
         """``x`` itself, computed only after what was noticed so far: so activations live no longer than they must."""
 
-    def end_forward(self, outputs: list[mx.array]) -> None:
-        """Start to compute ``outputs``, one of each part, and all that was noticed on the way."""
+    def end_forward(self) -> list[list[mx.array]]:
+        """The forward's graph is built: what is to be computed with it, in the order in which it can be."""
+
+    def settle(self) -> None:
+        """The forward is being computed: time to see to what earlier ones left."""
+
+    def fetch(self) -> None:
+        """The last forward is computed, nothing else is yet: bring to the host what would wait for what comes next."""
 
     def results(self) -> dict[str, Seen]:
         """What was seen at each tap, over all forwards."""

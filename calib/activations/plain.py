@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 #: About so many values of each row of a batch tell its own percentiles.
 PICKED = 1024
 #: Summaries wait on the device until they are so many bytes.
-MOST_PENDING = 64 << 20
+MOST_PENDING = 8 << 20
 #: Sums of float32 lose digits with their length: they go in two levels.
 BLOCK = 64
 #: Parts of a stride that a phase counts.
@@ -174,6 +174,7 @@ class PlainObserver:
     def __init__(self, histogram_stride: int, finite_only: bool = False):
         self._stride, self._finite_only = histogram_stride, finite_only
         self._parts: list[list[_Summary]] = []
+        self._newest: list[_Summary] = []
         self._waiting: list[_Summary] = []
         self._found: dict[str, Seen] = {}
         self._untied: list[mx.array] = []
@@ -196,18 +197,19 @@ class PlainObserver:
         self._untied = []
         return tied
 
-    def end_forward(self, outputs: list[mx.array]) -> None:
+    def end_forward(self) -> list[list[mx.array]]:
         parts, self._parts, self._untied = self._parts, [], []
-        if not on_gpu():
-            # In the order in which they can be computed, the parts in turn: each is a stream of its own.
-            for together in zip_longest(*parts):
-                for summary in filter(None, together):
-                    mx.async_eval(summary[2])
-        summaries = [summary for part in parts for summary in part]
-        mx.async_eval(outputs, [values for *_, values in summaries])
+        self._newest = [summary for part in parts for summary in part]
+        # The parts in turn: each is a stream of its own, and goes on while the others are told their next piece.
+        turns = [summary for together in zip_longest(*parts) for summary in together if summary is not None]
+        ordered = [list(values.values()) for *_, values in turns]
+        return [[value for values in ordered for value in values]] if on_gpu() else ordered
+
+    def settle(self) -> None:
         if sum(value.nbytes for *_, values in self._waiting for value in values.values()) > MOST_PENDING:
             self._drain()
-        self._waiting += summaries
+        self._waiting += self._newest
+        self._newest = []
 
     def _drain(self) -> None:
         for name, dtype, summary in self._waiting:
@@ -216,6 +218,9 @@ class PlainObserver:
             new = seen(host, dtype)
             self._found[name] = self._found[name].merge(new) if name in self._found else new
         self._waiting = []
+
+    def fetch(self) -> None:
+        """Nothing: the host reads an array as soon as it is computed, whatever is computed next."""
 
     def results(self) -> dict[str, Seen]:
         self._drain()

@@ -1,11 +1,12 @@
 """Forwards of the transformer over stored states, watched by an observer."""
 
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
+from typing import Any, Self
 
 from calib import blas
 from calib.activations.cuda import CudaObserver
@@ -57,7 +58,7 @@ def shared_cores(rows: int) -> Iterator[None]:
 
 
 class Replay:
-    """Watched forwards of one model; at most one is computed at a time, while the next is prepared.
+    """Watched forwards of one model, in a context that places the taps; one is prepared while another is computed.
 
     Args:
         apart: observe the halves of the guidance batch each by itself.
@@ -66,6 +67,19 @@ class Replay:
     def __init__(self, model: DiffusionModel, points: Sequence[TapPoint], apart: bool = False):
         self._model, self._points, self._apart = model, points, apart
         self._running: list[mx.array] = []
+        self._watch: _Watch | None = None
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Self:
+        self._stack.enter_context(tapped(self._model.transformer, self._points, self._record))
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._stack.__exit__(*exception)
+
+    def _record(self, name: str, activation: mx.array) -> mx.array:
+        assert self._watch is not None
+        return self._watch.record(name, activation)
 
     def forward(
         self,
@@ -77,11 +91,12 @@ class Replay:
         phase: int,
         images: Sequence[int] = (),
         sampler: SampleWriter | None = None,
+        between: Callable[[], None] = lambda: None,
     ) -> mx.array:
         """Start a forward over states ``x`` (batch, height, width, channels).
 
         Returns whether its output is finite; lazy. ``timestep`` must be evaluated, ``phase`` moves the sampled rows.
-        ``sampler`` keeps rows of ``images``.
+        ``sampler`` keeps rows of ``images``; ``between`` is called when the forward before is done.
         """
         rows = (mx.concatenate([x, x]) if guidance else x).astype(self._model.dtype)
         half = len(x) if guidance and self._apart else None
@@ -91,19 +106,22 @@ class Replay:
         streams = _streams(len(parts)) if len(parts) > 1 else [mx.default_stream(mx.default_device())]
         for part, stream in zip(parts, streams, strict=True):
             with mx.stream(stream):
-                watch = _Watch(observer, half, part, sampler, owners[part])
-                outputs.append(self._part(watch, rows[part], text, timestep, phase))
+                observer.begin(phase)
+                self._watch = _Watch(observer, half, part, sampler, owners[part])
+                tokens, pooled = text.tokens[part], text.pooled[part]
+                outputs.append(velocity(self._model.transformer, rows[part], tokens, pooled, timestep))
         finite = mx.stack([mx.all(mx.isfinite(output)) for output in outputs]).all()
+        todo = observer.end_forward()
+        todo.append([*outputs, finite, *(sampler.end_forward() if sampler is not None else [])])
         mx.eval(self._running)  # two forwards at once would need the memory of two
-        observer.end_forward([*outputs, finite, *(sampler.end_forward() if sampler is not None else [])])
+        between()
+        for arrays in todo:
+            mx.async_eval(arrays)
         self._running = outputs
+        observer.settle()
+        if sampler is not None:
+            sampler.settle()
         return finite
-
-    def _part(self, watch: "_Watch", rows: mx.array, text: Conditioning, timestep: mx.array, phase: int) -> mx.array:
-        watch.observer.begin(phase)
-        with tapped(self._model.transformer, self._points, watch.record):
-            tokens, pooled = text.tokens[watch.part], text.pooled[watch.part]
-            return velocity(self._model.transformer, rows, tokens, pooled, timestep)
 
 
 @dataclass(frozen=True)

@@ -93,10 +93,13 @@ class SampleWriter:
         return tied
 
     def end_forward(self) -> list[mx.array]:
-        """Write the rows of the forward before; those of this one, to be computed with it."""
+        """The forward's graph is built: what is to be computed with it."""
+        return [value for *_, packed, lost in self._forward for value in (packed, lost)]
+
+    def settle(self) -> None:
+        """The forward is being computed: write the rows of the one before."""
         self._write()
         self._waiting, self._forward = self._forward, []
-        return [value for *_, packed, lost in self._waiting for value in (packed, lost)]
 
     def _write(self) -> None:
         for name, channels, packed, lost in self._waiting:
