@@ -6,10 +6,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from calib.activations.collect import Collection
 from calib.activations.drift import choose_steps
+from calib.activations.join import merge_shards
 from calib.activations.record import StepRecord
 from calib.activations.samples import SampleSettings
 from calib.activations.store import FILE as ACTIVATIONS
@@ -23,9 +24,9 @@ from calib.dataset.load import load_manifest
 from calib.dataset.manifest import Manifest
 from calib.dataset.shards import Shard
 from calib.errors import ConfigError
-from calib.files import write_json
+from calib.files import read_json, write_json
 from calib.models.model import DiffusionModel
-from calib.progress import note, say
+from calib.progress import counted, note, say
 from calib.runs.directory import RunDirectory, device_name, git_commit
 from calib.timesteps import Drift
 from calib.versions import versions
@@ -33,6 +34,8 @@ from calib.versions import versions
 from diffusionkit.mlx.mmdit import MMDiT
 
 METADATA = "collection_metadata.json"
+#: Values left out of the statistics: by layer, by step, how many were NaN and how many infinite.
+_NonFinite: TypeAlias = dict[str, dict[str, dict[str, int]]]
 
 logger = logging.getLogger("calib")
 
@@ -48,9 +51,6 @@ def run_collect(
     points = tap_points(transformer, settings.taps)
     steps = chosen_steps(settings, manifest, transformer, model, image_ids)
     collection = _collection(settings, manifest, transformer, model, image_ids, points)
-    if not collection.images:
-        count = len(image_ids)
-        raise ConfigError.bad_value("shard.count", settings.shard.count, f"leaves this shard none of {count} images")
     collection.collect(steps)
     fingerprint = manifest.fingerprint or model().fingerprint
     names = [name for point in points for name in point.names]
@@ -88,11 +88,54 @@ def write_statistics(run: Path) -> None:
     write_json(run / STATISTICS, {name: layer.to_json() for name, layer in summaries.items()})
 
 
+def merge(runs: Sequence[Path], into: Path) -> int:
+    """Join the run directories of all shards of a collection into the folder ``into``; returns the number of images.
+
+    ``calib analyze stats=INTO`` and all else that reads a run directory reads it.
+    """
+    for run in runs:
+        if not run.is_dir():
+            raise ConfigError(f"{run}: no such run directory; calib collect with shard.index and shard.count makes one")
+    if into.exists() and (not into.is_dir() or any(into.iterdir())):
+        raise ConfigError(f"{into}: is not an empty folder; name a new one")
+    blocks = merge_shards(runs, into)
+    write_statistics(into)
+    documents = [read_json(run / METADATA) for run in runs]
+    order = sorted(documents, key=lambda document: int(document["shard"]["index"]))
+    joined = {**order[0], "image_ids": [i for block in blocks for i in block.images]}
+    joined |= {"shard": {"index": 0, "count": 1}, "merged_from": [str(run) for run in runs]}
+    joined["non_finite"] = _joined_non_finite([document["non_finite"] for document in order])
+    joined["non_finite_output"] = sorted({step for document in order for step in document["non_finite_output"]})
+    write_json(into / METADATA, joined)
+    return len(joined["image_ids"])
+
+
+def _joined_non_finite(parts: Sequence[_NonFinite]) -> _NonFinite:
+    """Counts of NaN and infinity by layer and step, added up."""
+    total: _NonFinite = {}
+    for part in parts:
+        for layer, steps in part.items():
+            for step, counts in steps.items():
+                own = total.setdefault(layer, {}).setdefault(step, {"nan": 0, "inf": 0})
+                total[layer][step] = {kind: own[kind] + counts[kind] for kind in own}
+    return total
+
+
 def chosen_images(settings: Settings, manifest: Manifest) -> list[int]:
     """The images that are collected, of those that the dataset has."""
     limit = settings.num_images if settings.generate_missing else len(manifest.images)
     available = sorted(manifest.images)[:limit]
     return settings.choose_images(available, lambda ids: features(settings.data_dir, manifest, ids))
+
+
+def check_shard(settings: Settings, manifest: Manifest) -> None:
+    """Raise where there are too few images for this shard to have any."""
+    size = settings.collect.batch_size or manifest.batch_size or 1
+    images = len(chosen_images(settings, manifest))
+    blocks, shard = -(-images // size), settings.shard
+    if shard.index >= blocks:
+        allowed = f"leaves shard {shard.index} nothing, {counted(images, 'image')} are {blocks} blocks of {size}"
+        raise ConfigError.bad_value("shard.count", shard.count, allowed)
 
 
 def chosen_steps(
@@ -156,7 +199,7 @@ def _metadata(
     points: Sequence[TapPoint],
     records: Mapping[int, StepRecord],
 ) -> dict[str, object]:
-    bad: dict[str, dict[str, dict[str, int]]] = {}
+    bad: _NonFinite = {}
     for step, record in records.items():
         for name, seen in record.seen.items():
             if seen.statistics.nan or seen.statistics.inf:

@@ -13,7 +13,7 @@ from calib.analysis.layers import STATISTICS, LayerSummary, read_summaries
 from calib.analysis.plan import Plan, make_plan, phase_bits
 from calib.analysis.summary import summary_text
 from calib.awake import awake
-from calib.collecting import chosen_images, run_collect
+from calib.collecting import check_shard, run_collect
 from calib.config import Settings, Stage, check_writable
 from calib.dataset.generate import generate, missing_images
 from calib.dataset.load import load_manifest
@@ -40,7 +40,7 @@ def precheck(settings: Settings) -> None:
     draws = settings.stage is Stage.GENERATE or settings.generate_missing
     if not draws:
         manifest = _dataset(settings)
-        chosen_images(settings, manifest)
+        check_shard(settings, manifest)
         check_matches(settings, manifest, ("num_steps",) if manifest.is_older else ("model", "num_steps"))
         _check_stored(settings, manifest)
     elif (settings.data_dir / MANIFEST).exists():

@@ -3,6 +3,7 @@
     python scripts/benchmark_collect.py --batch 16 2                     # SD3-medium's shapes, random weights (GPU)
     python scripts/benchmark_collect.py --depth 4 --latent 32 --batch 2  # four of its blocks (CPU)
     python scripts/benchmark_collect.py --emoji --batch 32               # the shipped model
+    python scripts/benchmark_collect.py --whole --images 100 --batch 8   # from stored states to finished files (GPU)
     python scripts/benchmark_collect.py --schedules                      # ten schedules against their union (emoji)
 
 The plain forward is the sampler's: one after the other, each waited for. Collecting is what `calib collect` does,
@@ -19,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 from calib import timesteps
@@ -26,19 +28,28 @@ from calib.activations.collect import Collection, CollectSettings
 from calib.activations.observer import Observer, Seen
 from calib.activations.plain import PlainObserver
 from calib.activations.replay import Replay, new_observer, shared_cores
+from calib.activations.store import FILE as ACTIVATIONS
+from calib.activations.store import write_activations
 from calib.activations.taps import TapPoint, TapSelection, tap_points
+from calib.collecting import write_statistics
 from calib.dataset.generate import generate
 from calib.dataset.load import load_manifest
-from calib.dataset.settings import SamplerSettings
+from calib.dataset.manifest import ImageEntry
+from calib.dataset.settings import SamplerSettings, planned_dataset
+from calib.dataset.store import StateDtype, StorageFormat, write_trajectory
+from calib.files import checksum
 from calib.models import emoji
 from calib.models.diffusionkit import sd3_config
-from calib.models.model import Conditioning, ModelDtype
+from calib.models.model import Conditioning, DiffusionModel, ModelDtype
 from calib.models.modulation import velocity
 from calib.runs.directory import device_name
 
 import mlx.core as mx
 import numpy as np
+from diffusionkit.mlx import SD3LatentFormat
 from diffusionkit.mlx.mmdit import MMDiT
+from diffusionkit.mlx.sampler import ModelSamplingDiscreteFlow
+from diffusionkit.mlx.vae import VAEDecoder
 
 assert calib.__version__
 
@@ -252,6 +263,64 @@ def show_schedules(images: int) -> None:
     print(f"the ten again, from the cache: {again:.2f} s")
 
 
+def whole_model(latent: int) -> DiffusionModel:
+    """SD3-medium's transformer with random weights; its text is random numbers."""
+    case = sd3_case(24, latent, ModelDtype.BFLOAT16, 1)
+
+    def encode(text: str) -> Conditioning:
+        mx.random.seed(len(text))
+        return Conditioning(mx.random.normal(case.text.tokens.shape), mx.random.normal(case.text.pooled.shape))
+
+    decoder = VAEDecoder(16, 3, [128, 256, 512, 512], 3, 32)
+    return DiffusionModel(
+        name="sd3_shapes",
+        transformer=case.model.transformer,
+        sampler=ModelSamplingDiscreteFlow(shift=3.0),
+        latent_format=SD3LatentFormat(),
+        encode_text=encode,
+        decoder=decoder,
+        decode_latents=decoder,
+        dtype=case.model.dtype,
+        latent_shape=(latent, latent, 16),
+        text_length=TEXT_LENGTH,
+        token_count=len,
+        max_prompt_tokens=77,
+        text_encoders="random",
+    )
+
+
+def show_whole(latent: int, images: int, batch: int) -> None:
+    """From stored states of 17 steps to finished files, then the same again from the cache."""
+    model, steps = whole_model(latent), range(17)
+    with tempfile.TemporaryDirectory() as folder:
+        data_dir, rng = Path(folder) / "dataset", np.random.default_rng(0)
+        settings = SamplerSettings(num_steps=16, cfg_weight=5.0, batch_size=batch)
+        manifest = planned_dataset(model, settings, batch, 0, StorageFormat.HDF5, StateDtype.BFLOAT16, None)
+        for i in range(images):
+            states = StateDtype.BFLOAT16.pack(mx.array(rng.standard_normal((17, *model.latent_shape), np.float32)))
+            samples = write_trajectory(data_dir, i, states, manifest, {})
+            checksums = {name: checksum(data_dir / name) for name in samples}
+            manifest.images[i] = ImageEntry(i, f"{i:0{i + 1}}", i, 5.0, 16, "", "", samples, checksums)
+        points = tap_points(model.transformer, TapSelection())
+        place = (data_dir, manifest, range(images), points, CollectSettings(), Path(folder) / "cache")
+        plain(sd3_case(24, latent, ModelDtype.BFLOAT16, 2 * batch), 1, 3)
+        for label in ("first", "again, from the cache"):
+            laps = [time.perf_counter()]
+            collection = Collection(model.transformer, lambda: model, *place)
+            collection.collect(steps)
+            laps.append(time.perf_counter())
+            run = Path(folder) / label
+            write_activations(run / ACTIVATIONS, collection.source(steps), points, manifest, steps, {}, {})
+            laps.append(time.perf_counter())
+            write_statistics(run)
+            laps.append(time.perf_counter())
+            names = ("collecting", "activations.h5", "layer_statistics.json")
+            each = ", ".join(f"{name} {b - a:.1f} s" for name, (a, b) in zip(names, pairwise(laps), strict=True))
+            size = (run / ACTIVATIONS).stat().st_size / 1e6
+            print(f"{images} images × 17 steps, batch {batch}, {label}: {laps[-1] - laps[0]:.1f} s")
+            print(f"  {each}; {size:.0f} MB", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, nargs="+", default=[16, 2], help="rows of a forward")
@@ -260,7 +329,10 @@ def main() -> None:
     parser.add_argument("--dtype", type=ModelDtype, help="default: bfloat16 on a GPU, float32 on a CPU")
     parser.add_argument("--emoji", action="store_true", help="the shipped model")
     parser.add_argument("--schedules", action="store_true", help="ten schedules against their union")
-    parser.add_argument("--images", type=int, default=20, help="images of --schedules")
+    parser.add_argument(
+        "--whole", action="store_true", help="from stored states to finished files, SD3-medium's shapes"
+    )
+    parser.add_argument("--images", type=int, default=20, help="images of --schedules and --whole")
     parser.add_argument("--forwards", type=int, help="forwards of a step; default: 100 images with guidance")
     parser.add_argument("--steps", type=int, default=3, help="steps of a round")
     parser.add_argument("--rounds", type=int, default=5)
@@ -269,6 +341,9 @@ def main() -> None:
     print(f"device: {device_name()}, MLX {mx.__version__}")
     if given.schedules:
         show_schedules(given.images)
+        return
+    if given.whole:
+        show_whole(given.latent, given.images, given.batch[0])
         return
     gpu = mx.default_device().type == mx.DeviceType.gpu
     dtype = given.dtype or (ModelDtype.BFLOAT16 if gpu else ModelDtype.FLOAT32)

@@ -17,14 +17,14 @@ from calib.activations.observer import Observer, Seen
 from calib.activations.plain import PHASES
 from calib.activations.record import Block, StepRecord, merge_halves, over_rows
 from calib.activations.replay import Replay, new_observer, shared_cores
-from calib.activations.samples import Samples, SampleSettings, SampleWriter
+from calib.activations.samples import Samples, SampleSettings, SampleWriter, read_rows
 from calib.activations.states import ahead, check_states, read_states
 from calib.activations.store import Source
 from calib.activations.taps import Halves, TapPoint
 from calib.dataset.manifest import FILE, ImageEntry, Manifest
 from calib.dataset.shards import Shard
 from calib.errors import CalibError
-from calib.models.memory import plan_memory
+from calib.models.memory import nbytes, plan_memory
 from calib.models.model import Conditioning, DiffusionModel
 from calib.progress import Progress, note
 from calib.seeds import generator
@@ -35,8 +35,9 @@ import numpy as np
 from diffusionkit.mlx.mmdit import MMDiT
 from numpy.typing import NDArray
 
-#: Images whose prompts stay encoded while all steps are replayed; each is some 10 MB with SD3 and T5.
-PART_IMAGES = 32
+#: While all steps are replayed the prompts of so many images stay encoded as take this share of the weights' memory:
+#: with SD3, 40 of 10 MB each with T5, 170 without.
+TEXT_SHARE = 0.1
 
 
 @dataclass(frozen=True)
@@ -86,8 +87,6 @@ class Collection:
         blocks = [Block(i, ids) for i, ids in enumerate(batched_ids(image_ids, self.batch_size))]
         self.blocks = [block for block in blocks if shard.owns(block.number)]
         self.images = [i for block in self.blocks for i in block.images]
-        each = max(1, PART_IMAGES // self.batch_size)
-        self.parts = [self.blocks[i : i + each] for i in range(0, len(self.blocks), each)]
         self.cache = StepCache(cache_dir, self._identity(transformer))
 
     def _identity(self, transformer: MMDiT) -> dict[str, Any]:
@@ -153,43 +152,61 @@ class Collection:
 
     def source(self, steps: Sequence[int]) -> Source:
         """What is in the cache of ``steps``, for a file of activations."""
+        kept = self.settings.samples.kind is not Samples.NONE
         return Source(
             names=list(self.records(steps[:1])[steps[0]].seen),
             load=lambda names: self.records(steps, names),
             nbytes=sum(self.cache.path(step).stat().st_size for step in steps),
             blocks=self.blocks,
             halves=2 if self.manifest.cfg_weight > 0 else 1,
-            samples=self.settings.samples if self.settings.samples.kind is not Samples.NONE else None,
-            samples_path=self.cache.samples_path,
+            samples=self.settings.samples if kept else None,
+            rows=self._kept_rows,
+            sample_bytes=sum(self.cache.samples_path(step).stat().st_size for step in steps) if kept else 0,
             seed=self.settings.seed,
         )
 
+    def _kept_rows(self, record: StepRecord, name: str) -> Iterator[NDArray[np.uint16]]:
+        channels = record.seen[name].statistics.channels
+        return read_rows(self.cache.samples_path(record.step), record.samples[name], channels)
+
+    def _parts(self, model: DiffusionModel) -> list[list[Block]]:
+        """Blocks whose prompts are encoded together."""
+        halves = 2 if self.manifest.cfg_weight > 0 else 1
+        text = halves * model.text_length * model.transformer.config.token_level_text_embed_dim * model.dtype.size
+        each = max(1, int(TEXT_SHARE * nbytes(model.transformer) / text) // self.batch_size)
+        return [self.blocks[i : i + each] for i in range(0, len(self.blocks), each)]
+
     def _collect(self, model: DiffusionModel, steps: Sequence[int]) -> None:
-        several = len(self.parts) > 1
+        parts = self._parts(model)
+        numbers: list[int | None] = [None] if len(parts) == 1 else [*range(len(parts))]
         todo = [
-            (part, number, [s for s in steps if not several or not self.cache.has(s, number)])
-            for number, part in enumerate(self.parts)
+            (part, number, [s for s in steps if number is None or not self._has_part(s, number, part)])
+            for part, number in zip(parts, numbers, strict=True)
         ]
         forwards = sum(len(part) * len(left) for part, _, left in todo)
         rows = min(self.batch_size, len(self.images)) * (2 if self.manifest.cfg_weight > 0 else 1)
         label = f"collect {len(self.images)} images at {len(steps)} steps"
-        with (
-            Progress(label, forwards, "forward") as progress,
-            shared_cores(rows),
-            ThreadPoolExecutor(1) as writer,
-        ):
+        with Progress(label, forwards, "forward") as progress, shared_cores(rows), ThreadPoolExecutor(1) as writer:
             saving: list[Future[None]] = []
             for part, number, left in todo:
-                place = number if several else None
-                for record in _replayed(model, self, part, left, place, progress):
+                for record in _replayed(model, self, part, left, number, progress):
                     for done in saving:
                         done.result()
-                    saving = [writer.submit(self.cache.save, record, place)]
+                    saving = [writer.submit(self._save, record, number, len(parts))]
             for done in saving:
                 done.result()
-        if several:
-            for step in steps:
-                self.cache.join_parts(step, len(self.parts))
+        for step in self.missing(steps):  # whose last part was there already
+            self.cache.join_parts(step, len(parts))
+
+    def _has_part(self, step: int, number: int, part: Sequence[Block]) -> bool:
+        """Whether this part of a step was collected before; on another machine parts may be others."""
+        record = self.cache.load(step, number, names=())
+        return record is not None and record.images == [i for block in part for i in block.images]
+
+    def _save(self, record: StepRecord, number: int | None, parts: int) -> None:
+        self.cache.save(record, number)
+        if number is not None and number == parts - 1:
+            self.cache.join_parts(record.step, parts)
 
 
 def _replayed(

@@ -5,7 +5,7 @@ A forward's kernels are short and many, and a launch costs the host some 15 µs:
 one array over all taps, until the results are asked for.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, cast
@@ -22,11 +22,8 @@ from numpy.typing import NDArray
 
 #: Taps of one launch.
 TAPS = 16
-#: A warp sums up so many tokens at most, as a longer float32 sum loses digits; fewer where that makes more warps.
-MOST_TOKENS, FEWEST_TOKENS = 256, 32
-ENOUGH_WARPS = 4000
-#: A tap's values are counted by so many blocks, unless they are too few, or too many for 16-bit counters.
-COUNT_BLOCKS, FEWEST_COUNTED = 64, 8192
+#: A warp sums up so many tokens at most: a longer float32 sum loses digits, a shorter one leaves more to merge.
+MOST_TOKENS = 256
 #: Counters of 32 bits are emptied before they could overflow.
 MOST_COUNTS = 1 << 31
 
@@ -102,33 +99,21 @@ def _ceil(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def _tokens_of_a_warp(shapes: Sequence[_Shape]) -> int:
-    size = MOST_TOKENS
-    while size > FEWEST_TOKENS:
-        warps = sum(rows * _ceil(tokens, size) * _ceil(width, kernels.COLUMN) for rows, tokens, width in shapes)
-        if warps >= ENOUGH_WARPS:
-            break
-        size //= 2
-    return size
-
-
 @cache
 def _launch(shapes: tuple[_Shape, ...], axes: tuple[tuple[int, int], ...], stride: int) -> _Launch:
     """``axes`` are those of tokens and channels of each activation."""
     warp = count_block = sums = picked = 0
     fields = []
-    most = _tokens_of_a_warp(shapes)
     for place, ((rows, tokens, channels), (token_axis, channel_axis)) in enumerate(zip(shapes, axes, strict=True)):
-        columns, splits = _ceil(channels, kernels.COLUMN), _ceil(tokens, most)
+        columns, splits = _ceil(channels, kernels.COLUMN), _ceil(tokens, MOST_TOKENS)
         # A tap without tokens is counted whole; few values a block, as its counters have 16 bits.
         counted = 1 if tokens == 1 else stride
-        values = rows * _ceil(tokens, counted) * channels
-        count_rows = max(1, min(kernels.MOST_COUNTED, max(values // COUNT_BLOCKS, FEWEST_COUNTED)) // channels)
+        count_rows = max(1, kernels.MOST_COUNTED // channels)
         pick = pick_stride(tokens * channels, channels)
         picks = _ceil(tokens * channels, pick)
-        row_values = [warp, columns, tokens, channels, splits, _ceil(tokens, splits), sums, token_axis, channel_axis]
-        row_values += [picked, pick, picks, rows, count_block, count_rows, counted, place]
-        fields.append(dict(zip(kernels.FIELDS, row_values, strict=True)))
+        values = [warp, columns, tokens, channels, splits, _ceil(tokens, splits), sums, token_axis, channel_axis]
+        values += [picked, pick, picks, rows, count_block, count_rows, counted, place]
+        fields.append(dict(zip(kernels.FIELDS, values, strict=True)))
         warp += rows * splits * columns
         count_block += _ceil(_ceil(rows * tokens, counted), count_rows)
         sums += rows * splits * 5 * channels
@@ -211,7 +196,8 @@ class CudaObserver:
         )
         number = len(self._launches)
         if number == len(self._counters):
-            self._counters.append(_no_counts())
+            # Not evaluated here, where that would wait for all that is being computed.
+            self._counters.append(mx.zeros((TAPS, BINS), dtype=mx.uint32))
         (counted,) = _count_kernel()(
             inputs=[*inputs, launch.plan, self._phase, self._counters[number]],
             template=template,
@@ -273,7 +259,7 @@ class CudaObserver:
         new = [np.array(counters) for counters in self._counters]
         old = self._host_counts
         self._host_counts = [a.astype(np.uint64) + b for a, b in zip(old, new, strict=True)] if old else new
-        self._counters = [_no_counts() for _ in new]
+        self._counters = []
         self._counted = 0
 
     def fetch(self) -> None:
@@ -307,12 +293,6 @@ class CudaObserver:
             ranges = np.concatenate([forward[number] for forward in forwards])
             found[tap.name] = Seen(dtype, statistics, ranges.astype(np.float64))
         return found
-
-
-def _no_counts() -> mx.array:
-    counters = mx.zeros((TAPS, BINS), dtype=mx.uint32)
-    mx.eval(counters)
-    return counters
 
 
 @cache

@@ -109,8 +109,12 @@ def merge_histograms(parts: Sequence[Histogram]) -> Histogram:
     dtype = parts[0].dtype
     if any(part.dtype != dtype for part in parts):
         raise ValueError(f"cannot merge histograms of {' and '.join(dict.fromkeys(part.dtype for part in parts))}")
-    dense = np.zeros(BINS, np.uint64)
+    filled = [part.keys for part in parts if len(part.keys)]
+    if not filled:
+        return Histogram(dtype)
+    first = min(int(keys[0]) for keys in filled)
+    dense = np.zeros(max(int(keys[-1]) for keys in filled) - first + 1, np.uint64)
     for part in parts:
-        dense[part.keys] += part.counts  # keys are distinct within a part
-    keys = np.flatnonzero(dense).astype(np.uint16)
-    return Histogram(dtype, keys, dense[keys])
+        dense[part.keys.astype(np.intp) - first] += part.counts  # keys are distinct within a part
+    places = np.flatnonzero(dense)
+    return Histogram(dtype, (places + first).astype(np.uint16), dense[places])

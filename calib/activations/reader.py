@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any, Self
 
 from calib.activations.histogram import Histogram
+from calib.activations.record import HALVES, Block
 from calib.activations.statistics import Moments, Statistics, merge_all
-from calib.activations.store import FILE, FORMAT, FORMAT_VERSION
+from calib.activations.store import FILE, FORMAT, FORMAT_VERSION, Levels
 from calib.errors import CalibError, suggest
 
 import h5py
@@ -85,6 +86,14 @@ class ActivationFile:
             flags = self._file["evaluated_by_sampler"][:]
         return [step for step, flag in zip(self.steps, flags, strict=True) if flag]
 
+    def levels(self) -> Levels:
+        """Number of steps of the trajectories, and what the collected ones are."""
+        with self._reading():
+            sigmas, timesteps = (self._file[name][:].tolist() for name in ("sigma", "timestep"))
+            num_steps = int(self.attributes["num_steps"])
+        by_step = [dict(zip(self.steps, values, strict=True)) for values in (sigmas, timesteps)]
+        return Levels(num_steps, by_step[0], by_step[1])
+
     def kind(self, layer: str) -> str:
         """What the layer reads: modulated, post-gelu, … or block."""
         with self._reading():
@@ -93,7 +102,8 @@ class ActivationFile:
     def halves(self, layer: str) -> list[str]:
         """Names under which the halves of the guidance batch can be asked for; empty where they were pooled."""
         with self._reading():
-            return [f"{layer}/{name}" for name, item in self._group(layer).items() if isinstance(item, h5py.Group)]
+            self._group(layer)
+            return [f"{layer}/{half}" for half in HALVES if f"{half}/{layer}" in self._file]
 
     def weight_sqnr(self, layer: str) -> dict[int, float]:
         """SQNR, dB, of the layer's weights at each bit-width; empty where they cannot be quantized."""
@@ -155,6 +165,28 @@ class ActivationFile:
             ranges: NDArray[np.float32] = group["image_ranges"][:]
         return ranges[rows]
 
+    def samples(self, layer: str, step: int) -> NDArray[Any]:
+        """Activations of a layer that were kept at a step, (rows, channels); bfloat16 as its bits, uint16."""
+        with self._reading():
+            group = self._group(layer)
+            if "samples" not in group:
+                raise CalibError(f"{self.path}: keeps no activations of {layer}; storage=sampled or storage=full does")
+            rows: NDArray[Any] = group["samples"][self.steps.index(self._chosen([step])[0])]
+        return rows
+
+    def sample_info(self, layer: str) -> dict[str, Any] | None:
+        """Type of the samples of a layer and its number of tokens; None where there are none."""
+        with self._reading():
+            group = self._group(layer)
+            return dict(group["samples"].attrs) if "samples" in group else None
+
+    def blocks(self) -> list[Block]:
+        """The images in the blocks in which they were replayed, by number."""
+        with self._reading():
+            numbers = self._file["image_block"][:].tolist()
+        pairs = list(zip(numbers, self.images, strict=True))
+        return [Block(n, tuple(i for number, i in pairs if number == n)) for n in dict.fromkeys(numbers)]
+
     def same_data(self, layer: str) -> str:
         """The first layer whose statistics are this one's: layers that read one array share their datasets."""
         return self._first_with[_address(self._group(layer))]
@@ -166,6 +198,8 @@ class ActivationFile:
         return self.steps if steps is None else list(steps)
 
     def _group(self, layer: str) -> h5py.Group:
-        if layer.partition("/")[0] not in self.layers or layer not in self._file["layers"]:
+        name, _, half = layer.partition("/")
+        place = f"{half or 'layers'}/{name}"
+        if name not in self.layers or half not in ("", *HALVES) or place not in self._file:
             raise CalibError(f"{self.path}: no layer {layer!r}.{suggest(layer, self.layers, list_all=False)}")
-        return self._file["layers"][layer]
+        return self._file[place]

@@ -24,7 +24,7 @@ PERCENTILES = {"p001": 0.1, "p01": 1.0, "p05": 5.0, "p50": 50.0, "p95": 95.0, "p
 
 @dataclass
 class Moments:
-    """Σx and Σx² of each channel: (4, channels) float64, the rows Σx, what it lacks, Σx², what it lacks."""
+    """Σx and Σx² of each channel: (4, …, channels) float64, first Σx, what it lacks, Σx², what it lacks."""
 
     sums: NDArray[np.float64]
 
@@ -77,6 +77,11 @@ class Moments:
         result: NDArray[np.float64] = np.where(left > _ROUNDING * square[0], left, 0)
         return result
 
+    def std(self, count: NDArray[np.uint64]) -> NDArray[np.float64]:
+        """Standard deviation (population) of each channel."""
+        deviation: NDArray[np.float64] = np.sqrt(self.m2(count) / np.maximum(count, 1))
+        return deviation
+
 
 @dataclass
 class Statistics:
@@ -105,8 +110,7 @@ class Statistics:
     @property
     def std(self) -> NDArray[np.float64]:
         """Standard deviation per channel (population)."""
-        deviation: NDArray[np.float64] = np.sqrt(self.moments.m2(self.count) / np.maximum(self.count, 1))
-        return deviation
+        return self.moments.std(self.count)
 
     def merge(self, other: "Statistics") -> "Statistics":
         """Statistics of both sets of values together."""
@@ -143,3 +147,8 @@ def merge_all(parts: Sequence[Statistics]) -> Statistics:
         sum(part.nan for part in parts),
         sum(part.inf for part in parts),
     )
+
+
+def stacked_moments(parts: Sequence[Statistics]) -> Moments:
+    """Those of all parts, (4, parts, channels)."""
+    return Moments(np.stack([part.moments.sums for part in parts], axis=1))

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from calib.activations.record import Block, StepRecord
-from calib.activations.samples import RowIdentity, SampleSettings, read_rows
+from calib.activations.samples import RowIdentity, SampleSettings
+from calib.activations.statistics import stacked_moments
 from calib.activations.taps import TapPoint
 from calib.activations.weights import WEIGHT_BITS
 from calib.dataset.manifest import Manifest
@@ -15,14 +16,47 @@ from calib.files import replacing, take_room
 
 import h5py
 import numpy as np
+from numpy.typing import NDArray
 
 FORMAT, FORMAT_VERSION = "calib-activations", 2
 FILE = "activations.h5"
 CHUNK_BYTES = 1 << 20
 RANGE_STATISTICS = ("min", "max", "p01", "p99")
+MOMENTS = ("sum", "sum_remainder", "sum_of_squares", "sum_of_squares_remainder")
 #: Records of all steps are held for so many bytes' worth of taps at a time.
 HELD_BYTES = 256 << 20
+#: What lies along which dimension scales, in a group of a layer and at the root.
+AXES = {
+    "sigma": ("step_index",),
+    "timestep": ("step_index",),
+    "evaluated_by_sampler": ("step_index",),
+    "image_block": ("image_id",),
+    "channel_min": ("step_index", "channel"),
+    "channel_max": ("step_index", "channel"),
+    "channel_mean": ("step_index", "channel"),
+    "channel_std": ("step_index", "channel"),
+    "channel_count": ("step_index", "channel"),
+    "channel_sums": ("step_index", "moment", "channel"),
+    "histogram_counts": ("histogram_keys",),
+    "nan_count": ("step_index",),
+    "inf_count": ("step_index",),
+    "image_ranges": ("step_index", "image_id", "range_statistic"),
+    "weight_sqnr": ("weight_bits",),
+    "samples": ("step_index", "sample", "channel"),
+    "sample_image": ("sample",),
+    "sample_half": ("sample",),
+    "sample_token": ("step_index", "sample"),
+}
 ENCODINGS = {"float32": "ordered-bfloat16-midpoint", "float16": "ordered-float16", "bfloat16": "ordered-bfloat16"}
+
+
+@dataclass(frozen=True)
+class Levels:
+    """A trajectory's number of steps, and sigma and timestep by step index, where no manifest is at hand."""
+
+    num_steps: int
+    sigmas: Mapping[int, float]
+    timesteps: Mapping[int, float]
 
 
 @dataclass(frozen=True)
@@ -36,7 +70,8 @@ class Source:
         blocks: of images, in the order of every record's ranges.
         halves: of the guidance batch: 2 with guidance, else 1.
         samples: which activations were kept as they are; None where none.
-        samples_path: the file that holds them, by step.
+        rows: those of a tap at a step, bit patterns (rows, channels), in as many pieces as there are.
+        sample_bytes: of all of them.
         seed: what they were drawn by.
     """
 
@@ -46,7 +81,8 @@ class Source:
     blocks: Sequence[Block]
     halves: int
     samples: SampleSettings | None = None
-    samples_path: Callable[[int], Path] | None = None
+    rows: Callable[[StepRecord, str], Iterator[NDArray[np.uint16]]] | None = None
+    sample_bytes: int = 0
     seed: int = 0
 
     def groups(self) -> Iterator[tuple[Sequence[str], Mapping[int, StepRecord]]]:
@@ -63,7 +99,7 @@ def write_activations(
     path: Path,
     source: Source,
     points: Sequence[TapPoint],
-    manifest: Manifest,
+    levels: Manifest | Levels,
     steps: Sequence[int],
     weight_sqnr: Mapping[str, Mapping[int, float]],
     attributes: Mapping[str, str | int | float],
@@ -74,10 +110,10 @@ def write_activations(
     ``exact`` keeps the moments in full precision too, so that files of shards merge to that of the whole.
     """
     by_name = {point.name: point for point in points}
-    with _new_file(path, source.nbytes + _sample_bytes(source, steps)) as file:
-        own = {"format": FORMAT, "format_version": FORMAT_VERSION, "num_steps": manifest.num_steps}
+    with _new_file(path, source.nbytes + source.sample_bytes) as file:
+        own = {"format": FORMAT, "format_version": FORMAT_VERSION, "num_steps": levels.num_steps}
         file.attrs.update(own | dict(attributes))
-        _write_axes(file, source.blocks, manifest, steps)
+        _write_axes(file, source, levels, steps, exact)
         for names, records in source.groups():
             for name in names:
                 group = _write_layer(file, name, [records[step] for step in steps], exact)
@@ -87,12 +123,11 @@ def write_activations(
                 point = by_name.get(tap) or TapPoint(tap, "block")
                 group.attrs["kind"] = point.kind
                 for alias in point.aliases:
-                    _link(file, f"layers/{alias}{half and '/' + half}", group)
+                    _link(file, f"{half or 'layers'}/{alias}", group)
         for name, sqnr in weight_sqnr.items():
             if sqnr and f"layers/{name}" in file:
-                values = np.asarray([sqnr[bits] for bits in WEIGHT_BITS])
-                dataset = file[f"layers/{name}"].create_dataset("weight_sqnr", data=values)
-                dataset.dims[0].attach_scale(file["weight_bits"])
+                file[f"layers/{name}"]["weight_sqnr"] = np.asarray([sqnr[bits] for bits in WEIGHT_BITS])
+        _attach_scales(file)
 
 
 @contextmanager
@@ -109,23 +144,26 @@ def _new_file(path: Path, nbytes: int) -> Iterator[h5py.File]:
         os.truncate(temporary, size)
 
 
-def _write_axes(file: h5py.File, blocks: Sequence[Block], manifest: Manifest, steps: Sequence[int]) -> None:
+def _write_axes(file: h5py.File, source: Source, levels: Manifest | Levels, steps: Sequence[int], exact: bool) -> None:
     """Dimension scales, and what lies along the steps."""
-    _add_scale(file, "step_index", np.asarray(steps, np.int64))
-    file.create_group("layers", track_order=True)
+    blocks = source.blocks
+    # A scale lists what lies along it in an attribute; only with creation order kept may that exceed 64 KiB.
+    file.create_dataset("step_index", data=np.asarray(steps, np.int64), track_order=True).make_scale("step_index")
+    for group in ("layers", *dict.fromkeys(name.partition("/")[2] for name in source.names if "/" in name)):
+        file.create_group(group, track_order=True)
     _add_scale(file, "weight_bits", np.asarray(WEIGHT_BITS, np.int64))
     _add_scale(file, "image_id", np.asarray([i for block in blocks for i in block.images], np.int64))
     file["image_block"] = np.asarray([block.number for block in blocks for _ in block.images], np.int64)
-    file["image_block"].dims[0].attach_scale(file["image_id"])
     _add_scale(file, "range_statistic", np.asarray(RANGE_STATISTICS, h5py.string_dtype()))
+    if exact:
+        _add_scale(file, "moment", np.asarray(MOMENTS, h5py.string_dtype()))
     along_steps = {
-        "sigma": np.asarray([manifest.sigmas[step] for step in steps], np.float32),
-        "timestep": np.asarray([manifest.timesteps[step] for step in steps], np.float32),
-        "evaluated_by_sampler": np.asarray([step < manifest.num_steps for step in steps]),
+        "sigma": np.asarray([levels.sigmas[step] for step in steps], np.float32),
+        "timestep": np.asarray([levels.timesteps[step] for step in steps], np.float32),
+        "evaluated_by_sampler": np.asarray([step < levels.num_steps for step in steps]),
     }
     for name, values in along_steps.items():
         file[name] = values
-        file[name].dims[0].attach_scale(file["step_index"])
 
 
 def _add_scale(group: h5py.Group, name: str, values: np.ndarray) -> None:
@@ -133,8 +171,23 @@ def _add_scale(group: h5py.Group, name: str, values: np.ndarray) -> None:
     group[name].make_scale(name)
 
 
+def _attach_scales(file: h5py.File) -> None:
+    """Last, and all at once: a scale's list of what lies along it is written anew with every entry.
+
+    While other things are written in between, the room of the old lists stays empty: a fifth of a large file.
+    """
+    found: list[h5py.Dataset] = []
+    file.visititems(lambda name, item: found.append(item) if isinstance(item, h5py.Dataset) else None)
+    for dataset in found:
+        group = dataset.parent
+        for axis, scale in enumerate(AXES.get(dataset.name.rpartition("/")[2], ())):
+            dataset.dims[axis].attach_scale(group[scale] if scale in group else file[scale])
+
+
 def _chunked(group: h5py.Group, name: str, values: np.ndarray, compress: bool = False) -> h5py.Dataset:
     """With a checksum; compressed where that pays: counts do, floats do not."""
+    if not values.size:  # bins of a layer that saw no finite value; HDF5 has no empty chunks
+        return group.create_dataset(name, data=values)
     rows = max(1, CHUNK_BYTES // max(1, values[:1].nbytes))
     chunks = (max(1, min(rows, len(values))), *values.shape[1:])
     packed = {"compression": "gzip", "compression_opts": 1, "shuffle": True} if compress else {}
@@ -153,7 +206,8 @@ def _link(file: h5py.File, path: str, group: h5py.Group) -> None:
 def _write_layer(file: h5py.File, name: str, records: Sequence[StepRecord], exact: bool) -> h5py.Group:
     observed = [record.seen[name].statistics for record in records]
     dtype = records[0].seen[name].dtype
-    group = file.create_group(f"layers/{name}")
+    tap, _, half = name.partition("/")
+    group = file.create_group(f"{half or 'layers'}/{tap}")
     group.attrs.update(
         {
             "encoding-type": "layer-statistics",
@@ -165,43 +219,39 @@ def _write_layer(file: h5py.File, name: str, records: Sequence[StepRecord], exac
         }
     )
     _add_scale(group, "channel", np.arange(observed[0].channels))
+    count, moments = np.stack([s.count for s in observed]), stacked_moments(observed)
     per_channel: dict[str, np.ndarray] = {
         "channel_min": np.stack([s.minimum for s in observed]),
         "channel_max": np.stack([s.maximum for s in observed]),
-        "channel_mean": np.stack([s.mean for s in observed]).astype(np.float32),
-        "channel_std": np.stack([s.std for s in observed]).astype(np.float32),
-        "channel_count": np.stack([s.count for s in observed]),
+        "channel_mean": moments.mean(count).astype(np.float32),
+        "channel_std": moments.std(count).astype(np.float32),
+        "channel_count": count,
     }
     for field, values in per_channel.items():
-        dataset = _chunked(group, field, values, compress=field == "channel_count")
-        dataset.dims[0].attach_scale(file["step_index"])
-        dataset.dims[1].attach_scale(group["channel"])
+        _chunked(group, field, values, compress=field not in ("channel_mean", "channel_std"))
     if exact:
-        _chunked(group, "channel_sums", np.stack([s.moments.sums for s in observed]))
-    offsets = np.cumsum([0, *(len(s.histogram.keys) for s in observed)])
-    _chunked(group, "histogram_keys", np.concatenate([s.histogram.keys for s in observed]), compress=True)
-    _chunked(group, "histogram_counts", np.concatenate([s.histogram.counts for s in observed]), compress=True)
-    group["histogram_offsets"] = offsets
+        _chunked(group, "channel_sums", moments.sums.swapaxes(0, 1))
+    bins: dict[str, np.ndarray] = {
+        "histogram_keys": np.concatenate([s.histogram.keys for s in observed]),
+        "histogram_counts": np.concatenate([s.histogram.counts for s in observed]),
+        "histogram_offsets": np.cumsum([0, *(len(s.histogram.keys) for s in observed)]),
+    }
+    for field, values in bins.items():
+        _chunked(group, field, values, compress=True)
+    # Of themselves: their lengths are those of no other axis.
+    group["histogram_keys"].make_scale("histogram_keys")
+    group["histogram_offsets"].make_scale("histogram_offsets")
     for field in ("nan", "inf"):
         group[f"{field}_count"] = np.asarray([getattr(s, field) for s in observed], np.uint64)
-        group[f"{field}_count"].dims[0].attach_scale(file["step_index"])
-    ranges = _chunked(group, "image_ranges", np.stack([r.seen[name].ranges for r in records]).astype(np.float32))
-    for axis, scale in enumerate(("step_index", "image_id", "range_statistic")):
-        ranges.dims[axis].attach_scale(file[scale])
+    _chunked(group, "image_ranges", np.stack([r.seen[name].ranges for r in records]).astype(np.float32))
     return group
-
-
-def _sample_bytes(source: Source, steps: Sequence[int]) -> int:
-    if source.samples_path is None or source.samples is None:
-        return 0
-    return sum(source.samples_path(step).stat().st_size for step in steps)
 
 
 def _write_samples(
     file: h5py.File, group: h5py.Group, name: str, source: Source, records: Mapping[int, StepRecord]
 ) -> None:
     """Rows that were kept, (steps, rows, channels), and what each is: image, guidance half and token."""
-    assert source.samples is not None and source.samples_path is not None
+    assert source.samples is not None and source.rows is not None
     steps, entry = list(records), records[next(iter(records))].samples[name]
     channels, tokens = int(group.attrs["channels"]), int(entry["tokens"])
     each = source.samples.rows(tokens)
@@ -211,14 +261,12 @@ def _write_samples(
     kind = np.uint16 if entry["dtype"] == "bfloat16" else np.float16
     shape = (len(steps), len(rows.image), channels)
     samples = group.create_dataset("samples", shape, kind, chunks=(1, chunk, channels), fletcher32=True)
-    samples.attrs["dtype"] = entry["dtype"]
+    samples.attrs.update({"dtype": entry["dtype"], "tokens": tokens})
     for number, step in enumerate(steps):
         first = 0
-        for part in read_rows(source.samples_path(step), records[step].samples[name], channels):
+        for part in source.rows(records[step], name):
             samples[number, first : first + len(part)] = part.view(kind)
             first += len(part)
-    for axis, scale in enumerate((file["step_index"], group["sample"], group["channel"])):
-        samples.dims[axis].attach_scale(scale)
     kept = {(i, s): source.samples.tokens(source.seed, i, s, tokens) for i in dict.fromkeys(rows.image) for s in steps}
     identity: dict[str, np.ndarray] = {
         "sample_image": rows.image,
@@ -227,6 +275,3 @@ def _write_samples(
     }
     for field, values in identity.items():
         group[field] = values
-        group[field].dims[values.ndim - 1].attach_scale(group["sample"])
-        if values.ndim == 2:
-            group[field].dims[0].attach_scale(file["step_index"])
