@@ -35,6 +35,10 @@ on datasets, with ordinary arguments: calib COMMAND --help
   verify DIR             read every file of a dataset and say whether it is sound; --json, --repair
   rebuild-manifest DIR   restore a lost or damaged manifest.json from the files
 
+on run directories, likewise
+  merge DIR… --into DIR  join the run directories of calib collect's shards; as if it had not been split
+  convergence DIR        do ranges still move with more images? a table and a plot; --layers, --json, --plot
+
 on this machine
   doctor     report device, BLAS, versions; `calib doctor --selftest` checks this device's numerics
 
@@ -50,7 +54,9 @@ STAGE_HELP = {
     Stage.GENERATE: "Draws images 0 … num_images - 1 into data_dir; those it has are kept.\n"
     "Main keys: num_images, prompts, sampler.num_steps, sampler.cfg_weight, seed, data_dir, dataset",
     Stage.COLLECT: "Replays stored states of chosen images and steps; draws no image unless generate_missing=true.\n"
-    "Main keys: data_dir, timestep_schedule, subset.num_images, taps, storage.histogram_rows, collect.batch_size",
+    "What is in cache_dir is not collected again; the model is loaded only for what is missing.\n"
+    "Main keys: data_dir, timestep_schedule, subset, taps, taps.cfg_halves, storage, collect.batch_size, shard.index,\n"
+    "shard.count, cache_dir",
     Stage.ANALYZE: "Turns statistics into a bit-width plan, from files alone.\n"
     "Main keys: stats (a run directory or a layer_statistics.json), analysis, export_config",
 }

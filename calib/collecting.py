@@ -51,7 +51,7 @@ def run_collect(
     points = tap_points(transformer, settings.taps)
     steps = chosen_steps(settings, manifest, transformer, model, image_ids)
     collection = _collection(settings, manifest, transformer, model, image_ids, points)
-    collection.collect(steps)
+    collection.collect(steps, into=run.path)
     fingerprint = manifest.fingerprint or model().fingerprint
     names = [name for point in points for name in point.names]
     sqnr = cached_weight_sqnr(settings.cache_dir, fingerprint, names, lambda: linear_layers(model().transformer))

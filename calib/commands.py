@@ -6,6 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from calib.analysis.convergence import convergence, read_image_ranges
+from calib.analysis.convergence_report import convergence_json, convergence_text, write_plot
+from calib.collecting import merge
 from calib.dataset.manifest import FILE
 from calib.dataset.rebuild import Rebuilt, rebuild_manifest
 from calib.dataset.repair import Repair, repair
@@ -35,6 +38,29 @@ and left out. For one of the older layout it holds what its files say, and what 
 The manifest that was there is renamed, never deleted.
 """
 REBUILD_END = "exit status: 0 restored, 1 not, 2 wrong arguments"
+CONVERGENCE_HELP = """Says whether the run in DIR saw enough images: how far ranges of its layers still move.
+
+From 10, 25, 50, 100 and all images (a bootstrap over prompts): how far the full range and the central range, p99 - p01,
+of each layer's input lie from those of all images. Steps that the sampler never evaluates are left out.
+"""
+CONVERGENCE_END = """exit status: 0 done, 1 not, 2 wrong arguments
+
+examples
+  calib convergence outputs/…                      a table of the worst layers, DIR/convergence.png, and a verdict
+  calib convergence DIR --layers 3 --plot movement.png
+  calib convergence DIR --json | jq .verdict       every layer is in it
+"""
+MERGE_HELP = """Joins the run directories of all shards of one collection into the new folder INTO.
+
+Its activations.h5, layer_statistics.json and collection_metadata.json hold what a collection of all images at once
+would: the same bits, whatever the split. The shards' directories are left as they are.
+"""
+MERGE_END = """exit status: 0 joined, 1 not, 2 wrong arguments
+
+examples
+  calib collect shard.index=0 shard.count=2 hydra.run.dir=shards/0     and, elsewhere or at once, shard.index=1
+  calib merge shards/* --into whole && calib analyze stats=whole
+"""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -120,5 +146,51 @@ def _rebuilt_text(data_dir: Path, done: Rebuilt) -> str:
     return "\n".join(lines)
 
 
+def _convergence(arguments: Sequence[str]) -> int:
+    parser = _Parser("convergence", CONVERGENCE_HELP, CONVERGENCE_END)
+    parser.add_argument("run", metavar="DIR", type=Path, help="a run directory that calib collect made")
+    parser.add_argument(
+        "--layers", type=_at_least_one, default=10, metavar="N", help="how many of the worst to show (10)"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON document: every layer, p01 and p99 too")
+    parser.add_argument("--plot", type=_png, metavar="PATH", help="where the picture goes (DIR/convergence.png)")
+    given = parser.parse_args(arguments)
+    plot = given.run / "convergence.png" if given.plot is None else given.plot
+    found = convergence(read_image_ranges(given.run))
+    write_plot(found, plot, given.layers)
+    if given.json:
+        _print_json(convergence_json(found, given.run, plot))
+    else:
+        print(convergence_text(found, given.run, given.layers) + f"plot: {plot}")
+    return 0
+
+
+def _merge(arguments: Sequence[str]) -> int:
+    parser = _Parser("merge", MERGE_HELP, MERGE_END)
+    parser.add_argument("runs", metavar="DIR", type=Path, nargs="+", help="run directories of the shards, all of them")
+    parser.add_argument("--into", metavar="INTO", type=Path, required=True, help="a new folder")
+    given = parser.parse_args(arguments)
+    images = merge(given.runs, given.into)
+    print(f"{given.into}: {counted(images, 'image')} of {counted(len(given.runs), 'shard')}")
+    return 0
+
+
+def _at_least_one(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of layers, 1 or more")
+    return int(text)
+
+
+def _png(text: str) -> Path:
+    if Path(text).suffix.lower() != ".png":
+        raise argparse.ArgumentTypeError(f"{text!r} does not end in .png")
+    return Path(text)
+
+
 #: Each takes the arguments after its name and returns the exit status.
-COMMANDS: Mapping[str, Callable[[Sequence[str]], int]] = {"verify": _verify, "rebuild-manifest": _rebuild_manifest}
+COMMANDS: Mapping[str, Callable[[Sequence[str]], int]] = {
+    "verify": _verify,
+    "rebuild-manifest": _rebuild_manifest,
+    "merge": _merge,
+    "convergence": _convergence,
+}

@@ -108,12 +108,22 @@ def is_locked(path: Path) -> bool:
     return False
 
 
-def free_bytes(folder: Path) -> int:
-    """Bytes that this user may still write where ``folder`` is or would be."""
+def _existing(folder: Path) -> Path:
+    """``folder``, or the nearest above it that there is."""
     existing = folder.absolute()
     while not existing.exists():
         existing = existing.parent
-    return shutil.disk_usage(existing).free
+    return existing
+
+
+def free_bytes(folder: Path) -> int:
+    """Bytes that this user may still write where ``folder`` is or would be."""
+    return shutil.disk_usage(_existing(folder)).free
+
+
+def device_of(folder: Path) -> int:
+    """The file system that ``folder`` is or would be on."""
+    return _existing(folder).stat().st_dev
 
 
 def take_room(file: IO[bytes], nbytes: int) -> None:

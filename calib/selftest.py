@@ -7,13 +7,16 @@ Devices round differently (TF32 products on NVIDIA, other orders of summation), 
 far above rounding and far below what a wrong result gives. Integer work, extremes and counts must be exact: bound 0.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import calib.models.compat  # noqa: F401  (must precede diffusionkit.mlx)
-from calib.activations.histogram import DTYPES, count_keys, ordered_keys
-from calib.activations.statistics import PERCENTILES, Statistics, summarize
+from calib.activations.histogram import BINS, DTYPES, Histogram, count_bits, ordered_keys, top_bits
+from calib.activations.observer import Observer, Seen
+from calib.activations.plain import first_sampled
+from calib.activations.replay import new_observer
+from calib.activations.statistics import PERCENTILES
 from calib.activations.taps import TapPoint, tapped
 from calib.dataset.generate import trajectory
 from calib.dataset.settings import SamplerSettings
@@ -31,6 +34,8 @@ REFERENCE = emoji.FOLDER / "selftest.npz"
 PROMPTS, SEEDS = ("red apple", "octopus"), (0, 1)
 NUM_STEPS, CFG_WEIGHT = 8, 3.0
 TAP = "mm_block_1.image.mlp.fc2"
+#: Of the forwards that an observer watches here: which tokens are sampled, and every how many.
+PHASES, SAMPLING_STRIDE = (12_345, 54_321, 40_000), 7
 
 
 @dataclass(frozen=True)
@@ -140,24 +145,26 @@ def check_views() -> Iterator[Check]:
     )
 
 
-def disorder(keys: mx.array, values: NDArray[Any]) -> float:
-    """How many neighbours are out of order when finite ``values`` are sorted by ``keys``."""
+def disorder(x: mx.array, values: NDArray[Any]) -> float:
+    """How many neighbours are out of order when finite ``values`` are sorted by the keys of ``x``."""
     finite = np.isfinite(values)
-    ordered = values[finite].astype(np.float64)[np.argsort(np.array(keys)[finite], kind="stable")]
+    keys = ordered_keys(np.array(top_bits(x)))
+    ordered = values[finite].astype(np.float64)[np.argsort(keys[finite], kind="stable")]
     return float(np.sum(np.diff(ordered) < 0))
 
 
 def check_keys() -> Iterator[Check]:
     """The integer keys of histograms are in the order of the values."""
     bits = every_pattern()
-    keys = ordered_keys(mx.array(bits).view(mx.float16))
-    yield Check("order keys of every float16", disorder(keys, bits.view(np.float16)), 0)
-    keys = ordered_keys(mx.array(bits).view(mx.bfloat16))
-    yield Check("order keys of every bfloat16", disorder(keys, bfloat16_values(bits)), 0)
-    yield Check("order keys are all different", float((1 << 16) - len(np.unique(np.array(keys)))), 0)
+    half, brain = mx.array(bits).view(mx.float16), mx.array(bits).view(mx.bfloat16)
+    yield Check("order keys of every float16", disorder(half, bits.view(np.float16)), 0)
+    yield Check("order keys of every bfloat16", disorder(brain, bfloat16_values(bits)), 0)
+    yield Check(
+        "order keys are all different", float(BINS - len(np.unique(ordered_keys(np.array(top_bits(brain)))))), 0
+    )
     x = random(1 << 16)
     coarse = (x.view(np.uint32) & 0xFFFF0000).view(np.float32)
-    yield Check("order keys of float32", disorder(ordered_keys(mx.array(x)), coarse), 0)
+    yield Check("order keys of float32", disorder(mx.array(x), coarse), 0)
 
 
 def check_scatter() -> Iterator[Check]:
@@ -167,10 +174,9 @@ def check_scatter() -> Iterator[Check]:
     counts = mx.zeros((8,), dtype=mx.uint32).at[mx.array(index)].add(mx.array(1, dtype=mx.uint32))
     yield Check("uint32 scatter add, 7 bins", differing(np.array(counts), np.bincount(index, minlength=8)), 0)
     half = random(1 << 20).astype(np.float16)
-    bits = half.view(np.uint16).astype(np.uint32)
-    keys = np.where(bits >= 0x8000, 0xFFFF - bits, bits + 0x8000)
-    counts = count_keys(mx.array(half))
-    yield Check("uint32 scatter add, 65536 bins", differing(np.array(counts), np.bincount(keys, minlength=1 << 16)), 0)
+    counts = count_bits(top_bits(mx.array(half)))
+    expected = np.bincount(half.view(np.uint16), minlength=BINS)
+    yield Check("uint32 scatter add, 65536 bins", differing(np.array(counts), expected), 0)
 
 
 def check_reductions() -> Iterator[Check]:
@@ -234,52 +240,118 @@ def check_products() -> Iterator[Check]:
     yield Check("scaled dot product attention", relative(np.array(output), expected), 1e-2)
 
 
-def gather(x: mx.array, parts: int) -> Statistics:
-    """Statistics of all rows of ``x`` (rows, channels), computed in ``parts`` and merged."""
-    summaries = [summarize(part) for part in mx.split(x, parts)]
-    mx.eval(summaries)
-    first, *others = [Statistics.from_summary(summary, x.dtype) for summary in summaries]
-    for other in others:
-        first = first.merge(other)
-    return first
+def watch(observer: Observer, forwards: Sequence[Mapping[str, mx.array]]) -> dict[str, Seen]:
+    """What ``observer`` says of the activations of several ``forwards``, each by tap."""
+    for number, activations in enumerate(forwards):
+        observer.begin(PHASES[number % len(PHASES)])
+        for name, x in activations.items():
+            observer.see(name, x)
+            x = observer.tie(x)
+        mx.eval(observer.end_forward(), x)
+        observer.settle()
+    return observer.results()
 
 
-def compare(label: str, statistics: Statistics, values: NDArray[np.float64], dtype: mx.Dtype) -> Iterator[Check]:
-    """Statistics against the float64 ``values`` (rows, channels) that they are of."""
+def on_host(x: mx.array) -> NDArray[np.float64]:
+    """The values of ``x`` (rows, …, channels) as (rows, tokens, channels)."""
+    values = np.array(x.astype(mx.float32)).astype(np.float64)
+    return values.reshape(len(values), -1, values.shape[-1])
+
+
+def compare(label: str, seen: Seen, parts: Sequence[NDArray[np.float64]], exact: bool) -> Iterator[Check]:
+    """What was seen against the float64 values of each forward (rows, tokens, channels).
+
+    ``exact``: the histogram has every value's own bin, as those of 16-bit types do.
+    """
+    statistics = seen.statistics
+    values = np.concatenate([part.reshape(-1, part.shape[-1]) for part in parts])
     spread = values.std(axis=0)
-    exact = differing(statistics.minimum, values.min(axis=0)) + differing(statistics.maximum, values.max(axis=0))
-    yield Check(f"{label}: min, max, count", exact + differing(statistics.count, len(values)), 0)
-    yield Check(f"{label}: mean (of std)", float(np.max(np.abs(statistics.mean - values.mean(axis=0)) / spread)), 1e-3)
-    yield Check(f"{label}: std", float(np.max(np.abs(statistics.std / spread - 1))), 1e-3)
+    wrong = differing(statistics.minimum, values.min(axis=0)) + differing(statistics.maximum, values.max(axis=0))
+    rows = np.array([[row.min(), row.max()] for part in parts for row in part])
+    wrong += differing(statistics.count, len(values)) + differing(seen.ranges[:, :2], rows)
+    yield Check(f"{label}: min, max, count", wrong, 0)
+    yield Check(f"{label}: mean (of std)", float(np.max(np.abs(statistics.mean - values.mean(axis=0)) / spread)), 1e-4)
+    yield Check(f"{label}: std", float(np.max(np.abs(statistics.std / spread - 1))), 1e-4)
     expected = np.percentile(values, list(PERCENTILES.values()))
     error = np.abs(list(statistics.percentiles().values()) - expected) / (np.abs(expected) + 1e-3 * spread.mean())
     # float32 is read at the middle of bins of the top 16 bits, 16-bit floats are exact
-    yield Check(f"{label}: percentiles", float(error.max()), 2**-8 if dtype == mx.float32 else 1e-6)
+    yield Check(f"{label}: percentiles", float(error.max()), 1e-6 if exact else 2**-8)
 
 
 def check_collection() -> Iterator[Check]:
-    """Statistics of random data in every activation type, computed in parts and merged."""
-    # A mean that is large against the spread is where plain sums of squares fail.
-    data = mx.array(3 + 0.1 * random(6000, 64))
+    """What observes activations on this device: made-up ones of every type, in several forwards, the last a short one.
+
+    Per type three taps: one whose mean is large against the spread, where plain sums of squares fail, and whose
+    channels eight do not divide; one that is a slice along the tokens of a longer array; and one without tokens.
+    """
+    forwards: list[dict[str, mx.array]] = []
+    for number, rows in enumerate((4, 4, 2)):
+        large = mx.array(30 + 0.1 * random(rows, 300, 1, 60, seed=number))
+        longer = mx.array(random(rows, 90, 1, 128, seed=10 + number))
+        single = mx.array(random(rows, 1, 1, 72, seed=20 + number))
+        forwards.append({})
+        for dtype, name in DTYPES.items():
+            sliced = longer.astype(dtype)[:, 13:75]
+            forwards[-1] |= {name: large.astype(dtype), f"{name} slice": sliced, f"{name} row": single.astype(dtype)}
+    observer = new_observer(1)
+    seen, sampled = watch(observer, forwards), watch(new_observer(SAMPLING_STRIDE), forwards)
+    yield Check("collection: finite values are taken for such", float(not observer.sound), 0)
+    for name in forwards[0]:
+        arrays = [activations[name] for activations in forwards]
+        yield from compare(f"collection, {name}", seen[name], [on_host(x) for x in arrays], "float32" not in name)
+        expected, found = counted_by_numpy(arrays), sampled[name].statistics.histogram
+        same = np.array_equal(found.keys, expected.keys) and np.array_equal(found.counts, expected.counts)
+        yield Check(f"collection, {name}: sampled histogram", float(not same), 0)
+    yield from check_non_finite()
+
+
+def counted_by_numpy(arrays: Sequence[mx.array]) -> Histogram:
+    """The histogram of every SAMPLING_STRIDE-th token of each forward's ``arrays``, or of all where there is one."""
+    counts = np.zeros(BINS, np.int64)
+    for number, x in enumerate(arrays):
+        wide = x.dtype == mx.float32
+        bits = np.array(x).view(np.uint32) >> 16 if wide else np.array(x.view(mx.uint16))
+        tokens = bits.reshape(-1, bits.shape[-1])
+        if len(tokens) > len(x):
+            tokens = tokens[first_sampled(len(tokens), SAMPLING_STRIDE, PHASES[number]) :: SAMPLING_STRIDE]
+        counts += np.bincount(tokens.ravel(), minlength=BINS)
+    return Histogram.from_counts(counts, DTYPES[arrays[0].dtype])
+
+
+def check_non_finite() -> Iterator[Check]:
+    """NaN and infinities are noticed by the fast observer, and left out and counted by the careful one."""
+    spoiled = random(2, 250, 8)
+    spoiled[0, 3, 1], spoiled[1, 4, 2], spoiled[1, 5, 2] = np.nan, np.inf, -np.inf
     for dtype, name in DTYPES.items():
-        x = data.astype(dtype)
-        values = np.array(x.astype(mx.float32)).astype(np.float64)
-        yield from compare(f"collection, {name}", gather(x, 3), values, dtype)
-    spoiled = random(500, 8)
-    spoiled[3, 1], spoiled[4, 2], spoiled[5, 2] = np.nan, np.inf, -np.inf
-    summary = summarize(mx.array(spoiled), finite_only=True)
-    statistics = Statistics.from_summary(summary, mx.float32)
-    counts = [statistics.nan, statistics.inf, *statistics.count.tolist(), statistics.histogram.total]
-    yield Check("collection: NaN and inf counted apart", differing(counts, [1, 2, 500, 499, 498, *[500] * 5, 3997]), 0)
+        x = mx.array(spoiled).astype(dtype)
+        fast, careful = new_observer(1), new_observer(1, finite_only=True)
+        watch(fast, [{"x": x}])
+        yield Check(f"collection, {name}: NaN and inf are noticed", float(fast.sound), 0)
+        found = watch(careful, [{"x": x}])["x"].statistics
+        values = on_host(x).reshape(-1, 8)
+        values[~np.isfinite(values)] = np.nan
+        counts = [found.nan, found.inf, *found.count.tolist(), found.histogram.total]
+        wrong = differing(counts, [1, 2, 500, 499, 498, *[500] * 5, 3997])
+        wrong += differing(found.minimum, np.nanmin(values, axis=0))
+        wrong += differing(found.maximum, np.nanmax(values, axis=0))
+        yield Check(f"collection, {name}: NaN and inf counted apart", wrong, 0)
+        error = np.maximum(abs(found.mean - np.nanmean(values, axis=0)), abs(found.std - np.nanstd(values, axis=0)))
+        yield Check(f"collection, {name}: mean and std without them", float(error.max()), 1e-4)
 
 
 def check_real_activations() -> Iterator[Check]:
-    """One layer's input in one forward of the shipped model: what is collected, against what went by."""
+    """One layer's input in two forwards of the shipped model: what is collected, against what went by."""
     model = emoji.load()
-    seen: list[mx.array] = []
+    passed: list[mx.array] = []
+
+    def record(name: str, activation: mx.array) -> mx.array:
+        passed.append(activation)
+        return activation
+
     text = model.encode(PROMPTS, CFG_WEIGHT)
     x = mx.stack([initial_noise(seed, model.latent_shape) for seed in SEEDS])
-    with tapped(model.transformer, [TapPoint(TAP, "post-gelu")], lambda _, activation: seen.append(activation)):
-        mx.eval(model.denoise(x, mx.array(500.0), mx.array(0.5), text, CFG_WEIGHT))
-    rows = seen[0].reshape(-1, seen[0].shape[-1])
-    yield from compare(f"collection, {TAP}", gather(rows, 2), np.array(rows).astype(np.float64), rows.dtype)
+    with tapped(model.transformer, [TapPoint(TAP, "post-gelu")], record):
+        for timestep in (500.0, 100.0):
+            mx.eval(model.denoise(x, mx.array(timestep), mx.array(timestep / 1000), text, CFG_WEIGHT))
+    seen = watch(new_observer(1), [{TAP: activation} for activation in passed])[TAP]
+    yield from compare(f"collection, {TAP}", seen, [on_host(activation) for activation in passed], exact=False)

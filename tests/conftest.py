@@ -3,10 +3,13 @@
 import calib  # isort: skip  (its BLAS must be loaded before mlx)
 
 import shutil
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
-from calib.activations.collect import CollectSettings, LayerActivations, collect
-from calib.activations.taps import TapKind, TapSelection, tap_points
+from calib.activations.collect import Collection
+from calib.activations.record import StepRecord
+from calib.activations.taps import TapKind, TapSelection
 from calib.dataset.generate import SamplerSettings, generate
 from calib.dataset.load import load_manifest
 from calib.dataset.manifest import Manifest
@@ -18,6 +21,7 @@ import pytest
 from damage import IMAGES, SETTINGS
 from helpers import PROMPTS, SAMPLER, STEPS, TINY, run_process
 from hypothesis import settings
+from watching import Whole, collected, collection_of, recording
 
 assert calib.__version__
 
@@ -46,11 +50,24 @@ def manifest(data_dir: Path) -> Manifest:
 
 
 @pytest.fixture(scope="session")
-def layers(model: DiffusionModel, data_dir: Path) -> dict[str, LayerActivations]:
-    """Statistics of every tap over all four images at steps 0, 3 and 8, every row in the histogram."""
-    points = tap_points(model.transformer, TapSelection(kind=TapKind.ALL))
-    settings = CollectSettings(batch_size=2, histogram_rows=None)
-    return collect(model, data_dir, [0, 1, 2, 3], STEPS, points, settings)
+def whole(model: DiffusionModel, data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    """Every tap over all four images at steps 0, 3 and 8, every row in the histogram."""
+    cache = tmp_path_factory.mktemp("shared") / "cache"
+    every_tap = TapSelection(kind=TapKind.ALL)
+    with recording() as observers:
+        collection = collection_of(model, data_dir, cache, [0, 1, 2, 3], every_tap, histogram_rows=None)
+        records = collected(collection, STEPS)
+    return Whole(collection, records, {s: o.values() for s, o in zip(STEPS, observers, strict=True)})
+
+
+@pytest.fixture(scope="session")
+def collection(whole: Whole) -> Collection:
+    return whole.collection
+
+
+@pytest.fixture(scope="session")
+def records(whole: Whole) -> dict[int, StepRecord]:
+    return whole.records
 
 
 @pytest.fixture(scope="session")
@@ -77,6 +94,20 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     work.mkdir()
     monkeypatch.chdir(work)
     return work
+
+
+@pytest.fixture
+def small_disk(folder: Path) -> Iterator[Path]:
+    """A file system of 2 MB of its own, below the working folder."""
+    disk = folder / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)], capture_output=True, text=True
+    )
+    if mounted.returncode:
+        pytest.skip(f"no small file system can be mounted here: {mounted.stderr.strip()}")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
 
 
 @pytest.fixture(scope="session")

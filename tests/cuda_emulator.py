@@ -1,7 +1,7 @@
-"""Runs calib's CUDA kernels on a CPU: their sources compiled by g++, a thread a CUDA thread, barriers for barriers.
+"""Runs calib's CUDA kernels on a CPU: their sources compiled by g++, a coroutine a CUDA thread, resumed at barriers.
 
-Slow, and blind to what only a GPU has (alignment faults, occupancy), but the arithmetic and the indexing are the very
-sources that a GPU runs.
+Slow, and blind to what only a GPU has (alignment faults, races, occupancy), but the arithmetic and the indexing are the
+very sources that a GPU runs.
 """
 
 import ctypes
@@ -19,18 +19,17 @@ COMPILER = shutil.which("g++")
 
 PRELUDE = r"""
 #include <algorithm>
-#include <array>
-#include <barrier>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <thread>
 #include <vector>
+#include <ucontext.h>
 using std::min; using std::max;
 struct Index { unsigned x; };
-static thread_local Index threadIdx, blockIdx;
-static std::barrier<>* barrier_;
-static void __syncthreads() { barrier_->arrive_and_wait(); }
+static Index threadIdx, blockIdx;
+static ucontext_t scheduler_, threads_[1024];
+static bool ended_[1024];
+static void __syncthreads() { swapcontext(&threads_[threadIdx.x], &scheduler_); }
 #define __device__
 #define __forceinline__ inline
 #define __shared__ static
@@ -45,7 +44,7 @@ struct __nv_bfloat16 {
 };
 typedef _Float16 __half;
 static float __half2float(__half v) { return v; }
-static unsigned atomicAdd(unsigned* p, unsigned v) { return __atomic_fetch_add(p, v, __ATOMIC_RELAXED); }
+static unsigned atomicAdd(unsigned* p, unsigned v) { return (*p += v) - v; }
 """
 
 TYPES = {
@@ -133,25 +132,38 @@ static void kernel(void** pointers, void** strides) {{
   {" ".join(declared)}
   {source.replace("extern __shared__ unsigned words[];", "unsigned* words = words_;")}
 }}
+static void** pointers_;
+static void** strides_;
+static void thread() {{
+  kernel(pointers_, strides_);
+  ended_[threadIdx.x] = true;
+}}
 extern "C" void launch(void** pointers, void** strides, unsigned blocks, unsigned threads) {{
-  std::barrier<> all(threads);
-  barrier_ = &all;
-  std::vector<std::thread> pool;
-  for (unsigned t = 0; t < threads; ++t)
-    pool.emplace_back([=] {{
-      for (unsigned b = 0; b < blocks; ++b) {{
-        threadIdx.x = t; blockIdx.x = b;
-        kernel(pointers, strides);
-        __syncthreads();
-      }}
-    }});
-  for (auto& thread : pool) thread.join();
+  pointers_ = pointers, strides_ = strides;
+  static std::vector<char> stacks(1024 * 32768);
+  for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) {{
+    for (unsigned t = 0; t < threads; ++t) {{
+      ended_[t] = false;
+      getcontext(&threads_[t]);
+      threads_[t].uc_stack.ss_sp = &stacks[t * 32768];
+      threads_[t].uc_stack.ss_size = 32768;
+      threads_[t].uc_link = &scheduler_;
+      makecontext(&threads_[t], thread, 0);
+    }}
+    // Each goes on to its next barrier before any passes it.
+    for (unsigned left = threads; left > 0;)
+      for (threadIdx.x = 0; threadIdx.x < threads; ++threadIdx.x)
+        if (!ended_[threadIdx.x]) {{
+          swapcontext(&scheduler_, &threads_[threadIdx.x]);
+          left -= ended_[threadIdx.x];
+        }}
+  }}
 }}
 """
         stem = self.folder / hashlib.sha256(text.encode()).hexdigest()[:16]
         if not stem.with_suffix(".so").exists():
             stem.with_suffix(".cpp").write_text(text)
-            command = [str(COMPILER), "-std=c++20", "-O1", "-w", "-shared", "-fPIC", "-pthread"]
+            command = [str(COMPILER), "-std=c++20", "-O1", "-w", "-shared", "-fPIC"]
             files = [str(stem.with_suffix(".cpp")), "-o", str(stem.with_suffix(".so"))]
             subprocess.run([*command, *files], check=True, capture_output=True, text=True)
         return ctypes.CDLL(str(stem.with_suffix(".so")))

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -10,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from calib.activations.collect import LayerActivations
-from calib.activations.statistics import PERCENTILES, Statistics, merge_all
+from calib.activations.plain import is_sound, read, seen, summarize
+from calib.activations.statistics import PERCENTILES, Statistics
 from calib.cli import main
 from calib.dataset.load import load_manifest
 from calib.dataset.settings import SamplerSettings
@@ -54,9 +55,20 @@ def values_of_bits(bits: NDArray[Any], dtype: str) -> NDArray[np.float64]:
         return wide.view(np.float32).astype(np.float64)
 
 
-def pooled(layer: LayerActivations) -> Statistics:
-    """All steps of a layer, merged."""
-    return merge_all(list(layer.steps.values()))
+def statistics_of(x: mx.array, **options: Any) -> Statistics:
+    """Statistics of ``x`` (rows, …, channels), or of one row's tokens (tokens, channels), summarised at once."""
+    summary = summarize(x if x.ndim > 2 else x[None], **options)
+    mx.eval(summary)
+    return seen(read(summary), name_of(x)).statistics
+
+
+def sound(x: mx.array) -> bool:
+    """Whether a plain summary of ``x`` (tokens, channels) can be used."""
+    return is_sound(read(summarize(x[None])))
+
+
+def name_of(x: mx.array) -> str:
+    return next(name for name, dtype in MLX_DTYPES.items() if dtype == x.dtype)
 
 
 def check_config_error(call: Callable[[], object], words: Sequence[str]) -> None:
@@ -119,14 +131,15 @@ def check_statistics(statistics: Statistics, values: NDArray[np.float64], dtype:
 def check_percentiles(found: dict[str, float], values: NDArray[np.float64], dtype: str) -> None:
     """``found`` are ``numpy.percentile`` of ``values``, to the precision of the type's bins."""
     assert list(found) == list(PERCENTILES)
-    for name, percent in PERCENTILES.items():
-        expected = np.percentile(values, percent)
-        if dtype != "float32":
-            assert found[name] == pytest.approx(expected, rel=1e-12, abs=1e-300), name
-            continue
-        # Interpolation between values of opposite sign may be near zero: the error is that of the two neighbours.
-        below, above = (np.percentile(values, percent, method=side) for side in ("lower", "higher"))
-        assert abs(found[name] - expected) <= 0.004 * max(abs(below), abs(above)) + SMALLEST_NORMAL, name
+    expected, below, above = (
+        np.percentile(values, list(PERCENTILES.values()), method=method) for method in ("linear", "lower", "higher")
+    )
+    if dtype != "float32":
+        assert list(found.values()) == pytest.approx(expected.tolist(), rel=1e-12, abs=1e-300)
+        return
+    # Interpolation between values of opposite sign may be near zero: the error is that of the two neighbours.
+    allowed = 0.004 * np.maximum(np.abs(below), np.abs(above)) + SMALLEST_NORMAL
+    assert np.all(np.abs(list(found.values()) - expected) <= allowed), (found, expected)
 
 
 @dataclass(frozen=True)
@@ -191,6 +204,19 @@ def run_without_rights(folder: Path, *arguments: str) -> Outcome:
     return Outcome(done.returncode, done.stdout, done.stderr)
 
 
+def lines_of(err: str) -> list[str]:
+    """calib's own lines among those about progress."""
+    assert "Traceback" not in err
+    assert "Logging error" not in err
+    return [line.removeprefix("calib: ") for line in err.splitlines() if line.startswith("calib: ")]
+
+
+def end(process: subprocess.Popen[str]) -> tuple[int, str]:
+    """Exit status and stderr."""
+    _, err = process.communicate(timeout=120)
+    return process.returncode, err
+
+
 def wait_until(condition: Callable[[], bool], process: subprocess.Popen[Any], pause: float = 0.003) -> None:
     """Until ``condition`` holds or ``process``, which should bring it about, has ended."""
     end = time.monotonic() + 60
@@ -239,3 +265,12 @@ def is_one_clear_line(outcome: Outcome, status: int = 2) -> str:
     assert outcome.err.startswith("calib: ")
     assert outcome.out == ""
     return outcome.err.removeprefix("calib: ").strip()
+
+
+def fill(disk: Path, room: int = 0) -> Path:
+    """A file that takes the rest of ``disk``, but for about ``room`` bytes."""
+    ballast = disk / "ballast"
+    take = shutil.disk_usage(disk).free - room
+    ballast.write_bytes(bytes(take))
+    assert shutil.disk_usage(disk).free <= room
+    return ballast

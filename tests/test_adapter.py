@@ -28,6 +28,7 @@ from diffusionkit.mlx.config import FLUX_SCHNELL, SD3_8b, VAEDecoderConfig
 from diffusionkit.mlx.mmdit import MMDiT
 from diffusionkit.mlx.vae import VAEDecoder
 from mlx.utils import tree_flatten
+from watching import keep
 
 assert calib and compat
 
@@ -117,7 +118,7 @@ def test_forwards_and_taps_leave_the_weights_as_loaded(which: str, request: pyte
     modules = [id(module) for module in model.modules()]
     plain = velocity(model, *inputs(2))
     seen: dict[str, mx.array] = {}
-    with tapped(model, tap_points(model, TapSelection(TapKind.ALL)), seen.__setitem__):
+    with tapped(model, tap_points(model, TapSelection(TapKind.ALL)), keep(seen)):
         observed = velocity(model, *inputs(2))
         mx.eval(observed, list(seen.values()))
     assert mx.array_equal(plain, observed)

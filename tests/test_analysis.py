@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from calib.activations.store import ActivationFile
+from calib.activations.reader import ActivationFile
 from calib.analysis import range as range_heuristic
 from calib.analysis import uniform
 from calib.analysis.layers import LayerSummary, read_summaries

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from calib import prompts
-from calib.activations.store import ActivationFile
+from calib.activations.reader import ActivationFile
 from calib.dataset.generate import generate
 from calib.dataset.load import load_manifest
 from calib.dataset.settings import SamplerSettings
@@ -142,6 +142,26 @@ def test_collect_takes_the_chosen_images_steps_and_layers(
         assert set(file.layers) == {*fc2, "mm_block_1", "mm_block_1.image", "mm_block_1.text"}
     statistics = json.loads((folder / "run" / "layer_statistics.json").read_text())
     assert set(statistics) == {*fc2, "mm_block_1"}, "a block is summarised as a whole"
+
+
+def test_another_run_takes_what_is_collected_and_loads_no_model(
+    data_dir: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["collect", f"data_dir={data_dir}", "sampler.num_steps=8", "sampler.batch_size=2", "taps.include=['*.fc2']"]
+    schedule = ["timestep_schedule=list", "timestep_schedule.steps=[0,4,8]"]
+    assert run_here([*given, *schedule, "hydra.run.dir=one"], capsys).status == 0
+    outcome = run_here([*given, "timestep_schedule=list", "timestep_schedule.steps=[0,8]", "hydra.run.dir=two"], capsys)
+    assert outcome.status == 0
+    assert outcome.err == "", "nothing is computed"
+    assert "loaded emoji" in (folder / "one" / "run.log").read_text()
+    log = (folder / "two" / "run.log").read_text()
+    assert "loaded emoji" not in log and "collected 7 layers of 4 images at 2 steps" in log
+    with ActivationFile(folder / "one/activations.h5") as one, ActivationFile(folder / "two/activations.h5") as two:
+        assert two.steps == [0, 8]
+        assert two.layers == one.layers
+        for name in two.layers:
+            assert two.statistics(name).percentiles() == one.statistics(name, [0, 8]).percentiles()
+            assert two.weight_sqnr(name) == one.weight_sqnr(name)
 
 
 def test_the_block_view_names_the_blocks(data_dir: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

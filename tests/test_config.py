@@ -15,10 +15,12 @@ from calib.errors import ConfigError
 from calib.models.model import ModelDtype
 from calib.typed import typed
 
+import numpy as np
 import pytest
 from hydra import compose, initialize_config_dir
 from hypothesis import example, given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from omegaconf import OmegaConf
 
 GROUPS = sorted(folder.name for folder in CONF.iterdir() if folder.is_dir())
@@ -44,6 +46,11 @@ def built(*overrides: str, multirun: bool = False) -> Settings:
     return build(composed(*overrides), multirun)
 
 
+def no_latents(image_ids: Sequence[int]) -> NDArray[np.float32]:
+    """Final latents of images that are all alike."""
+    return np.zeros((len(image_ids), 3), np.float32)
+
+
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working folder with a list of prompts."""
@@ -56,14 +63,15 @@ def test_the_groups_are_those_of_the_issue() -> None:
     wanted = {"model", "prompts", "sampler", "dataset", "timestep_schedule", "subset", "taps", "storage", "analysis"}
     assert wanted <= set(GROUPS) <= wanted | {"experiment"}
     options: dict[str, set[str]] = {group: {name for g, name in OPTIONS if g == group} for group in GROUPS}
-    schedules = {"key", "all", "uniform", "stride", "quarters", "taqdit", "ndtc", "phases", "list"}
+    schedules = {"key", "all", "uniform", "stride", "quarters", "taqdit", "ndtc", "phases", "drift", "list"}
     assert schedules <= options["timestep_schedule"]
-    assert {"first", "stride", "random", "list"} <= options["subset"]
+    assert {"first", "stride", "random", "diverse", "list"} <= options["subset"]
     assert {"emoji", "sd3_medium", "sd35_large", "flux_schnell", "flux_dev"} <= options["model"]
     assert options["sampler"] == options["model"]
     assert {"emoji", "builtin", "file"} <= options["prompts"]
     assert {"hdf5", "npz"} <= options["dataset"]
     assert {"linear", "block", "all"} <= options["taps"]
+    assert {"stats", "sampled", "full"} <= options["storage"]
     assert {"range", "uniform"} <= options["analysis"]
 
 
@@ -74,7 +82,7 @@ def test_every_option_composes_and_builds(folder: Path, group: str, option: str)
     settings = build(config)
     assert settings.prompts
     assert settings.steps
-    assert settings.choose_images(range(10))
+    assert settings.choose_images(range(10), no_latents)
     if group == "sampler":
         chosen = OmegaConf.load(CONF / "sampler" / f"{option}.yaml")
         assert settings.sampler.num_steps == chosen.num_steps
@@ -104,7 +112,7 @@ def test_the_defaults_are_those_of_the_design() -> None:
     assert str(settings.data_dir).startswith("calibration_data/emoji-emoji-50steps-")
     assert not built("stage=collect").generate_missing
     assert built("stage=collect", multirun=True).generate_missing
-    assert settings.choose_images(range(10)) == list(range(10))
+    assert settings.choose_images(range(10), no_latents) == list(range(10))
 
 
 def test_experiment_quick_is_quick() -> None:
@@ -145,6 +153,11 @@ def test_an_option_of_the_users_own_package_is_an_option(folder: Path, monkeypat
         "sampler.cfg_weight=3",
         "sampler.shift=1",
         "keep_awake=true",
+        "cache_dir=elsewhere",
+        "subset=diverse",
+        "timestep_schedule=drift",
+        "taps.cfg_halves=apart",
+        "storage=full",
     ],
 )
 def test_what_does_not_change_the_images_does_not_change_their_folder(override: str) -> None:
@@ -171,10 +184,19 @@ def test_what_changes_the_images_changes_their_folder(override: str) -> None:
     assert built(override).data_dir != built().data_dir
 
 
+def test_another_cache_is_no_other_job() -> None:
+    assert built("cache_dir=elsewhere").fingerprint == built().fingerprint
+    assert built("storage=sampled").fingerprint != built().fingerprint
+    assert built("taps.cfg_halves=apart").fingerprint != built().fingerprint
+
+
 def test_shards_of_a_dataset_have_its_folder() -> None:
     sharded = built("stage=generate", "shard.index=2", "shard.count=3")
     assert sharded.data_dir == built().data_dir
     assert sharded.shard == Shard(2, 3)
+    collected = built("stage=collect", "shard.index=2", "shard.count=3", multirun=True)
+    assert collected.shard == Shard(2, 3)
+    assert not collected.generate_missing, "the shards of a sweep share what is there"
 
 
 def test_a_folder_of_chosen_states_is_that_of_its_schedule_and_keeps_those_states() -> None:
@@ -217,7 +239,7 @@ def one_line_or_settings(config: dict[str, Any], key: str) -> None:
     """A configuration either becomes settings, or an error of one line that names the key."""
     try:
         settings = build(config)
-        settings.choose_images(range(settings.num_images))
+        settings.choose_images(range(settings.num_images), no_latents)
     except ConfigError as error:
         message = str(error)
         assert message
@@ -301,6 +323,15 @@ def test_a_seed_of_any_size_is_used_or_refused(key: str, seed: int) -> None:
         (["analysis=uniform", "analysis.weight_bits=7"], ("analysis.weight_bits=7",)),
         (["analysis.large=wide"], ("analysis.large=wide", "number")),
         (["storage.histogram_rows=0"], ("storage.histogram_rows=0", "1 or more")),
+        (["storage=sampled", "storage.rows_per_image=0"], ("storage.rows_per_image=0", "1 or more")),
+        (["storage=full", "storage.dtype=float32"], ("storage.dtype=float32", "float16 or bfloat16")),
+        (["storage.samples=some"], ("storage.samples=some", "none, rows, all")),
+        (["taps.cfg_halves=both"], ("taps.cfg_halves=both", "pooled, apart")),
+        (["cache_dir=''"], ("cache_dir", "empty")),
+        (["timestep_schedule=drift", "timestep_schedule.count=51"], ("timestep_schedule.count=51", "1 to 50")),
+        (["timestep_schedule=drift", "timestep_schedule.images=0"], ("timestep_schedule.images=0", "1 or more")),
+        (["timestep_schedule=drift", "dataset.steps=schedule"], ("dataset.steps=schedule", "drift")),
+        (["stage=collect", "shard.count=2", "generate_missing=true"], ("generate_missing=true", "shard")),
         (["collect.batch_size=0"], ("collect.batch_size=0", "1 or more")),
         (["dataset.dtype=float8"], ("dataset.dtype=float8", "float16, bfloat16, float32")),
         (["dataset.steps=some"], ("dataset.steps=some", "all, schedule")),

@@ -6,6 +6,8 @@ import subprocess
 import sys
 
 from calib import blas, doctor, selftest
+from calib.activations import plain
+from calib.models.memory import on_cuda
 from calib.versions import versions
 
 import mlx.core as mx
@@ -127,23 +129,38 @@ def test_selftest_notices_one_corrupted_value(monkeypatch, tmp_path, capsys, nam
     assert name in failed[0]
 
 
-def narrow_counts(x: mx.array) -> mx.array:
+def narrow_counts(bits: mx.array) -> mx.array:
     """A histogram that loses counts, as one without atomic additions does."""
-    return mx.minimum(right_counts(x), 100)
+    return mx.minimum(right_counts(bits), 20)
 
 
-right_counts = selftest.count_keys
+right_counts = selftest.count_bits
+
+
+def narrow_variance(*arguments):
+    """A summary that lost digits of Σx², as one without a shift does."""
+    summary = right_summary(*arguments)
+    return summary | {"second": summary["second"] * 0.999}
+
+
+right_summary = plain.summarize
+plain_operations = pytest.mark.skipif(on_cuda(), reason="CUDA kernels gather statistics here")
 
 
 @pytest.mark.parametrize(
     ("target", "attribute", "wrong", "check"),
     [
-        (selftest, "count_keys", narrow_counts, "scatter add"),
-        (selftest, "ordered_keys", lambda x: x.view(mx.uint16).astype(mx.uint32), "order keys"),
+        (selftest, "count_bits", narrow_counts, "scatter add"),
+        pytest.param(plain, "count_bits", narrow_counts, "collection, float16: percentiles", marks=plain_operations),
+        pytest.param(plain, "summarize", narrow_variance, "collection, bfloat16: std", marks=plain_operations),
+        pytest.param(
+            plain, "is_sound", lambda summary: True, "float32: NaN and inf are noticed", marks=plain_operations
+        ),
+        (selftest, "ordered_keys", lambda bits: bits, "order keys"),
         (mx, "dequantize", lambda w, *rest, **settings: mx.zeros((128, 512)), "quantize 2 bits"),
         (mx, "min", mx.max, "min over rows"),
     ],
-    ids=["counts", "keys", "dequantize", "min"],
+    ids=["counts", "collected counts", "variance", "soundness", "keys", "dequantize", "min"],
 )
 def test_selftest_notices_wrong_operations(monkeypatch, target, attribute, wrong, check):
     monkeypatch.setattr(target, attribute, wrong)

@@ -1,9 +1,12 @@
 """Files are whole or absent, whatever interrupts."""
 
+import errno
 import json
 import os
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +14,14 @@ from calib.errors import CalibError
 from calib.files import (
     abandoned_temporaries,
     checksum,
+    free_bytes,
     is_locked,
+    locked,
     read_json,
+    remove_abandoned,
     replacing,
     short_hash,
+    take_room,
     write_json,
     write_text,
 )
@@ -93,6 +100,44 @@ def test_what_a_living_writer_has_half_written_is_not_abandoned(tmp_path: Path) 
     assert writer.returncode == 0
     assert (tmp_path / "file.txt").read_text() == "half of the ne"
     assert list(tmp_path.iterdir()) == [tmp_path / "file.txt"]
+
+
+def test_only_what_dead_writers_left_is_removed(tmp_path: Path) -> None:
+    (tmp_path / ".file.txt.abc.tmp").write_text("half")
+    (tmp_path / "kept.tmp").write_text("")
+    with replacing(tmp_path / "file.txt") as temporary:
+        temporary.write_text("whole")
+        remove_abandoned(tmp_path)
+        assert set(tmp_path.iterdir()) == {temporary, tmp_path / "kept.tmp"}
+    assert (tmp_path / "file.txt").read_text() == "whole"
+
+
+def test_a_lock_is_waited_for_and_that_is_said(tmp_path: Path) -> None:
+    path, order = tmp_path / "new" / ".lock", []
+    with locked(path, lambda: order.append("no wait")):
+        waiting = threading.Thread(target=lambda: hold(path, order))
+        waiting.start()
+        while "waits" not in order:
+            assert waiting.is_alive()
+            time.sleep(0.001)
+        order.append("first ends")
+    waiting.join()
+    assert order == ["waits", "first ends", "second has it"]
+
+
+def hold(path: Path, order: list[str]) -> None:
+    with locked(path, lambda: order.append("waits")):
+        order.append("second has it")
+
+
+def test_room_is_taken_or_refused(tmp_path: Path) -> None:
+    with open(tmp_path / "file", "wb") as file:
+        take_room(file, 5000)
+        assert (tmp_path / "file").stat().st_size in (0, 5000), "taken where the system can"
+        with pytest.raises(OSError) as error:
+            take_room(file, 2 * free_bytes(tmp_path))
+        assert error.value.errno == errno.ENOSPC
+    assert free_bytes(tmp_path / "not" / "yet") == pytest.approx(free_bytes(tmp_path), rel=0.1)
 
 
 def test_files_have_the_permissions_of_any_other(tmp_path: Path) -> None:

@@ -13,8 +13,7 @@ from typing import Any
 import calib.dataset.generate
 import calib.dataset.writer
 import calib.models.model
-from calib.activations.collect import CollectSettings, collect
-from calib.activations.taps import TapSelection, tap_points
+from calib.activations.taps import TapSelection
 from calib.dataset.generate import generate, trajectory
 from calib.dataset.images import DrawnImage, bytes_per_image, write_image
 from calib.dataset.load import load_manifest
@@ -37,6 +36,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
+from watching import collection_of
 
 QUICK = SamplerSettings(num_steps=2, cfg_weight=3.0, batch_size=2)
 BRIEF = SamplerSettings(num_steps=1, cfg_weight=0.0, batch_size=2)
@@ -446,8 +446,7 @@ def test_other_text_encoders_are_another_dataset(model: DiffusionModel, tmp_path
     with pytest.raises(CalibError, match=r"text_encoders=emoji, not clip_l\+t5"):
         make(other, folder, 3)
     with pytest.raises(CalibError, match=r"encoded by emoji, not clip_l\+t5"):
-        points = tap_points(model.transformer, TapSelection(include=("x_embedder",)))
-        collect(other, folder, [0], [0], points, CollectSettings())
+        collection_of(other, folder, tmp_path / "cache", [0], TapSelection(include=("x_embedder",))).collect([0])
 
 
 def test_an_image_that_cannot_be_stored_is_left_out_and_told_and_the_others_are_drawn(

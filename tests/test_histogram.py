@@ -2,7 +2,15 @@
 
 from typing import Any
 
-from calib.activations.histogram import BINS, Histogram, count_keys, key_values, ordered_keys
+from calib.activations.histogram import (
+    BINS,
+    Histogram,
+    count_bits,
+    key_values,
+    merge_histograms,
+    ordered_keys,
+    top_bits,
+)
 
 import mlx.core as mx
 import numpy as np
@@ -45,14 +53,24 @@ finite_16 = st.sampled_from(SIXTEEN_BIT).flatmap(lambda dtype: st.tuples(st.just
 
 
 def histogram_of(bits: NDArray[Any], dtype: str) -> Histogram:
-    return Histogram.from_dense(np.array(count_keys(from_bits(bits, dtype))), dtype)
+    return counted(from_bits(bits, dtype), dtype)
+
+
+def counted(x: mx.array, dtype: str) -> Histogram:
+    """Counted on the device."""
+    return Histogram.from_counts(np.array(count_bits(top_bits(x))), dtype)
+
+
+def keys_of(bits: NDArray[Any], dtype: str) -> NDArray[np.uint16]:
+    """The keys of the device's values."""
+    return ordered_keys(np.array(top_bits(from_bits(bits, dtype))))
 
 
 @pytest.mark.parametrize("dtype", SIXTEEN_BIT)
 def test_every_16_bit_value_has_a_key_of_its_own_in_the_order_of_values(dtype: str) -> None:
     bits = np.arange(1 << 16, dtype=np.uint32)
-    keys, values = np.array(ordered_keys(from_bits(bits, dtype))), values_of_bits(bits, dtype)
-    assert keys.dtype == np.uint32
+    keys, values = keys_of(bits, dtype), values_of_bits(bits, dtype)
+    assert keys.dtype == np.uint16
     assert np.array_equal(np.sort(keys), bits)
     by_key = values[np.argsort(keys)]
     numbers = by_key[~np.isnan(by_key)]
@@ -65,7 +83,7 @@ def test_every_16_bit_value_has_a_key_of_its_own_in_the_order_of_values(dtype: s
 @pytest.mark.parametrize("dtype", SIXTEEN_BIT)
 def test_every_16_bit_key_gives_back_its_value(dtype: str) -> None:
     bits = np.arange(1 << 16, dtype=np.uint32)
-    keys = np.array(ordered_keys(from_bits(bits, dtype))).astype(np.uint16)
+    keys = keys_of(bits, dtype)
     found, values = key_values(keys, dtype), values_of_bits(bits, dtype)
     assert found.dtype == np.float64
     np.testing.assert_array_equal(found, values)
@@ -74,8 +92,7 @@ def test_every_16_bit_key_gives_back_its_value(dtype: str) -> None:
 
 @given(bits=bit_patterns("float32"))
 def test_float32_keys_are_in_the_order_of_values(bits: NDArray[Any]) -> None:
-    keys, values = np.array(ordered_keys(from_bits(bits, "float32"))), values_of_bits(bits, "float32")
-    assert keys.max() < BINS
+    keys, values = keys_of(bits, "float32"), values_of_bits(bits, "float32")
     numbers = ~np.isnan(values)
     order = np.argsort(values[numbers], kind="stable")
     sorted_keys, sorted_values = keys[numbers][order].astype(np.int64), values[numbers][order]
@@ -85,7 +102,7 @@ def test_float32_keys_are_in_the_order_of_values(bits: NDArray[Any]) -> None:
 
 @given(bits=bit_patterns("float32"))
 def test_float32_keys_give_back_the_value_to_four_in_a_thousand(bits: NDArray[Any]) -> None:
-    keys = np.array(ordered_keys(from_bits(bits, "float32"))).astype(np.uint16)
+    keys = keys_of(bits, "float32")
     found, values = key_values(keys, "float32"), values_of_bits(bits, "float32")
     finite = np.isfinite(values)
     assert np.array_equal(np.isfinite(found), finite)
@@ -107,7 +124,7 @@ def test_counts_are_exact_and_of_finite_values_only(case: tuple[str, NDArray[Any
     assert np.all(np.isfinite(histogram.values()))
     if dtype != "float32":
         distinct, counts = np.unique(bits[np.isfinite(values)], return_counts=True)
-        expected = dict(zip(np.array(ordered_keys(from_bits(distinct, dtype))).tolist(), counts.tolist(), strict=True))
+        expected = dict(zip(keys_of(distinct, dtype).tolist(), counts.tolist(), strict=True))
         assert dict(zip(histogram.keys.tolist(), histogram.counts.tolist(), strict=True)) == expected
 
 
@@ -144,6 +161,24 @@ def test_any_split_merges_to_the_whole(case: tuple[str, NDArray[Any]], data: st.
     assert np.array_equal(merged.counts, whole.counts)
     assert merged.keys.dtype == np.uint16
     assert merged.counts.dtype == np.uint64
+    at_once = merge_histograms(parts)
+    assert np.array_equal(at_once.keys, whole.keys)
+    assert np.array_equal(at_once.counts, whole.counts)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_bit_patterns_are_those_of_any_view_in_its_shape(dtype: str) -> None:
+    """Those of a float32 are every second half of its words, also where it does not lie in one piece."""
+    bits = np.random.RandomState(0).randint(0, 2**32, (3, 8, 10), dtype=np.uint64)
+    bits = bits >> (32 - (32 if dtype == "float32" else 16))
+    x, wanted = from_bits(bits, dtype), bits >> (16 if dtype == "float32" else 0)
+    views = [(slice(None),), (slice(None), slice(1, 5)), (slice(None), slice(None, None, 3), slice(2, None))]
+    for view in views:
+        assert np.array_equal(np.array(top_bits(x[view])), wanted[view])
+        counts = np.bincount(wanted[view].ravel(), minlength=BINS)
+        assert np.array_equal(np.array(count_bits(top_bits(x[view]))), counts)
+    turned = np.array(top_bits(x.transpose(0, 2, 1)))
+    assert np.array_equal(turned, wanted.transpose(0, 2, 1))
 
 
 def test_merging_counts_beyond_32_bits() -> None:
@@ -170,7 +205,7 @@ def test_kurtosis_equals_the_fourth_standardised_moment(case: tuple[str, NDArray
     if len(values) == 0:
         values = np.zeros(1)
     x = mx.array(values.astype(np.float32)).astype(MLX_DTYPES[dtype])
-    found = Histogram.from_dense(np.array(count_keys(x)), dtype).kurtosis()
+    found = counted(x, dtype).kurtosis()
     centred = values / max(np.abs(values).max(), 1e-30)
     centred = centred - centred.mean()
     variance = np.mean(centred**2)
@@ -182,9 +217,7 @@ def test_kurtosis_equals_the_fourth_standardised_moment(case: tuple[str, NDArray
 
 def test_kurtosis_of_known_distributions() -> None:
     normal = np.random.RandomState(0).randn(1 << 18).astype(np.float16)
-    assert Histogram.from_dense(np.array(count_keys(mx.array(normal))), "float16").kurtosis() == pytest.approx(
-        3, rel=0.03
-    )
+    assert counted(mx.array(normal), "float16").kurtosis() == pytest.approx(3, rel=0.03)
     assert histogram_of(np.array([0x3C00] * 9), "float16").kurtosis() == 0
     two = histogram_of(np.array([0x3C00, 0xBC00]), "float16")
     assert two.kurtosis() == pytest.approx(1)

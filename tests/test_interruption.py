@@ -3,7 +3,6 @@
 import json
 import random
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -22,9 +21,12 @@ import pytest
 from helpers import (
     command,
     contents,
+    end,
     environment,
     everything,
+    fill,
     is_one_clear_line,
+    lines_of,
     listed,
     run_here,
     run_process,
@@ -51,19 +53,6 @@ def undisturbed(
     settings = SamplerSettings(num_steps=STEPS, batch_size=2)
     generate(model, prompts.emoji(), num_images, folder, settings, storage=storage)
     return contents(folder)
-
-
-def lines_of(err: str) -> list[str]:
-    """calib's own lines among those about progress."""
-    assert "Traceback" not in err
-    assert "Logging error" not in err
-    return [line.removeprefix("calib: ") for line in err.splitlines() if line.startswith("calib: ")]
-
-
-def end(process: subprocess.Popen[str]) -> tuple[int, str]:
-    """Exit status and stderr."""
-    _, err = process.communicate(timeout=120)
-    return process.returncode, err
 
 
 # kill -9
@@ -277,29 +266,6 @@ main(sys.argv[1:])
 
 
 # A full disk
-
-
-@pytest.fixture
-def small_disk(folder: Path) -> Iterator[Path]:
-    """A file system of 2 MB of its own, below the working folder."""
-    disk = folder / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)], capture_output=True, text=True
-    )
-    if mounted.returncode:
-        pytest.skip(f"no small file system can be mounted here: {mounted.stderr.strip()}")
-    yield disk
-    subprocess.run(["umount", str(disk)], check=True)
-
-
-def fill(disk: Path, room: int = 0) -> Path:
-    """A file that takes the rest of ``disk``, but for about ``room`` bytes."""
-    ballast = disk / "ballast"
-    take = shutil.disk_usage(disk).free - room
-    ballast.write_bytes(bytes(take))
-    assert shutil.disk_usage(disk).free <= room
-    return ballast
 
 
 def test_a_disk_that_cannot_hold_the_images_is_refused_before_anything_is_made(

@@ -9,8 +9,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from calib.activations.collect import CollectSettings, collect
-from calib.activations.taps import TapKind, TapSelection, tap_points
+from calib.activations.record import StepRecord
+from calib.activations.taps import TapKind, TapSelection
 from calib.dataset.generate import SamplerSettings, generate
 from calib.dataset.images import DrawnImage, write_image
 from calib.dataset.load import load_manifest
@@ -29,6 +29,7 @@ import pytest
 from helpers import PROMPTS, contents, everything, is_one_clear_line, run_here, run_process
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from watching import collected, collection_of
 
 SETTINGS = SamplerSettings(num_steps=2, cfg_weight=3.0, batch_size=2)
 TEXTS = ("Süße Öl-Äpfel — 日本語 😀", "a=b, 'c' \"d\"", "  two\nlines\t", "")
@@ -270,10 +271,9 @@ def older(data_dir: Path, tmp_path: Path) -> Path:
     return write_older(tmp_path / "older", data_dir)
 
 
-def statistics(model: DiffusionModel, folder: Path, steps: list[int]) -> dict[str, Any]:
-    points = tap_points(model.transformer, TapSelection(kind=TapKind.LINEAR, include=("mm_block_0.*",)))
-    layers = collect(model, folder, [0, 2], steps, points, CollectSettings(batch_size=2))
-    return {name: layer.steps for name, layer in layers.items()}
+def statistics(model: DiffusionModel, folder: Path, cache_dir: Path, steps: list[int]) -> dict[int, StepRecord]:
+    taps = TapSelection(kind=TapKind.LINEAR, include=("mm_block_0.*",))
+    return collected(collection_of(model, folder, cache_dir, [0, 2], taps), steps)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
@@ -293,12 +293,13 @@ def test_older_datasets_are_loaded_verified_and_collected_from(
     report = verify(older)
     assert report.findings == []
     assert report.verdict.startswith("sound: 4 images")
-    collected, expected = statistics(model, older, [0, 8]), statistics(model, data_dir, [0, 8])
-    assert collected.keys() == expected.keys()
-    for name, by_step in expected.items():
-        for step, values in by_step.items():
-            np.testing.assert_array_equal(collected[name][step].maximum, values.maximum)
-            np.testing.assert_array_equal(collected[name][step].minimum, values.minimum)
+    found, expected = (statistics(model, folder, tmp_path / "cache", [0, 8]) for folder in (older, data_dir))
+    for step, record in expected.items():
+        assert found[step].seen.keys() == record.seen.keys()
+        for name, own in record.seen.items():
+            np.testing.assert_array_equal(found[step].seen[name].statistics.maximum, own.statistics.maximum)
+            np.testing.assert_array_equal(found[step].seen[name].statistics.minimum, own.statistics.minimum)
+    assert len(list((tmp_path / "cache" / "activations").iterdir())) == 2, "their caches are not mistaken"
     assert contents(older) == before
 
 
@@ -409,7 +410,7 @@ def test_collect_refuses_images_whose_prompt_is_unknown(model: DiffusionModel, o
     document["images"][2]["prompt"] = None
     path.write_text(json.dumps(document))
     with pytest.raises(CalibError, match="prompt of image 2 is unknown"):
-        statistics(model, older, [0])
+        statistics(model, older, older.parent / "cache", [0])
 
 
 def test_a_rebuilt_older_manifest_uses_what_pictures_say(older: Path) -> None:

@@ -1,30 +1,18 @@
-"""Streaming statistics against float64 NumPy, on made-up data, on any split of it, and on the model's activations."""
+"""Streaming statistics against float64 NumPy, on made-up data and on any split of it."""
 
 import warnings
-from typing import Any
 
-from calib.activations.collect import CollectSettings, LayerActivations, collect, observe
-from calib.activations.statistics import Statistics, is_sound, merge_all, sampled_rows, summarize
-from calib.activations.taps import TapKind, TapSelection, linear_layers, tap_points, tapped
-from calib.dataset.manifest import Manifest
-from calib.dataset.store import read_state
-from calib.models.model import Conditioning, DiffusionModel
+from calib.activations.plain import PHASES, first_sampled
 
 import mlx.core as mx
 import numpy as np
 import pytest
-from helpers import MLX_DTYPES, STEPS, check_percentiles, check_statistics, float64, pooled
+from helpers import MLX_DTYPES, check_percentiles, check_statistics, float64, name_of, sound, statistics_of
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 DTYPES = st.sampled_from(list(MLX_DTYPES))
-
-
-def statistics_of(x: mx.array, **options: Any) -> Statistics:
-    summary = summarize(x, **options)
-    mx.eval(summary)
-    return Statistics.from_summary(summary, x.dtype)
 
 
 @st.composite
@@ -43,8 +31,8 @@ def activations(draw: st.DrawFn) -> mx.array:
     return mx.array(x.astype(np.float32)).astype(MLX_DTYPES[draw(DTYPES)])
 
 
-def name_of(x: mx.array) -> str:
-    return next(name for name, dtype in MLX_DTYPES.items() if dtype == x.dtype)
+def sampled_rows(rows: int, stride: int, phase: int) -> NDArray[np.int64]:
+    return np.arange(first_sampled(rows, stride, phase), rows, stride)
 
 
 @given(x=activations())
@@ -99,7 +87,7 @@ def test_constant_activations_have_no_spread() -> None:
 @pytest.mark.parametrize("scale", [1e-15, 1e10, 1e20, 1e35])
 def test_very_small_and_very_large_values_have_finite_statistics(scale: float) -> None:
     x = mx.array((scale * np.random.RandomState(0).uniform(-1, 1, (500, 4))).astype(np.float32))
-    careful = not is_sound(summarize(x))  # as collection decides
+    careful = not sound(x)  # as collection decides
     check_statistics(statistics_of(x, finite_only=careful), float64(x), "float32")
     assert careful == (scale > 1e18)
 
@@ -161,34 +149,43 @@ def test_spoiled_parts_merge_to_the_whole(case: tuple[str, NDArray[np.float64]],
 
 
 @settings(max_examples=200)
-@given(
-    rows=st.integers(1, 5000),
-    stride=st.integers(2, 600),
-    phase=st.floats(0, 1, exclude_max=True) | st.just(float(np.nextafter(1, 0))),
-)
-def test_sampled_rows_are_a_stride_apart_and_exist(rows: int, stride: int, phase: float) -> None:
-    index = np.array(sampled_rows(rows, stride, phase)).astype(np.int64)
+@given(rows=st.integers(1, 5000), stride=st.integers(2, 600), phase=st.integers(0, PHASES - 1) | st.just(PHASES - 1))
+def test_sampled_rows_are_a_stride_apart_and_exist(rows: int, stride: int, phase: int) -> None:
+    index = sampled_rows(rows, stride, phase)
     assert abs(len(index) - rows / stride) <= 1
     assert len(index) >= 1 and index[0] < stride and index[-1] < rows
     assert np.all(np.diff(index) == stride)
 
 
-def test_sampled_rows_differ_by_phase_and_a_stride_of_one_means_all() -> None:
-    assert sampled_rows(1000, 1, 0.5) is None
-    first, second = (np.array(sampled_rows(1000, 100, phase)) for phase in (0.0, 0.7))
-    assert not np.array_equal(first, second)
+@settings(max_examples=20)
+@given(rows=st.integers(1, 500), stride=st.integers(2, 600))
+def test_every_row_is_sampled_at_as_many_phases(rows: int, stride: int) -> None:
+    firsts = [first_sampled(rows, stride, phase) for phase in range(PHASES)]
+    times = np.bincount(firsts)
+    assert len(times) == min(stride, rows)
+    assert times.max() - times.min() <= 1
+    assert firsts == sorted(firsts)
 
 
-def test_rows_are_sampled_for_the_histogram_alone() -> None:
-    x = mx.array(np.random.RandomState(0).randn(10, 100, 5).astype(np.float32))
-    sampled, every = statistics_of(x, histogram_stride=7, phase=0.3), statistics_of(x)
-    for field in ("minimum", "maximum", "count", "mean", "m2"):
+@pytest.mark.parametrize("dtype", list(MLX_DTYPES))
+@pytest.mark.parametrize("finite_only", [False, True])
+def test_rows_are_sampled_for_the_histogram_alone(dtype: str, finite_only: bool) -> None:
+    x = mx.array(np.random.RandomState(0).randn(10, 100, 5).astype(np.float32)).astype(MLX_DTYPES[dtype])
+    sampled = statistics_of(x, histogram_stride=7, phase=20_000, finite_only=finite_only)
+    every = statistics_of(x, finite_only=finite_only)
+    for field in ("minimum", "maximum", "count", "mean", "std"):
         assert np.array_equal(getattr(sampled, field), getattr(every, field)), field
-    chosen = sampled_rows(1000, 7, 0.3)
-    assert chosen is not None
+    chosen = sampled_rows(1000, 7, 20_000)
     assert sampled.histogram.total == chosen.size * 5
-    check_percentiles(sampled.percentiles(), float64(x.reshape(-1, 5)[chosen]), "float32")
+    check_percentiles(sampled.percentiles(), float64(x.reshape(-1, 5))[chosen], dtype)
     assert every.minimum.min() <= sampled.percentiles()["p001"] < sampled.percentiles()["p999"] <= every.maximum.max()
+
+
+def test_other_rows_are_sampled_at_another_phase() -> None:
+    x = mx.arange(1000, dtype=mx.float32).reshape(10, 100, 1).astype(mx.float16)
+    first, second = (statistics_of(x, histogram_stride=100, phase=phase).histogram for phase in (0, 45_000))
+    assert first.values().tolist() == list(range(0, 1000, 100))
+    assert second.values().tolist() == list(range(68, 1000, 100))
 
 
 def test_an_input_without_tokens_is_counted_whole() -> None:
@@ -208,107 +205,3 @@ def test_infinities_and_nans_cause_no_warning() -> None:
         warnings.simplefilter("error")
         for dtype in MLX_DTYPES.values():
             statistics_of(x.astype(dtype), finite_only=True).percentiles()
-
-
-# Real activations
-
-
-@pytest.fixture(scope="module")
-def text(model: DiffusionModel, manifest: Manifest) -> Conditioning:
-    return model.encode([manifest.images[image].prompt for image in (0, 1)], manifest.cfg_weight)
-
-
-@pytest.fixture(scope="module")
-def seen(
-    model: DiffusionModel, data_dir: Any, manifest: Manifest, text: Conditioning
-) -> dict[int, dict[str, NDArray[np.float64]]]:
-    """The input of every linear layer as it went by, (rows, channels), at each step: images 0 and 1, with guidance."""
-    points = tap_points(model.transformer, TapSelection(kind=TapKind.LINEAR))
-    seen: dict[int, dict[str, NDArray[np.float64]]] = {}
-    for step in STEPS:
-        states = [read_state(data_dir, manifest, image, step) for image in (0, 1)]
-        x = mx.array(np.stack(states).astype(np.float32))
-        arrays: dict[str, mx.array] = {}
-        with tapped(model.transformer, points, arrays.__setitem__):
-            timestep, sigma = mx.array(manifest.timesteps[step]), mx.array(manifest.sigmas[step])
-            mx.eval(model.denoise(x, timestep, sigma, text, manifest.cfg_weight))
-        seen[step] = {name: float64(array).reshape(-1, array.shape[-1]) for name, array in arrays.items()}
-    return seen
-
-
-def collected(model: DiffusionModel, data_dir: Any, **options: Any) -> dict[str, LayerActivations]:
-    points = tap_points(model.transformer, TapSelection(kind=TapKind.LINEAR))
-    return collect(model, data_dir, [0, 1], STEPS, points, CollectSettings(**options))
-
-
-def test_collected_statistics_of_every_layer_equal_numpys_on_what_went_by(
-    model: DiffusionModel, data_dir: Any, seen: dict[int, dict[str, NDArray[np.float64]]]
-) -> None:
-    layers = collected(model, data_dir, batch_size=2, histogram_rows=None)
-    assert set(layers) == set(seen[0])
-    covered = {name for layer in layers.values() for name in layer.point.names}
-    assert covered == set(linear_layers(model.transformer))
-    for name, layer in layers.items():
-        assert list(layer.steps) == list(STEPS)
-        assert layer.dtype == "float32"
-        for step in STEPS:
-            check_statistics(layer.steps[step], seen[step][name], "float32")
-        check_statistics(pooled(layer), np.concatenate([seen[step][name] for step in STEPS]), "float32")
-        check_statistics(
-            merge_all([layer.steps[0], layer.steps[3]]),
-            np.concatenate([seen[step][name] for step in (0, 3)]),
-            "float32",
-        )
-
-
-def test_the_batch_size_of_collection_changes_nothing_but_rounding(
-    model: DiffusionModel, data_dir: Any, seen: dict[int, dict[str, NDArray[np.float64]]]
-) -> None:
-    for name, layer in collected(model, data_dir, batch_size=1, histogram_rows=None).items():
-        values = np.concatenate([seen[step][name] for step in STEPS])
-        statistics, spread = pooled(layer), values.std()
-        assert statistics.count.sum() == values.size
-        np.testing.assert_allclose(statistics.minimum, values.min(axis=0), rtol=1e-3, atol=1e-3 * spread)
-        np.testing.assert_allclose(statistics.mean, values.mean(axis=0), rtol=1e-4, atol=1e-4 * spread)
-
-
-def test_collection_is_the_same_every_time(model: DiffusionModel, data_dir: Any) -> None:
-    first, again = (collected(model, data_dir, batch_size=2, histogram_rows=16, seed=3) for _ in range(2))
-    for name in first:
-        one, two = pooled(first[name]), pooled(again[name])
-        assert np.array_equal(one.histogram.keys, two.histogram.keys)
-        assert np.array_equal(one.histogram.counts, two.histogram.counts)
-        assert np.array_equal(one.mean, two.mean)
-        assert np.array_equal(one.m2, two.m2)
-
-
-def test_a_layer_that_overflows_is_counted_and_the_others_are_unharmed(
-    model: DiffusionModel, data_dir: Any, manifest: Manifest, text: Conditioning
-) -> None:
-    states = [read_state(data_dir, manifest, image, 3) for image in (0, 1)]
-    x = np.stack(states).astype(np.float32)
-    x[0, 0, 0, 0], x[0, 0, 0, 1] = np.inf, np.nan
-    points = tap_points(model.transformer, TapSelection(include=["x_embedder", "context_embedder", "t_embedder.0"]))
-    observed = observe(model, mx.array(x), text, manifest, 3, points, 1, 0.0)
-    statistics = observed["x_embedder"][2]
-    doubled = np.concatenate([x, x]).reshape(-1, x.shape[-1]).astype(np.float64)
-    assert (statistics.nan, statistics.inf) == (2, 2), "one each in the conditional and the unconditional half"
-    finite = np.where(np.isfinite(doubled), doubled, np.nan)
-    np.testing.assert_allclose(statistics.maximum, np.nanmax(finite, axis=0))
-    np.testing.assert_allclose(statistics.mean, np.nanmean(finite, axis=0), atol=1e-5)
-    assert np.isfinite(list(statistics.percentiles().values())).all()
-    for name in ("context_embedder", "t_embedder.0"):
-        assert (observed[name][2].nan, observed[name][2].inf) == (0, 0)
-        assert np.isfinite(observed[name][2].mean).all()
-
-
-def test_streams_and_short_blocks_are_sampled_at_one_rate(model: DiffusionModel, data_dir: Any) -> None:
-    """Or a merged histogram would weigh the text as heavily as the image, and the last image as several others."""
-    points = tap_points(model.transformer, TapSelection(kind=TapKind.BLOCK, include=["mm_block_0"]))
-    settings = CollectSettings(batch_size=2, histogram_rows=50)
-    alone, together = (collect(model, data_dir, ids, STEPS, points, settings) for ids in ([2], [0, 1, 2]))
-    for step in STEPS:
-        totals = {name: layer.steps[step].histogram.total for name, layer in together.items()}
-        assert totals["mm_block_0.image"] / totals["mm_block_0.text"] == pytest.approx(64 / 16, rel=0.15)
-        share = alone["mm_block_0"].steps[step].histogram.total / totals["mm_block_0"]
-        assert share == pytest.approx(1 / 3, rel=0.1)

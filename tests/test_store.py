@@ -4,10 +4,13 @@ import json
 import shutil
 from pathlib import Path
 
-from calib.activations.collect import LayerActivations
-from calib.activations.statistics import Statistics, merge_all, summarize
-from calib.activations.store import ActivationFile, write_activations
-from calib.activations.taps import TapPoint, linear_layers
+from calib.activations.collect import Collection
+from calib.activations.plain import PlainObserver
+from calib.activations.reader import ActivationFile
+from calib.activations.record import Block, StepRecord
+from calib.activations.statistics import Statistics
+from calib.activations.store import Source, write_activations
+from calib.activations.taps import Halves, TapPoint, TapSelection, linear_layers
 from calib.activations.weights import WEIGHT_BITS, weight_sqnr
 from calib.dataset.manifest import Manifest
 from calib.errors import CalibError
@@ -17,8 +20,9 @@ import h5py
 import mlx.core as mx
 import numpy as np
 import pytest
-from helpers import MLX_DTYPES, STEPS, flip_byte, pooled, run_process
+from helpers import MLX_DTYPES, STEPS, flip_byte, run_process
 from mlx import nn
+from watching import collected, collection_of, pooled, watch
 
 PER_CHANNEL = ("channel_min", "channel_max", "channel_mean", "channel_std")
 ATTRIBUTES = {"producer": "calib test", "git_commit": "unknown", "config": "{}"}
@@ -28,19 +32,20 @@ ATTRIBUTES = {"producer": "calib test", "git_commit": "unknown", "config": "{}"}
 def stored(
     model: DiffusionModel,
     manifest: Manifest,
-    layers: dict[str, LayerActivations],
+    collection: Collection,
+    records: dict[int, StepRecord],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
     path = tmp_path_factory.mktemp("store") / "activations.h5"
     sqnr = {name: weight_sqnr(module) for name, module in linear_layers(model.transformer).items()}
-    write_activations(path, layers, STEPS, manifest, sqnr, ATTRIBUTES)
+    write_activations(path, collection.source(STEPS), collection.points, manifest, STEPS, sqnr, ATTRIBUTES)
     return path
 
 
 def test_root_has_dimension_scales_and_what_lies_along_them(stored: Path, manifest: Manifest) -> None:
     with h5py.File(stored, "r") as file:
         assert file.attrs["format"] == "calib-activations"
-        assert file.attrs["format_version"] == 1
+        assert file.attrs["format_version"] == 2
         assert {name: file.attrs[name] for name in ATTRIBUTES} == ATTRIBUTES
         assert file["step_index"].is_scale
         assert file["step_index"][:].tolist() == list(STEPS)
@@ -52,9 +57,7 @@ def test_root_has_dimension_scales_and_what_lies_along_them(stored: Path, manife
         assert file["evaluated_by_sampler"][:].tolist() == [True, True, False]
 
 
-def test_every_layer_is_a_group_with_attributes_arrays_and_scales(
-    stored: Path, model: DiffusionModel, layers: dict[str, LayerActivations]
-) -> None:
+def test_every_layer_is_a_group_with_attributes_arrays_and_scales(stored: Path, model: DiffusionModel) -> None:
     modules = linear_layers(model.transformer)
     blocks = [f"mm_block_{i}{stream}" for i in range(4) for stream in ("", ".image", ".text")][:-1]
     with h5py.File(stored, "r") as file:
@@ -88,16 +91,15 @@ def test_every_layer_is_a_group_with_attributes_arrays_and_scales(
                 assert channels == inputs
 
 
-def test_layers_that_share_an_input_share_their_arrays_by_hard_link(
-    stored: Path, layers: dict[str, LayerActivations]
-) -> None:
+def test_layers_that_share_an_input_share_their_arrays_by_hard_link(stored: Path, collection: Collection) -> None:
     shared = 0
     with h5py.File(stored, "r") as file:
-        for layer in layers.values():
-            for alias in layer.point.aliases:
-                one, other = file["layers"][layer.point.name], file["layers"][alias]
+        for point in collection.points:
+            for alias in point.aliases:
+                one, other = file["layers"][point.name], file["layers"][alias]
                 assert dict(one.attrs) == dict(other.attrs)
-                for field in (*PER_CHANNEL, "channel", "histogram_keys", "histogram_counts", "histogram_offsets"):
+                assert set(one) - {"weight_sqnr"} == set(other) - {"weight_sqnr"}
+                for field in set(one) - {"weight_sqnr"}:
                     assert one[field] == other[field], f"{alias} {field}: the very same dataset"
                 shared += 1
         assert file["layers/x_embedder/channel_min"] != file["layers/final_layer.linear/channel_min"]
@@ -139,34 +141,93 @@ def check_same(found: Statistics, expected: Statistics) -> None:
 
 
 def test_what_is_read_is_what_was_written(
-    stored: Path, manifest: Manifest, layers: dict[str, LayerActivations]
+    stored: Path, manifest: Manifest, collection: Collection, records: dict[int, StepRecord]
 ) -> None:
+    streams = {f"{point.name}.{stream}" for point in collection.points for stream in ("image", "text")}
+    kinds = {name: point.kind for point in collection.points for name in point.names}
     with ActivationFile(stored) as file:
         assert file.steps == list(STEPS)
         assert file.evaluated_steps() == [0, 3]
+        assert file.images == [0, 1, 2, 3]
         assert int(file.attributes["num_steps"]) == manifest.num_steps
-        assert set(file.layers) == {alias for name, layer in layers.items() for alias in (name, *layer.point.aliases)}
-        for name, layer in layers.items():
-            assert file.kind(name) == layer.point.kind
-            for step in STEPS:
-                check_same(file.statistics(name, [step]), layer.steps[step])
+        assert set(file.layers) == set(kinds) | (streams & set(records[0].seen))
+        for name in records[0].seen:
+            assert file.kind(name) == kinds.get(name, "block")
+            assert file.halves(name) == []
+            for row, step in enumerate(STEPS):
+                check_same(file.statistics(name, [step]), records[step].seen[name].statistics)
+                ranges = records[step].seen[name].ranges
+                np.testing.assert_array_equal(file.image_ranges(name, [step])[0], ranges.astype(np.float32))
+                np.testing.assert_array_equal(file.image_ranges(name)[row], ranges.astype(np.float32))
 
 
-def test_merged_views_are_the_merged_statistics(stored: Path, layers: dict[str, LayerActivations]) -> None:
+def test_merged_views_are_the_merged_statistics(stored: Path, records: dict[int, StepRecord]) -> None:
     with ActivationFile(stored) as file:
         for name in ("mm_block_1.image.mlp.fc2", "final_layer.linear", "mm_block_2", "x_embedder"):
-            check_same(file.statistics(name), pooled(layers[name]))
-            check_same(file.statistics(name, [0, 8]), merge_all([layers[name].steps[0], layers[name].steps[8]]))
+            check_same(file.statistics(name), pooled(records, name))
+            check_same(file.statistics(name, [0, 8]), pooled({step: records[step] for step in (0, 8)}, name))
         check_same(
             file.statistics("mm_block_1.image.attn.v_proj"),
-            pooled(layers["mm_block_1.image.attn.q_proj"]),
+            pooled(records, "mm_block_1.image.attn.q_proj"),
         )
 
 
-def test_a_block_pools_its_streams(layers: dict[str, LayerActivations]) -> None:
+def test_moments_can_be_kept_to_the_last_bit(
+    collection: Collection, records: dict[int, StepRecord], manifest: Manifest, tmp_path: Path
+) -> None:
+    path = tmp_path / "activations.h5"
+    write_activations(path, collection.source([3]), collection.points, manifest, [3], {}, ATTRIBUTES, exact=True)
+    with ActivationFile(path) as file:
+        for name, own in records[3].seen.items():
+            np.testing.assert_array_equal(file.statistics(name).moments.sums, own.statistics.moments.sums)
+
+
+def test_halves_that_were_kept_apart_can_be_asked_for(
+    model: DiffusionModel, data_dir: Path, manifest: Manifest, tmp_path: Path
+) -> None:
+    taps = TapSelection(include=("mm_block_0.image.attn.?_proj", "x_embedder"), cfg_halves=Halves.APART)
+    collection = collection_of(model, data_dir, tmp_path, [0, 1], taps)
+    own = collected(collection, [3])[3]
+    path = tmp_path / "activations.h5"
+    write_activations(path, collection.source([3]), collection.points, manifest, [3], {}, ATTRIBUTES)
+    with ActivationFile(path) as file:
+        assert set(file.layers) == {"x_embedder", *(f"mm_block_0.image.attn.{x}_proj" for x in "qkvo")}
+        for name in file.layers:
+            assert file.halves(name) == [f"{name}/conditional", f"{name}/unconditional"]
+            tap = name.replace("k_proj", "q_proj").replace("v_proj", "q_proj")
+            for half in ("", "/conditional", "/unconditional"):
+                check_same(file.statistics(name + half), own.seen[tap + half].statistics)
+                ranges = own.seen[tap + half].ranges
+                np.testing.assert_array_equal(file.image_ranges(name + half)[0], ranges.astype(np.float32))
+        with pytest.raises(CalibError, match=r"activations\.h5"):
+            file.statistics("x_embedder/other")
+
+
+def test_a_file_is_the_same_however_few_taps_fit_into_memory(
+    stored: Path,
+    collection: Collection,
+    manifest: Manifest,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """All but the order of what lies in the file."""
+    path = tmp_path / "activations.h5"
+    monkeypatch.setattr("calib.activations.store.HELD_BYTES", collection.source(STEPS).nbytes // 7)
+    groups = [names for names, _ in collection.source(STEPS).groups()]
+    assert len(groups) > 6
+    assert [name for names in groups for name in names] == list(collection.source(STEPS).names)
+    write_activations(path, collection.source(STEPS), collection.points, manifest, STEPS, {}, ATTRIBUTES)
+    with ActivationFile(stored) as one, ActivationFile(path) as other:
+        assert one.layers == other.layers
+        for name in one.layers:
+            check_same(other.statistics(name), one.statistics(name))
+
+
+def test_a_block_pools_its_streams(records: dict[int, StepRecord]) -> None:
     for i in range(4):
-        streams = [pooled(layers[f"mm_block_{i}.{s}"]) for s in ("image", "text") if f"mm_block_{i}.{s}" in layers]
-        block = pooled(layers[f"mm_block_{i}"])
+        names = [f"mm_block_{i}.{stream}" for stream in ("image", "text")]
+        streams = [pooled(records, name) for name in names if name in records[0].seen]
+        block = pooled(records, f"mm_block_{i}")
         assert block.count.sum() == sum(int(stream.count.sum()) for stream in streams)
         np.testing.assert_array_equal(block.minimum, np.min([stream.minimum for stream in streams], axis=0))
         assert block.histogram.total == sum(stream.histogram.total for stream in streams)
@@ -177,21 +238,27 @@ def test_a_block_pools_its_streams(layers: dict[str, LayerActivations]) -> None:
 def test_any_activation_type_with_nan_and_inf_makes_the_round_trip(
     tmp_path: Path, manifest: Manifest, dtype: str
 ) -> None:
-    steps = {}
+    records = {}
     for step in (2, 5):
-        values = np.random.RandomState(step).randn(300, 7).astype(np.float32)
-        values[3, 1], values[4, 2], values[5, 2] = np.nan, np.inf, -np.inf
+        values = np.random.RandomState(step).randn(3, 100, 7).astype(np.float32)
+        values[0, 3, 1], values[1, 4, 2], values[1, 5, 2] = np.nan, np.inf, -np.inf
         x = mx.array(values).astype(MLX_DTYPES[dtype])
-        steps[step] = Statistics.from_summary(summarize(x, finite_only=True), x.dtype)
-    layer = LayerActivations(TapPoint("x_embedder", "embedding"), dtype, steps)
+        seen = watch(PlainObserver(1, finite_only=True), [{"x_embedder": x}])
+        records[step] = StepRecord(step, [4, 0, 9], seen)
+    source = Source(["x_embedder"], lambda names: records, 1 << 20, [Block(0, (4, 0)), Block(1, (9,))], halves=1)
     path = tmp_path / "a.h5"
-    write_activations(path, {"x_embedder": layer}, [2, 5], manifest, {}, ATTRIBUTES)
+    write_activations(path, source, [TapPoint("x_embedder", "embedding")], manifest, [2, 5], {}, ATTRIBUTES)
     with ActivationFile(path) as file:
+        assert file.images == [4, 0, 9]
         for step in (2, 5):
-            check_same(file.statistics("x_embedder", [step]), steps[step])
+            own = records[step].seen["x_embedder"]
+            check_same(file.statistics("x_embedder", [step]), own.statistics)
+            np.testing.assert_array_equal(file.image_ranges("x_embedder", [step])[0], own.ranges.astype(np.float32))
+            assert np.isfinite(own.ranges).all()
         merged = file.statistics("x_embedder")
         assert (merged.nan, merged.inf) == (2, 4)
         assert merged.histogram.dtype == dtype
+        assert merged.count.tolist() == [600, 598, 596, 600, 600, 600, 600]
         assert file.weight_sqnr("x_embedder") == {}
 
 
@@ -214,7 +281,13 @@ def read_all(path: Path) -> list[list[float]]:
 
 def test_a_layer_or_step_that_is_not_there_is_an_error_that_names_the_file(stored: Path) -> None:
     with ActivationFile(stored) as file:
-        for call in (lambda: file.statistics("mm_block_9"), lambda: file.statistics("x_embedder", [4])):
+        calls = (
+            lambda: file.statistics("mm_block_9"),
+            lambda: file.statistics("x_embedder", [4]),
+            lambda: file.image_ranges("x_embedder", [4]),
+            lambda: file.statistics("x_embedder/conditional"),
+        )
+        for call in calls:
             with pytest.raises(CalibError, match=r"activations\.h5"):
                 call()
 

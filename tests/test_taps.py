@@ -25,6 +25,7 @@ from diffusionkit.mlx.config import MMDiTConfig, PositionalEncoding
 from diffusionkit.mlx.mmdit import MMDiT
 from mlx import nn
 from mlx.utils import tree_flatten
+from watching import keep
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +146,7 @@ def every_input(transformer: MMDiT, call: Any) -> dict[str, np.ndarray]:
     """What each linear layer reads in one forward, each with a wrapper of its own."""
     seen: dict[str, mx.array] = {}
     apart = [TapPoint(name, "any") for name in linear_layers(transformer)]
-    with tapped(transformer, apart, seen.__setitem__):
+    with tapped(transformer, apart, keep(seen)):
         call()
     return {name: np.array(x) for name, x in seen.items()}
 
@@ -193,8 +194,8 @@ def test_the_input_of_a_layer_explains_its_output(model: DiffusionModel, forward
 
 @pytest.mark.parametrize("kind", list(TapKind))
 def test_a_tapped_model_gives_bit_identical_output(model: DiffusionModel, forward: Any, kind: TapKind) -> None:
-    plain, seen = forward(), set()
-    with tapped(model.transformer, tap_points(model.transformer, TapSelection(kind)), lambda name, x: seen.add(name)):
+    plain, seen = forward(), {}
+    with tapped(model.transformer, tap_points(model.transformer, TapSelection(kind)), keep(seen)):
         observed = forward()
     assert np.array_equal(plain, observed)
     assert len(seen) > 6
@@ -203,13 +204,13 @@ def test_a_tapped_model_gives_bit_identical_output(model: DiffusionModel, forwar
 
 @pytest.mark.parametrize("kind", list(TapKind))
 def test_a_tapped_flux_gives_bit_identical_output(flux: MMDiT, kind: TapKind) -> None:
-    plain, seen = flux_forward(flux), set()
+    plain, seen = flux_forward(flux), {}
     biases = [np.array(block.transformer_block.mlp.fc2.bias) for block in flux.unified_transformer_blocks]
-    with tapped(flux, tap_points(flux, TapSelection(kind)), lambda name, x: seen.add(name)):
+    with tapped(flux, tap_points(flux, TapSelection(kind)), keep(seen)):
         observed = flux_forward(flux)
     assert np.array_equal(plain, observed)
     if kind is not TapKind.LINEAR:
-        assert {"mm_block_1.image", "mm_block_1.text", "unified_block_2"} <= seen
+        assert {"mm_block_1.image", "mm_block_1.text", "unified_block_2"} <= set(seen)
     after = [np.array(block.transformer_block.mlp.fc2.bias) for block in flux.unified_transformer_blocks]
     assert all(np.array_equal(one, two) for one, two in zip(biases, after, strict=True))
 
@@ -218,12 +219,31 @@ def test_block_taps_see_the_blocks_outputs_stream_by_stream(model: DiffusionMode
     seen: dict[str, mx.array] = {}
     points = tap_points(model.transformer, TapSelection(TapKind.BLOCK))
     assert [point.name for point in points] == ["mm_block_0", "mm_block_1", "mm_block_2", "mm_block_3"]
-    with tapped(model.transformer, points, seen.__setitem__):
+    with tapped(model.transformer, points, keep(seen)):
         forward()
     streams = [f"mm_block_{i}.{stream}" for i in range(4) for stream in ("image", "text")]
     assert list(seen) == streams[:-1], "the last block has no text stream"
     assert seen["mm_block_0.image"].shape == (4, 64, 1, 256)
     assert seen["mm_block_0.text"].shape == (4, 16, 1, 256)
+
+
+def test_the_layer_reads_what_the_recorder_returns(model: DiffusionModel, forward: Any) -> None:
+    """It may have tied the activation to other work: so the very array that it gives back must be passed on."""
+    plain, blocks = forward(), ["mm_block_1", "mm_block_3"]
+    for kind, include in ((TapKind.LINEAR, ["mm_block_1.image.mlp.fc2"]), (TapKind.BLOCK, blocks)):
+        points = tap_points(model.transformer, TapSelection(kind, include=include))
+        with tapped(model.transformer, points, lambda name, x: mx.zeros_like(x)):
+            assert not np.array_equal(plain, forward())
+        seen: dict[str, mx.array] = {}
+
+        def tied(name: str, x: mx.array, seen: dict[str, mx.array] = seen) -> mx.array:
+            seen[name] = mx.max(x)
+            after: mx.array = mx.depends([x], [seen[name]])[0]
+            return after
+
+        with tapped(model.transformer, points, tied):
+            assert np.array_equal(plain, forward())
+        assert len(seen) == (1 if kind is TapKind.LINEAR else 3)
 
 
 class Boom(Exception):
@@ -238,11 +258,12 @@ def test_the_model_is_the_loaded_one_again_however_the_context_ends(
     before, fingerprint = identities(model.transformer), weights_fingerprint(model.transformer)
     calls = 0
 
-    def record(name: str, x: mx.array) -> None:
+    def record(name: str, x: mx.array) -> mx.array:
         nonlocal calls
         calls += 1
         if error is not None and calls == 5:
             raise error
+        return x
 
     points = tap_points(model.transformer, TapSelection(kind))
     if error is None:
@@ -261,7 +282,7 @@ def test_the_model_is_the_loaded_one_again_however_the_context_ends(
 def test_the_model_is_restored_when_a_tap_cannot_be_placed(model: DiffusionModel) -> None:
     before = identities(model.transformer)
     points = [*tap_points(model.transformer, TapSelection()), TapPoint("mm_block_9.image.attn.q_proj", "modulated")]
-    with pytest.raises(IndexError), tapped(model.transformer, points, lambda name, x: None):
+    with pytest.raises(IndexError), tapped(model.transformer, points, lambda name, x: x):
         pass
     assert identities(model.transformer) == before
 

@@ -16,7 +16,7 @@ from calib.activations.cache import StepCache
 from calib.activations.observer import Observer, Seen
 from calib.activations.plain import PHASES
 from calib.activations.record import Block, StepRecord, merge_halves, over_rows
-from calib.activations.replay import Replay, new_observer, shared_cores
+from calib.activations.replay import Replay, new_observer, shared_cores, traced_shapes
 from calib.activations.samples import Samples, SampleSettings, SampleWriter, read_rows
 from calib.activations.states import ahead, check_states, read_states
 from calib.activations.store import Source
@@ -24,9 +24,10 @@ from calib.activations.taps import Halves, TapPoint
 from calib.dataset.manifest import FILE, ImageEntry, Manifest
 from calib.dataset.shards import Shard
 from calib.errors import CalibError
+from calib.files import device_of, free_bytes
 from calib.models.memory import nbytes, plan_memory
 from calib.models.model import Conditioning, DiffusionModel
-from calib.progress import Progress, note
+from calib.progress import Progress, note, readable_bytes, say
 from calib.seeds import generator
 from calib.versions import versions
 
@@ -124,11 +125,12 @@ class Collection:
         """Steps that the cache does not hold."""
         return [step for step in steps if not self.cache.has(step)]
 
-    def collect(self, steps: Sequence[int]) -> None:
-        """Have all of ``steps`` in the cache.
+    def collect(self, steps: Sequence[int], into: Path | None = None) -> None:
+        """Have all of ``steps`` in the cache; what is kept of activations is to be copied to the folder ``into``.
 
         Raises:
-            CalibError: the dataset was made by another model, or states are missing or damaged.
+            CalibError: the dataset was made by another model, states are missing or damaged, or the disk cannot hold
+                the activations that are to be kept.
         """
         if not self.missing(steps):
             return
@@ -138,6 +140,8 @@ class Collection:
                 check_states(self.data_dir, self.manifest, self.images, todo)
                 model = self._model()
                 check_model(self.data_dir, self.manifest, model)
+                if self.settings.samples.kind is not Samples.NONE:
+                    self._check_room(model, len(todo), len(steps), into)
                 self._collect(model, todo)
 
     def records(self, steps: Sequence[int], names: Sequence[str] | None = None) -> dict[int, StepRecord]:
@@ -168,6 +172,25 @@ class Collection:
     def _kept_rows(self, record: StepRecord, name: str) -> Iterator[NDArray[np.uint16]]:
         channels = record.seen[name].statistics.channels
         return read_rows(self.cache.samples_path(record.step), record.samples[name], channels)
+
+    def _check_room(self, model: DiffusionModel, todo: int, steps: int, into: Path | None) -> None:
+        """Say how much the activations to be kept will take, and raise where the disk cannot hold them."""
+        rows = len(self.images) * (2 if self.manifest.cfg_weight > 0 else 1)
+        shapes = traced_shapes(model, self.points).values()
+        each = sum(2 * rows * self.settings.samples.rows(tokens) * channels for tokens, channels in shapes)
+        folder = self.cache.folder
+        needs = {folder: todo * each, into or folder: steps * each}
+        if into is not None and device_of(into) == device_of(folder):
+            needs = {folder: (todo + steps) * each}
+        free = {place: free_bytes(place) for place in needs}
+        say(
+            f"activations to keep: {readable_bytes(each)} a step, {readable_bytes(steps * each)} in the run's file and "
+            f"as much in cache_dir; {readable_bytes(min(free.values()))} free"
+        )
+        for place, need in needs.items():
+            if need > free[place]:
+                sizes = f"activations to keep need {readable_bytes(need)}, {readable_bytes(free[place])} are free"
+                raise CalibError(f"{place}: {sizes}; choose fewer taps, steps or images, or make room")
 
     def _parts(self, model: DiffusionModel) -> list[list[Block]]:
         """Blocks whose prompts are encoded together."""

@@ -100,8 +100,9 @@ class Histogram:
             return 0.0
         weights, values = self.counts / self.total, self.values()
         centred = values - np.sum(weights * values)
-        variance = float(np.sum(weights * centred**2))
-        return float(np.sum(weights * centred**4)) / variance**2 if variance > 0 else 0.0
+        squares = centred * centred
+        variance = float(np.sum(weights * squares))
+        return float(np.sum(weights * squares * squares)) / variance**2 if variance > 0 else 0.0
 
 
 def merge_histograms(parts: Sequence[Histogram]) -> Histogram:

@@ -57,6 +57,25 @@ def shared_cores(rows: int) -> Iterator[None]:
         yield
 
 
+def traced_shapes(model: DiffusionModel, points: Sequence[TapPoint]) -> dict[str, tuple[int, int]]:
+    """Tokens and channels of one row at each tap, from a forward that is built and never computed."""
+    found: dict[str, tuple[int, int]] = {}
+
+    def record(name: str, activation: mx.array) -> mx.array:
+        channels = activation.shape[-1]
+        found[name] = (activation.size // channels, channels)
+        return activation
+
+    config = model.transformer.config
+    tokens = mx.zeros((1, model.text_length, config.token_level_text_embed_dim), dtype=model.dtype)
+    pooled = mx.zeros((1, config.pooled_text_embed_dim), dtype=model.dtype)
+    timestep = mx.array(0.0).astype(model.dtype)
+    mx.eval(timestep)
+    with tapped(model.transformer, points, record):
+        velocity(model.transformer, mx.zeros((1, *model.latent_shape), dtype=model.dtype), tokens, pooled, timestep)
+    return found
+
+
 class Replay:
     """Watched forwards of one model, in a context that places the taps; one is prepared while another is computed.
 
