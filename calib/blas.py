@@ -99,7 +99,7 @@ def threads(count: int) -> Iterator[None]:
         yield
         return
     before = getter()
-    setter(count)
+    setter(min(count, before))  # a user who set fewer has reasons
     try:
         yield
     finally:

@@ -6,15 +6,15 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TypeAlias
 
-from calib.activations.collect import Collection
+from calib.activations.collect import Collection, checked_model
 from calib.activations.drift import choose_steps
 from calib.activations.join import merge_shards
-from calib.activations.record import StepRecord
 from calib.activations.samples import SampleSettings
 from calib.activations.store import FILE as ACTIVATIONS
-from calib.activations.store import write_activations
+from calib.activations.store import METADATA, write_activations
 from calib.activations.taps import Halves, TapPoint, linear_layers, tap_points
 from calib.activations.weights import cached_weight_sqnr
 from calib.analysis.layers import STATISTICS, read_summaries
@@ -23,7 +23,7 @@ from calib.dataset.latents import features
 from calib.dataset.load import load_manifest
 from calib.dataset.manifest import Manifest
 from calib.dataset.shards import Shard
-from calib.errors import ConfigError
+from calib.errors import CalibError, ConfigError
 from calib.files import read_json, write_json
 from calib.models.model import DiffusionModel
 from calib.progress import counted, note, say
@@ -33,7 +33,6 @@ from calib.versions import versions
 
 from diffusionkit.mlx.mmdit import MMDiT
 
-METADATA = "collection_metadata.json"
 #: Values left out of the statistics: by layer, by step, how many were NaN and how many infinite.
 _NonFinite: TypeAlias = dict[str, dict[str, dict[str, int]]]
 
@@ -47,6 +46,7 @@ def run_collect(
     start = time.monotonic()
     manifest = load_manifest(settings.data_dir)
     image_ids = chosen_images(settings, manifest)
+    model = checked_model(settings.data_dir, manifest, model)
     transformer = settings.skeleton() if settings.skeleton is not None else model().transformer
     points = tap_points(transformer, settings.taps)
     steps = chosen_steps(settings, manifest, transformer, model, image_ids)
@@ -66,14 +66,13 @@ def run_collect(
         "cfg_weight": manifest.cfg_weight,
         "shard_index": settings.shard.index,
         "shard_count": settings.shard.count,
-        "collection": json.dumps(_subset_identity(settings, manifest, image_ids, points, steps)),
+        "collection": json.dumps(_identity(settings, manifest, transformer, model, image_ids, points, steps)),
     }
     sharded = settings.shard.count > 1
     source = collection.source(steps)
     write_activations(run.path / ACTIVATIONS, source, points, manifest, steps, sqnr, attributes, exact=sharded)
-    records = collection.records(steps)
+    write_json(run.path / METADATA, _metadata(settings, manifest, collection, points, steps))
     write_statistics(run.path)
-    write_json(run.path / METADATA, _metadata(settings, manifest, collection, points, records))
     seconds = time.monotonic() - start
     run.add_metrics({"images": len(collection.images), "steps": len(steps), "collect_seconds": seconds})
     size = (len(names), len(collection.images), len(steps))
@@ -83,9 +82,16 @@ def run_collect(
 
 
 def write_statistics(run: Path) -> None:
-    """``layer_statistics.json`` of a run directory, from its ``activations.h5``."""
+    """``layer_statistics.json`` of a run directory, from its ``activations.h5``.
+
+    Layers without one finite value have no statistics, and are left out.
+    """
     summaries, _ = read_summaries(run)
-    write_json(run / STATISTICS, {name: layer.to_json() for name, layer in summaries.items()})
+    found = {name: layer.to_json() for name, layer in summaries.items() if layer.num_samples}
+    if lost := [name for name in summaries if name not in found]:
+        more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+        note(f"{STATISTICS}: without {lost[0]}{more}, which saw no finite value")
+    write_json(run / STATISTICS, found)
 
 
 def merge(runs: Sequence[Path], into: Path) -> int:
@@ -98,16 +104,32 @@ def merge(runs: Sequence[Path], into: Path) -> int:
             raise ConfigError(f"{run}: no such run directory; calib collect with shard.index and shard.count makes one")
     if into.exists() and (not into.is_dir() or any(into.iterdir())):
         raise ConfigError(f"{into}: is not an empty folder; name a new one")
-    blocks = merge_shards(runs, into)
-    write_statistics(into)
-    documents = [read_json(run / METADATA) for run in runs]
-    order = sorted(documents, key=lambda document: int(document["shard"]["index"]))
-    joined = {**order[0], "image_ids": [i for block in blocks for i in block.images]}
-    joined |= {"shard": {"index": 0, "count": 1}, "merged_from": [str(run) for run in runs]}
-    joined["non_finite"] = _joined_non_finite([document["non_finite"] for document in order])
-    joined["non_finite_output"] = sorted({step for document in order for step in document["non_finite_output"]})
-    write_json(into / METADATA, joined)
+    documents = sorted((_shard_metadata(run) for run in runs), key=lambda document: document["shard"]["index"])
+    into.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f".{into.name}.", dir=into.parent, ignore_cleanup_errors=True) as folder:
+        made = Path(folder) / "made"
+        blocks = merge_shards(runs, made)
+        write_statistics(made)
+        joined = {**documents[0], "image_ids": [i for block in blocks for i in block.images]}
+        joined |= {"shard": {"index": 0, "count": 1}, "merged_from": [str(run) for run in runs]}
+        joined["non_finite"] = _joined_non_finite([document["non_finite"] for document in documents])
+        joined["non_finite_output"] = sorted({step for document in documents for step in document["non_finite_output"]})
+        write_json(made / METADATA, joined)
+        made.replace(into)  # whole or not at all
     return len(joined["image_ids"])
+
+
+def _shard_metadata(run: Path) -> dict[str, Any]:
+    """What a shard's run directory says of its collection."""
+    if not (run / ACTIVATIONS).exists():
+        raise CalibError(f"{run / ACTIVATIONS}: no such file; calib collect writes it")
+    document = read_json(run / METADATA)
+    try:
+        int(document["shard"]["index"]), dict(document["non_finite"]), list(document["non_finite_output"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CalibError(f"{run / METADATA}: lacks or garbles {error}; run the shard's calib collect again") from None
+    found: dict[str, Any] = document
+    return found
 
 
 def _joined_non_finite(parts: Sequence[_NonFinite]) -> _NonFinite:
@@ -128,13 +150,13 @@ def chosen_images(settings: Settings, manifest: Manifest) -> list[int]:
     return settings.choose_images(available, lambda ids: features(settings.data_dir, manifest, ids))
 
 
-def check_shard(settings: Settings, manifest: Manifest) -> None:
-    """Raise where there are too few images for this shard to have any."""
-    size = settings.collect.batch_size or manifest.batch_size or 1
-    images = len(chosen_images(settings, manifest))
-    blocks, shard = -(-images // size), settings.shard
-    if shard.index >= blocks:
-        allowed = f"leaves shard {shard.index} nothing, {counted(images, 'image')} are {blocks} blocks of {size}"
+def check_subset(settings: Settings, manifest: Manifest) -> None:
+    """Raise where the dataset has too few images for the subset, or the subset for as many shards."""
+    images = len(settings.choose_images(sorted(manifest.images), None))
+    size, shard = settings.collect.batch_size or manifest.batch_size or 1, settings.shard
+    blocks = -(-images // size)
+    if shard.count > blocks:
+        allowed = f"{counted(images, 'image')} are {blocks} blocks of {size}; so many shards at most"
         raise ConfigError.bad_value("shard.count", shard.count, allowed)
 
 
@@ -148,23 +170,26 @@ def chosen_steps(
     """The steps that are collected; a schedule that statistics decide first looks at some images at every state."""
     if not isinstance(settings.steps, Drift):
         return settings.steps
-    candidates = [step for step in manifest.steps if step < manifest.num_steps]
-    if settings.steps.count > len(candidates):
-        allowed = f"{settings.data_dir} keeps {len(candidates)} states to choose from"
-        raise ConfigError.bad_value("timestep_schedule.count", settings.steps.count, allowed)
+    candidates = check_drift(settings.steps, settings.data_dir, manifest)
     first = image_ids[: settings.steps.images]
     say(f"drift: a first look at {len(first)} images at all {len(candidates)} states")
-    plain = replace(settings, shard=Shard(), collect=_without_extras(settings))
+    settings_of_look = replace(settings.collect, samples=SampleSettings(), cfg_halves=Halves.POOLED)
+    plain = replace(settings, shard=Shard(), collect=settings_of_look)
     points = tap_points(transformer, replace(settings.taps, cfg_halves=Halves.POOLED))
     collection = _collection(plain, manifest, transformer, model, first, points)
     collection.collect(candidates)
-    steps = choose_steps(collection.records(candidates), settings.steps.count)
+    steps = choose_steps(collection.lazy(candidates), settings.steps.count)
     say(f"drift: steps {', '.join(map(str, steps))}")
     return steps
 
 
-def _without_extras(settings: Settings) -> Any:
-    return replace(settings.collect, samples=SampleSettings(), cfg_halves=Halves.POOLED)
+def check_drift(drift: Drift, data_dir: Path, manifest: Manifest) -> list[int]:
+    """The states that a drift schedule chooses among; raises where they are too few."""
+    candidates = [step for step in manifest.steps if step < manifest.num_steps]
+    if drift.count > len(candidates):
+        allowed = f"{data_dir} keeps {len(candidates)} states to choose from"
+        raise ConfigError.bad_value("timestep_schedule.count", drift.count, allowed)
+    return candidates
 
 
 def _collection(
@@ -179,17 +204,19 @@ def _collection(
     return Collection(transformer, model, settings.data_dir, manifest, image_ids, points, *place)
 
 
-def _subset_identity(
-    settings: Settings, manifest: Manifest, image_ids: Sequence[int], points: Sequence[TapPoint], steps: Sequence[int]
+def _identity(
+    settings: Settings,
+    manifest: Manifest,
+    transformer: MMDiT,
+    model: Callable[[], DiffusionModel],
+    image_ids: Sequence[int],
+    points: Sequence[TapPoint],
+    steps: Sequence[int],
 ) -> dict[str, Any]:
-    """What all shards of one collection have in common."""
-    return {
-        "images": list(image_ids),
-        "steps": list(steps),
-        "taps": [point.name for point in points],
-        "settings": {**asdict(settings.collect), "batch_size": settings.collect.batch_size or manifest.batch_size},
-        "dataset": [manifest.model, manifest.fingerprint, manifest.text_encoders, manifest.seed, manifest.cfg_weight],
-    }
+    """What all shards of one collection have in common: the content they collect, by its key, and how."""
+    whole = replace(settings, shard=Shard())
+    collection = _collection(whole, manifest, transformer, model, image_ids, points)
+    return {"key": collection.cache.folder.name, "steps": list(steps), "settings": asdict(collection.settings)}
 
 
 def _metadata(
@@ -197,14 +224,15 @@ def _metadata(
     manifest: Manifest,
     collection: Collection,
     points: Sequence[TapPoint],
-    records: Mapping[int, StepRecord],
+    steps: Sequence[int],
 ) -> dict[str, object]:
     bad: _NonFinite = {}
-    for step, record in records.items():
-        for name, seen in record.seen.items():
-            if seen.statistics.nan or seen.statistics.inf:
-                bad.setdefault(name, {})[str(step)] = {"nan": seen.statistics.nan, "inf": seen.statistics.inf}
-    bad_output = [step for step, record in records.items() if not record.finite_output]
+    headers = {step: collection.cache.header(step) for step in steps}
+    for step, header in headers.items():
+        for tap in header["taps"]:
+            if tap["nan"] or tap["inf"]:
+                bad.setdefault(tap["name"], {})[str(step)] = {"nan": tap["nan"], "inf": tap["inf"]}
+    bad_output = [step for step, header in headers.items() if not header["finite_output"]]
     if bad_output:
         note(f"the model's output holds NaN or infinity at steps {', '.join(map(str, bad_output))}")
     return {
@@ -214,7 +242,7 @@ def _metadata(
         "image_ids": collection.images,
         "shard": {"index": settings.shard.index, "count": settings.shard.count},
         "cfg_weight": manifest.cfg_weight,
-        "cfg_halves": settings.collect.cfg_halves.value,
+        "cfg_halves": collection.settings.cfg_halves.value,
         "num_steps": manifest.num_steps,
         "steps": [
             {
@@ -223,7 +251,7 @@ def _metadata(
                 "timestep": manifest.timesteps[step],
                 "evaluated_by_sampler": step < manifest.num_steps,
             }
-            for step in records
+            for step in steps
         ],
         "batch_size": collection.batch_size,
         "histogram_rows": settings.collect.histogram_rows,

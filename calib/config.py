@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
 from calib import subsets, timesteps
-from calib.activations.collect import CollectSettings
 from calib.activations.samples import Samples, SampleSettings
+from calib.activations.step import CollectSettings
 from calib.activations.taps import TapSelection, tap_points
 from calib.analysis.layers import LayerSummary
 from calib.analysis.plan import Heuristic, LayerPlan

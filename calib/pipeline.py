@@ -13,7 +13,7 @@ from calib.analysis.layers import STATISTICS, LayerSummary, read_summaries
 from calib.analysis.plan import Plan, make_plan, phase_bits
 from calib.analysis.summary import summary_text
 from calib.awake import awake
-from calib.collecting import check_shard, run_collect
+from calib.collecting import check_drift, check_subset, run_collect
 from calib.config import Settings, Stage, check_writable
 from calib.dataset.generate import generate, missing_images
 from calib.dataset.load import load_manifest
@@ -37,10 +37,12 @@ def precheck(settings: Settings) -> None:
     if settings.stage is Stage.ANALYZE:
         read_summaries(_stats(settings))
         return
+    if settings.stage is not Stage.GENERATE:
+        check_writable("cache_dir", settings.cache_dir)
     draws = settings.stage is Stage.GENERATE or settings.generate_missing
     if not draws:
         manifest = _dataset(settings)
-        check_shard(settings, manifest)
+        check_subset(settings, manifest)
         check_matches(settings, manifest, ("num_steps",) if manifest.is_older else ("model", "num_steps"))
         _check_stored(settings, manifest)
     elif (settings.data_dir / MANIFEST).exists():
@@ -81,6 +83,8 @@ def _check_stored(settings: Settings, manifest: Manifest) -> None:
             "for the same, or name another data_dir",
         )
     wanted: Sequence[int] = ()
+    if isinstance(settings.steps, Drift) and settings.stage is not Stage.GENERATE:
+        check_drift(settings.steps, settings.data_dir, manifest)
     if settings.stage is not Stage.GENERATE and not isinstance(settings.steps, Drift):
         wanted = settings.steps
     if lacking := sorted(set(wanted) - set(manifest.steps)):

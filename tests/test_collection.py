@@ -6,7 +6,8 @@ from pathlib import Path
 from calib import blas
 from calib.activations import collect, replay
 from calib.activations.collect import histogram_stride
-from calib.activations.plain import pick_stride
+from calib.activations.histogram import BINS, Histogram
+from calib.activations.plain import PHASES, first_sampled, pick_stride
 from calib.activations.record import HALVES
 from calib.activations.statistics import Statistics
 from calib.activations.taps import Halves, TapKind, TapSelection, linear_layers, tapped
@@ -15,6 +16,7 @@ from calib.dataset.shards import Shard
 from calib.dataset.store import read_state
 from calib.models import emoji
 from calib.models.model import DiffusionModel, ModelDtype
+from calib.seeds import generator
 
 import mlx.core as mx
 import numpy as np
@@ -133,24 +135,32 @@ def test_statistics_of_a_16_bit_model_are_exact(dtype: ModelDtype, data_dir: Pat
 # The histogram's rows
 
 
+@pytest.mark.parametrize("cores", [1, 2, 3])
 def test_sampled_histograms_count_the_rows_of_each_forwards_phase(
-    whole: Whole, model: DiffusionModel, data_dir: Path, manifest: Manifest, tmp_path: Path
+    model: DiffusionModel,
+    data_dir: Path,
+    manifest: Manifest,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    cores: int,
 ) -> None:
-    """The rows that are counted are some of those that went by, each part of a forward sampled by itself."""
-    collection = collection_of(model, data_dir, tmp_path, [0, 1, 2, 3], FEW, histogram_rows=40, seed=3)
+    """Rows of a forward in parts are those of the forward at once."""
+    monkeypatch.setattr(replay, "cores", lambda: cores)
+    with recording() as observers:
+        collection = collection_of(model, data_dir, tmp_path, [0, 1, 2, 3], FEW, histogram_rows=40, seed=3)
+        record = collected(collection, [3])[3]
     assert collection.stride == histogram_stride(model.transformer, manifest, 2, 40) == 7, "6 and 64 have a factor"
-    record = collected(collection, [3])[3]
-    for name in ("x_embedder", "mm_block_1.image.mlp.fc2", "mm_block_1.text.mlp.fc2"):
-        values, found = whole.activations[3][name], record.seen[name].statistics
-        tokens, channels = values.shape[1] * 2, values.shape[2]
-        per_part = {len(range(first, tokens, 7)) for first in range(7)}
-        assert found.histogram.total % channels == 0
-        assert 4 * min(per_part) <= found.histogram.total / channels <= 4 * max(per_part)
-        every = whole.records[3].seen[name].statistics
-        assert set(found.histogram.keys.tolist()) <= set(every.histogram.keys.tolist())
-        for field in ("minimum", "maximum", "count", "mean", "std"):
-            assert np.array_equal(getattr(found, field), getattr(every, field)), field
-    assert record.seen["t_embedder.0"].statistics.histogram.total == 8 * 256, "without tokens: all"
+    for name, values in observers[0].values().items():
+        counts = np.zeros(BINS, int)
+        for block, forward in enumerate((rows(values[:4]), rows(values[4:]))):
+            phase = int(generator("seed", 3, block, 3).randint(PHASES))
+            first = first_sampled(len(forward), 7, phase)
+            chosen = forward if len(forward) == 4 else forward[first::7]  # without tokens: all
+            counts += np.bincount(chosen.astype(np.float32).view(np.uint32).ravel() >> 16, minlength=BINS)
+        found, expected = record.seen[name].statistics.histogram, Histogram.from_counts(counts, "float32")
+        assert np.array_equal(found.keys, expected.keys), name
+        assert np.array_equal(found.counts, expected.counts), name
+        assert np.array_equal(record.seen[name].statistics.count, np.full(values.shape[2], rows(values).shape[0]))
 
 
 def test_the_seed_moves_the_sampled_rows_and_nothing_else(

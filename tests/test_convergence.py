@@ -432,8 +432,10 @@ def test_layers_without_finite_values_are_listed_apart(copied: Path, capsys: pyt
     outcome = run_here(["convergence", str(copied)], capsys)
     assert (outcome.status, outcome.err) == (0, "")
     lines = outcome.out.splitlines()
-    assert "note: left out: x_embedder, no finite value in 2 images at some step" in lines
-    assert "note: left out: mm_block_1.image.mlp.fc2, no finite value in 1 image at some step" in lines
+    (note,) = [line for line in lines if "without a finite value" in line]
+    assert note.startswith("note: 2 layers left out")
+    assert "most of all x_embedder, in 2 images" in note
+    assert all("(2 layers left out) moves" in line for line in lines if line.startswith("with "))
     assert "nan" not in outcome.out.replace("finite", "")
     source = read_image_ranges(copied)
     assert source.not_finite == {"x_embedder": 2, "mm_block_1.image.mlp.fc2": 1}

@@ -135,10 +135,11 @@ def test_sampled_rows_are_those_of_every_forwards_phase(device: None, dtype: str
     assert seen["x"].statistics.count.tolist() == [800] * 12
 
 
-def test_summaries_that_leave_the_device_early_change_nothing(device: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_leaves_the_device_early_changes_nothing(device: None, monkeypatch: pytest.MonkeyPatch) -> None:
     forwards = [{"a": array(3, 60, 20, seed=i), "b": array(3, 8, 16, dtype="float16", seed=i)} for i in range(5)]
     expected = watch(PlainObserver(3), forwards, (1000, 50_000))
-    monkeypatch.setattr(plain, "MOST_PENDING", 1)
+    for most in ("MOST_PENDING", "MOST_PENDING_GPU", "MOST_COUNTS"):
+        monkeypatch.setattr(plain, most, 1)
     found = watch(PlainObserver(3), forwards, (1000, 50_000))
     for name in expected:
         for field in ("minimum", "maximum", "count", "mean", "std"):

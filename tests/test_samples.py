@@ -1,9 +1,10 @@
 """Activations that are kept: the very values that went by, at the tokens named, in 16 bits."""
 
+import re
 from pathlib import Path
 from typing import Any
 
-from calib.activations import collect
+from calib.activations import step
 from calib.activations.record import StepRecord
 from calib.activations.samples import RowIdentity, Samples, SampleSettings, SampleWriter, read_rows
 from calib.activations.store import write_activations
@@ -11,12 +12,13 @@ from calib.activations.taps import Halves, TapKind, TapSelection
 from calib.dataset.store import StateDtype
 from calib.errors import CalibError
 from calib.models.model import DiffusionModel
+from calib.progress import readable_bytes
 
 import h5py
 import mlx.core as mx
 import numpy as np
 import pytest
-from helpers import MLX_DTYPES, contents, flip_byte, run_here, temporaries
+from helpers import MLX_DTYPES, contents, flip_byte, lines_of, run_here, temporaries
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -133,9 +135,9 @@ def test_statistics_are_those_of_a_collection_that_keeps_nothing(
     settings = SampleSettings(Samples.ALL)
     _, kept = collect_and_write(model, data_dir, tmp_path / "kept", settings)
     plain = collected(collection_of(model, data_dir, tmp_path / "plain", [0, 1, 3], TAPS, seed=5), STEPS)
-    for step in STEPS:
-        for name, own in plain[step].seen.items():
-            other = kept[step].seen[name]
+    for index in STEPS:
+        for name, own in plain[index].seen.items():
+            other = kept[index].seen[name]
             assert np.array_equal(own.statistics.moments.sums, other.statistics.moments.sums)
             assert np.array_equal(own.statistics.histogram.counts, other.statistics.histogram.counts)
             assert np.array_equal(own.ranges, other.ranges)
@@ -178,12 +180,12 @@ def test_values_beyond_float16_are_one_clear_line_that_says_what_holds_them(
     model: DiffusionModel, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The x_embedder is given states beyond float16's range."""
-    read = collect.ahead
+    read = step.ahead
 
     def larger(*given: Any) -> Any:
         return (states * np.float32(1e5) for states in read(*given))
 
-    monkeypatch.setattr(collect, "ahead", larger)
+    monkeypatch.setattr(step, "ahead", larger)
     taps = TapSelection(include=("x_embedder", "t_embedder.0"))
     settings = SampleSettings(Samples.ROWS, 64)
     collection = collection_of(model, data_dir, tmp_path / "cache", [0, 1], taps, samples=settings)
@@ -212,7 +214,33 @@ def test_infinities_that_went_by_are_kept_and_are_no_overflow(tmp_path: Path) ->
         np.testing.assert_array_equal(rows.view(np.float16), [[1, np.inf], [-np.inf, np.nan]])
 
 
-def test_a_flipped_byte_in_what_was_kept_is_one_clear_line_and_mended_when_the_file_is_deleted(
+def test_how_much_will_be_kept_is_said_before(data_dir: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["collect", f"data_dir={data_dir}", "sampler.num_steps=8", "timestep_schedule=quarters"]
+    given += ["subset.num_images=3", "taps=all", "taps.include=[mm_block_1,x_embedder,t_embedder.0]", "storage=full"]
+    outcome = run_here([*given, "hydra.run.dir=run"], capsys)
+    assert outcome.status == 0, outcome.err
+    sizes = [path.stat().st_size for path in folder.rglob("*.samples")]
+    each, whole = readable_bytes(sizes[0]), readable_bytes(sum(sizes))
+    assert len(sizes) == 5
+    assert f"activations to keep: {each} a step, {whole} in cache_dir and {whole} in the run's file" in outcome.err
+    assert (folder / "run" / "activations.h5").stat().st_size > sum(sizes)
+
+
+def test_what_no_disk_can_hold_is_refused_before_anything_is_collected(
+    data_dir: Path, small_disk: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["collect", f"data_dir={data_dir}", "sampler.num_steps=8", "timestep_schedule=quarters", "storage=full"]
+    for place in (["cache_dir=disk/cache", "hydra.run.dir=run"], ["hydra.run.dir=disk/run"]):
+        outcome = run_here([*given, *place], capsys)
+        assert outcome.status == 1
+        (line,) = lines_of(outcome.err)
+        assert re.search(r"disk/.*: activations to keep need .* MB, .* are free; choose fewer taps", line)
+        assert "forwards" not in outcome.err
+        assert list(folder.rglob("step_*")) == []
+        assert temporaries(folder) == set()
+
+
+def test_a_flipped_byte_in_what_was_kept_is_one_clear_line_and_mended_by_the_same_command(
     data_dir: Path, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = ["collect", f"data_dir={data_dir}", "sampler.num_steps=8", "timestep_schedule=list", "subset.num_images=2"]
@@ -224,10 +252,10 @@ def test_a_flipped_byte_in_what_was_kept_is_one_clear_line_and_mended_when_the_f
     outcome = run_here([*given, "hydra.run.dir=run2"], capsys)
     assert outcome.status == 1
     name = path.relative_to(folder)
-    assert outcome.err == f"calib: {name}: is damaged; delete it and run the same command again\n"
+    assert outcome.err == f"calib: {name}: is damaged; the same command collects step 1 again\n"
     assert temporaries(folder) == set()
     assert not (folder / "run2" / "activations.h5").exists()
-    path.unlink()
+    assert not path.exists()
     assert run_here([*given, "hydra.run.dir=run2"], capsys).status == 0
     assert contents(folder)["run2/activations.h5"] == before["run/activations.h5"]
     assert contents(folder)[str(name)] == before[str(name)]

@@ -8,7 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from calib.activations import collect
+from calib.activations import step
 from calib.activations.collect import Collection, CollectSettings
 from calib.activations.observer import Observer, Seen
 from calib.activations.record import Block, StepRecord
@@ -104,9 +104,9 @@ class Recording:
         self._inner = inner
         self.kept: dict[str, list[mx.array]] = {}
 
-    def see(self, name: str, x: mx.array) -> None:
+    def see(self, name: str, x: mx.array, *place: Any) -> None:
         self.kept.setdefault(name, []).append(x)
-        self._inner.see(name, x)
+        self._inner.see(name, x, *place)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
@@ -131,9 +131,9 @@ def recording() -> Iterator[list[Recording]]:
         observers.append(Recording(new_observer(*settings, **more)))
         return observers[-1]
 
-    new_observer = collect.new_observer
+    new_observer = step.new_observer
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(collect, "new_observer", recorded)
+        patch.setattr(step, "new_observer", recorded)
         yield observers
 
 

@@ -75,6 +75,20 @@ class StepCache:
             note(f"{path}: cannot be used ({reason}); step {step} is collected again")
             return None
 
+    def header(self, step: int) -> dict[str, Any]:
+        """What a step's file says of itself: its taps with their counts of NaN and infinity among it."""
+        try:
+            with np.load(self.path(step)) as archive:
+                header: dict[str, Any] = json.loads(archive["header"].tobytes())
+        except Exception as error:  # as above
+            raise CalibError(f"{self.path(step)}: was damaged just now; run the same command again") from error
+        return header
+
+    def forget(self, step: int) -> None:
+        """Remove a step that turned out to be damaged."""
+        self.path(step).unlink(missing_ok=True)
+        self.samples_path(step).unlink(missing_ok=True)
+
     def save(self, record: StepRecord, part: int | None = None) -> None:
         """Write the record of a step, whole or not at all."""
         if not (self.folder / "about.json").exists():
@@ -97,7 +111,7 @@ class StepCache:
         merged = records[0]
         for record in records[1:]:
             merged = merged.merge(record)
-        if merged.samples:
+        if records[0].samples:
             merged.samples = self._join_samples(step, records)
         self.save(merged)
         for part in range(parts):

@@ -15,17 +15,25 @@ def distances(records: Mapping[int, StepRecord]) -> NDArray[np.float64]:
     relative to the larger r. Of two states: the largest over all layers (this project's own; after the density and
     variety weights of EDA-DM, arXiv 2401.04585).
     """
-    total = np.zeros((len(records), len(records)))
-    names = [name for name in next(iter(records.values())).seen if "/" not in name]
-    for name in names:
-        layers = [record.seen[name].statistics for record in records.values()]
-        percentiles = np.array([layer.histogram.percentiles([1, 99]) for layer in layers])
-        spread, mean = percentiles[:, 1] - percentiles[:, 0], np.array([layer.over_channels()[2] for layer in layers])
+    # One record after the other: they may be read from a disk one by one.
+    features = np.array([_features(record) for record in records.values()])
+    total = np.zeros((len(features), len(features)))
+    for spread, mean in features.transpose(1, 2, 0):
         larger = np.maximum(spread[:, None], spread)
         change = np.maximum(np.abs(spread[:, None] - spread), np.abs(mean[:, None] - mean))
         relative = np.divide(change, larger, out=np.zeros_like(change), where=larger > 0)
         total = np.fmax(total, np.minimum(relative, 1))  # a layer with nothing finite says nothing
     return total
+
+
+def _features(record: StepRecord) -> list[tuple[float, float]]:
+    """Central range and mean of each layer."""
+    found = []
+    for name, seen in record.seen.items():
+        if "/" not in name:
+            low, high = seen.statistics.histogram.percentiles([1, 99])
+            found.append((float(high - low), seen.statistics.over_channels()[2]))
+    return found
 
 
 def farthest_first(distance: NDArray[np.float64], count: int) -> list[int]:

@@ -17,7 +17,7 @@ class Seen:
     Attributes:
         dtype: of the activations.
         ranges: min, max, 1st and 99th percentile of each row of the batches, in their order, (rows, 4). Minimum and
-            maximum are exact, the percentiles those of some 2,000 values of a row.
+            maximum are exact, the percentiles those of some thousand values of a row.
     """
 
     dtype: str
@@ -40,8 +40,11 @@ class Observer(Protocol):
     def begin(self, phase: int) -> None:
         """A forward begins, or a part of one: of some of its rows. ``phase`` (0 … 65,535) moves the sampled rows."""
 
-    def see(self, name: str, x: mx.array) -> None:
-        """Take notice of ``x`` (rows, …, channels) at tap ``name``; lazy."""
+    def see(self, name: str, x: mx.array, before: int = 0, whole: int | None = None) -> None:
+        """Take notice of ``x`` (rows, …, channels) at tap ``name``; lazy.
+
+        Of a part: its batch has ``whole`` rows, ``before`` of which come before those of ``x``.
+        """
 
     def tie(self, x: mx.array) -> mx.array:
         """``x`` itself, computed only after what was noticed so far: so activations live no longer than they must."""

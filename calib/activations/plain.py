@@ -17,8 +17,10 @@ from numpy.typing import NDArray
 
 #: About so many values of each row of a batch tell its own percentiles.
 PICKED = 1024
-#: Summaries wait on the device until they are so many bytes.
-MOST_PENDING = 8 << 20
+#: Summaries wait on the device until they are so many bytes; on a GPU each read is a wait.
+MOST_PENDING, MOST_PENDING_GPU = 8 << 20, 64 << 20
+#: Counters of 32 bits are emptied before they could overflow.
+MOST_COUNTS = 1 << 31
 #: Sums of float32 lose digits with their length: they go in two levels.
 BLOCK = 64
 #: Parts of a stride that a phase counts.
@@ -50,7 +52,14 @@ def _sum(x: mx.array) -> mx.array:
     return total if whole == tokens else total + mx.sum(mx.sum(x[:, whole:], axis=1), axis=0)
 
 
-def summarize(x: mx.array, histogram_stride: int = 1, phase: int = 0, finite_only: bool = False) -> dict[str, mx.array]:
+def summarize(
+    x: mx.array,
+    histogram_stride: int = 1,
+    phase: int = 0,
+    finite_only: bool = False,
+    before: int = 0,
+    whole: int | None = None,
+) -> dict[str, mx.array]:
     """Lazy statistics of ``x`` (rows, …, channels): per channel min, max, count and shifted sums of every value.
 
     ``first`` and ``second`` are Σd and Σd² of d = x / scale - shift, the shift being near the mean: so a mean large
@@ -58,6 +67,8 @@ def summarize(x: mx.array, histogram_stride: int = 1, phase: int = 0, finite_onl
     patterns to tell a row's percentiles from. Every ``histogram_stride``-th token of all rows enters the histogram, or
     all of an input with no token axis: counted here as ``histogram``, or handed over as ``sampled`` patterns where the
     host counts faster: MLX's scatter takes 20 ns a value on a CPU, NumPy's bincount one.
+
+    ``x`` may be some rows of a batch of ``whole``, ``before`` of which come first: they are sampled as in the whole.
 
     The plain version is for finite data of ordinary size; see :func:`is_sound`. Where it fails the caller repeats
     with ``finite_only=True``, which leaves NaN and infinities out, counts them, and scales by the largest magnitude.
@@ -67,7 +78,7 @@ def summarize(x: mx.array, histogram_stride: int = 1, phase: int = 0, finite_onl
     tokens = x.shape[1]
     wide = x.astype(mx.float32)
     picked = x.reshape(rows, -1)[:, :: pick_stride(tokens * channels, channels)]
-    summary = {"picked": top_bits(picked), **_count(x, histogram_stride, phase)}
+    summary = {"picked": top_bits(picked), **_count(x, histogram_stride, phase, before, whole or rows)}
     if not finite_only:
         low, high = mx.min(x, axis=1), mx.max(x, axis=1)
         # Any value near the mean will do; four tokens of every row, as one may be an outlier.
@@ -105,12 +116,13 @@ def summarize(x: mx.array, histogram_stride: int = 1, phase: int = 0, finite_onl
     }
 
 
-def _count(x: mx.array, stride: int, phase: int) -> dict[str, mx.array]:
+def _count(x: mx.array, stride: int, phase: int, before: int, whole: int) -> dict[str, mx.array]:
     rows, tokens = x.shape[:2]
     if tokens == 1 or stride == 1:
         chosen = x
     else:
-        places = np.arange(first_sampled(rows * tokens, stride, phase), rows * tokens, stride, dtype=np.uint32)
+        places = np.arange(first_sampled(whole * tokens, stride, phase), whole * tokens, stride) - before * tokens
+        places = places[(places >= 0) & (places < rows * tokens)].astype(np.uint32)
         chosen = x[mx.array(places // tokens), mx.array(places % tokens)]
     if not on_gpu() and stride > 1:
         return {"sampled": top_bits(chosen).reshape(-1)}
@@ -145,7 +157,7 @@ def read(summary: Mapping[str, mx.array]) -> dict[str, NDArray[np.generic]]:
 
 
 def seen(host: Mapping[str, NDArray[np.generic]], dtype: str) -> Seen:
-    """What a summary says, but for its histogram where it holds ``sampled`` patterns or none."""
+    """What a summary says; an empty histogram where it holds neither ``histogram`` nor ``sampled`` patterns."""
     count = host["count"].astype(np.uint64)
     shift, first, second, scale = (host[name].astype(np.float64) for name in ("shift", "first", "second", "scale"))
     statistics = Statistics(
@@ -165,7 +177,7 @@ def counts(host: Mapping[str, NDArray[np.generic]]) -> NDArray[np.int64]:
     """How often each bit pattern was sampled."""
     if "histogram" in host:
         return host["histogram"].astype(np.int64)
-    return np.bincount(host["sampled"].astype(np.int64), minlength=BINS)
+    return np.bincount(host.get("sampled", np.zeros(0)).astype(np.int64), minlength=BINS)
 
 
 class PlainObserver:
@@ -178,6 +190,9 @@ class PlainObserver:
         self._waiting: list[_Summary] = []
         self._found: dict[str, Seen] = {}
         self._untied: list[mx.array] = []
+        self._histograms: dict[str, mx.array] = {}
+        self._host_counts: dict[str, NDArray[np.int64]] = {}
+        self._counted: dict[str, int] = {}
         self._phase = 0
         self.sound = True
 
@@ -185,8 +200,16 @@ class PlainObserver:
         self._phase = phase
         self._parts.append([])
 
-    def see(self, name: str, x: mx.array) -> None:
-        summary = summarize(x, self._stride, self._phase, self._finite_only)
+    def see(self, name: str, x: mx.array, before: int = 0, whole: int | None = None) -> None:
+        summary = summarize(x, self._stride, self._phase, self._finite_only, before, whole)
+        if on_gpu():
+            # 256 kB a tap: they are added up there, and read once.
+            self._counted[name] = self._counted.get(name, 0) + x.size
+            histogram = summary.pop("histogram")
+            if name in self._histograms:
+                histogram = self._histograms[name] + histogram
+            self._histograms[name] = histogram
+            self._untied.append(histogram)
         self._parts[-1].append((name, DTYPES[x.dtype], summary))
         self._untied += summary.values()
 
@@ -203,18 +226,25 @@ class PlainObserver:
         # The parts in turn: each is a stream of its own, and goes on while the others are told their next piece.
         turns = [summary for together in zip_longest(*parts) for summary in together if summary is not None]
         ordered = [list(values.values()) for *_, values in turns]
-        return [[value for values in ordered for value in values]] if on_gpu() else ordered
+        if not on_gpu():
+            return ordered
+        return [[*(value for values in ordered for value in values), *self._histograms.values()]]
 
     def settle(self) -> None:
-        if sum(value.nbytes for *_, values in self._waiting for value in values.values()) > MOST_PENDING:
+        most = MOST_PENDING_GPU if on_gpu() else MOST_PENDING
+        if sum(value.nbytes for *_, values in self._waiting for value in values.values()) > most:
             self._drain()
+        if max(self._counted.values(), default=0) > MOST_COUNTS:
+            self._read_histograms()
         self._waiting += self._newest
         self._newest = []
 
     def _drain(self) -> None:
         for name, dtype, summary in self._waiting:
             host = read(summary)
-            self.sound &= self._finite_only or is_sound(host)
+            if not (self._finite_only or is_sound(host)):
+                self.sound = False
+                break
             new = seen(host, dtype)
             self._found[name] = self._found[name].merge(new) if name in self._found else new
         self._waiting = []
@@ -222,6 +252,18 @@ class PlainObserver:
     def fetch(self) -> None:
         """Nothing: the host reads an array as soon as it is computed, whatever is computed next."""
 
+    def _read_histograms(self) -> None:
+        for name, histogram in self._histograms.items():
+            counts = np.array(histogram).astype(np.int64)
+            self._host_counts[name] = self._host_counts[name] + counts if name in self._host_counts else counts
+        self._histograms, self._counted = {}, {}
+
     def results(self) -> dict[str, Seen]:
         self._drain()
+        self._read_histograms()
+        if not self.sound:
+            return {}
+        for name, counts in self._host_counts.items():
+            found = self._found[name]
+            found.statistics.histogram = Histogram.from_counts(counts, found.dtype)
         return self._found

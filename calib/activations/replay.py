@@ -126,7 +126,7 @@ class Replay:
         for part, stream in zip(parts, streams, strict=True):
             with mx.stream(stream):
                 observer.begin(phase)
-                self._watch = _Watch(observer, half, part, sampler, owners[part])
+                self._watch = _Watch(observer, len(rows), half, part, sampler, owners[part])
                 tokens, pooled = text.tokens[part], text.pooled[part]
                 outputs.append(velocity(self._model.transformer, rows[part], tokens, pooled, timestep))
         finite = mx.stack([mx.all(mx.isfinite(output)) for output in outputs]).all()
@@ -148,6 +148,7 @@ class _Watch:
     """What watches one part of a forward; ``half`` is the batch's first unconditional row, if halves are kept apart."""
 
     observer: Observer
+    whole: int
     half: int | None
     part: slice
     sampler: SampleWriter | None
@@ -156,12 +157,17 @@ class _Watch:
     def record(self, name: str, activation: mx.array) -> mx.array:
         """Called by every tap."""
         if self.half is None:
-            self.observer.see(name, activation)
+            self.observer.see(name, activation, self.part.start, self.whole)
         else:
             border = min(max(self.half - self.part.start, 0), len(activation))
-            for which, own in zip(HALVES, (activation[:border], activation[border:]), strict=True):
+            places = (
+                (min(self.part.start, self.half), self.half),
+                (max(self.part.start - self.half, 0), self.whole - self.half),
+            )
+            halves = (activation[:border], activation[border:])
+            for which, own, place in zip(HALVES, halves, places, strict=True):
                 if len(own):
-                    self.observer.see(f"{name}/{which}", own)
+                    self.observer.see(f"{name}/{which}", own, *place)
         if self.sampler is not None:
             activation = self.sampler.take(name, activation, self.images)
         return self.observer.tie(activation)

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any
 
@@ -35,6 +36,14 @@ class Samples(StrEnum):
     ALL = "all"
 
 
+@lru_cache(maxsize=100_000)
+def _drawn(count: int, seed: int, image_id: int, step: int, tokens: int) -> NDArray[np.int32]:
+    if count == tokens:
+        return np.arange(tokens, dtype=np.int32)
+    order = generator("seed", seed, image_id, step, tokens).permutation(tokens)
+    return np.sort(order[:count]).astype(np.int32)
+
+
 @dataclass(frozen=True)
 class SampleSettings:
     """Which rows are kept, how many of each image and guidance half, and in what type; None for the model's own."""
@@ -55,11 +64,7 @@ class SampleSettings:
 
     def tokens(self, seed: int, image_id: int, step: int, tokens: int) -> NDArray[np.int32]:
         """The tokens that are kept of one image at one step, ascending; the same at every layer of so many."""
-        count = self.rows(tokens)
-        if count == tokens:
-            return np.arange(tokens, dtype=np.int32)
-        order = generator("seed", seed, image_id, step, tokens).permutation(tokens)
-        return np.sort(order[:count]).astype(np.int32)
+        return _drawn(self.rows(tokens), seed, image_id, step, tokens)
 
 
 class SampleWriter:
@@ -70,7 +75,7 @@ class SampleWriter:
     """
 
     def __init__(self, path: Path, settings: SampleSettings, seed: int, step: int):
-        self._settings, self._seed, self._step = settings, seed, step
+        self._path, self._settings, self._seed, self._step = path, settings, seed, step
         self._stack = ExitStack()
         temporary = self._stack.enter_context(replacing(path))
         self._file: IO[bytes] = self._stack.enter_context(temporary.open("wb"))
@@ -111,7 +116,11 @@ class SampleWriter:
             content = np.array(packed).tobytes()
             rows = len(content) // (2 * channels)
             self.table[name]["segments"].append((self._file.tell(), rows, zlib.crc32(content)))
-            self._file.write(content)
+            try:
+                self._file.write(content)
+            except OSError as error:
+                error.filename = str(self._path)
+                raise
         self._waiting = []
 
     def finish(self) -> dict[str, Any]:
@@ -132,7 +141,7 @@ def read_rows(path: Path, entry: Mapping[str, Any], channels: int) -> Iterator[N
             file.seek(offset)
             content = file.read(2 * rows * channels)
             if zlib.crc32(content) != checksum:
-                raise CalibError(f"{path}: is damaged; delete it and run the same command again")
+                raise ValueError("is damaged")
             yield np.frombuffer(content, np.uint16).reshape(rows, channels)
 
 

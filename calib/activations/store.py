@@ -19,10 +19,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 FORMAT, FORMAT_VERSION = "calib-activations", 2
-FILE = "activations.h5"
+FILE, METADATA = "activations.h5", "collection_metadata.json"
 CHUNK_BYTES = 1 << 20
 RANGE_STATISTICS = ("min", "max", "p01", "p99")
 MOMENTS = ("sum", "sum_remainder", "sum_of_squares", "sum_of_squares_remainder")
+#: What a layer's group takes beside its data, at most.
+GROUP_BYTES = 1 << 16
 #: Records of all steps are held for so many bytes' worth of taps at a time.
 HELD_BYTES = 256 << 20
 #: What lies along which dimension scales, in a group of a layer and at the root.
@@ -110,7 +112,9 @@ def write_activations(
     ``exact`` keeps the moments in full precision too, so that files of shards merge to that of the whole.
     """
     by_name = {point.name: point for point in points}
-    with _new_file(path, source.nbytes + source.sample_bytes) as file:
+    groups = len(source.names) + sum(len(point.aliases) for point in points)
+    room = source.nbytes + source.sample_bytes * 11 // 10 + groups * GROUP_BYTES
+    with _new_file(path, room) as file:
         own = {"format": FORMAT, "format_version": FORMAT_VERSION, "num_steps": levels.num_steps}
         file.attrs.update(own | dict(attributes))
         _write_axes(file, source, levels, steps, exact)
@@ -188,10 +192,14 @@ def _chunked(group: h5py.Group, name: str, values: np.ndarray, compress: bool = 
     """With a checksum; compressed where that pays: counts do, floats do not."""
     if not values.size:  # bins of a layer that saw no finite value; HDF5 has no empty chunks
         return group.create_dataset(name, data=values)
-    rows = max(1, CHUNK_BYTES // max(1, values[:1].nbytes))
-    chunks = (max(1, min(rows, len(values))), *values.shape[1:])
+    chunks = (_even(len(values), CHUNK_BYTES // max(1, values[:1].nbytes)), *values.shape[1:])
     packed = {"compression": "gzip", "compression_opts": 1, "shuffle": True} if compress else {}
     return group.create_dataset(name, data=values, chunks=chunks, fletcher32=True, **packed)
+
+
+def _even(rows: int, most: int) -> int:
+    """Rows of a chunk, ``most`` at most: all as long, as HDF5 fills the last one up."""
+    return -(-rows // max(1, -(-rows // max(1, most))))
 
 
 def _link(file: h5py.File, path: str, group: h5py.Group) -> None:
@@ -257,7 +265,7 @@ def _write_samples(
     each = source.samples.rows(tokens)
     rows = RowIdentity.of([block.images for block in source.blocks], source.halves, each)
     _add_scale(group, "sample", np.arange(len(rows.image)))
-    chunk = max(1, min(len(rows.image), CHUNK_BYTES // (2 * channels)))
+    chunk = _even(len(rows.image), CHUNK_BYTES // (2 * channels))
     kind = np.uint16 if entry["dtype"] == "bfloat16" else np.float16
     shape = (len(steps), len(rows.image), channels)
     samples = group.create_dataset("samples", shape, kind, chunks=(1, chunk, channels), fletcher32=True)

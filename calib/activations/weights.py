@@ -71,5 +71,5 @@ def cached_weight_sqnr(
             if set(known[name]) >= set(map(str, WEIGHT_BITS))
         }
     except (ValueError, TypeError):
-        path.unlink()
+        path.unlink(missing_ok=True)
         return cached_weight_sqnr(cache_dir, fingerprint, names, layers)

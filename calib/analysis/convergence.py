@@ -30,6 +30,7 @@ from typing import Any
 from calib.activations.reader import ActivationFile
 from calib.activations.record import over_rows
 from calib.activations.store import FILE as ACTIVATIONS
+from calib.activations.store import METADATA
 from calib.analysis.layers import reported_layers
 from calib.dataset.load import load_manifest
 from calib.errors import CalibError
@@ -46,8 +47,6 @@ DRAWS = 2000
 SEED = 0
 #: Of resamples, and of layers in the verdict.
 COVERAGE = 0.95
-#: :mod:`calib.collecting` writes it into the run directory; it stands above this module.
-METADATA = "collection_metadata.json"
 
 
 class Quantity(StrEnum):

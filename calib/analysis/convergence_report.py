@@ -90,18 +90,25 @@ def _notes(found: Convergence) -> list[str]:
         notes.append(f"prompts are unknown: {source.prompts_unknown}")
     if _prompts(found) < FEW_PROMPTS:
         notes.append(f"{_prompts(found)} prompts are few: the true movement is larger than shown")
-    for name, images in source.not_finite.items():
-        notes.append(f"left out: {name}, no finite value in {counted(images, 'image')} at some step")
+    if source.not_finite:
+        name, images = max(source.not_finite.items(), key=lambda item: item[1])
+        layers = counted(len(source.not_finite), "layer")
+        notes.append(
+            f"{layers} left out, without a finite value in some image at some step; most of all {name}, in "
+            f"{counted(images, 'image')} (--json lists them)"
+        )
     return notes
 
 
 def _verdicts(found: Convergence) -> list[str]:
     count = len(found.source.images)
+    lost = len(found.source.not_finite)
+    beside = f" ({counted(lost, 'layer')} left out)" if lost else ""
     lines = []
     for quantity, name in ((Quantity.CENTRAL, "central range"), (Quantity.RANGE, "full range")):
         worst = found.worst(quantity)[0]
         lines.append(
-            f"with {count} images the {name} of {COVERAGE:.0%} of layers moves by at most "
+            f"with {count} images the {name} of {COVERAGE:.0%} of layers{beside} moves by at most "
             f"{found.most_of_layers(quantity):.1%}; worst: {_label(worst)} {worst.most(quantity):.1%}"
         )
     return lines
