@@ -209,8 +209,9 @@ def test_shards_have_places_of_their_own_in_the_cache(
 @pytest.fixture
 def held(small_disk: Path, folder: Path, data_dir: Path) -> Iterator[tuple[subprocess.Popen[str], list[str]]]:
     """A process that collects into a cache on the small disk, stopped when a step is there; and its arguments."""
-    given = arguments(data_dir, RUN, "cache_dir=disk/cache")
-    given[given.index("taps=all") :] = ["taps.include=['*.mlp.fc2','x_embedder']", "storage=sampled", *given[-2:]]
+    schedule = ("sampler.num_steps=8", "timestep_schedule=all", "collect.batch_size=2", "taps.include=['*.fc2']")
+    kept = ("storage=sampled", "storage.rows_per_image=1", "cache_dir=disk/cache")
+    given = ["collect", f"data_dir={data_dir}", *schedule, *kept, RUN]
     process = start_process(folder, *given)
     wait_until(lambda: bool(list(small_disk.rglob("step_????.npz"))), process)
     process.send_signal(signal.SIGSTOP)
