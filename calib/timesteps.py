@@ -19,7 +19,7 @@ GROUP = "timestep_schedule"
 def _check_count(count: int, num_steps: int, at_least: int = 1) -> None:
     if not at_least <= count <= num_steps + 1:
         raise ConfigError.bad_value(
-            f"{GROUP}.count", count, f"must be {at_least} to {num_steps + 1}, the states there are to choose from"
+            f"{GROUP}.count", count, f"must be {at_least} to {num_steps + 1}, as sampler.num_steps={num_steps}"
         )
 
 
@@ -109,7 +109,9 @@ def drift(num_steps: int, count: int = 17, images: int = 8) -> Drift:
     Greedy: state 0, then ever the state farthest from those chosen (see :mod:`calib.activations.drift`). Of the states
     that the sampler feeds to the model; the finished latent is not among them.
     """
-    _check_count(count, num_steps - 1)
+    if not 1 <= count <= num_steps:
+        allowed = f"must be 1 to {num_steps}, as sampler.num_steps={num_steps}"
+        raise ConfigError.bad_value(f"{GROUP}.count", count, allowed)
     if images < 1:
         raise ConfigError.bad_value(f"{GROUP}.images", images, "must be 1 or more")
     return Drift(count, images)
