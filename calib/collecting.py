@@ -156,7 +156,8 @@ def check_subset(settings: Settings, manifest: Manifest) -> None:
     size, shard = settings.collect.batch_size or manifest.batch_size or 1, settings.shard
     blocks = -(-images // size)
     if shard.count > blocks:
-        allowed = f"{counted(images, 'image')} are {blocks} blocks of {size}; so many shards at most"
+        made = f"{counted(images, 'image')} make {counted(blocks, 'block')} of {size}"
+        allowed = f"{made}; so many shards at most"
         raise ConfigError.bad_value("shard.count", shard.count, allowed)
 
 

@@ -117,5 +117,5 @@ def test_more_shards_than_blocks_is_said(runs: Path) -> None:
     outcome = run_process(runs, "collect", *TINY, "shard.index=3", "shard.count=4", "hydra.run.dir=empty")
     assert outcome.status == 2
     line = is_one_clear_line(outcome)
-    assert "shard.count=4: 5 images are 3 blocks of 2; so many shards at most" in line
+    assert "shard.count=4: 5 images make 3 blocks of 2; so many shards at most" in line
     assert not (runs / "empty").exists()

@@ -14,7 +14,7 @@ from typing import Any
 
 from calib.activations.cache import StepCache
 from calib.activations.record import Block, StepRecord
-from calib.activations.replay import shared_cores, traced_shapes
+from calib.activations.replay import traced_shapes
 from calib.activations.samples import Samples, SampleSettings, read_rows
 from calib.activations.states import check_states
 from calib.activations.step import CollectSettings, Setup, replayed
@@ -209,9 +209,8 @@ class Collection:
             for part, number in zip(parts, numbers, strict=True)
         ]
         forwards = sum(len(part) * len(left) for part, _, left in todo)
-        rows = min(self.batch_size, len(self.images)) * (2 if self.manifest.cfg_weight > 0 else 1)
         label = f"collect {len(self.images)} images at {len(steps)} steps"
-        with Progress(label, forwards, "forward") as progress, shared_cores(rows), ThreadPoolExecutor(1) as writer:
+        with Progress(label, forwards, "forward") as progress, ThreadPoolExecutor(1) as writer:
             saving: list[Future[None]] = []
             for part, number, left in todo:
                 for record in replayed(model, self._setup, part, left, number, progress):

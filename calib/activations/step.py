@@ -9,7 +9,7 @@ from pathlib import Path
 from calib.activations.observer import Observer, Seen
 from calib.activations.plain import PHASES
 from calib.activations.record import Block, StepRecord, merge_halves, over_rows
-from calib.activations.replay import Replay, new_observer
+from calib.activations.replay import Replay, new_observer, shared_cores
 from calib.activations.samples import Samples, SampleSettings, SampleWriter
 from calib.activations.states import ahead, read_states
 from calib.activations.taps import Halves, TapPoint
@@ -79,10 +79,12 @@ def replayed(
     timesteps = {step: mx.array(manifest.timesteps[step]).astype(model.dtype) for step in steps}
     mx.eval(list(timesteps.values()))  # here, as it waits for all that is being computed
     replay = Replay(model, setup.points, setup.settings.cfg_halves is Halves.APART)
+    rows = len(blocks[0].images) * (2 if manifest.cfg_weight > 0 else 1)
     finished: Watched | None = None
     watched: Watched | None = None
     try:
-        with ThreadPoolExecutor(1) as reader, replay:
+        # Only now: prompts are encoded as they are for drawing, or their last bits would differ.
+        with shared_cores(rows), ThreadPoolExecutor(1) as reader, replay:
             work = [(step, number) for step in steps for number in range(len(blocks))]
             states = ahead(reader, data_dir, manifest, [(blocks[number].images, step) for step, number in work])
             for (step, number), x in zip(work, states, strict=True):

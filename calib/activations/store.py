@@ -143,9 +143,15 @@ def _new_file(path: Path, nbytes: int) -> Iterator[h5py.File]:
             with open(temporary, "r+b") as raw:
                 take_room(raw, nbytes + CHUNK_BYTES)
             yield file
-            file.flush()
-            size = file.id.get_filesize()
-        os.truncate(temporary, size)
+        os.truncate(temporary, _end(temporary))
+
+
+def _end(path: Path) -> int:
+    """Where a closed HDF5 file ends, by its superblock (HDF5 format specification, II.A); room is left behind it."""
+    with open(path, "rb") as file:
+        head = file.read(48)
+    start = 40 if head[8] < 2 else 28
+    return int.from_bytes(head[start : start + 8], "little")
 
 
 def _write_axes(file: h5py.File, source: Source, levels: Manifest | Levels, steps: Sequence[int], exact: bool) -> None:
