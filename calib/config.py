@@ -101,8 +101,9 @@ class Settings:
     @property
     def stored_steps(self) -> tuple[int, ...]:
         """The states that a dataset of this configuration keeps."""
-        scheduled = self.dataset.steps is StoredStates.SCHEDULE and not isinstance(self.steps, timesteps.Drift)
-        return self.steps if scheduled else tuple(range(self.sampler.num_steps + 1))  # type: ignore[return-value]
+        if self.dataset.steps is StoredStates.SCHEDULE and not isinstance(self.steps, timesteps.Drift):
+            return self.steps
+        return tuple(range(self.sampler.num_steps + 1))
 
 
 #: Key of a ``model`` option that names a function building its transformer without weights, so that layer patterns
