@@ -1,10 +1,11 @@
 """What a heuristic sees of a layer, read from a run directory or from a ``layer_statistics.json`` alone."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from calib.activations.histogram import Histogram
 from calib.activations.reader import ActivationFile
 from calib.activations.statistics import PERCENTILES, Statistics, merge_all
 from calib.activations.store import FILE as ACTIVATIONS
@@ -30,6 +31,9 @@ class LayerSummary:
         kurtosis: of the pooled histogram; 3 for a normal distribution.
         phases: the same layer over the steps of each phase alone.
         steps: min, max, p01 and p99 at each collected step index.
+        histogram: of the pooled values.
+        weight_sqnr: signal to quantization noise of the layer's own weights, dB, by bits in groups of 64; empty where
+            they cannot be quantized so.
     """
 
     minimum: float
@@ -42,6 +46,8 @@ class LayerSummary:
     kurtosis: float | None = None
     phases: dict[str, "LayerSummary"] = field(default_factory=dict)
     steps: dict[int, dict[str, float]] = field(default_factory=dict)
+    histogram: Histogram | None = field(default=None, repr=False)
+    weight_sqnr: dict[int, float] = field(default_factory=dict)
 
     @property
     def range(self) -> float:
@@ -52,8 +58,9 @@ class LayerSummary:
     def of(cls, statistics: Statistics) -> "LayerSummary":
         low, high, mean, std, total = statistics.over_channels()
         spread = (statistics.maximum - statistics.minimum).astype(np.float64)
-        kurtosis = statistics.histogram.kurtosis()
-        return cls(low, high, mean, std, statistics.percentiles(), total, spread, kurtosis)
+        histogram = statistics.histogram
+        pooled = (statistics.percentiles(), total, spread, histogram.kurtosis())
+        return cls(low, high, mean, std, *pooled, histogram=histogram)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -106,7 +113,9 @@ def _from_activations(path: Path) -> tuple[dict[str, LayerSummary], int]:
         num_steps = int(file.attributes["num_steps"])
         names = reported_layers(file)
         distinct = {name: summarise_layer(file, name, num_steps) for name in {file.same_data(n) for n in names}}
-        return {name: distinct[file.same_data(name)] for name in names}, num_steps
+        return {
+            name: replace(distinct[file.same_data(name)], weight_sqnr=file.weight_sqnr(name)) for name in names
+        }, num_steps
 
 
 def reported_layers(file: ActivationFile) -> list[str]:

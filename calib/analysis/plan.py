@@ -1,17 +1,28 @@
 """A plan: bits and clipping for every layer, and why. The content of ``quantization_config.json``."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeAlias
 
+from calib.analysis.grid import UNQUANTIZED
 from calib.analysis.layers import LayerSummary
+from calib.errors import CalibError
+from calib.files import read_json
 
 import numpy as np
 
-#: A heuristic, its parameters bound: the one thing a new option of ``analysis`` has to supply.
-Heuristic = Callable[[LayerSummary], "LayerPlan"]
+#: A heuristic that looks at one layer at a time, its parameters bound.
+LayerHeuristic: TypeAlias = "Callable[[LayerSummary], LayerPlan]"
 
 NO_CLIP = (0.0, 100.0)
+
+#: What MLX runs: bits of weights, and how many neighbouring weights of a row share a scale and a bias.
+WEIGHT_BITS = (2, 3, 4, 5, 6, 8)
+GROUP_SIZES = (32, 64, 128)
+#: Weight bits where a heuristic sets none.
+DEFAULT_WEIGHT_BITS = 8
+DEFAULT_GROUP_SIZE = 64
 
 
 @dataclass(frozen=True)
@@ -22,6 +33,8 @@ class LayerPlan:
         clip_percentile: activation percentiles at which the range is cut, if ``use_percentile_clipping``.
         reason: what decided, in a few words for people: 'large range', 'narrow range' …
         sensitive: needs careful handling; aggressive: may have 4 bits or fewer.
+        group_size: weights of a row that share a scale and a bias.
+        figure: the number behind the reason, with its name: 'r = 12.4'.
     """
 
     weight_bits: int
@@ -30,6 +43,8 @@ class LayerPlan:
     reason: str = ""
     sensitive: bool = False
     aggressive: bool = False
+    group_size: int = DEFAULT_GROUP_SIZE
+    figure: str = ""
 
     @property
     def clips(self) -> bool:
@@ -41,17 +56,30 @@ class LayerPlan:
             "suggested_activation_bits": self.activation_bits,
             "use_percentile_clipping": self.clips,
             "clip_percentile": list(self.clip_percentile),
+            "group_size": self.group_size,
             "reason": self.reason,
+            "figure": self.figure,
+            "sensitive": self.sensitive,
+            "aggressive": self.aggressive,
         }
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Layer plans by name, and what stands out in the statistics."""
+    """Layer plans by name, and what stands out in the statistics.
+
+    Attributes:
+        outlier_layers: kurtosis of layers with heavy tails.
+        outlier_channels: by layer, channels whose range exceeds a multiple of the layer's median, with that multiple.
+        phase_weight_bits: by phase and layer, where weights vary with the step; every copy is kept.
+        notes: what people should know of how the plan was made, a line each.
+    """
 
     layers: dict[str, LayerPlan]
     outlier_layers: dict[str, float] = field(default_factory=dict)
-    outlier_channels: dict[str, list[int]] = field(default_factory=dict)
+    outlier_channels: dict[str, dict[int, float]] = field(default_factory=dict)
+    phase_weight_bits: dict[str, dict[str, int]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         return {name: layer.to_json() for name, layer in self.layers.items()}
@@ -70,21 +98,29 @@ class Plan:
         }
 
 
-def make_plan(layers: Mapping[str, LayerSummary], heuristic: Heuristic) -> Plan:
+def with_outliers(plan: Plan, layers: Mapping[str, LayerSummary]) -> Plan:
+    """``plan`` with the outliers that the statistics show."""
+    channels = {name: found for name, layer in layers.items() if (found := outlier_channels(layer))}
+    return replace(plan, outlier_layers=outlier_layers(layers), outlier_channels=channels)
+
+
+def make_plan(layers: Mapping[str, LayerSummary], heuristic: LayerHeuristic) -> Plan:
     """Apply ``heuristic`` to every layer and name the outliers."""
-    return Plan(
-        {name: heuristic(layer) for name, layer in layers.items()},
-        outlier_layers(layers),
-        {name: channels for name, layer in layers.items() if (channels := outlier_channels(layer))},
-    )
+    return with_outliers(Plan({name: heuristic(layer) for name, layer in layers.items()}), layers)
 
 
-def outlier_channels(layer: LayerSummary, factor: float = 2.5) -> list[int]:
-    """Channels whose range exceeds ``factor`` times the layer's median channel range (this project's origin)."""
+def outlier_channels(layer: LayerSummary, factor: float = 2.5) -> dict[int, float]:
+    """Channels whose range exceeds ``factor`` times the layer's median channel range (this project's origin).
+
+    Each with its range in medians.
+    """
     if layer.channel_range is None or not len(layer.channel_range):
-        return []
-    limit = factor * float(np.median(layer.channel_range))
-    return [int(i) for i in np.flatnonzero(layer.channel_range > limit)] if limit > 0 else []
+        return {}
+    median = float(np.median(layer.channel_range))
+    if not median > 0:
+        return {}
+    chosen = np.flatnonzero(layer.channel_range > factor * median)
+    return {int(i): float(layer.channel_range[i] / median) for i in chosen}
 
 
 def outlier_layers(layers: Mapping[str, LayerSummary], threshold: float = 50.0) -> dict[str, float]:
@@ -96,10 +132,57 @@ def outlier_layers(layers: Mapping[str, LayerSummary], threshold: float = 50.0) 
     }
 
 
-def phase_bits(layers: Mapping[str, LayerSummary], heuristic: Heuristic) -> dict[str, dict[str, int]]:
+def phase_bits(layers: Mapping[str, LayerSummary], heuristic: LayerHeuristic) -> dict[str, dict[str, int]]:
     """Activation bits of every layer in each phase: the heuristic on that phase's statistics alone."""
     phases = dict.fromkeys(phase for layer in layers.values() for phase in layer.phases)
     return {
         phase: {name: heuristic(layer.phases[phase]).activation_bits for name, layer in layers.items()}
         for phase in phases
     }
+
+
+def read_plan(path: Path) -> dict[str, LayerPlan]:
+    """The layers of a ``quantization_config.json``; keys beyond the four of the contract may be missing.
+
+    Raises:
+        CalibError: the file is missing, damaged, or holds what no plan can.
+    """
+    document = read_json(path)
+    if not isinstance(document, dict) or not document:
+        raise CalibError(f"{path}: holds no layers; calib analyze writes a plan")
+    return {name: _layer_of(path, name, entry) for name, entry in document.items()}
+
+
+def _layer_of(path: Path, name: str, entry: Any) -> LayerPlan:
+    try:
+        weight_bits, activation_bits = entry["suggested_weight_bits"], entry["suggested_activation_bits"]
+        clips, (low, high) = entry["use_percentile_clipping"], entry["clip_percentile"]
+        layer = LayerPlan(
+            weight_bits,
+            activation_bits,
+            (float(low), float(high)) if clips else NO_CLIP,
+            str(entry.get("reason", "")),
+            bool(entry.get("sensitive", False)),
+            bool(entry.get("aggressive", False)),
+            entry.get("group_size", DEFAULT_GROUP_SIZE),
+            str(entry.get("figure", "")),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CalibError(f"{path}: layer {name!r} lacks or garbles {error}; calib analyze writes a plan") from None
+    _check_layer(path, name, layer)
+    return layer
+
+
+def _check_layer(path: Path, name: str, layer: LayerPlan) -> None:
+    low, high = layer.clip_percentile
+    faults = {
+        f"suggested_weight_bits={layer.weight_bits}: MLX quantizes weights to {WEIGHT_BITS}": layer.weight_bits
+        in WEIGHT_BITS,
+        f"group_size={layer.group_size}: MLX has groups of {GROUP_SIZES}": layer.group_size in GROUP_SIZES,
+        f"suggested_activation_bits={layer.activation_bits}: must be 2 to 16": isinstance(layer.activation_bits, int)
+        and 2 <= layer.activation_bits <= UNQUANTIZED,
+        f"clip_percentile={[low, high]}: must ascend, from 0 to 100": 0 <= low < high <= 100,
+    }
+    for fault, holds in faults.items():
+        if not holds:
+            raise CalibError(f"{path}: layer {name!r} has {fault}")

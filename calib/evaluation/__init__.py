@@ -1,0 +1,1 @@
+"""What quantization costs: paired fidelity against the full-precision model."""

@@ -1,0 +1,49 @@
+"""Weights as MLX's affine quantization packs them: w = scale · q + bias in groups along a row."""
+
+from dataclasses import dataclass
+from typing import Self
+
+import mlx.core as mx
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A quantized weight of shape (rows, columns).
+
+    Attributes:
+        weight: (rows, columns · bits / 32) uint32, the integers q as one little-endian stream of bits a row.
+        scales, biases: (rows, columns / group_size), of a 16-bit type.
+    """
+
+    weight: mx.array
+    scales: mx.array
+    biases: mx.array
+    bits: int
+    group_size: int
+
+    @classmethod
+    def nearest(cls, weight: mx.array, bits: int, group_size: int, dtype: mx.Dtype) -> Self:
+        """MLX's own rounding to nearest of ``weight`` (rows, columns), in ``dtype``; lazy."""
+        packed, scales, biases = mx.quantize(weight.astype(dtype), group_size=group_size, bits=bits)
+        return cls(packed, scales, biases, bits, group_size)
+
+    @classmethod
+    def of_integers(
+        cls, integers: NDArray[np.uint8], scales: mx.array, biases: mx.array, bits: int, group_size: int
+    ) -> Self:
+        """From the integers q (rows, columns) themselves, 0 … 2^bits - 1."""
+        stream = (integers[:, :, None] >> np.arange(bits, dtype=np.uint8)) & 1
+        octets = np.packbits(stream.reshape(len(integers), -1).astype(np.uint8), axis=1, bitorder="little")
+        return cls(mx.array(octets.view(np.uint32)), scales, biases, bits, group_size)
+
+    def dequantize(self, dtype: mx.Dtype = mx.float32) -> mx.array:
+        """The weight that MLX's kernels multiply by, (rows, columns); computed in ``dtype``."""
+        scales, biases = self.scales.astype(dtype), self.biases.astype(dtype)
+        weight: mx.array = mx.dequantize(self.weight, scales, biases, group_size=self.group_size, bits=self.bits)
+        return weight
+
+    @property
+    def nbytes(self) -> int:
+        return int(self.weight.nbytes + self.scales.nbytes + self.biases.nbytes)
