@@ -10,10 +10,11 @@ import calib
 from calib import interrupts
 from calib.commands import COMMANDS
 from calib.compose import CONF, check, groups, job_name, plain, swept_keys, take_apart
-from calib.config import Stage, build
+from calib.config import build
 from calib.errors import CalibError, ConfigError, suggest
 from calib.pipeline import content_fingerprint, run_stage
 from calib.runs.directory import RunDirectory
+from calib.settings import Stage
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra

@@ -18,7 +18,6 @@ from calib.activations.store import METADATA, write_activations
 from calib.activations.taps import Halves, TapPoint, linear_layers, tap_points
 from calib.activations.weights import cached_weight_sqnr
 from calib.analysis.layers import STATISTICS, read_summaries
-from calib.config import Settings
 from calib.dataset.latents import features
 from calib.dataset.load import load_manifest
 from calib.dataset.manifest import Manifest
@@ -28,6 +27,7 @@ from calib.files import read_json, write_json
 from calib.models.model import DiffusionModel
 from calib.progress import counted, note, say
 from calib.runs.directory import RunDirectory, device_name, git_commit
+from calib.settings import Settings
 from calib.timesteps import Drift
 from calib.versions import versions
 

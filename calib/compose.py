@@ -7,10 +7,11 @@ from itertools import product
 from pathlib import Path
 from typing import Any, cast
 
-from calib.config import Settings, build, check_writable
+from calib.config import build, check_writable
 from calib.errors import ConfigError, suggest
 from calib.files import short_hash
 from calib.pipeline import precheck
+from calib.settings import Settings
 
 from hydra import compose, initialize_config_dir
 from hydra._internal.utils import get_args_parser

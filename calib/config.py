@@ -6,117 +6,58 @@ signature, so an option of the user's own gets the same care as one of calib's.
 
 import inspect
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from enum import StrEnum
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeVar
 
 from calib import subsets, timesteps
-from calib.activations.samples import Samples, SampleSettings
+from calib.activations.histogram import Histogram
+from calib.activations.samples import SampleSettings
 from calib.activations.step import CollectSettings
 from calib.activations.taps import TapSelection, tap_points
+from calib.analysis.heuristic import Heuristic
 from calib.analysis.layers import LayerSummary
-from calib.analysis.plan import Heuristic, LayerPlan
+from calib.analysis.plan import GROUP_SIZES, LayerPlan
+from calib.analysis.ranges import Observed, RangeRule, StepRanges
 from calib.dataset.settings import SamplerSettings
 from calib.dataset.shards import Shard
-from calib.dataset.store import StateDtype, StorageFormat
+from calib.dataset.store import StateDtype
 from calib.errors import ConfigError, suggest
 from calib.files import short_hash
-from calib.models.model import DiffusionModel
 from calib.prompts import report_duplicates
+from calib.settings import (
+    CalibrationSettings,
+    DatasetSettings,
+    EvaluationSettings,
+    ImageChooser,
+    SensitivitySettings,
+    Settings,
+    Stage,
+    StorageSettings,
+    StoredStates,
+)
 from calib.typed import at_least, bind, fill, typed
 
-from diffusionkit.mlx.mmdit import MMDiT
+import numpy as np
 
 T = TypeVar("T")
-
-#: Which of the image ids given are collected; where the final latents decide, they must be given too.
-ImageChooser: TypeAlias = Callable[[Sequence[int], "subsets.Latents | None"], list[int]]
-
-
-class Stage(StrEnum):
-    """What a job does."""
-
-    RUN = "run"
-    GENERATE = "generate"
-    COLLECT = "collect"
-    ANALYZE = "analyze"
-
-
-class StoredStates(StrEnum):
-    """Which states of a trajectory are stored: all, or only those of the timestep schedule."""
-
-    ALL = "all"
-    SCHEDULE = "schedule"
-
-
-@dataclass(frozen=True)
-class DatasetSettings:
-    """How trajectories are stored."""
-
-    format: StorageFormat = StorageFormat.HDF5
-    dtype: StateDtype = StateDtype.FLOAT16
-    steps: StoredStates = StoredStates.ALL
-
-
-@dataclass(frozen=True)
-class StorageSettings:
-    """What is kept of activations; see :class:`CollectSettings` and :class:`SampleSettings`."""
-
-    histogram_rows: int | None = 256
-    samples: Samples = Samples.NONE
-    rows_per_image: int = 2
-    dtype: StateDtype | None = None
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Everything a stage needs, checked. Callables have their configured parameters bound."""
-
-    stage: Stage
-    model_name: str
-    load_model: Callable[[], DiffusionModel]
-    skeleton: Callable[[], MMDiT] | None
-    prompts: tuple[str, ...]
-    num_images: int
-    seed: int
-    data_dir: Path
-    cache_dir: Path
-    sampler: SamplerSettings
-    dataset: DatasetSettings
-    steps: tuple[int, ...] | timesteps.Drift
-    choose_images: ImageChooser
-    taps: TapSelection
-    collect: CollectSettings
-    heuristic: Heuristic
-    generate_missing: bool
-    shard: Shard
-    keep_awake: bool
-    stats: Path | None
-    export_config: Path | None
-    fingerprint: str
-
-    @property
-    def stored_steps(self) -> tuple[int, ...]:
-        """The states that a dataset of this configuration keeps."""
-        if self.dataset.steps is StoredStates.SCHEDULE and not isinstance(self.steps, timesteps.Drift):
-            return self.steps
-        return tuple(range(self.sampler.num_steps + 1))
-
 
 #: Key of a ``model`` option that names a function building its transformer without weights, so that layer patterns
 #: (and the sampler's settings) are checked before anything is loaded. An option may leave it out.
 SKELETON = "skeleton"
 
 #: A layer no model has, to try a heuristic's parameters on before anything is loaded.
-_PROBE = LayerSummary(-1.0, 1.0, 0.0, 0.5, dict.fromkeys(("p001", "p01", "p05", "p50", "p95", "p99", "p999"), 0.5), 1)
+_PROBE = LayerSummary(
+    *(-1.0, 1.0, 0.0, 0.5, dict.fromkeys(("p001", "p01", "p05", "p50", "p95", "p99", "p999"), 0.5), 1),
+    histogram=Histogram("float16", np.array([0x8000], np.uint16), np.array([1], np.uint64)),
+)
 
 #: Top-level keys of a configuration.
 GROUPS = (
     *("collect", "shard", "model", "prompts", "sampler", "dataset", "timestep_schedule", "subset", "taps", "storage"),
-    "analysis",
+    *("analysis", "ranges", "sensitivity", "quantizer", "calibration", "evaluation"),
 )
 KEYS = (
     *(
@@ -130,6 +71,8 @@ KEYS = (
         "keep_awake",
         "stats",
         "export_config",
+        "phase_bits",
+        "plan",
     ),
     *GROUPS,
 )
@@ -179,6 +122,8 @@ def build(config: Mapping[str, Any], multirun: bool = False) -> Settings:
     elif requested is not None:
         at_least("subset.num_images", requested, 1)
     steps = _steps(config["timestep_schedule"], sampler.num_steps)
+    data_dir = _data_dir(config, prompts, sampler, dataset, steps)
+    evaluation = _evaluation(config, sampler)
     return Settings(
         stage=stage,
         model_name=typed("model.name", model.get("name"), str),
@@ -187,7 +132,7 @@ def build(config: Mapping[str, Any], multirun: bool = False) -> Settings:
         prompts=prompts,
         num_images=num_images,
         seed=seed,
-        data_dir=_data_dir(config, prompts, sampler, dataset, steps),
+        data_dir=data_dir,
         cache_dir=_path("cache_dir", config["cache_dir"]) or Path("calibration_cache"),
         sampler=sampler,
         dataset=dataset,
@@ -196,11 +141,20 @@ def build(config: Mapping[str, Any], multirun: bool = False) -> Settings:
         taps=taps,
         collect=_collect(config, seed),
         heuristic=_heuristic(config["analysis"]),
+        ranges=_ranges(config["ranges"]),
+        phase_bits=typed("phase_bits", config["phase_bits"], bool),
+        sensitivity=_sensitivity(config["sensitivity"]),
+        quantizer=bind("quantizer", config["quantizer"], given=("work",)),
+        calibration=_calibration(config["calibration"]),
+        evaluation=evaluation,
+        evaluation_dir=data_dir.parent / _evaluation_name(config, prompts, sampler, evaluation),
         generate_missing=generate_missing,
         shard=shard,
         keep_awake=typed("keep_awake", config["keep_awake"], bool),
         stats=_path("stats", config["stats"]),
+        plan=_path("plan", config["plan"]),
         export_config=_path("export_config", config["export_config"]),
+        given_data_dir=_path("data_dir", config["data_dir"]),
         fingerprint=short_hash([{k: v for k, v in config.items() if k not in BESIDES}, prompts], digits=16),
     )
 
@@ -300,11 +254,56 @@ def _collect(config: Mapping[str, Any], seed: int) -> CollectSettings:
 
 
 def _heuristic(node: Mapping[str, Any]) -> Heuristic:
-    heuristic = bind("analysis", node, given=("layer",))
+    heuristic = bind("analysis", node, given=("layer", "layers", "sensitivities"))
+    if "layers" in inspect.signature(heuristic).parameters:
+        return Heuristic(whole=heuristic)
     result = heuristic(_PROBE)
     if not isinstance(result, LayerPlan):
         raise ConfigError.bad_value("analysis._target_", node["_target_"], "must return a LayerPlan")
-    return heuristic
+    return Heuristic(by_layer=heuristic)
+
+
+def _ranges(node: Mapping[str, Any]) -> RangeRule:
+    rule = bind("ranges", node, given=("observed",))
+    levels = np.linspace(1, 0.1, 5)
+    ranges = rule(Observed(np.arange(5), -levels, levels, levels, levels))
+    if not isinstance(ranges, StepRanges):
+        raise ConfigError.bad_value("ranges._target_", node["_target_"], "must return StepRanges")
+    return rule
+
+
+def _sensitivity(node: Mapping[str, Any]) -> SensitivitySettings:
+    settings = fill("sensitivity", node, SensitivitySettings)
+    at_least("sensitivity.images", settings.images, 1)
+    at_least("sensitivity.steps", settings.steps, 1)
+    if not settings.group_sizes or not set(settings.group_sizes) <= set(GROUP_SIZES):
+        allowed = f"MLX has groups of {', '.join(map(str, GROUP_SIZES))}"
+        raise ConfigError.bad_value("sensitivity.group_sizes", list(settings.group_sizes), allowed)
+    return settings
+
+
+def _calibration(node: Mapping[str, Any]) -> CalibrationSettings:
+    settings = fill("calibration", node, CalibrationSettings)
+    at_least("calibration.images", settings.images, 1)
+    at_least("calibration.steps", settings.steps, 1)
+    return settings
+
+
+def _evaluation(config: Mapping[str, Any], sampler: SamplerSettings) -> EvaluationSettings:
+    settings = fill("evaluation", config["evaluation"], EvaluationSettings)
+    at_least("evaluation.num_images", settings.num_images, 0)
+    at_least("evaluation.seed", settings.seed, 0)
+    at_least("evaluation.steps", settings.steps, 1)
+    return replace(settings, steps=min(settings.steps, sampler.num_steps))
+
+
+def _evaluation_name(
+    config: Mapping[str, Any], prompts: Sequence[str], sampler: SamplerSettings, evaluation: EvaluationSettings
+) -> str:
+    """The folder of the full-precision pictures, named by what makes them."""
+    drawn_by = {name: value for name, value in asdict(sampler).items() if name != "batch_size"}
+    made_by = [dict(config["model"]), list(prompts), drawn_by, evaluation.seed]
+    return f"{config['model']['name']}-evaluation-{sampler.num_steps}steps-{short_hash(made_by)}"
 
 
 def _path(key: str, value: Any) -> Path | None:

@@ -1,4 +1,4 @@
-"""The stages, one function each: generate, collect, analyze. They know settings and folders, not Hydra."""
+"""What a job does, stage by stage, and what is checked before. Settings and folders are known here, Hydra is not."""
 
 import logging
 import time
@@ -9,25 +9,28 @@ from pathlib import Path
 from typing import Any
 
 from calib.activations.store import FILE as ACTIVATIONS
-from calib.analysis.layers import STATISTICS, LayerSummary, read_summaries
-from calib.analysis.plan import Plan, make_plan, phase_bits
-from calib.analysis.summary import summary_text
+from calib.analysis.layers import STATISTICS, read_summaries
+from calib.analyzing import TIMESTEP_CONFIG, run_analyze
 from calib.awake import awake
 from calib.collecting import check_drift, check_subset, run_collect
-from calib.config import Settings, Stage, check_writable
+from calib.config import check_writable
 from calib.dataset.generate import generate, missing_images
 from calib.dataset.load import load_manifest
 from calib.dataset.manifest import FILE as MANIFEST
 from calib.dataset.manifest import Manifest
 from calib.dataset.settings import check_manifest_is_there, check_prompts, only_read
-from calib.errors import CalibError, ConfigError
-from calib.files import checksum, short_hash, write_json, write_text
+from calib.errors import ConfigError
+from calib.evaluating import quantized_folder, run_evaluate
+from calib.files import checksum, short_hash
 from calib.models.model import DiffusionModel
 from calib.progress import counted
+from calib.quantization.checkpoint import CONFIG
+from calib.quantizing import check_plan, plan_path, run_quantize
 from calib.runs.directory import RunDirectory
-from calib.timesteps import Drift, phase_bounds
-
-PLAN, TIMESTEP_CONFIG, SUMMARY = ("quantization_config.json", "timestep_config.json", "analysis.txt")
+from calib.settings import Settings, Stage
+from calib.sources import collected
+from calib.timesteps import Drift
+from calib.typed import at_least
 
 logger = logging.getLogger("calib")
 
@@ -36,6 +39,15 @@ def precheck(settings: Settings) -> None:
     """What can be known to be wrong before a run directory is made or a model is loaded."""
     if settings.stage is Stage.ANALYZE:
         read_summaries(_stats(settings))
+        if settings.heuristic.measures:
+            collected(settings, _stats(settings), "this heuristic")
+        return
+    if settings.stage is Stage.QUANTIZE:
+        check_plan(settings, plan_path(settings))
+        return
+    if settings.stage is Stage.EVALUATE:
+        at_least("evaluation.num_images", settings.evaluation.num_images, 1)
+        quantized_folder(settings)
         return
     if settings.stage is not Stage.GENERATE:
         check_writable("cache_dir", settings.cache_dir)
@@ -104,7 +116,11 @@ def run_stage(settings: Settings, run: RunDirectory, config: Mapping[str, Any]) 
     if stage in (Stage.RUN, Stage.COLLECT):
         run_collect(settings, run, model, config)
     if stage in (Stage.RUN, Stage.ANALYZE):
-        run_analyze(settings, run, run.path if stage is Stage.RUN else _stats(settings))
+        run_analyze(settings, run, run.path if stage is Stage.RUN else _stats(settings), model)
+    if stage in (Stage.RUN, Stage.QUANTIZE):
+        run_quantize(settings, run, model)
+    if stage is Stage.EVALUATE or (stage is Stage.RUN and settings.evaluation.num_images):
+        run_evaluate(settings, run, model)
 
 
 def _load_model(settings: Settings) -> DiffusionModel:
@@ -120,6 +136,11 @@ def content_fingerprint(settings: Settings) -> str:
     if settings.stage is Stage.ANALYZE:
         stats = _stats(settings)
         sources += [checksum(path) for path in (stats / ACTIVATIONS, stats / STATISTICS, stats) if path.is_file()]
+    elif settings.stage is Stage.QUANTIZE:
+        plan = plan_path(settings)
+        sources += [checksum(path) for path in (plan, plan.parent / TIMESTEP_CONFIG) if path.is_file()]
+    elif settings.stage is Stage.EVALUATE:
+        sources.append(checksum(quantized_folder(settings) / CONFIG))
     elif settings.stage is Stage.COLLECT and not settings.generate_missing:
         sources.append(checksum(settings.data_dir / MANIFEST))
     return short_hash(sources, digits=16)
@@ -161,48 +182,3 @@ def run_generate(settings: Settings, run: RunDirectory, model: Callable[[], Diff
     part = f"shard {shard.index} of {shard.count}, " if shard.count > 1 else ""
     complete = len(load_manifest(settings.data_dir).images)
     print(f"Dataset: {settings.data_dir} ({part}{counted(complete, 'image')}, {drawn} new)")
-
-
-def run_analyze(settings: Settings, run: RunDirectory, stats: Path) -> None:
-    """Turn statistics into a plan; needs files alone, no model."""
-    start = time.monotonic()
-    layers, num_steps = read_summaries(stats)
-    _check_finite(stats, layers)
-    plan = make_plan(layers, settings.heuristic)
-    write_json(run.path / PLAN, plan.to_json())
-    write_json(run.path / TIMESTEP_CONFIG, _timestep_config(settings, plan, layers, num_steps))
-    if settings.export_config is not None:
-        write_json(settings.export_config, plan.to_json())
-    text = summary_text(plan)
-    write_text(run.path / SUMMARY, text)
-    run.add_metrics({**plan.metrics(), "analyze_seconds": time.monotonic() - start})
-    print(f"\n{text}")
-
-
-def _check_finite(stats: Path, layers: Mapping[str, LayerSummary]) -> None:
-    for name, layer in layers.items():
-        if not (layer.std >= 0 and layer.range >= 0):
-            raise CalibError(f"{stats}: layer {name!r} has no finite activations; look at collection_metadata.json")
-
-
-def _timestep_config(
-    settings: Settings, plan: Plan, layers: Mapping[str, LayerSummary], num_steps: int | None
-) -> dict[str, object]:
-    """What varies with the step: each phase's steps and activation bits, and each layer's range at each step."""
-    if num_steps is None:
-        return {"num_steps": None, "phases": {}, "activation_ranges": {}}
-    bits = phase_bits(layers, settings.heuristic)
-    phases = {
-        phase: {"steps": list(bounds), "activation_bits": bits.get(phase, {})}
-        for phase, bounds in phase_bounds(num_steps).items()
-    }
-    ranges = {}
-    for name, layer in layers.items():
-        low, high = ("p01", "p99") if plan.layers[name].clips else ("min", "max")
-        used = {step: values for step, values in layer.steps.items() if step < num_steps}
-        ranges[name] = {
-            "step_index": list(used),
-            "low": [values[low] for values in used.values()],
-            "high": [values[high] for values in used.values()],
-        }
-    return {"num_steps": num_steps, "phases": phases, "activation_ranges": ranges}

@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from calib.compose import CONF, plain
-from calib.config import Settings, build
+from calib.config import build
 from calib.dataset.generate import generate, trajectory
 from calib.dataset.store import StateDtype
 from calib.models.model import DiffusionModel, weights
@@ -31,6 +31,7 @@ from calib.models.modulation import velocity
 from calib.runs.directory import device_name
 from calib.sampling import initial_noise, initial_state, noise_levels
 from calib.seeds import image_seed
+from calib.settings import Settings
 
 import mlx.core as mx
 import numpy as np

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from calib.compose import CONF, job_name
-from calib.config import Settings, Stage, build, check_writable
+from calib.config import build, check_writable
 from calib.dataset.shards import Shard
 from calib.dataset.store import StateDtype, StorageFormat
 from calib.errors import ConfigError
 from calib.models.model import ModelDtype
+from calib.settings import Settings, Stage
 from calib.typed import typed
 
 import numpy as np

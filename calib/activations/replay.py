@@ -50,6 +50,11 @@ def parts_of(rows: int) -> list[slice]:
     return [slice(first, last) for first, last in pairwise(bounds)]
 
 
+def streams_of(parts: int) -> list[mx.Stream]:
+    """A stream for each of so many parts of a batch; the device's own where there is one part."""
+    return _streams(parts) if parts > 1 else [mx.default_stream(mx.default_device())]
+
+
 @contextmanager
 def shared_cores(rows: int) -> Iterator[None]:
     """Within the context products leave room for the other parts of a batch of ``rows``."""
@@ -122,8 +127,7 @@ class Replay:
         owners = [*images] * (2 if guidance else 1)
         outputs = []
         parts = parts_of(len(rows))
-        streams = _streams(len(parts)) if len(parts) > 1 else [mx.default_stream(mx.default_device())]
-        for part, stream in zip(parts, streams, strict=True):
+        for part, stream in zip(parts, streams_of(len(parts)), strict=True):
             with mx.stream(stream):
                 observer.begin(phase)
                 self._watch = _Watch(observer, len(rows), half, part, sampler, owners[part])

@@ -74,7 +74,7 @@ def replayed(
         return
     data_dir, manifest = setup.data_dir, setup.manifest
     memory = plan_memory(model, manifest.cfg_weight > 0, setup.batch_size)
-    prompts = [[_prompt(data_dir, manifest.images[i]) for i in block.images] for block in blocks]
+    prompts = [[prompt_of(data_dir, manifest.images[i]) for i in block.images] for block in blocks]
     texts = list(model.encode_batches(prompts, manifest.cfg_weight, memory.keep_text))
     timesteps = {step: mx.array(manifest.timesteps[step]).astype(model.dtype) for step in steps}
     mx.eval(list(timesteps.values()))  # here, as it waits for all that is being computed
@@ -196,7 +196,8 @@ def _pooled_streams(seen: dict[str, Seen], points: Sequence[TapPoint]) -> dict[s
     return seen | pooled
 
 
-def _prompt(data_dir: Path, entry: ImageEntry) -> str:
+def prompt_of(data_dir: Path, entry: ImageEntry) -> str:
+    """The prompt of one image; an older dataset may not say."""
     if entry.prompt is None:
         raise CalibError(f"{data_dir}: the prompt of image {entry.image_id} is unknown; write it into {FILE}")
     return entry.prompt

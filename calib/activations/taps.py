@@ -181,7 +181,8 @@ class BlockTap(nn.Module):
         return super().__getattr__(key) if key in self else getattr(self["inner"], key)
 
 
-def _parent(root: nn.Module, path: str) -> tuple[Any, str | int]:
+def parent_of(root: nn.Module, path: str) -> tuple[Any, str | int]:
+    """What holds the module at ``path``, and the key it holds it by."""
     *parents, last = path.split(".")
     node: Any = root
     for part in parents:
@@ -197,7 +198,7 @@ def tapped(transformer: MMDiT, points: Sequence[TapPoint], record: Recorder) -> 
     ordered = sorted(points, key=lambda point: point.kind == "block")
     try:
         for point in ordered:
-            parent, key = _parent(transformer, module_path(point.name))
+            parent, key = parent_of(transformer, module_path(point.name))
             child = parent[key]
             # Noted first: an interrupt between the two lines must not leave the wrapper behind.
             replaced.append((parent, key, child))

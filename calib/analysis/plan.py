@@ -12,9 +12,6 @@ from calib.files import read_json
 
 import numpy as np
 
-#: A heuristic that looks at one layer at a time, its parameters bound.
-LayerHeuristic: TypeAlias = "Callable[[LayerSummary], LayerPlan]"
-
 NO_CLIP = (0.0, 100.0)
 
 #: What MLX runs: bits of weights, and how many neighbouring weights of a row share a scale and a bias.
@@ -62,6 +59,10 @@ class LayerPlan:
             "sensitive": self.sensitive,
             "aggressive": self.aggressive,
         }
+
+
+#: A heuristic that looks at one layer at a time, its parameters bound.
+LayerHeuristic: TypeAlias = Callable[[LayerSummary], LayerPlan]
 
 
 @dataclass(frozen=True)

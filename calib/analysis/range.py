@@ -1,5 +1,7 @@
 """Heuristic ``range``: bits by the width of the central 98% of a layer's values (this project's origin)."""
 
+import math
+
 from calib.analysis.layers import LayerSummary
 from calib.analysis.plan import NO_CLIP, LayerPlan
 
@@ -32,4 +34,5 @@ def plan_layer(
         reason=reason,
         sensitive=bits == 8,
         aggressive=bits <= 4,
+        figure=f"r = {r:.3g}, std/r = {layer.std / r if r else math.inf:.2g}" if varies else f"r = {r:.3g}",
     )

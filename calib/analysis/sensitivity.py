@@ -1,9 +1,28 @@
-"""Measured sensitivities: what quantizing one layer alone does to the model's output."""
+"""Measured sensitivities: what quantizing one layer alone does to the model's output.
 
-from dataclasses import dataclass
+And heuristic ``sensitivity``: the fewest bits at which a layer, quantized alone, does little enough.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from calib.analysis.grid import UNQUANTIZED
+from calib.analysis.layers import LayerSummary
+from calib.analysis.plan import DEFAULT_WEIGHT_BITS, GROUP_SIZES, WEIGHT_BITS, LayerPlan, Plan
+from calib.errors import CalibError, ConfigError, suggest
 
 import numpy as np
 from numpy.typing import NDArray
+
+#: Reason of a layer whose weights stay as they are.
+KEPT = "kept, MLX cannot quantize it"
+#: Activation bits of a layer whose input was not measured.
+DEFAULT_ACTIVATION_BITS = 8
+#: Activations that miss the tolerance by more than this factor even at their best are left as they are.
+HOPELESS = 10.0
+#: Bits above the average from which on a layer counts as sensitive, and fewest that count as few.
+SENSITIVE_ABOVE, AGGRESSIVE_AT = 1.5, 4
 
 
 @dataclass(frozen=True)
@@ -23,3 +42,157 @@ class Sensitivities:
     weights: dict[str, dict[tuple[int, int], NDArray[np.float64]]]
     activations: dict[str, dict[int, NDArray[np.float64]]]
     shapes: dict[str, tuple[int, int]]
+
+
+def plan_layers(
+    layers: Mapping[str, LayerSummary],
+    sensitivities: Sensitivities,
+    tolerance: float = 1e-4,
+    activation_tolerance: float | None = None,
+) -> Plan:
+    """Of each layer's options with S ≤ ``tolerance`` the one of fewest bits, and of these the largest groups.
+
+    That is the smallest one; where none meets the tolerance, the one of least S. Activations: the fewest bits with
+    S ≤ ``activation_tolerance`` (None: as ``tolerance``); where none has it the best, and where even that misses it
+    by a factor of :data:`HOPELESS`, 16: left as they are. 8 bits where no activations were measured.
+    """
+    activation_tolerance = tolerance if activation_tolerance is None else activation_tolerance
+    for key, value in {"tolerance": tolerance, "activation_tolerance": activation_tolerance}.items():
+        if not 0 < value < math.inf:
+            raise ConfigError.bad_value(f"analysis.{key}", value, "must be positive and finite")
+    options = usable_options(layers, sensitivities)
+    chosen = {name: _smallest(layer, tolerance) for name, layer in options.items()}
+    s = {name: float(options[name][option].mean()) for name, option in chosen.items()}
+    sizes = {name: option_bytes(sensitivities.shapes[name], *option) for name, option in chosen.items()}
+    nbytes, weights = sum(sizes.values()), sum(math.prod(sensitivities.shapes[name]) for name in sizes)
+    plans = {}
+    for name in layers:
+        bits = _activation_bits(sensitivities.activations.get(name, {}), activation_tolerance)
+        if name in chosen:
+            plans[name] = _layer_plan(chosen[name], bits, s[name], tolerance, 8 * nbytes / weights)
+        else:
+            plans[name] = LayerPlan(DEFAULT_WEIGHT_BITS, bits, reason=KEPT)
+    notes = [predicted(math.fsum(s.values()), nbytes, weights), *kept_note(layers, sensitivities)]
+    if missed := sum(value > tolerance for value in s.values()):
+        notes.append(f"no option has S ≤ {tolerance:g}, so they have their best: {missed} of {len(s)} layers")
+    if left := sum(plan.activation_bits == UNQUANTIZED for plan in plans.values()):
+        hopeless = HOPELESS * activation_tolerance
+        notes.append(
+            f"activations are left as they are, with S > {hopeless:g} at their best: {left} of {len(layers)} layers"
+        )
+    return Plan(plans, notes=tuple(notes))
+
+
+def _smallest(measured: Mapping[tuple[int, int], NDArray[np.float64]], tolerance: float) -> tuple[int, int]:
+    """The smallest option that meets ``tolerance``; if none does, the one of least S."""
+    s = {option: float(values.mean()) for option, values in measured.items()}
+    order = sorted(s, key=lambda option: (option[0], -option[1]))
+    return next((option for option in order if s[option] <= tolerance), min(order, key=s.__getitem__))
+
+
+def _activation_bits(measured: Mapping[int, NDArray[np.float64]], tolerance: float) -> int:
+    if not measured:
+        return DEFAULT_ACTIVATION_BITS
+    s = {bits: float(measured[bits].mean()) for bits in sorted(measured)}
+    best = min(s, key=s.__getitem__)
+    otherwise = best if s[best] <= HOPELESS * tolerance else UNQUANTIZED
+    return next((bits for bits in s if s[bits] <= tolerance), otherwise)
+
+
+def _layer_plan(option: tuple[int, int], activation_bits: int, s: float, tolerance: float, average: float) -> LayerPlan:
+    bits, group_size = option
+    plan = judged(LayerPlan(bits, activation_bits, group_size=group_size, figure=f"S = {s:.1e}"), average)
+    if s > tolerance:
+        return replace(plan, reason=f"fragile: no option has S ≤ {tolerance:g}", sensitive=True, aggressive=False)
+    return replace(plan, reason=f"fragile: fewer bits have S > {tolerance:g}" if plan.sensitive else f"{bits} bits do")
+
+
+# What ``allocate`` shares
+
+
+def usable_options(
+    layers: Mapping[str, LayerSummary],
+    sensitivities: Sensitivities,
+    weight_bits: Sequence[int] = WEIGHT_BITS,
+    group_sizes: Sequence[int] = GROUP_SIZES,
+) -> dict[str, dict[tuple[int, int], NDArray[np.float64]]]:
+    """S at each step by layer and option, of options that the layer's width allows; layers in the order of ``layers``.
+
+    Raises:
+        CalibError: a number or a layer is missing, or one is not what S can be.
+    """
+    _check(layers, sensitivities)
+    usable = {}
+    for name in filter(sensitivities.shapes.__contains__, layers):
+        columns = sensitivities.shapes[name][1]
+        usable[name] = {
+            (bits, group_size): values
+            for (bits, group_size), values in sensitivities.weights.get(name, {}).items()
+            if bits in weight_bits and group_size in group_sizes and columns % group_size == 0
+        }
+        if not usable[name]:
+            wanted = f"{_listed(weight_bits)} bits in groups of {_listed(group_sizes)}"
+            raise CalibError(f"layer {name!r} of {columns} columns has no sensitivity measured at {wanted}")
+    if not usable:
+        raise CalibError("MLX can quantize none of these layers: their widths are no multiples of 32")
+    return usable
+
+
+def _check(layers: Mapping[str, LayerSummary], sensitivities: Sensitivities) -> None:
+    for name in (*sensitivities.shapes, *sensitivities.weights, *sensitivities.activations):
+        if name not in layers:
+            hint = suggest(name, layers, list_all=False)
+            raise CalibError(f"sensitivities name layer {name!r}, which the statistics do not have.{hint}")
+    if not sensitivities.steps:
+        raise CalibError("sensitivities were measured at no step")
+    found = {
+        f"weights of layer {name!r} at {bits} bits in groups of {group_size}": s
+        for name, own in sensitivities.weights.items()
+        for (bits, group_size), s in own.items()
+    } | {
+        f"input of layer {name!r} at {bits} bits": s
+        for name, own in sensitivities.activations.items()
+        for bits, s in own.items()
+    }
+    count = len(sensitivities.steps)
+    for what, s in found.items():
+        if s.shape != (count,) or not (np.isfinite(s) & (s >= 0)).all():
+            raise CalibError(f"sensitivities of the {what} must be {count} finite numbers, none negative")
+
+
+def _listed(values: Sequence[int]) -> str:
+    return ", ".join(map(str, values))
+
+
+def option_bytes(shape: tuple[int, int], bits: int, group_size: int) -> int:
+    """Bytes of a packed weight: its integers, and a 16-bit scale and bias a group."""
+    rows, columns = shape
+    return rows * columns * bits // 8 + rows * (columns // group_size) * 4
+
+
+def held_bits(bits: int, group_size: int) -> float:
+    """Bits a weight with its share of scale and bias."""
+    return bits + 32 / group_size
+
+
+def judged(plan: LayerPlan, average: float) -> LayerPlan:
+    """``plan`` marked sensitive or aggressive, never both, where layers have ``average`` bits a weight with scales."""
+    above = held_bits(plan.weight_bits, plan.group_size) - average
+    sensitive = plan.weight_bits >= 8 or above >= SENSITIVE_ABOVE
+    return replace(plan, sensitive=sensitive, aggressive=plan.weight_bits <= AGGRESSIVE_AT and not sensitive)
+
+
+def predicted(error: float, nbytes: int, weights: int) -> str:
+    """The note of what a plan is to do and takes."""
+    size = f"{8 * nbytes / weights:.3f} bits a weight, scales and biases counted, {nbytes / 1e6:.2f} MB"
+    return f"predicted error ΣS = {error:.3g} at {size}"
+
+
+def kept_note(layers: Mapping[str, LayerSummary], sensitivities: Sensitivities) -> list[str]:
+    """The note of layers that are in no budget; none where there are none."""
+    kept = len(layers) - len(sensitivities.shapes)
+    return (
+        [f"weights are kept and not counted, as MLX cannot quantize them: {kept} of {len(layers)} layers"]
+        if kept
+        else []
+    )

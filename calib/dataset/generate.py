@@ -78,12 +78,13 @@ def trajectory(
 ) -> Iterator[State]:
     """States 0 … num_steps of a batch of images."""
     text = model.encode(prompts, settings.cfg_weight)
-    return _states(model, text, seeds, settings.num_steps, settings.cfg_weight)
+    return trajectory_from(model, text, seeds, settings.num_steps, settings.cfg_weight)
 
 
-def _states(
+def trajectory_from(
     model: DiffusionModel, text: Conditioning, seeds: Sequence[int], num_steps: int, cfg_weight: float
 ) -> Iterator[State]:
+    """States 0 … num_steps of a batch of images whose prompts are encoded."""
     sigmas = noise_levels(model.sampler, num_steps)
     noise = mx.stack([initial_noise(seed, model.latent_shape) for seed in seeds])
 
@@ -213,7 +214,7 @@ def _draw_block(
     dtype, keep = StateDtype(manifest.dtype), set(manifest.steps)
     seeds = [image_seed(manifest.seed, i) for i in block.rows]
     states = []
-    for state in _states(model, text, seeds, manifest.num_steps, manifest.cfg_weight):
+    for state in trajectory_from(model, text, seeds, manifest.num_steps, manifest.cfg_weight):
         if state.step_index in keep:
             states.append(dtype.pack(state.x))
         if state.step_index:

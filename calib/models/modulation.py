@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import cast
 
 import calib.models.compat  # noqa: F401  (must precede diffusionkit.mlx)
+from calib.models.clock import Clock
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -48,13 +49,35 @@ def modulation(transformer: MMDiT, pooled: mx.array, timesteps: mx.array, key: f
 
 
 def velocity(transformer: MMDiT, x: mx.array, tokens: mx.array, pooled: mx.array, timestep: mx.array) -> mx.array:
-    """The transformer's output v for ``x`` (rows, height, width, channels) at one evaluated timestep of size 1.
+    """The transformer's output v for ``x`` (rows, height, width, channels).
 
     Args:
         tokens: token-level text embeddings, (rows, length, width).
         pooled: pooled text embeddings, (rows, width).
+        timestep: evaluated, of size 1; or one for each row, (rows,).
     """
-    rows = mx.repeat(timestep.reshape(1), x.shape[0], axis=0)
-    with modulation(transformer, pooled, rows, cast(float, timestep.item())):
-        v: mx.array = transformer(x, tokens[:, :, None, :], timestep)
+    with modulated(transformer, pooled, timestep, len(x)) as key:
+        v: mx.array = transformer(x, tokens[:, :, None, :], key)
     return v
+
+
+@contextmanager
+def modulated(transformer: MMDiT, pooled: mx.array, timestep: mx.array, rows: int) -> Iterator[mx.array]:
+    """:func:`modulation` for so many ``rows``; yields what the transformer is to be called with as timestep.
+
+    Where rows have timesteps of their own that is a number that stands for all of them. A transformer's ``clock`` is
+    told the timestep.
+    """
+    if timestep.size == 1:
+        times, key = mx.repeat(timestep.reshape(1), rows, axis=0), timestep
+    else:
+        times, key = timestep, _ANY_TIMESTEP
+    value = cast(float, key.item())
+    clock: Clock | None = getattr(transformer, "clock", None)
+    if clock is not None:
+        clock.tell(value if timestep.size == 1 else None)
+    with modulation(transformer, pooled, times, value):
+        yield key
+
+
+_ANY_TIMESTEP = mx.array(-1.0)

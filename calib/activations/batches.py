@@ -1,0 +1,116 @@
+"""Stored states in batches, with their prompts encoded, for forwards of the transformer outside of drawing."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TypeAlias
+
+from calib.activations.replay import parts_of, streams_of
+from calib.activations.states import check_states, read_states
+from calib.activations.step import prompt_of
+from calib.dataset.manifest import Manifest
+from calib.models.model import Conditioning, DiffusionModel
+from calib.models.modulation import velocity
+
+import mlx.core as mx
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Batch:
+    """States side by side: with guidance all conditional rows first, then as many unconditional ones.
+
+    Attributes:
+        images, steps: image id and step index of each state; twice as many rows with guidance.
+        x: (rows, height, width, channels) in the model's type.
+        timesteps: evaluated, (rows,); of size 1 where all states are of one step.
+    """
+
+    images: tuple[int, ...]
+    steps: tuple[int, ...]
+    x: mx.array
+    text: Conditioning
+    timesteps: mx.array
+
+    def of_states(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
+        """What rows have, (rows,), added up for each state over the guidance halves, (states,)."""
+        total: NDArray[np.float64] = values.reshape(-1, len(self.images)).sum(axis=0)
+        return total
+
+
+@dataclass(frozen=True)
+class StoredStates:
+    """States ``steps`` of ``images`` of a dataset."""
+
+    data_dir: Path
+    manifest: Manifest
+    images: Sequence[int]
+    steps: Sequence[int]
+
+    def check(self) -> None:
+        """Raise where a state is missing or damaged."""
+        check_states(self.data_dir, self.manifest, self.images, self.steps)
+
+    def batches(self, model: DiffusionModel, size: int, mixed: bool = False) -> list["LazyBatch"]:
+        """Batches of at most ``size`` states, of one step each or, if ``mixed``, of any.
+
+        Each is read and its prompts encoded when it is called; images go in blocks of ``size``.
+        """
+        found = []
+        for first in range(0, len(self.images), size):
+            block = self.images[first : first + size]
+            pairs = [(image, step) for step in self.steps for image in block]
+            each = size if mixed else len(block)
+            found += [pairs[i : i + each] for i in range(0, len(pairs), each)]
+        return [partial(self._batch, model, chosen) for chosen in found]
+
+    def _batch(self, model: DiffusionModel, pairs: Sequence[tuple[int, int]]) -> Batch:
+        images, steps = zip(*pairs, strict=True)
+        manifest, guidance = self.manifest, self.manifest.cfg_weight > 0
+        text = model.encode([prompt_of(self.data_dir, manifest.images[i]) for i in images], manifest.cfg_weight)
+        x = mx.array(np.concatenate([read_states(self.data_dir, manifest, [i], step) for i, step in pairs]))
+        rows = (mx.concatenate([x, x]) if guidance else x).astype(model.dtype)
+        times = [manifest.timesteps[step] for step in steps] * (2 if guidance else 1)
+        timesteps = mx.array(times[:1] if len(set(steps)) == 1 else times).astype(model.dtype)
+        mx.eval(rows, timesteps)
+        return Batch(images, steps, rows, text, timesteps)
+
+
+#: A batch that is made when it is called.
+LazyBatch: TypeAlias = Callable[[], Batch]
+
+
+def timesteps_of_rows(batch: Batch, part: slice) -> mx.array:
+    """The timesteps of some rows, evaluated."""
+    if batch.timesteps.size == 1:
+        return batch.timesteps
+    chosen = batch.timesteps[part]
+    return chosen if chosen.size > 1 else chosen.reshape(1)
+
+
+def by_parts(rows: int, compute: Callable[[slice], mx.array], lazily: bool = False) -> mx.array:
+    """``compute`` of all rows, concatenated; on a CPU parts of them run side by side, started here unless ``lazily``.
+
+    Within :func:`calib.activations.replay.shared_cores` each part has its share of the processors.
+    """
+    parts = parts_of(rows)
+    outputs = []
+    for part, stream in zip(parts, streams_of(len(parts)), strict=True):
+        with mx.stream(stream):
+            outputs.append(compute(part))
+    if not lazily:
+        mx.async_eval(outputs)  # what joins them is on one stream, and would ask for one after the other
+    return mx.concatenate(outputs) if len(outputs) > 1 else outputs[0]
+
+
+def output_of(model: DiffusionModel, batch: Batch, lazily: bool = False) -> mx.array:
+    """The transformer's output v for a batch, (rows, height, width, channels)."""
+
+    def compute(part: slice) -> mx.array:
+        text = batch.text
+        times = timesteps_of_rows(batch, part)
+        return velocity(model.transformer, batch.x[part], text.tokens[part], text.pooled[part], times)
+
+    return by_parts(len(batch.x), compute, lazily)

@@ -1,0 +1,311 @@
+"""Measure sensitivities: quantize one layer, replay stored states from that layer's block on, compare the outputs.
+
+METHODS: S = mean over steps of ‖v - v_q‖² / ‖v‖². What was measured is kept in ``cache_dir`` by content, layer by
+layer, so that an interrupted measurement goes on, and every later budget is instant.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from calib.activations.batches import Batch, StoredStates, by_parts, timesteps_of_rows
+from calib.activations.replay import shared_cores
+from calib.activations.taps import TapPoint, TapSelection, linear_layers, tap_points, tapped
+from calib.analysis.grid import Grid
+from calib.analysis.plan import GROUP_SIZES, WEIGHT_BITS
+from calib.analysis.sensitivity import Sensitivities
+from calib.errors import CalibError
+from calib.files import locked, read_json, short_hash, write_json
+from calib.models.memory import plan_memory
+from calib.models.model import DiffusionModel
+from calib.models.modulation import modulated
+from calib.models.resume import Output, block_of, keeping, resumed
+from calib.progress import Progress, note, say
+from calib.versions import versions
+
+import mlx.core as mx
+import numpy as np
+from mlx import nn
+from numpy.typing import NDArray
+
+#: Bits at which the input of a layer is tried.
+ACTIVATION_BITS = (4, 6, 8)
+
+
+def quantizable(layer: nn.Module) -> list[int]:
+    """Group sizes with which MLX can quantize the layer's weights; none for what is not linear."""
+    if not isinstance(layer, nn.Linear):
+        return []
+    return [size for size in GROUP_SIZES if layer.weight.shape[-1] % size == 0]
+
+
+def rounded(weight: mx.array, bits: int, group_size: int) -> mx.array:
+    """``weight`` as MLX's affine rounding leaves it, with 16-bit scales and biases, in its own type; lazy."""
+    half = weight.dtype if weight.dtype != mx.float32 else mx.float16
+    packed, scales, biases = mx.quantize(weight.astype(half), group_size=group_size, bits=bits)
+    kept = (scales.astype(weight.dtype), biases.astype(weight.dtype))
+    restored: mx.array = mx.dequantize(packed, *kept, group_size=group_size, bits=bits)
+    return restored
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """One thing to try on one layer or tap: weights of (bits, group size), or its input at ``bits``."""
+
+    bits: int
+    group_size: int | None = None
+
+    @property
+    def key(self) -> str:
+        return f"{self.bits}" if self.group_size is None else f"{self.bits}x{self.group_size}"
+
+
+@dataclass
+class _Known:
+    """What has been measured: by 'weights' or 'inputs', layer and trial; a list of S by step."""
+
+    path: Path
+    identity: Mapping[str, Any]
+    found: dict[str, dict[str, dict[str, list[float]]]] = field(default_factory=lambda: {"weights": {}, "inputs": {}})
+
+    def load(self) -> None:
+        """What the file holds; one that is damaged is measured again, and said so."""
+        if not self.path.exists():
+            return
+        try:
+            document = read_json(self.path)
+            steps = len(self.identity["steps"])
+            for kind, layers in self.found.items():
+                for name, trials in document[kind].items():
+                    layers[name] = {key: [float(s) for s in values] for key, values in trials.items()}
+                    if any(len(values) != steps for values in layers[name].values()):
+                        raise ValueError(f"{name} has not {steps} steps")
+        except (CalibError, KeyError, TypeError, ValueError, AttributeError) as error:
+            note(f"{self.path}: cannot be used ({error}); sensitivities are measured again")
+            self.found = {"weights": {}, "inputs": {}}
+
+    def missing(self, kind: str, name: str, trials: Sequence[_Trial]) -> list[_Trial]:
+        have = self.found[kind].get(name, {})
+        return [trial for trial in trials if trial.key not in have]
+
+    def add(self, kind: str, name: str, results: Mapping[str, list[float]]) -> None:
+        """Keep, and write the file: whole, or as it was."""
+        self.found[kind].setdefault(name, {}).update(results)
+        write_json(self.path, {"identity": self.identity, **self.found})
+
+
+def measure(
+    model: Callable[[], DiffusionModel],
+    layers: Mapping[str, nn.Module],
+    points: Sequence[TapPoint],
+    states: StoredStates,
+    input_ranges: Mapping[str, tuple[float, float]],
+    cache_dir: Path,
+    group_sizes: Sequence[int] = GROUP_SIZES,
+) -> Sensitivities:
+    """Sensitivities of all of ``layers``, from the cache where they are known.
+
+    Args:
+        model: loads the model; called only if something is missing.
+        layers: linear layers by canonical name, of the model or of one of its shape without weights.
+        points: taps; layers of one tap read one array, which is quantized for all of them at once.
+        input_ranges: full range of the input of each tap, by its name.
+    """
+    sizes = {name: [size for size in quantizable(layer) if size in group_sizes] for name, layer in layers.items()}
+    trials = {name: [_Trial(*pair) for pair in product(WEIGHT_BITS, own)] for name, own in sizes.items() if own}
+    identity = _identity(states)
+    known = _Known(cache_dir / "sensitivity" / f"{short_hash(identity, digits=16)}.json", identity)
+    waiting = f"waiting for the process that measures the same sensitivities ({known.path})"
+    with locked(known.path.with_suffix(".lock"), lambda: say(waiting)):
+        known.load()
+        todo = _todo(known, trials, points, input_ranges)
+        if todo:
+            states.check()
+            _Measuring(model(), states, known).run(todo)
+    return Sensitivities(
+        steps=tuple(states.steps),
+        num_steps=states.manifest.num_steps,
+        weights={
+            name: {(t.bits, t.group_size or 0): np.array(known.found["weights"][name][t.key]) for t in own}
+            for name, own in trials.items()
+        },
+        activations={
+            name: {t.bits: np.array(known.found["inputs"][key][t.key]) for t in _INPUT_TRIALS}
+            for point in points
+            if (key := _input_key(point, input_ranges)) is not None
+            for name in point.names
+        },
+        shapes={name: (layers[name].weight.shape[0], layers[name].weight.shape[-1]) for name in trials},
+    )
+
+
+_INPUT_TRIALS = [_Trial(bits) for bits in ACTIVATION_BITS]
+
+
+def _input_key(point: TapPoint, ranges: Mapping[str, tuple[float, float]]) -> str | None:
+    """A tap and the range its input is quantized over: another range is another measurement."""
+    if point.kind == "block" or point.name not in ranges:
+        return None
+    low, high = ranges[point.name]
+    return f"{point.name} [{low:.6g}, {high:.6g}]"
+
+
+def _identity(states: StoredStates) -> dict[str, Any]:
+    """What a measurement follows from, besides the layer."""
+    manifest = states.manifest
+    return {
+        "fingerprint": manifest.fingerprint,
+        "text_encoders": manifest.text_encoders,
+        "cfg_weight": manifest.cfg_weight,
+        "steps": list(states.steps),
+        "timesteps": [f"{manifest.timesteps[step]:.9g}" for step in states.steps],
+        "images": [[manifest.images[i].prompt, *manifest.images[i].checksums.values()] for i in states.images],
+        "device": mx.default_device().type.name,
+        "mlx": versions()["mlx"],
+    }
+
+
+@dataclass(frozen=True)
+class _Task:
+    """Trials of one layer's weights, or of the input of one tap; ``block`` is where its effect begins."""
+
+    kind: str
+    key: str
+    names: tuple[str, ...]
+    trials: list[_Trial]
+    range: tuple[float, float] = (0.0, 0.0)
+
+
+def _todo(
+    known: _Known,
+    trials: Mapping[str, list[_Trial]],
+    points: Sequence[TapPoint],
+    ranges: Mapping[str, tuple[float, float]],
+) -> list[_Task]:
+    tasks = []
+    for name, own in trials.items():
+        if missing := known.missing("weights", name, own):
+            tasks.append(_Task("weights", name, (name,), missing))
+    for point in points:
+        key = _input_key(point, ranges)
+        if key is not None and (missing := known.missing("inputs", key, _INPUT_TRIALS)):
+            tasks.append(_Task("inputs", key, point.names, missing, ranges[point.name]))
+    return tasks
+
+
+class _Measuring:
+    """Trials of one model on states that stay in memory, block after block."""
+
+    def __init__(self, model: DiffusionModel, states: StoredStates, known: _Known):
+        self._model, self._states, self._known = model, states, known
+        self._layers = linear_layers(model.transformer)
+        # Rows of any steps side by side: a forward of many rows is cheaper than many forwards.
+        size = plan_memory(model, states.manifest.cfg_weight > 0).batch_size
+        self._batches = [batch() for batch in states.batches(model, size, mixed=True)]
+        self._outputs: list[Output | None] = [None] * len(self._batches)
+        self._block = -1  # the block whose outputs are kept
+
+    def run(self, tasks: Sequence[_Task]) -> None:
+        """Measure, the layers in the order of the network; each layer's results are kept as they come."""
+        transformer = self._model.transformer
+
+        def begins(task: _Task) -> int:
+            blocks = [block_of(name, transformer) for name in task.names]
+            # Embedders reach all blocks; so does what all adaLN layers read.
+            return -1 if None in blocks or len(set(blocks)) > 1 else blocks[0] or 0
+
+        total = sum(len(task.trials) for task in tasks)
+        rows = max(len(batch.x) for batch in self._batches)
+        with Progress("measure sensitivities", total, "trial") as progress, shared_cores(rows):
+            reference = [self._forward(batch, None) for batch in self._batches]
+            energy = self._by_step([_energies(v) for v in reference])
+            for task in sorted(tasks, key=begins):
+                self._advance(max(begins(task), 0) - 1)
+                results = {}
+                for trial in task.trials:
+                    with self._tried(task, trial):
+                        tried = [self._forward(*both) for both in zip(self._batches, self._outputs, strict=True)]
+                        errors = [_energies(v_q - v) for v_q, v in zip(tried, reference, strict=True)]
+                        results[trial.key] = (self._by_step(errors) / energy).tolist()
+                    progress.advance()
+                self._known.add(task.kind, task.key, results)
+
+    def _by_step(self, energies: Sequence[mx.array]) -> NDArray[np.float64]:
+        """The sums at each step of what every row has."""
+        mx.eval(list(energies))
+        total = dict.fromkeys(self._states.steps, 0.0)
+        for batch, values in zip(self._batches, energies, strict=True):
+            for step, value in zip(batch.steps, batch.of_states(np.array(values, np.float64)), strict=True):
+                total[step] += value
+        return np.array(list(total.values()))
+
+    @contextmanager
+    def _tried(self, task: _Task, trial: _Trial) -> Iterator[None]:
+        if trial.group_size is None:
+            grid = Grid.over(*task.range, trial.bits)
+            apart = [TapPoint(name, "") for name in task.names]
+            with tapped(self._model.transformer, apart, lambda _, x: grid.apply_mx(x)):
+                yield
+            return
+        layer = self._layers[task.names[0]]
+        own = layer.weight
+        try:
+            layer.weight = rounded(own, trial.bits, trial.group_size)
+            mx.eval(layer.weight)
+            yield
+        finally:
+            layer.weight = own
+
+    def _advance(self, block: int) -> None:
+        """Have the outputs of ``block`` of every batch in place of those of an earlier one."""
+        while self._block < block:
+            self._outputs = [
+                self._next(batch, output) for batch, output in zip(self._batches, self._outputs, strict=True)
+            ]
+            self._block += 1
+
+    def _next(self, batch: Batch, output: Output | None) -> Output:
+        kept: list[Any] = []
+        with keeping(self._model.transformer, self._block + 1, kept.append):
+            # Both parts' outputs are kept; the forward behind them is never evaluated.
+            self._forward(batch, output, lazily=True)
+        mx.eval(kept)
+        if isinstance(kept[0], mx.array):
+            return mx.concatenate(kept)
+        image, text = zip(*kept, strict=True)
+        return mx.concatenate(list(image)), None if text[0] is None else mx.concatenate(list(text))
+
+    def _forward(self, batch: Batch, output: Output | None, lazily: bool = False) -> mx.array:
+        """The output v of a batch, (rows, …), begun after the block that gave ``output``."""
+        compute = partial(self._part, batch, output)
+        return by_parts(len(batch.x), compute, lazily)
+
+    def _part(self, batch: Batch, output: Output | None, part: slice) -> mx.array:
+        transformer, text = self._model.transformer, batch.text
+        rows, length = batch.x[part], text.tokens.shape[1]
+        times = timesteps_of_rows(batch, part)
+        begun = nullcontext() if output is None else resumed(transformer, self._block, _of_rows(output, part), length)
+        with modulated(transformer, text.pooled[part], times, len(rows)) as key, begun:
+            v: mx.array = transformer(rows, text.tokens[part][:, :, None, :], key)
+        return v
+
+
+def _of_rows(output: Output, part: slice) -> Output:
+    if isinstance(output, mx.array):
+        return output[part]
+    image, text = output
+    return image[part], None if text is None else text[part]
+
+
+def _energies(x: mx.array) -> mx.array:
+    """Σx² of each row in float32, (rows,); lazy."""
+    return mx.sum(mx.square(x.astype(mx.float32)), axis=tuple(range(1, x.ndim)))
+
+
+def measurable(transformer: nn.Module) -> tuple[dict[str, nn.Module], list[TapPoint]]:
+    """Linear layers, and the taps on them, of a transformer with or without weights."""
+    return linear_layers(transformer), tap_points(transformer, TapSelection())

@@ -1,0 +1,120 @@
+"""The stage that says what a quantized model has lost: the same seeds drawn again, and compared."""
+
+import logging
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from calib.dataset.generate import generate, missing_images
+from calib.dataset.load import load_manifest
+from calib.dataset.store import StateDtype
+from calib.errors import CalibError, ConfigError
+from calib.evaluation.metrics import Fidelity
+from calib.evaluation.paired import Reference, compare, rounded_to_bfloat16
+from calib.evaluation.report import fidelity_text, picture_grid, plot_error
+from calib.files import read_json, short_hash, write_json, write_text
+from calib.models.model import DiffusionModel
+from calib.progress import note
+from calib.quantization.apply import applied
+from calib.quantization.checkpoint import load
+from calib.quantizing import FOLDER
+from calib.runs.directory import RunDirectory
+from calib.settings import Settings, Stage
+from calib.versions import versions
+
+import mlx.core as mx
+import numpy as np
+
+DETAILS, REPORT, PLOT, GRID = "evaluation.json", "evaluation.txt", "images/output_error.png", "images/pictures.png"
+
+logger = logging.getLogger("calib")
+
+
+def quantized_folder(settings: Settings) -> Path:
+    """The folder of the quantized model that ``plan=`` names."""
+    if settings.plan is None:
+        raise ConfigError("plan is not set: name the run directory of calib quantize, calib evaluate plan=DIR")
+    folder = settings.plan / FOLDER
+    if not folder.is_dir():
+        raise ConfigError(
+            f"plan={settings.plan}: no folder {FOLDER} there; calib quantize plan={settings.plan} makes one"
+        )
+    return folder
+
+
+def run_evaluate(settings: Settings, run: RunDirectory, model: Callable[[], DiffusionModel]) -> None:
+    """Draw held-out prompts at full precision and quantized; metrics, pictures, and a plot into the run directory."""
+    start = time.monotonic()
+    quantized = load(run.path / FOLDER if settings.stage is Stage.RUN else quantized_folder(settings))
+    if quantized.about.get("fingerprint") != model().fingerprint:
+        raise CalibError(
+            f"the quantized model was made from {quantized.about.get('model')} with other weights; set model"
+        )
+    reference = _reference(settings, model())
+    control = _control(settings, model(), reference)
+    mx.reset_peak_memory()
+    outcome = compare(model(), reference, partial(applied, model(), quantized), "quantized")
+    peak = mx.get_peak_memory()
+    found = outcome.fidelity
+    text = fidelity_text(found, control, settings.sampler.num_steps)
+    write_text(run.path / REPORT, text)
+    write_json(
+        run.path / DETAILS, {"prompts": reference.prompts, "quantized": _to_json(found), "control": _to_json(control)}
+    )
+    plot_error(run.path / PLOT, {"quantized": found, "control: weights and states in bfloat16": control})
+    picture_grid(run.path / GRID, reference.pictures(model()), outcome.pictures, reference.prompts)
+    seconds = time.monotonic() - start
+    run.add_metrics(
+        {**found.summary(), **control.summary("control_"), "evaluate_seconds": seconds, "evaluate_peak_bytes": peak}
+    )
+    logger.info("evaluated %d images in %.1f s", len(reference.images), seconds)
+    print(f"\n{text}")
+
+
+def _reference(settings: Settings, model: DiffusionModel) -> Reference:
+    """The full-precision pictures; drawn once, and shared by all runs that ask for the same."""
+    wanted, folder = settings.evaluation, settings.evaluation_dir
+    # From the end of the list: prompts that a smaller dataset has not used.
+    prompts = settings.prompts[::-1]
+    if wanted.num_images + settings.num_images > len(prompts):
+        note("evaluation: the list of prompts is too short for prompts of its own; seeds are others")
+    if missing := missing_images(folder, wanted.num_images, thorough=True):
+        generate(
+            *(model, prompts, wanted.num_images, folder, settings.sampler, wanted.base_seed),
+            dtype=StateDtype.FLOAT32,
+            wait=True,
+            known_missing=missing,
+        )
+    manifest = load_manifest(folder)
+    manifest.images = {i: manifest.images[i] for i in range(wanted.num_images)}
+    n = manifest.num_steps
+    steps = sorted({round(i * (n - 1) / max(1, wanted.steps - 1)) for i in range(wanted.steps)})
+    return Reference(folder, manifest, steps)
+
+
+def _control(settings: Settings, model: DiffusionModel, reference: Reference) -> Fidelity:
+    """The noise floor, measured once for a model and its reference."""
+    images = [[e.prompt, *e.checksums.values()] for e in reference.manifest.images.values()]
+    device = [mx.default_device().type.name, versions()["mlx"]]
+    key = short_hash([model.fingerprint, images, list(reference.steps), *device], digits=16)
+    path = settings.cache_dir / "evaluation" / f"control_{key}.json"
+    if path.exists():
+        with suppress(CalibError, KeyError, TypeError, ValueError):  # a damaged one is measured again
+            return _from_json(read_json(path))
+    found = compare(model, reference, partial(rounded_to_bfloat16, model), "control").fidelity
+    write_json(path, _to_json(found))
+    return found
+
+
+def _to_json(found: Fidelity) -> dict[str, Any]:
+    """JSON has no infinity: null stands for that of equal pictures."""
+    psnr = [None if np.isinf(value) else value for value in found.psnr.tolist()]
+    return {"psnr": psnr, "ssim": found.ssim.tolist(), "steps": found.steps.tolist(), "error": found.error.tolist()}
+
+
+def _from_json(document: dict[str, Any]) -> Fidelity:
+    psnr = np.array([np.inf if value is None else value for value in document["psnr"]])
+    return Fidelity(psnr, np.array(document["ssim"]), np.array(document["error"]), np.array(document["steps"]))

@@ -1,0 +1,210 @@
+"""From a plan to a quantized model: check it against the transformer, run the quantizer, gather the rules."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from calib.activations.batches import StoredStates, output_of
+from calib.activations.reader import ActivationFile
+from calib.activations.taps import Recorder, TapPoint, linear_layers, tapped
+from calib.analysis.drift import channel_extremes, observe
+from calib.analysis.grid import UNQUANTIZED
+from calib.analysis.plan import GROUP_SIZES, LayerPlan
+from calib.analysis.ranges import RangeRule, StepRanges
+from calib.errors import CalibError, suggest
+from calib.models.memory import plan_memory
+from calib.models.model import DiffusionModel, weights
+from calib.models.names import module_path
+from calib.quantization.model import InputRule, QuantizedModel
+from calib.quantization.packed import Packed
+from calib.quantization.quantizer import ChannelRange, Quantizer, Work
+
+import mlx.core as mx
+from mlx import nn
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """What of a plan varies with the step; the content of ``timestep_config.json``.
+
+    Attributes:
+        timesteps: of steps 0 … n - 1.
+        phases: first and last step of each.
+        activation_bits: by phase and layer.
+        weight_bits: by phase and layer, where weights have copies.
+        ranges: by layer.
+    """
+
+    timesteps: tuple[float, ...]
+    phases: dict[str, tuple[int, int]] = field(default_factory=dict)
+    activation_bits: dict[str, dict[str, int]] = field(default_factory=dict)
+    weight_bits: dict[str, dict[str, int]] = field(default_factory=dict)
+    ranges: dict[str, StepRanges] = field(default_factory=dict)
+
+    def bits_by_step(self, name: str, default: int) -> tuple[int, ...]:
+        """Activation bits of a layer at every step; ``default`` outside the phases that were collected."""
+        bits = [default] * len(self.timesteps)
+        for phase, (first, last) in self.phases.items():
+            own = self.activation_bits.get(phase, {}).get(name, default)
+            bits[first : last + 1] = [own] * len(bits[first : last + 1])
+        return tuple(bits)
+
+
+def check_names(plan: Mapping[str, LayerPlan], known: Sequence[str], source: str) -> None:
+    """Raise where a plan has layers that the model has not."""
+    if unknown := [name for name in plan if name not in known]:
+        more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
+        hint = suggest(unknown[0], known, list_all=False)
+        raise CalibError(f"{source}: the model has no layer {unknown[0]!r}{more}; is it another model's plan?{hint}")
+
+
+def fitting(plan: Mapping[str, LayerPlan], layers: Mapping[str, nn.Module]) -> tuple[dict[str, LayerPlan], list[str]]:
+    """The plans of layers that MLX can quantize, with a group size that fits, and a note on every exception."""
+    found, notes = {}, []
+    for name, layer in plan.items():
+        module = layers.get(name)
+        if not isinstance(module, nn.Linear):
+            if module is not None:
+                notes.append(f"{name} is no linear layer, MLX cannot quantize it; it stays at 16 bits")
+            continue
+        columns = module.weight.shape[-1]
+        sizes = [size for size in GROUP_SIZES if columns % size == 0]
+        if not sizes:
+            notes.append(f"{name}: groups of {GROUP_SIZES} do not divide its {columns} columns; it stays at 16 bits")
+            continue
+        size = max((s for s in sizes if s <= layer.group_size), default=sizes[0])
+        if size != layer.group_size:
+            notes.append(f"{name}: groups of {layer.group_size} do not divide its {columns} columns; {size} instead")
+        found[name] = replace(layer, group_size=size)
+    return found, notes
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a quantizer may draw on.
+
+    Attributes:
+        statistics: an ``activations.h5``, if there is one.
+        rule: how ranges vary with the step.
+        states: calibration states, asked for where a quantizer replays them; None where there is no run to tell.
+    """
+
+    statistics: Path | None
+    rule: RangeRule
+    states: Callable[[], StoredStates] | None
+
+
+def build(
+    model: DiffusionModel,
+    plan: Mapping[str, LayerPlan],
+    steps: StepPlan,
+    quantizer: Quantizer,
+    source: Source,
+    about: Mapping[str, Any],
+) -> tuple[QuantizedModel, list[str]]:
+    """The quantized model, and what people should know of it."""
+    layers = linear_layers(model.transformer)
+    chosen, notes = fitting(plan, layers)
+    half = model.dtype if model.dtype != mx.float32 else mx.float16
+    linear = {name: layer for name, layer in layers.items() if name in chosen and isinstance(layer, nn.Linear)}
+    work = Work(model.transformer, linear, {**plan, **chosen}, half, _replay(model, source), *_statistics(plan, source))
+    made = quantizer(work)
+    inputs, more = _inputs(plan, steps, made.ranges)
+    packed = {f"{module_path(name)}.weight" for name in made.layers}
+    own = weights(model.transformer)
+    rest = {path: made.weights.get(path, array).astype(half) for path, array in own.items() if path not in packed}
+    copies = _copies(linear, chosen, steps, made.layers, quantizer, work)
+    quantized = QuantizedModel(made.layers, rest, inputs, steps.timesteps, copies, steps.phases, dict(about))
+    mx.eval(rest, [[p.weight, p.scales, p.biases] for p in made.layers.values()])
+    return quantized, [*notes, *made.notes, *more]
+
+
+def _inputs(
+    plan: Mapping[str, LayerPlan], steps: StepPlan, own: Mapping[str, StepRanges]
+) -> tuple[dict[str, InputRule], list[str]]:
+    """Rules for every layer whose input is quantized at some step, the quantizer's ranges before the plan's."""
+    rules, missing, constant = {}, [], []
+    for name, layer in plan.items():
+        bits = steps.bits_by_step(name, layer.activation_bits)
+        if all(b >= UNQUANTIZED for b in bits):
+            continue
+        ranges = own.get(name, steps.ranges.get(name))
+        if ranges is None:
+            missing.append(name)
+        elif not any(ranges.low) and not any(ranges.high):
+            constant.append(name)
+        else:
+            rules[name] = InputRule(ranges, bits)
+    notes = []
+    if missing:
+        notes.append(
+            f"{len(missing)} layers have no activation ranges (no timestep_config.json): inputs stay as they are"
+        )
+    if constant:
+        notes.append(f"{', '.join(constant)}: the input is zero always; it stays as it is")
+    return rules, notes
+
+
+def _copies(
+    linear: Mapping[str, nn.Linear],
+    chosen: Mapping[str, LayerPlan],
+    steps: StepPlan,
+    made: Mapping[str, Packed],
+    quantizer: Quantizer,
+    work: Work,
+) -> dict[str, dict[str, Packed]]:
+    """Weights of phases whose bits are others than those that serve all steps."""
+    copies = {}
+    for phase, bits in steps.weight_bits.items():
+        other = {name: b for name, b in bits.items() if name in made and b != chosen[name].weight_bits}
+        if other:
+            plan = {**work.plan, **{name: replace(chosen[name], weight_bits=b) for name, b in other.items()}}
+            again = quantizer(replace(work, plan=plan, layers={name: linear[name] for name in other}))
+            copies[phase] = again.layers
+    return copies
+
+
+def _statistics(plan: Mapping[str, LayerPlan], source: Source) -> tuple[Any, Any]:
+    """The two functions by which a quantizer asks the statistics."""
+
+    def channel_range(name: str) -> ChannelRange | None:
+        if source.statistics is None:
+            return None
+        with ActivationFile(source.statistics) as file:
+            return ChannelRange(*channel_extremes(file, name))
+
+    def ranges(name: str, clip: tuple[float, float] | None, divisors: Any) -> StepRanges | None:
+        if source.statistics is None:
+            return None
+        with ActivationFile(source.statistics) as file:
+            return source.rule(observe(file, name, clip or plan[name].clip_percentile, divisors))
+
+    return channel_range, ranges
+
+
+def _replay(model: DiffusionModel, source: Source) -> Any:
+    def replay(
+        points: Sequence[TapPoint],
+        record: Recorder,
+        pending: Any,
+        replaced: Mapping[str, mx.array],
+    ) -> None:
+        if source.states is None:
+            raise CalibError("this quantizer replays stored states: name the run that collected them, stats=DIR")
+        states = source.states()
+        layers = linear_layers(model.transformer)
+        own = {name: layers[name].weight for name in replaced}
+        size = plan_memory(model, states.manifest.cfg_weight > 0).batch_size
+        try:
+            for name, weight in replaced.items():
+                layers[name].weight = weight.astype(own[name].dtype)
+            with tapped(model.transformer, points, record):
+                for batch in states.batches(model, size, mixed=True):
+                    output_of(model, batch(), lazily=True)
+                    mx.eval(pending())
+        finally:
+            for name, weight in own.items():
+                layers[name].weight = weight
+
+    return replay

@@ -1,0 +1,138 @@
+"""A quantized transformer as a folder: what is loaded again is what was saved, bit for bit.
+
+``model.safetensors`` holds every parameter by the path that DiffusionKit's MMDiT has after ``nn.quantize``; MLX alone
+loads it. ``phases.safetensors`` holds further copies of weights for phases, where a plan asks for them. ``config.json``
+holds bits and group size of each layer, the rules for activations, and where the model comes from.
+"""
+
+from collections.abc import Mapping
+from dataclasses import fields
+from enum import Enum
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from calib.analysis.range_files import from_json, to_json
+from calib.errors import CalibError
+from calib.files import checksum, read_json, write_json
+from calib.models.names import layer_name, module_path
+from calib.quantization.model import InputRule, QuantizedModel
+from calib.quantization.packed import Packed
+
+import mlx.core as mx
+from diffusionkit.mlx.config import MMDiTConfig
+
+FORMAT, FORMAT_VERSION = "calib-quantized-model", 1
+CONFIG, WEIGHTS, COPIES = "config.json", "model.safetensors", "phases.safetensors"
+_PARTS = ("weight", "scales", "biases")
+
+
+def mmdit_fields(config: MMDiTConfig) -> dict[str, Any]:
+    """What builds such a configuration again, JSON-able; types of numbers and encodings are named beside it."""
+    values = {f.name: getattr(config, f.name) for f in fields(config)}
+    return {name: v for name, v in values.items() if not isinstance(v, mx.Dtype | Enum) and v is not None}
+
+
+def save(quantized: QuantizedModel, folder: Path) -> None:
+    """Write ``folder``, whole or not at all; one that is there is replaced."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent, ignore_cleanup_errors=True) as place:
+        made = Path(place) / "made"
+        made.mkdir()
+        mx.save_safetensors(str(made / WEIGHTS), quantized.parameters(), metadata={"format": "mlx"})
+        files = {WEIGHTS: checksum(made / WEIGHTS)}
+        if quantized.copies:
+            mx.save_safetensors(str(made / COPIES), _copies_of(quantized), metadata={"format": "mlx"})
+            files[COPIES] = checksum(made / COPIES)
+        write_json(made / CONFIG, {**_document(quantized), "files": files})
+        if folder.exists():
+            folder.rename(Path(place) / "before")
+        made.rename(folder)
+
+
+def _shape(layer: Packed) -> dict[str, int]:
+    return {"bits": layer.bits, "group_size": layer.group_size}
+
+
+def _copies_of(quantized: QuantizedModel) -> dict[str, mx.array]:
+    return {
+        f"{phase}.{module_path(name)}.{part}": getattr(layer, part)
+        for phase, layers in quantized.copies.items()
+        for name, layer in layers.items()
+        for part in _PARTS
+    }
+
+
+def _document(quantized: QuantizedModel) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        **quantized.about,
+        "layers": {module_path(name): _shape(layer) for name, layer in quantized.layers.items()},
+        "copies": {
+            phase: {module_path(name): _shape(layer) for name, layer in layers.items()}
+            for phase, layers in quantized.copies.items()
+        },
+        "phases": {phase: list(bounds) for phase, bounds in quantized.phases.items()},
+        "timesteps": list(quantized.timesteps),
+        "activation_ranges": to_json({name: rule.ranges for name, rule in quantized.inputs.items()}),
+        "activation_bits": {name: list(rule.bits) for name, rule in quantized.inputs.items()},
+    }
+
+
+def load(folder: Path) -> QuantizedModel:
+    """What :func:`save` wrote.
+
+    Raises:
+        CalibError: a file is missing, damaged, or of another version.
+    """
+    path = folder / CONFIG
+    if not path.exists():
+        raise CalibError(f"{folder}: no quantized model there (no {CONFIG}); calib quantize makes one")
+    document = read_json(path)
+    again = "run calib quantize again"
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        raise CalibError(f"{path}: not a {FORMAT}; {again}")
+    if document.get("format_version") != FORMAT_VERSION:
+        version = document.get("format_version")
+        raise CalibError(f"{path}: has format version {version}, this calib reads {FORMAT_VERSION}; {again}")
+    try:
+        for name, expected in document["files"].items():
+            if not (folder / name).exists():
+                raise CalibError(f"{folder / name}: is missing; {again}")
+            if checksum(folder / name) != expected:
+                raise CalibError(f"{folder / name}: is damaged; {again}")
+        return _quantized(path, document, _arrays(folder / WEIGHTS), _arrays(folder / COPIES))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CalibError(f"{path}: lacks or garbles {error}; {again}") from None
+
+
+def _arrays(path: Path) -> dict[str, mx.array]:
+    if not path.exists():
+        return {}
+    arrays = mx.load(str(path))
+    assert isinstance(arrays, dict)
+    return arrays
+
+
+def _quantized(
+    path: Path, document: Mapping[str, Any], arrays: dict[str, mx.array], copies: dict[str, mx.array]
+) -> QuantizedModel:
+
+    def packed(source: dict[str, mx.array], prefix: str, shape: Mapping[str, int]) -> Packed:
+        weight, scales, biases = (source.pop(f"{prefix}.{part}") for part in _PARTS)
+        return Packed(weight, scales, biases, shape["bits"], shape["group_size"])
+
+    layers = {layer_name(place): packed(arrays, place, shape) for place, shape in document["layers"].items()}
+    held = {
+        phase: {layer_name(place): packed(copies, f"{phase}.{place}", shape) for place, shape in own.items()}
+        for phase, own in document["copies"].items()
+    }
+    timesteps = tuple(float(t) for t in document["timesteps"])
+    ranges = from_json(document["activation_ranges"], path, len(timesteps))
+    inputs = {name: InputRule(r, tuple(document["activation_bits"][name])) for name, r in ranges.items()}
+    phases = {phase: (int(first), int(last)) for phase, (first, last) in document["phases"].items()}
+    made = {"format", "format_version", "layers", "copies", "phases", "timesteps", "files"}
+    made |= {"activation_ranges", "activation_bits"}
+    about = {key: value for key, value in document.items() if key not in made}
+    return QuantizedModel(layers, arrays, inputs, timesteps, held, phases, about)

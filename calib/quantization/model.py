@@ -1,0 +1,110 @@
+"""A quantized transformer as data: packed weights, the rest at 16 bits, and what happens to activations."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from calib.analysis.grid import UNQUANTIZED, Grid
+from calib.analysis.ranges import StepRanges
+from calib.models.names import module_path
+from calib.quantization.packed import Packed
+
+import mlx.core as mx
+
+
+@dataclass(frozen=True)
+class InputRule:
+    """How the input of a layer is quantized: over a range and to bits that may vary with the step.
+
+    Attributes:
+        bits: of each step, (num_steps,); 16 leaves the input as it is.
+    """
+
+    ranges: StepRanges
+    bits: tuple[int, ...]
+
+    def grid(self, step: int) -> Grid | None:
+        """The grid at a step; None where the input is left as it is."""
+        bits = self.bits[min(step, len(self.bits) - 1)]
+        return None if bits >= UNQUANTIZED else Grid.over(*self.ranges.at(step), bits)
+
+
+@dataclass
+class QuantizedModel:
+    """All of a transformer's weights, and the rules for its activations.
+
+    Attributes:
+        layers: packed weights by canonical layer name.
+        weights: every other parameter by path, of the 16-bit type.
+        inputs: rules by layer name.
+        timesteps: of steps 0 … n - 1 of the trajectories that the rules were made from.
+        copies: by phase and layer, weights of their own for its steps; ``layers`` serves the steps outside.
+        phases: first and last step of each phase.
+        about: where it comes from, JSON-able: model, fingerprint, quantizer …
+    """
+
+    layers: dict[str, Packed]
+    weights: dict[str, mx.array]
+    inputs: dict[str, InputRule]
+    timesteps: tuple[float, ...]
+    copies: dict[str, dict[str, Packed]] = field(default_factory=dict)
+    phases: dict[str, tuple[int, int]] = field(default_factory=dict)
+    about: dict[str, Any] = field(default_factory=dict)
+
+    def size(self) -> "Size":
+        """Bytes and bits, counted from the arrays."""
+        packed = [*self.layers.values(), *(p for copies in self.copies.values() for p in copies.values())]
+        values = sum(layer.weight.size * 32 // layer.bits for layer in self.layers.values())
+        dense = sum(array.nbytes for array in self.weights.values())
+        return Size(
+            quantized_values=values,
+            other_values=sum(array.size for array in self.weights.values()),
+            quantized_bytes=sum(layer.nbytes for layer in packed),
+            other_bytes=dense,
+        )
+
+    def parameters(self) -> dict[str, mx.array]:
+        """Arrays by the paths that an MMDiT has after ``nn.quantize``; copies of phases are not among them."""
+        found = dict(self.weights)
+        for name, layer in self.layers.items():
+            path = module_path(name)
+            found |= {f"{path}.weight": layer.weight, f"{path}.scales": layer.scales, f"{path}.biases": layer.biases}
+        return found
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a quantized transformer takes. Values are weights as they were before quantization."""
+
+    quantized_values: int
+    other_values: int
+    quantized_bytes: int
+    other_bytes: int
+
+    @property
+    def average_bits(self) -> float:
+        """Bits of a quantized weight, its share of scales and biases, and all copies, counted."""
+        return 8 * self.quantized_bytes / self.quantized_values if self.quantized_values else 0.0
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits of a parameter of the whole transformer, unquantized ones counted too."""
+        return 8 * self.nbytes / (self.quantized_values + self.other_values)
+
+    @property
+    def nbytes(self) -> int:
+        return self.quantized_bytes + self.other_bytes
+
+    @property
+    def nbytes_before(self) -> int:
+        """At 16 bits a parameter."""
+        return 2 * (self.quantized_values + self.other_values)
+
+    def metrics(self) -> Mapping[str, float]:
+        """Flat numbers for ``metrics.json``."""
+        return {
+            "quantized_bytes": self.nbytes,
+            "unquantized_bytes": self.nbytes_before,
+            "average_weight_bits": self.average_bits,
+            "bits_per_weight": self.bits_per_weight,
+        }

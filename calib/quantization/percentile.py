@@ -1,0 +1,27 @@
+"""Quantizer ``percentile``: round to nearest, and activations cut at percentiles of its own in every layer."""
+
+from calib.errors import CalibError, ConfigError
+from calib.quantization import rtn
+from calib.quantization.quantizer import Quantized, Work
+
+
+def quantize(work: Work, low: float = 0.1, high: float = 99.9) -> Quantized:
+    """Weights as :func:`calib.quantization.rtn.quantize` has them; ``low`` and ``high`` instead of the plan's clipping.
+
+    The few values beyond them saturate, and all others get a finer grid.
+    """
+    if low < 0:
+        raise ConfigError.bad_value("quantizer.low", low, "must be 0 or more")
+    if high > 100:
+        raise ConfigError.bad_value("quantizer.high", high, "must be 100 or less")
+    if low >= high:
+        raise ConfigError.bad_value("quantizer.low", low, f"must be less than quantizer.high ({high})")
+    result = rtn.quantize(work)
+    for name in work.layers:
+        ranges = work.ranges(name, (low, high), None)
+        if ranges is None:
+            raise CalibError(
+                f"quantizer=percentile needs activations.h5: no statistics of {name}; calib collect makes them"
+            )
+        result.ranges[name] = ranges
+    return result
