@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -245,6 +246,7 @@ def _metadata(
         "cfg_weight": manifest.cfg_weight,
         "cfg_halves": collection.settings.cfg_halves.value,
         "num_steps": manifest.num_steps,
+        **({"timesteps": manifest.timesteps} if all(map(math.isfinite, manifest.timesteps)) else {}),
         "steps": [
             {
                 "step_index": step,

@@ -50,31 +50,27 @@ def run_evaluate(settings: Settings, run: RunDirectory, model: Callable[[], Diff
     start = time.monotonic()
     quantized = load(run.path / FOLDER if settings.stage is Stage.RUN else quantized_folder(settings))
     if quantized.about.get("fingerprint") != model().fingerprint:
-        raise CalibError(
-            f"the quantized model was made from {quantized.about.get('model')} with other weights; set model"
-        )
-    reference = _reference(settings, model())
-    control = _control(settings, model(), reference)
+        made_from = quantized.about.get("model")
+        raise CalibError(f"the quantized model was made from {made_from} with other weights; set model")
+    reference = reference_of(settings, model())
+    control = control_of(settings, model(), reference)
     mx.reset_peak_memory()
     outcome = compare(model(), reference, partial(applied, model(), quantized), "quantized")
-    peak = mx.get_peak_memory()
-    found = outcome.fidelity
+    peak, found = mx.get_peak_memory(), outcome.fidelity
     text = fidelity_text(found, control, settings.sampler.num_steps)
     write_text(run.path / REPORT, text)
-    write_json(
-        run.path / DETAILS, {"prompts": reference.prompts, "quantized": _to_json(found), "control": _to_json(control)}
-    )
+    details = {"prompts": reference.prompts, "quantized": _to_json(found), "control": _to_json(control)}
+    write_json(run.path / DETAILS, details)
     plot_error(run.path / PLOT, {"quantized": found, "control: weights and states in bfloat16": control})
     picture_grid(run.path / GRID, reference.pictures(model()), outcome.pictures, reference.prompts)
     seconds = time.monotonic() - start
-    run.add_metrics(
-        {**found.summary(), **control.summary("control_"), "evaluate_seconds": seconds, "evaluate_peak_bytes": peak}
-    )
+    run.add_metrics({**found.summary(), **control.summary("control_")})
+    run.add_metrics({"evaluate_seconds": seconds, "evaluate_peak_bytes": peak})
     logger.info("evaluated %d images in %.1f s", len(reference.images), seconds)
     print(f"\n{text}")
 
 
-def _reference(settings: Settings, model: DiffusionModel) -> Reference:
+def reference_of(settings: Settings, model: DiffusionModel) -> Reference:
     """The full-precision pictures; drawn once, and shared by all runs that ask for the same."""
     wanted, folder = settings.evaluation, settings.evaluation_dir
     # From the end of the list: prompts that a smaller dataset has not used.
@@ -95,7 +91,7 @@ def _reference(settings: Settings, model: DiffusionModel) -> Reference:
     return Reference(folder, manifest, steps)
 
 
-def _control(settings: Settings, model: DiffusionModel, reference: Reference) -> Fidelity:
+def control_of(settings: Settings, model: DiffusionModel, reference: Reference) -> Fidelity:
     """The noise floor, measured once for a model and its reference."""
     images = [[e.prompt, *e.checksums.values()] for e in reference.manifest.images.values()]
     device = [mx.default_device().type.name, versions()["mlx"]]

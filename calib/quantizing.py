@@ -8,13 +8,13 @@ from typing import Any
 
 from calib.activations.taps import linear_layers
 from calib.analysis.plan import LayerPlan, read_plan
-from calib.analysis.range_files import from_json
+from calib.analysis.steps import StepPlan, read_steps
 from calib.analyzing import PLAN, TIMESTEP_CONFIG
 from calib.errors import CalibError, ConfigError
-from calib.files import read_json, write_json
+from calib.files import write_json
 from calib.models.model import DiffusionModel
 from calib.progress import note, readable_bytes
-from calib.quantization.build import Source, StepPlan, build, check_names
+from calib.quantization.build import Source, build, check_names
 from calib.quantization.checkpoint import mmdit_fields, save
 from calib.quantization.model import QuantizedModel
 from calib.runs.directory import RunDirectory
@@ -39,37 +39,14 @@ def plan_path(settings: Settings) -> Path:
     return path
 
 
-def read_steps(plan: Path) -> tuple[StepPlan, dict[str, Any]]:
-    """What of a plan varies with the step, from the file beside it, and that file; without one, nothing varies."""
-    path = plan.parent / TIMESTEP_CONFIG
-    if not path.exists():
-        return StepPlan(()), {}
-    document = read_json(path)
-    again = "run calib analyze again"
-    try:
-        if document["num_steps"] is None:
-            return StepPlan(()), document
-        timesteps = tuple(float(t) for t in document["timesteps"])
-        phases = document["phases"]
-        return StepPlan(
-            timesteps,
-            {phase: (int(own["steps"][0]), int(own["steps"][1])) for phase, own in phases.items()},
-            {phase: dict(own["activation_bits"]) for phase, own in phases.items()},
-            {phase: dict(own["weight_bits"]) for phase, own in phases.items() if "weight_bits" in own},
-            from_json(document["activation_ranges"], path, len(timesteps)),
-        ), document
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        raise CalibError(f"{path}: lacks or garbles {error}; {again}") from None
-
-
 def check_plan(settings: Settings, path: Path) -> None:
     """Raise where a plan cannot be this model's; costs no weights."""
     plan = read_plan(path)
     if settings.skeleton is not None:
         check_names(plan, list(_known(linear_layers(settings.skeleton()))), str(path))
-    _, document = read_steps(path)
-    if document.get("model", settings.model_name) not in (None, settings.model_name):
-        raise ConfigError(f"plan={path}: made for model={document['model']}, not {settings.model_name}; set model")
+    made_for = read_steps(path.parent / TIMESTEP_CONFIG).origin.get("model", settings.model_name)
+    if made_for != settings.model_name:
+        raise ConfigError(f"plan={path}: made for model={made_for}, not {settings.model_name}; set model={made_for}")
 
 
 def _known(layers: Any) -> list[str]:
@@ -81,20 +58,19 @@ def run_quantize(settings: Settings, run: RunDirectory, model: Callable[[], Diff
     """The planned model into the run directory's folder ``quantized``, by the chosen quantizer."""
     start = time.monotonic()
     path = run.path / PLAN if settings.stage is Stage.RUN else plan_path(settings)
-    plan, (steps, document) = read_plan(path), read_steps(path)
+    plan, steps = read_plan(path), read_steps(path.parent / TIMESTEP_CONFIG)
     check_names(plan, _known(linear_layers(model().transformer)), str(path))
-    if document.get("fingerprint") not in (None, model().fingerprint):
-        raise CalibError(
-            f"{path}: its statistics are of other weights ({document['fingerprint']}, not {model().fingerprint})"
-        )
-    source = _source(settings, run, path, document)
+    fingerprint, own = steps.origin.get("fingerprint"), model().fingerprint
+    if fingerprint not in (None, own):
+        raise CalibError(f"{path}: its statistics are of other weights ({fingerprint}, not {own})")
+    source = _source(settings, run, path, steps)
     about = _about(settings, model())
     mx.reset_peak_memory()
     quantized, notes = build(model(), plan, steps, settings.quantizer, source, about)
     peak = mx.get_peak_memory()
     save(quantized, run.path / FOLDER)
     if settings.stage is not Stage.RUN:
-        _copy_plan(run, plan, document)
+        _copy_plan(run, plan, steps)
     for line in notes:
         note(line)
     seconds = time.monotonic() - start
@@ -103,19 +79,18 @@ def run_quantize(settings: Settings, run: RunDirectory, model: Callable[[], Diff
     print(size_text(quantized, run.path / FOLDER))
 
 
-def _copy_plan(run: RunDirectory, plan: dict[str, LayerPlan], document: dict[str, Any]) -> None:
+def _copy_plan(run: RunDirectory, plan: dict[str, LayerPlan], steps: StepPlan) -> None:
     """The plan itself beside the model, so that the run directory says all of it."""
     write_json(run.path / PLAN, {name: layer.to_json() for name, layer in plan.items()})
-    if document:
-        write_json(run.path / TIMESTEP_CONFIG, document)
+    write_json(run.path / TIMESTEP_CONFIG, steps.to_json())
 
 
-def _source(settings: Settings, run: RunDirectory, plan: Path, document: dict[str, Any]) -> Source:
-    """Statistics and states for the quantizer: of this run, else those that the plan names."""
+def _source(settings: Settings, run: RunDirectory, plan: Path, steps: StepPlan) -> Source:
+    """Statistics and states for the quantizer: of this run, else as asked, else those that the plan names."""
     stats = run.path if settings.stage is Stage.RUN else settings.stats
     if stats is None:
         beside = plan.parent if activations_of(plan.parent) else None
-        named = Path(document["statistics"]) if document.get("statistics") else None
+        named = Path(steps.origin["statistics"]) if "statistics" in steps.origin else None
         stats = beside or (named.parent if named is not None and named.exists() else None)
     if stats is None:
         return Source(None, settings.ranges, None)

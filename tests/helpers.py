@@ -35,7 +35,10 @@ SAMPLER = SamplerSettings(num_steps=8, cfg_weight=3.0, batch_size=2)
 STEPS = (0, 3, 8)
 
 #: A whole job in a second or so.
-TINY = ("num_images=2", "sampler.num_steps=4", "timestep_schedule=quarters", "sampler.batch_size=2")
+TINY = (
+    *("num_images=2", "sampler.num_steps=4", "timestep_schedule=quarters", "sampler.batch_size=2"),
+    *("evaluation.num_images=2", "evaluation.steps=2"),
+)
 
 MLX_DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
 SMALLEST_NORMAL = float(np.finfo(np.float32).tiny)

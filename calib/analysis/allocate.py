@@ -6,7 +6,8 @@ budget; an integer program, solved exactly (:mod:`calib.analysis.knapsack`), aft
 
 ``per_phase``: a layer may have other bits in each phase of the trajectory. It then holds a copy for every bit-width
 it uses, all in groups of one size, and every copy is counted. Listing a layer's options as what it has in the early,
-the middle and the late phase makes this the same program.
+the middle and the late phase makes this the same program. A second copy pays only where fewer bits do less in some
+phase, as noise can make it: else the copy of most bits, used in all phases, takes less and does no more.
 """
 
 import math
@@ -211,6 +212,6 @@ def _uniform_note(
 def _copies_note(bits: Mapping[str, Mapping[str, int]], best: _Allocation, one_copy: _Allocation) -> str:
     several = sum(len({phase[name] for phase in bits.values()}) > 1 for name in best.choice)
     if not several:
-        return "no layer holds more than one copy of its weights: in this budget, more would gain nothing"
+        return "no layer holds more than one copy of its weights: its copy of most bits alone takes less and does no more"
     held = f"more than one copy of the weights: {several} of {len(best.choice)} layers"
     return f"{held}; with one copy each in the same budget: {_compared(one_copy.error, best)}"

@@ -6,14 +6,17 @@ vanish. So it is given what a Lagrangian bound leaves open, scaled to that bound
 optimum may hold, with costs from 0 to :data:`SCALE`, and whole numbers of bytes divided by what all have in common.
 """
 
-from collections.abc import Sequence
+import ctypes
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from calib.errors import CalibError
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import sparse  # type: ignore[import-untyped]
-from scipy.optimize import Bounds, LinearConstraint, milp  # type: ignore[import-untyped]
+from scipy import sparse
+from scipy.optimize import Bounds, LinearConstraint, milp
 
 #: The largest cost that HiGHS sees: with its 10⁻⁶ the optimum is known to 10⁻¹² of what was left open.
 SCALE = 1e6
@@ -138,18 +141,35 @@ def _highs(costs: Floats, sizes: Floats, layer: NDArray[np.intp], units: float) 
     names, line = np.unique(layer, return_inverse=True)
     one_each = sparse.csr_array((np.ones(count), (line, np.arange(count))), shape=(len(names), count + 1))
     upper = np.append(np.ones(count), np.ceil(SCALE / costs[-1]) + 1)
-    result = milp(
-        costs,
-        integrality=np.ones(count + 1),
-        bounds=Bounds(0, upper),
-        constraints=[
-            LinearConstraint(one_each, 1, 1),
-            LinearConstraint(np.append(sizes, 1.0)[None], units, units),
-        ],
-        # There is nothing left to presolve; trying, HiGHS 1.12 now and then prints to stdout whatever it is told.
-        options={"mip_rel_gap": 0.0, "presolve": False, "time_limit": TIME_LIMIT},
-    )
+    with _silenced():
+        result = milp(
+            costs,
+            integrality=np.ones(count + 1),
+            bounds=Bounds(0, upper),
+            constraints=[
+                LinearConstraint(one_each, 1, 1),
+                LinearConstraint(np.append(sizes, 1.0)[None], units, units),
+            ],
+            # There is nothing left to presolve: without it the longest solves take half the time.
+            options={"mip_rel_gap": 0.0, "presolve": False, "time_limit": TIME_LIMIT},
+        )
     if result.status != 0:
         raise CalibError(f"HiGHS found no optimum ({result.message}); try another budget")
     chosen: NDArray[np.bool_] = result.x[:-1] > 0.5
     return chosen
+
+
+@contextmanager
+def _silenced() -> Iterator[None]:
+    """What C code prints goes nowhere: HiGHS 1.12 now and then says how it works, whatever it is told."""
+    libc, stdout = ctypes.CDLL(None), 1
+    libc.fflush(None)
+    kept = os.dup(stdout)
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), stdout)
+        yield
+    finally:
+        libc.fflush(None)
+        os.dup2(kept, stdout)
+        os.close(kept)

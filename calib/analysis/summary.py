@@ -18,7 +18,7 @@ def summary_text(plan: Plan) -> str:
     lines.append("  Sensitive layers (need careful handling):")
     lines += _listed(plan, lambda layer: layer.sensitive, _needs)
     lines.append("  Layers suitable for aggressive quantization (≤4-bit):")
-    lines += _listed(plan, lambda layer: layer.aggressive, lambda layer: layer.reason)
+    lines += _listed(plan, lambda layer: layer.aggressive, _why)
     if plan.outlier_layers:
         lines.append("  Outlier layers (heavy tails):")
         worst = sorted(plan.outlier_layers.items(), key=lambda item: -item[1])
@@ -26,11 +26,16 @@ def summary_text(plan: Plan) -> str:
     if plan.outlier_channels:
         channels = sum(map(len, plan.outlier_channels.values()))
         lines.append(f"  Outlier channels (range > 2.5 × median): {channels} in {len(plan.outlier_channels)} layers")
+    lines += [f"  {note}" for note in plan.notes]
     return "\n".join(lines) + "\n"
 
 
 def _needs(layer: LayerPlan) -> str:
-    return f"{layer.reason}, needs {layer.weight_bits}-bit"
+    return f"{_why(layer)}, needs {layer.weight_bits}-bit"
+
+
+def _why(layer: LayerPlan) -> str:
+    return f"{layer.reason}, {layer.figure}" if layer.figure else layer.reason
 
 
 def _listed(plan: Plan, chosen: Callable[[LayerPlan], bool], note: Callable[[LayerPlan], str]) -> list[str]:

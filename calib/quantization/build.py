@@ -1,7 +1,7 @@
 """From a plan to a quantized model: check it against the transformer, run the quantizer, gather the rules."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from calib.analysis.drift import channel_extremes, observe
 from calib.analysis.grid import UNQUANTIZED
 from calib.analysis.plan import GROUP_SIZES, LayerPlan
 from calib.analysis.ranges import RangeRule, StepRanges
+from calib.analysis.steps import StepPlan
 from calib.errors import CalibError, suggest
 from calib.models.memory import plan_memory
 from calib.models.model import DiffusionModel, weights
@@ -22,33 +23,6 @@ from calib.quantization.quantizer import ChannelRange, Quantizer, Work
 
 import mlx.core as mx
 from mlx import nn
-
-
-@dataclass(frozen=True)
-class StepPlan:
-    """What of a plan varies with the step; the content of ``timestep_config.json``.
-
-    Attributes:
-        timesteps: of steps 0 … n - 1.
-        phases: first and last step of each.
-        activation_bits: by phase and layer.
-        weight_bits: by phase and layer, where weights have copies.
-        ranges: by layer.
-    """
-
-    timesteps: tuple[float, ...]
-    phases: dict[str, tuple[int, int]] = field(default_factory=dict)
-    activation_bits: dict[str, dict[str, int]] = field(default_factory=dict)
-    weight_bits: dict[str, dict[str, int]] = field(default_factory=dict)
-    ranges: dict[str, StepRanges] = field(default_factory=dict)
-
-    def bits_by_step(self, name: str, default: int) -> tuple[int, ...]:
-        """Activation bits of a layer at every step; ``default`` outside the phases that were collected."""
-        bits = [default] * len(self.timesteps)
-        for phase, (first, last) in self.phases.items():
-            own = self.activation_bits.get(phase, {}).get(name, default)
-            bits[first : last + 1] = [own] * len(bits[first : last + 1])
-        return tuple(bits)
 
 
 def check_names(plan: Mapping[str, LayerPlan], known: Sequence[str], source: str) -> None:

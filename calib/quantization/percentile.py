@@ -1,5 +1,6 @@
 """Quantizer ``percentile``: round to nearest, and activations cut at percentiles of its own in every layer."""
 
+from calib.activations.taps import linear_layers
 from calib.errors import CalibError, ConfigError
 from calib.quantization import rtn
 from calib.quantization.quantizer import Quantized, Work
@@ -17,7 +18,7 @@ def quantize(work: Work, low: float = 0.1, high: float = 99.9) -> Quantized:
     if low >= high:
         raise ConfigError.bad_value("quantizer.low", low, f"must be less than quantizer.high ({high})")
     result = rtn.quantize(work)
-    for name in work.layers:
+    for name in (name for name in linear_layers(work.transformer) if name in work.plan):
         ranges = work.ranges(name, (low, high), None)
         if ranges is None:
             raise CalibError(

@@ -22,6 +22,9 @@ from diffusionkit.mlx.mmdit import MMDiT, TransformerBlock
 from mlx import nn
 from numpy.typing import NDArray
 
+#: Of the widest channel: what is narrower is not widened to match it.
+NOTHING = 1e-5
+
 
 @dataclass(frozen=True)
 class Source:
@@ -53,7 +56,7 @@ def quantize(work: Work, alpha: float = 0.5) -> Quantized:
     divisors = {
         site: divisors_of(work, linear, site, alpha)
         for site in sites(work.transformer, linear)
-        if work.layers.keys() & set(site.readers)
+        if work.plan.keys() & set(site.readers)
     }
     changed = smoothed(linear, divisors)
     result = Quantized({})
@@ -64,7 +67,7 @@ def quantize(work: Work, alpha: float = 0.5) -> Quantized:
     for (name, part), value in changed.items():
         result.weights[f"{module_path(name)}.{part}"] = value.astype(linear[name][part].dtype)
     for site, s in divisors.items():
-        result.ranges |= {name: _ranges(work, name, s) for name in site.readers if name in work.layers}
+        result.ranges |= {name: _ranges(work, name, s) for name in site.readers if name in work.plan}
     return result
 
 
@@ -100,16 +103,22 @@ def _modulation(name: str, first: int, chunks: int) -> tuple[Source, Source]:
 
 
 def divisors_of(work: Work, linear: Mapping[str, nn.Module], site: Site, alpha: float) -> NDArray[np.float64]:
-    """s, (channels,): equation 4; 1 where a channel or its weights are zero."""
-    seen = [found for name in site.readers if (found := work.channel_range(name)) is not None]
-    if not seen:
-        raise _lacking(site.readers[0])
-    x = np.max([np.maximum(abs(found.low), abs(found.high)) for found in seen], axis=0)
+    """s, (channels,): equation 4; 1 where a channel or its weights are as good as zero."""
+    x = np.max([_widest(work, name) for name in site.readers if name in work.plan], axis=0)
     w = np.max([np.array(mx.abs(linear[name].weight).max(axis=0).astype(mx.float32)) for name in site.readers], axis=0)
     s = np.ones(len(x))
-    usable = (x > 0) & (w > 0)
+    x[~np.isfinite(x)] = 0  # of a channel without finite values
+    usable = (x > NOTHING * x.max()) & (w > NOTHING * w.max())
     s[usable] = x[usable] ** alpha / w[usable].astype(np.float64) ** (1 - alpha)
     return s
+
+
+def _widest(work: Work, name: str) -> NDArray[np.float64]:
+    """max|x_c| of each input channel, (channels,)."""
+    found = work.channel_range(name)
+    if found is None:
+        raise _lacking(name)
+    return np.maximum(np.abs(found.low), np.abs(found.high))
 
 
 def smoothed(
@@ -119,18 +128,19 @@ def smoothed(
     changed: dict[tuple[str, str], mx.array] = {}
 
     def now(name: str, part: str) -> mx.array:
-        return changed.get((name, part), linear[name][part].astype(mx.float32))
+        own: mx.array = linear[name][part]
+        return changed.get((name, part), own.astype(mx.float32))
 
     for site, s in divisors.items():
         for name in site.readers:
             changed[name, "weight"] = now(name, "weight") * _float32(s)
         for source in site.sources:
-            share = np.ones((source.chunks, len(s)))
-            share[source.chunk] = 1 / s
-            # (y + offset) / s = y / s + offset / s, of which the model adds the offset itself.
-            shift = source.offset * (share - 1)
-            changed[source.name, "weight"] = now(source.name, "weight") * _float32(share.reshape(-1, 1))
-            changed[source.name, "bias"] = now(source.name, "bias") * _float32(share.ravel()) + _float32(shift.ravel())
+            share, offset = np.ones((source.chunks, len(s))), np.zeros((source.chunks, len(s)))
+            share[source.chunk], offset[source.chunk] = 1 / s, source.offset
+            factor, added = _float32(share.ravel()), _float32(offset.ravel())
+            changed[source.name, "weight"] = now(source.name, "weight") * factor[:, None]
+            # The model adds the offset itself.
+            changed[source.name, "bias"] = (now(source.name, "bias") + added) * factor - added
     return changed
 
 
