@@ -27,10 +27,12 @@ HELP = """calib: time-aware calibration and post-training quantization of diffus
 usage: calib [stage] [key=value …] [-m]        any stage: calib STAGE --help
 
 stages
-  run        (default) generate, collect and analyze into one run directory
+  run        (default) all of the following into one run directory
   generate   draw images, keeping the latent of every denoising step
   collect    replay stored states with every layer tapped; statistics into activations.h5
   analyze    turn statistics into a plan: quantization_config.json
+  quantize   apply a plan: a quantized model, as a folder that MLX loads
+  evaluate   draw the same seeds at full precision and quantized, and say what was lost
 
 on datasets, with ordinary arguments: calib COMMAND --help
   verify DIR             read every file of a dataset and say whether it is sound; --json, --repair
@@ -46,20 +48,28 @@ on this machine
 examples
   calib                                            the whole job on the model that ships with calib
   calib num_images=50 timestep_schedule=uniform timestep_schedule.count=20
+  calib analysis=allocate analysis.average_bits=4.5 quantizer=gptq      the best plan for a budget, measured
   calib analyze stats=outputs/2026-01-31/08-00-00-000000 analysis=uniform
   calib -m timestep_schedule=key,quarters,uniform analysis=range,uniform
 """
 
 STAGE_HELP = {
-    Stage.RUN: "Runs generate, collect and analyze into one run directory under outputs/.",
+    Stage.RUN: "Runs generate, collect, analyze, quantize and evaluate into one run directory under outputs/.",
     Stage.GENERATE: "Draws images 0 … num_images - 1 into data_dir; those it has are kept.\n"
     "Main keys: num_images, prompts, sampler.num_steps, sampler.cfg_weight, seed, data_dir, dataset",
     Stage.COLLECT: "Replays stored states of chosen images and steps; draws no image unless generate_missing=true.\n"
     "What is in cache_dir is not collected again; the model is loaded only for what is missing.\n"
     "Main keys: data_dir, timestep_schedule, subset, taps, taps.cfg_halves, storage, collect.batch_size, shard.index,\n"
     "shard.count, cache_dir",
-    Stage.ANALYZE: "Turns statistics into a bit-width plan, from files alone.\n"
-    "Main keys: stats (a run directory or a layer_statistics.json), analysis, export_config",
+    Stage.ANALYZE: "Turns statistics into a bit-width plan, from files alone; analysis=sensitivity and allocate\n"
+    "replay stored states once, and find what they measured in cache_dir ever after.\n"
+    "Main keys: stats (a run directory or a layer_statistics.json), analysis, ranges, phase_bits, sensitivity,\n"
+    "export_config",
+    Stage.QUANTIZE: "Applies a plan: weights packed as MLX runs them, activation ranges that follow the step, as a\n"
+    "folder quantized/ in the run directory.\n"
+    "Main keys: plan (a run directory or a quantization_config.json), quantizer, calibration, stats",
+    Stage.EVALUATE: "Draws held-out prompts at full precision and with a quantized model, same seeds and noise.\n"
+    "Main keys: plan (the run directory of calib quantize), evaluation.num_images, evaluation.seed, evaluation.steps",
 }
 
 

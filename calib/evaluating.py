@@ -13,7 +13,7 @@ from calib.dataset.load import load_manifest
 from calib.dataset.store import StateDtype
 from calib.errors import CalibError, ConfigError
 from calib.evaluation.metrics import Fidelity
-from calib.evaluation.paired import Reference, compare, rounded_to_bfloat16
+from calib.evaluation.paired import Paired, Reference, rounded_to_bfloat16
 from calib.evaluation.report import fidelity_text, picture_grid, plot_error
 from calib.files import read_json, short_hash, write_json, write_text
 from calib.models.model import DiffusionModel
@@ -53,16 +53,17 @@ def run_evaluate(settings: Settings, run: RunDirectory, model: Callable[[], Diff
         made_from = quantized.about.get("model")
         raise CalibError(f"the quantized model was made from {made_from} with other weights; set model")
     reference = reference_of(settings, model())
-    control = control_of(settings, model(), reference)
+    paired = Paired(model(), reference)
+    control = control_of(settings, model(), reference, paired)
     mx.reset_peak_memory()
-    outcome = compare(model(), reference, partial(applied, model(), quantized), "quantized")
+    outcome = paired.compare(partial(applied, model(), quantized), "quantized")
     peak, found = mx.get_peak_memory(), outcome.fidelity
     text = fidelity_text(found, control, settings.sampler.num_steps)
     write_text(run.path / REPORT, text)
     details = {"prompts": reference.prompts, "quantized": _to_json(found), "control": _to_json(control)}
     write_json(run.path / DETAILS, details)
     plot_error(run.path / PLOT, {"quantized": found, "control: weights and states in bfloat16": control})
-    picture_grid(run.path / GRID, reference.pictures(model()), outcome.pictures, reference.prompts)
+    picture_grid(run.path / GRID, paired.pictures, outcome.pictures, reference.prompts)
     seconds = time.monotonic() - start
     run.add_metrics({**found.summary(), **control.summary("control_")})
     run.add_metrics({"evaluate_seconds": seconds, "evaluate_peak_bytes": peak})
@@ -91,7 +92,7 @@ def reference_of(settings: Settings, model: DiffusionModel) -> Reference:
     return Reference(folder, manifest, steps)
 
 
-def control_of(settings: Settings, model: DiffusionModel, reference: Reference) -> Fidelity:
+def control_of(settings: Settings, model: DiffusionModel, reference: Reference, paired: Paired) -> Fidelity:
     """The noise floor, measured once for a model and its reference."""
     images = [[e.prompt, *e.checksums.values()] for e in reference.manifest.images.values()]
     device = [mx.default_device().type.name, versions()["mlx"]]
@@ -100,7 +101,7 @@ def control_of(settings: Settings, model: DiffusionModel, reference: Reference) 
     if path.exists():
         with suppress(CalibError, KeyError, TypeError, ValueError):  # a damaged one is measured again
             return _from_json(read_json(path))
-    found = compare(model, reference, partial(rounded_to_bfloat16, model), "control").fidelity
+    found = paired.compare(partial(rounded_to_bfloat16, model), "control").fidelity
     write_json(path, _to_json(found))
     return found
 

@@ -14,8 +14,8 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 
 from calib.activations.store import FILE
@@ -33,7 +33,7 @@ from calib.compose import CONF, plain
 from calib.config import build as build_settings
 from calib.evaluating import control_of, reference_of
 from calib.evaluation.metrics import Fidelity, bootstrap, bootstrap_difference
-from calib.evaluation.paired import compare
+from calib.evaluation.paired import Paired
 from calib.models.model import DiffusionModel
 from calib.pipeline import run_generate
 from calib.quantization import gptq, percentile, rtn, smooth
@@ -71,13 +71,13 @@ class Setup:
     settings: Settings
     model: DiffusionModel
     run: Path
-    memory: dict[str, Plan] = field(default_factory=dict)
 
+    @cached_property
     def layers(self):
         return read_summaries(self.run)[0]
 
     def heuristic(self, heuristic: Heuristic) -> Plan:
-        layers = self.layers()
+        layers = self.layers
         return heuristic.plan(layers, lambda: sensitivities_of(self.settings, self.run, layers, lambda: self.model))
 
 
@@ -220,8 +220,9 @@ def main() -> None:
     for seed in arguments.seeds:
         held_out = [f"evaluation.num_images={arguments.images}", f"evaluation.seed={seed}"]
         own = configured([*overrides, f"num_images={arguments.calibration}", *held_out])
-        references[seed] = reference_of(own, setup.model)
-        control = control_of(own, setup.model, references[seed])
+        reference = reference_of(own, setup.model)
+        references[seed] = Paired(setup.model, reference)
+        control = control_of(own, setup.model, reference, references[seed])
         add(results, "control (bfloat16)", control, {})
     for title, rows in ROWS.items():
         chosen = [r for r in rows if not arguments.only or any(word in r.label for word in arguments.only)]
@@ -262,8 +263,9 @@ def measure(setup: Setup, row: Row, references, results) -> None:
     path = setup.run / FILE
     bits = None
     if row.phase_bits:
-        bits = Heuristic(by_layer=range_heuristic.plan_layer).phase_bits(setup.layers(), plan)
-    steps = plan_steps(plan, observed_ranges(plan, path), path, row.rule, bits)
+        bits = Heuristic(by_layer=range_heuristic.plan_layer).phase_bits(setup.layers, plan)
+    observed = {} if row.activation_bits == A16 else observed_ranges(plan, path)
+    steps = plan_steps(plan, observed, path, row.rule, bits)
     wanted = setup.settings.calibration
     states = collected(setup.settings, setup.run, "").states(wanted.images, wanted.steps)
     source = Source(path, row.rule, lambda: states)
@@ -275,9 +277,10 @@ def measure(setup: Setup, row: Row, references, results) -> None:
         "activation_bits": float(np.mean([layer.activation_bits for layer in plan.layers.values()])),
         "seconds": made,
     }
-    for reference in references.values():
-        change = partial(applied, setup.model, quantized)
-        add(results, row.label, compare(setup.model, reference, change, row.label).fidelity, about)
+    for paired in references.values():
+        # The same numbers as MLX's quantized kernels, which a GPU compiles for a minute at every new bit-width.
+        change = partial(applied, setup.model, quantized, dequantize=True)
+        add(results, row.label, paired.compare(change, row.label).fidelity, about)
     print(f"{row.label}: {time.monotonic() - start:.1f} s", flush=True)
 
 

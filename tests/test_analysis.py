@@ -14,6 +14,7 @@ from calib.analysis import range as range_heuristic
 from calib.analysis import uniform
 from calib.analysis.layers import LayerSummary, read_summaries
 from calib.analysis.plan import LayerPlan, Plan, make_plan, outlier_channels, outlier_layers, phase_bits
+from calib.analysis.steps import read_steps
 from calib.analysis.summary import summary_text
 from calib.errors import CalibError, ConfigError
 from calib.timesteps import phase_bounds
@@ -75,6 +76,9 @@ def test_range_is_the_origins_rule(layer: LayerSummary) -> None:
         assert plan.reason == ("large range" if r > 10 else "high variation")
     if plan.aggressive:
         assert plan.reason == "narrow range"
+    assert plan.figure.split(", ")[0] == f"r = {r:.3g}"
+    varies = layer.std > 0 and layer.std > 0.5 * r
+    assert ("std/r = " in plan.figure) == varies, "the figure that decided is told"
 
 
 @pytest.mark.parametrize(
@@ -134,14 +138,17 @@ def test_uniform_refuses_bits_that_cannot_be(given_bits: dict[str, int], words: 
 def test_outlier_channels_exceed_two_and_a_half_medians(ranges: list[float]) -> None:
     layer = replace(summary(0, 1, 0, 1, 0.2), channel_range=np.array(ranges))
     limit = 2.5 * float(np.median(ranges))
-    assert outlier_channels(layer) == [i for i, value in enumerate(ranges) if value > limit]
+    found = outlier_channels(layer)
+    assert list(found) == [i for i, value in enumerate(ranges) if value > limit]
+    for channel, medians in found.items():
+        assert medians == pytest.approx(ranges[channel] / float(np.median(ranges)))
 
 
 def test_outlier_layers_have_heavy_tails() -> None:
     layers = {name: replace(summary(0, 1, 0, 1, 0.2), kurtosis=k) for name, k in {"a": 3.0, "b": 51.0}.items()}
     layers["c"] = summary(0, 1, 0, 1, 0.2)
     assert outlier_layers(layers) == {"b": 51.0}
-    assert outlier_channels(layers["c"]) == []
+    assert outlier_channels(layers["c"]) == {}
 
 
 def test_phases_are_planned_from_their_own_statistics() -> None:
@@ -160,32 +167,33 @@ Layer Statistics Summary:
     6-bit: 9 layers (32%)
     4-bit: 7 layers (25%)
   Sensitive layers (need careful handling):
-    - mm_block_0 (large range, needs 8-bit)
+    - mm_block_0 (large range, r = 12.4, needs 8-bit)
 {sensitive}
   Layers suitable for aggressive quantization (≤4-bit):
-    - mm_block_21 (narrow range)
+    - mm_block_21 (narrow range, r = 3.1)
 {aggressive}
 """
 
 
 def test_the_summary_has_exactly_the_form_of_the_issue() -> None:
-    eight = LayerPlan(8, 8, reason="large range", sensitive=True)
-    six = LayerPlan(6, 6, reason="medium range")
-    four = LayerPlan(4, 4, reason="narrow range", aggressive=True)
+    eight = LayerPlan(8, 8, reason="large range", sensitive=True, figure="r = 12.4")
+    six = LayerPlan(6, 6, reason="medium range", figure="r = 7")
+    four = LayerPlan(4, 4, reason="narrow range", aggressive=True, figure="r = 3.1")
     layers = {f"mm_block_{i}": eight if i < 12 else six if i < 21 else four for i in range(28)}
-    layers["mm_block_5"] = replace(eight, reason="high variation")
-    reasons = {i: "high variation" if i == 5 else "large range" for i in range(12)}
+    layers["mm_block_5"] = replace(eight, reason="high variation", figure="")
+    reasons = {i: "high variation" if i == 5 else "large range, r = 12.4" for i in range(12)}
     sensitive = "\n".join(f"    - mm_block_{i} ({reasons[i]}, needs 8-bit)" for i in range(1, 12))
-    aggressive = "\n".join(f"    - mm_block_{i} (narrow range)" for i in range(22, 28))
+    aggressive = "\n".join(f"    - mm_block_{i} (narrow range, r = 3.1)" for i in range(22, 28))
     assert summary_text(Plan(layers)) == EXPECTED.format(sensitive=sensitive, aggressive=aggressive)
 
 
 def test_what_stands_out_is_added_below_the_summary() -> None:
-    plan = Plan({"a": LayerPlan(6, 6, reason="medium range")}, {"a": 120.4}, {"a": [1, 2]})
-    text = summary_text(plan)
+    plan = Plan({"a": LayerPlan(6, 6, reason="medium range")}, {"a": 120.4}, {"a": {1: 2.6, 2: 7.0}})
+    text = summary_text(replace(plan, notes=("predicted error 3", "nothing else")))
     assert text.startswith(summary_text(Plan(plan.layers)))
     assert "    - a (kurtosis 120)\n" in text
     assert "2 in 1 layers" in text
+    assert text.endswith("  predicted error 3\n  nothing else\n")
 
 
 # A real run
@@ -246,44 +254,102 @@ def test_quantization_config_json_keeps_its_contract(tiny_run: Path) -> None:
         assert (entry["suggested_weight_bits"], entry["use_percentile_clipping"]) == (bits, clip), name
 
 
+def bounds_by_step(run: Path) -> dict[str, dict[int, tuple[float, float]]]:
+    """What each planned layer spans at each step that the model sees, after the plan's clipping."""
+    plan = load(run / "quantization_config.json")
+    found: dict[str, dict[int, tuple[float, float]]] = {}
+    with ActivationFile(run / "activations.h5") as file:
+        for name, entry in plan.items():
+            by_step = file.by_step(name)
+            for step in (0, 1, 2, 3):  # the finished latent, 4, is never fed to the model
+                percentiles = by_step[step].percentiles()
+                low, high, *_ = by_step[step].over_channels()
+                clipped = (percentiles["p01"], percentiles["p99"])
+                found.setdefault(name, {})[step] = clipped if entry["use_percentile_clipping"] else (low, high)
+    return found
+
+
 def test_timestep_config_json_has_phases_and_ranges(tiny_run: Path) -> None:
     config, plan = load(tiny_run / "timestep_config.json"), load(tiny_run / "quantization_config.json")
+    manifest = load(tiny_run.parent / "dataset" / "manifest.json")
     assert config["num_steps"] == 4
-    assert {name: tuple(phase["steps"]) for name, phase in config["phases"].items()} == phase_bounds(4)
+    assert config["timesteps"] == manifest["timesteps"][:4]
+    assert (config["model"], config["fingerprint"]) == ("emoji", manifest["fingerprint"])
+    assert (tiny_run.parent / config["statistics"]).samefile(tiny_run / "activations.h5")
+    bounds = {name: (first, min(last, 3)) for name, (first, last) in phase_bounds(4).items()}
+    assert {name: tuple(phase["steps"]) for name, phase in config["phases"].items()} == bounds
+    assert sorted(step for first, last in bounds.values() for step in range(first, last + 1)) == [0, 1, 2, 3]
     for phase in config["phases"].values():
         assert set(phase["activation_bits"]) == set(plan)
         assert set(phase["activation_bits"].values()) <= {4, 6, 8}
-    with ActivationFile(tiny_run / "activations.h5") as file:
-        for name, ranges in config["activation_ranges"].items():
-            assert ranges["step_index"] == [0, 1, 2, 3], "the finished latent is never fed to the model"
-            for step, low, high in zip(ranges["step_index"], ranges["low"], ranges["high"], strict=True):
-                statistics = file.statistics(name, [step])
-                if plan[name]["use_percentile_clipping"]:
-                    found = statistics.percentiles()
-                    assert (low, high) == pytest.approx((found["p01"], found["p99"]))
-                else:
-                    assert (low, high) == (statistics.minimum.min(), statistics.maximum.max())
+        assert "weight_bits" not in phase, "one copy of the weights serves all phases"
+    expected = bounds_by_step(tiny_run)
+    assert set(config["activation_ranges"]) == set(expected) == set(plan)
+    for name, ranges in config["activation_ranges"].items():
+        assert ranges["from_step"] == [0], "static: one range for all steps"
+        low, high = min(low for low, _ in expected[name].values()), max(high for _, high in expected[name].values())
+        assert (ranges["low"], ranges["high"]) == (pytest.approx([low]), pytest.approx([high])), name
+
+
+def test_ranges_vary_with_the_step_where_they_are_asked_to(
+    tiny_run: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given_ranges = ["ranges=per_step", "phase_bits=false", "hydra.run.dir=run"]
+    outcome = run_here(["analyze", f"stats={tiny_run}", *given_ranges], capsys)
+    assert outcome.status == 0, outcome.err
+    config = load(folder / "run" / "timestep_config.json")
+    assert [phase["activation_bits"] for phase in config["phases"].values()] == [{}, {}, {}]
+    ranges = read_steps(folder / "run" / "timestep_config.json").ranges
+    several = 0
+    for name, by_step in bounds_by_step(tiny_run).items():
+        entry = config["activation_ranges"][name]
+        assert entry["from_step"][0] == 0 and entry["from_step"] == sorted(set(entry["from_step"]))
+        assert len(entry["from_step"]) == len(entry["low"]) == len(entry["high"])
+        for step, bounds in by_step.items():
+            assert ranges[name].at(step) == pytest.approx(bounds), (name, step)
+        several += len(entry["from_step"]) == 4
+    assert several > 40
 
 
 def test_the_runs_summary_is_printed_and_agrees_with_its_plan(tiny_run: Path) -> None:
     text, plan = (tiny_run / "analysis.txt").read_text(encoding="utf-8"), load(tiny_run / "quantization_config.json")
+    stats = load(tiny_run / "layer_statistics.json")
     assert text in (tiny_run.parent / "stdout.txt").read_text(encoding="utf-8")
     lines = text.splitlines()
     assert lines[:3] == ["Layer Statistics Summary:", f"  Total layers: {len(plan)}", "  Suggested bit-widths:"]
     counts = Counter(entry["suggested_weight_bits"] for entry in plan.values())
     for bits, count in counts.items():
         assert f"    {bits}-bit: {count} layers ({100 * count / len(plan):.0f}%)" in lines
+    r = {name: s["percentiles"]["p99"] - s["percentiles"]["p01"] for name, s in stats.items()}
     listed = lines[lines.index("  Sensitive layers (need careful handling):") + 1 :]
     border = listed.index("  Layers suitable for aggressive quantization (≤4-bit):")
     sensitive = [
-        re.fullmatch(r"    - (\S+) \((large range|high variation), needs 8-bit\)", row) for row in listed[:border]
+        re.fullmatch(r"    - (\S+) \((?:large range|high variation), r = ([^,]+)(?:, std/r = \S+)?, needs 8-bit\)", row)
+        for row in listed[:border]
     ]
-    assert [match and match[1] for match in sensitive] == [
-        n for n, e in plan.items() if e["suggested_weight_bits"] == 8
+    assert [match and (match[1], match[2]) for match in sensitive] == [
+        (n, f"{r[n]:.3g}") for n, e in plan.items() if e["suggested_weight_bits"] == 8
     ]
-    narrow = [row for row in listed[border + 1 :] if row.endswith(" (narrow range)")]
+    narrow = [row for row in listed[border + 1 :] if " (narrow range" in row]
     expected = [n for n, e in plan.items() if e["suggested_weight_bits"] <= 4]
-    assert narrow == [f"    - {name} (narrow range)" for name in expected]
+    assert narrow == [f"    - {name} (narrow range, r = {r[name]:.3g})" for name in expected]
+    assert all(plan[name]["figure"] == f"r = {r[name]:.3g}" for name in expected)
+
+
+def test_the_runs_summary_ends_with_the_layers_that_drift_most(tiny_run: Path) -> None:
+    lines = (tiny_run / "analysis.txt").read_text(encoding="utf-8").splitlines()
+    rows = lines[lines.index("  Drift over the steps (width at its widest : at its narrowest):") + 1 :]
+    widths = {
+        name: {step: high - low for step, (low, high) in by_step.items()}
+        for name, by_step in bounds_by_step(tiny_run).items()
+    }
+    times = {name: max(by_step.values()) / min(by_step.values()) for name, by_step in widths.items()}
+    above = sorted((name for name in times if times[name] > 1.5), key=lambda name: -times[name])
+    assert len(above) > 3
+    assert rows[-1] == f"    {len(above)} of {len(times)} layers above ×1.5"
+    for row, name in zip(rows[:-1], above[:10], strict=True):
+        widest, narrowest = (pick(widths[name], key=widths[name].get) for pick in (max, min))
+        assert row == f"    - {name} (×{times[name]:.1f}, widest at step {widest}, narrowest at step {narrowest})"
 
 
 def test_a_run_directory_and_its_json_alone_give_the_same_plan(tiny_run: Path) -> None:

@@ -36,17 +36,29 @@ RUN_FILES = {
     "collection_metadata.json",
     "config.resolved.yaml",
     "env.json",
+    "evaluation.json",
+    "evaluation.txt",
+    "images/output_error.png",
+    "images/pictures.png",
     "layer_statistics.json",
     "metrics.json",
     "quantization_config.json",
+    "quantized/config.json",
+    "quantized/model.safetensors",
     "run.log",
     "status.json",
     "timestep_config.json",
 }
 
 
+def check_files_of(run: Path) -> None:
+    """All of a run directory that nothing was left out of, and nothing half-made."""
+    assert {name for name in contents(run) if not name.startswith(".hydra/")} == RUN_FILES
+    assert not [path for path in run.iterdir() if path.name.startswith(".") and path.name not in (".hydra", ".lock")]
+
+
 def test_the_whole_job_writes_every_file_of_a_run_directory(tiny_run: Path) -> None:
-    assert {path.name for path in tiny_run.iterdir() if not path.name.startswith(".")} == RUN_FILES
+    check_files_of(tiny_run)
     assert (tiny_run / ".hydra" / "config.yaml").exists()
     assert not list(tiny_run.rglob("*.tmp"))
     status = json.loads((tiny_run / "status.json").read_text())
@@ -56,6 +68,10 @@ def test_the_whole_job_writes_every_file_of_a_run_directory(tiny_run: Path) -> N
     metrics = json.loads((tiny_run / "metrics.json").read_text())
     assert all(isinstance(value, int | float) for value in metrics.values())
     assert (metrics["images_generated"], metrics["images"], metrics["steps"], metrics["layers"]) == (2, 2, 5, 61)
+    assert metrics["quantized_bytes"] < 0.4 * metrics["unquantized_bytes"]
+    for name in ("psnr", "ssim", "output_error", "control_psnr", "control_ssim", "control_output_error"):
+        assert metrics[f"{name}_low"] <= metrics[name] <= metrics[f"{name}_high"], name
+    assert metrics["control_psnr"] > metrics["psnr"] + 10, "bfloat16 is much nearer than four bits"
     surroundings = json.loads((tiny_run / "env.json").read_text())
     assert surroundings["versions"]["mlx"]
     assert "num_images: 2" in (tiny_run / "config.resolved.yaml").read_text()
@@ -68,6 +84,8 @@ def test_the_whole_job_writes_every_file_of_a_run_directory(tiny_run: Path) -> N
 def test_the_whole_job_prints_the_summary_and_the_run_directory(tiny_run: Path) -> None:
     out = (tiny_run.parent / "stdout.txt").read_text()
     assert (tiny_run / "analysis.txt").read_text() in out
+    assert (tiny_run / "evaluation.txt").read_text() in out
+    assert "Quantized model: " in out and " bits a weight over all: " in out
     assert out.splitlines()[-1] == "Run directory: run"
     err = (tiny_run.parent / "stderr.txt").read_text()
     assert "\r" not in err, "plain lines where output is not a terminal"
@@ -80,8 +98,9 @@ def test_the_whole_job_prints_the_summary_and_the_run_directory(tiny_run: Path) 
 
 def test_the_log_has_what_was_done(tiny_run: Path) -> None:
     log = (tiny_run / "run.log").read_text()
-    assert "loaded emoji" in log
-    assert "collected" in log
+    assert log.count("loaded emoji") == 1
+    for done in ("collected 61 layers", "quantized 60 layers", "evaluated 2 images"):
+        assert done in log
 
 
 def test_a_complete_run_is_not_run_again(
@@ -98,17 +117,37 @@ def test_a_complete_run_is_not_run_again(
 def test_stage_by_stage_gives_what_the_whole_job_gives(
     tiny_run: Path, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for stage, more in (("generate", []), ("collect", []), ("analyze", ["stats=collect"])):
+    given = {"analyze": "stats=collect", "quantize": "plan=analyze", "evaluate": "plan=quantize"}
+    for stage in ("generate", "collect", "analyze", "quantize", "evaluate"):
+        more = [given[stage]] if stage in given else []
         outcome = run_here([stage, *TINY, "data_dir=dataset", f"hydra.run.dir={stage}", *more], capsys)
         assert outcome.status == 0, outcome.err
     assert contents(folder / "dataset") == contents(tiny_run.parent / "dataset")
+    (evaluation,) = folder.glob("emoji-evaluation-*")
+    assert contents(evaluation) == contents(tiny_run.parent / evaluation.name)
     for stage, name in (
         ("collect", "layer_statistics.json"),
         ("analyze", "quantization_config.json"),
         ("analyze", "analysis.txt"),
-        ("analyze", "timestep_config.json"),
+        ("quantize", "quantization_config.json"),
+        ("quantize", "quantized/config.json"),
+        ("quantize", "quantized/model.safetensors"),
+        ("evaluate", "evaluation.json"),
+        ("evaluate", "evaluation.txt"),
+        ("evaluate", "images/pictures.png"),
+        ("evaluate", "images/output_error.png"),
     ):
         assert (folder / stage / name).read_bytes() == (tiny_run / name).read_bytes(), name
+    configs = [json.loads((run / "timestep_config.json").read_text()) for run in (Path("analyze"), tiny_run)]
+    for config, run in zip(configs, (Path("collect"), tiny_run), strict=True):
+        assert Path(config.pop("statistics")).samefile(run / "activations.h5")
+    assert configs[0] == configs[1]
+    copied = (folder / "quantize" / "timestep_config.json").read_bytes()
+    assert copied == (folder / "analyze" / "timestep_config.json").read_bytes()
+    metrics = [json.loads((folder / stage / "metrics.json").read_text()) for stage in ("quantize", "evaluate")]
+    whole = json.loads((tiny_run / "metrics.json").read_text())
+    timed = ("_seconds", "_peak_bytes")
+    assert {k: v for m in metrics for k, v in m.items() if not k.endswith(timed)}.items() <= whole.items()
 
 
 def test_more_images_are_added_to_the_same_dataset(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -186,17 +225,20 @@ def test_a_multirun_gives_a_run_directory_a_job_and_one_dataset(tmp_path: Path) 
         "timestep_schedule=key,quarters,uniform",
         "analysis=range,uniform",
         *("num_images=2", "sampler.num_steps=16", "sampler.batch_size=2", "taps.include=['*.fc2']"),
+        *("evaluation.num_images=2", "evaluation.steps=2"),
     )
     assert outcome.status == 0, outcome.err
     (sweep,) = tmp_path.glob("multirun/*/*")
     jobs = [path for path in sweep.iterdir() if path.is_dir()]
     assert len(jobs) == 6
-    (dataset,) = (tmp_path / "calibration_data").iterdir()
-    assert sorted(load_manifest(dataset).images) == [0, 1]
+    dataset, evaluation = sorted((tmp_path / "calibration_data").iterdir())
+    assert dataset.name.startswith("emoji-emoji-") and evaluation.name.startswith("emoji-evaluation-")
+    assert sorted(load_manifest(dataset).images) == sorted(load_manifest(evaluation).images) == [0, 1]
+    assert outcome.err.count("\ndraw control: ") == 2, "drawn and compared once, begin and end of it"
     assert not (tmp_path / "outputs").exists()
     plans, steps, drawn = {}, set(), []
     for job in jobs:
-        assert {path.name for path in job.iterdir() if not path.name.startswith(".")} == RUN_FILES
+        check_files_of(job)
         assert json.loads((job / "status.json").read_text())["state"] == "complete"
         plans[job.name] = json.loads((job / "quantization_config.json").read_text())
         with ActivationFile(job / "activations.h5") as file:
@@ -209,10 +251,10 @@ def test_a_multirun_gives_a_run_directory_a_job_and_one_dataset(tmp_path: Path) 
         assert len(names) == 2, "the folders' names say what varies"
         bits = {name: {e["suggested_weight_bits"] for e in plans[name].values()} for name in names}
         assert {4} in bits.values()
-    assert outcome.out.count("Layer Statistics Summary:") == 6
+    assert outcome.out.count("Layer Statistics Summary:") == outcome.out.count("Quantized model: ") == 6
 
 
-@pytest.mark.parametrize("stage", [None, "run", "generate", "collect", "analyze"])
+@pytest.mark.parametrize("stage", [None, "run", "generate", "collect", "analyze", "quantize", "evaluate"])
 @pytest.mark.parametrize("flag", ["--help", "-h"])
 def test_help_is_worth_reading(folder: Path, capsys: pytest.CaptureFixture[str], stage: str | None, flag: str) -> None:
     outcome = run_here([stage, flag] if stage else [flag], capsys)
@@ -221,8 +263,12 @@ def test_help_is_worth_reading(folder: Path, capsys: pytest.CaptureFixture[str],
     assert f"usage: calib {stage or '[stage]'} [key=value …] [-m]" in outcome.out
     for group in ("timestep_schedule=", "subset=", "analysis=", "model=", "key", "quarters", "uniform", "emoji"):
         assert group in outcome.out
+    for group in ("ranges=", "quantizer=", "evaluation=", "allocate", "gptq", "per_step", "paired"):
+        assert group in outcome.out
+    if stage in ("quantize", "evaluate"):
+        assert "plan" in outcome.out.split("config groups")[0]
     if stage is None:
-        for name in ("generate", "collect", "analyze", "doctor", "run"):
+        for name in ("generate", "collect", "analyze", "quantize", "evaluate", "doctor", "run"):
             assert f"\n  {name} " in outcome.out
     assert max(len(line) for line in outcome.out.splitlines()) <= 140
     assert everything(folder) == []
@@ -266,7 +312,7 @@ def test_scripts_are_the_same_commands(tmp_path: Path, script: str, arguments: l
 
 def test_interrupted_by_the_keyboard_it_says_so_and_goes_on_later(model: DiffusionModel, tmp_path: Path) -> None:
     job = ("num_images=5", "sampler.num_steps=8", "sampler.batch_size=1", "timestep_schedule=quarters")
-    job += ("data_dir=dataset", "hydra.run.dir=run", "taps.include=[x_embedder]")
+    job += ("data_dir=dataset", "hydra.run.dir=run", "taps.include=[x_embedder]", "evaluation=none")
     process = start_process(tmp_path, *job)
     wait_until(lambda: bool(listed(tmp_path / "dataset")), process)
     process.send_signal(signal.SIGINT)

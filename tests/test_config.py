@@ -7,13 +7,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from calib.analysis.ranges import static
 from calib.compose import CONF, job_name
 from calib.config import build, check_writable
 from calib.dataset.shards import Shard
 from calib.dataset.store import StateDtype, StorageFormat
 from calib.errors import ConfigError
 from calib.models.model import ModelDtype
-from calib.settings import Settings, Stage
+from calib.quantization import rtn
+from calib.seeds import image_seed
+from calib.settings import CalibrationSettings, EvaluationSettings, SensitivitySettings, Settings, Stage
 from calib.typed import typed
 
 import numpy as np
@@ -33,6 +36,9 @@ NEEDS = {
     ("subset", "list"): ["subset.ids=[0,3]"],
     ("prompts", "file"): ["prompts.path=prompts.txt"],
 }
+
+#: Options that have nothing to set.
+PARAMETERLESS = ("all", "quarters", "taqdit", "key", "rtn", "static", "per_step")
 
 
 def composed(*overrides: str) -> dict[str, Any]:
@@ -62,6 +68,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_the_groups_are_those_of_the_issue() -> None:
     wanted = {"model", "prompts", "sampler", "dataset", "timestep_schedule", "subset", "taps", "storage", "analysis"}
+    wanted |= {"ranges", "quantizer", "evaluation"}
     assert wanted <= set(GROUPS) <= wanted | {"experiment"}
     options: dict[str, set[str]] = {group: {name for g, name in OPTIONS if g == group} for group in GROUPS}
     schedules = {"key", "all", "uniform", "stride", "quarters", "taqdit", "ndtc", "phases", "drift", "list"}
@@ -73,7 +80,10 @@ def test_the_groups_are_those_of_the_issue() -> None:
     assert {"hdf5", "npz"} <= options["dataset"]
     assert {"linear", "block", "all"} <= options["taps"]
     assert {"stats", "sampled", "full"} <= options["storage"]
-    assert {"range", "uniform"} <= options["analysis"]
+    assert {"range", "uniform", "cv", "sqnr", "mse", "sensitivity", "allocate"} <= options["analysis"]
+    assert {"static", "grouped", "polynomial", "per_step"} <= options["ranges"]
+    assert {"rtn", "percentile", "smooth", "gptq"} <= options["quantizer"]
+    assert {"none", "paired"} <= options["evaluation"]
 
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS)
@@ -114,6 +124,26 @@ def test_the_defaults_are_those_of_the_design() -> None:
     assert not built("stage=collect").generate_missing
     assert built("stage=collect", multirun=True).generate_missing
     assert settings.choose_images(range(10), no_latents) == list(range(10))
+    assert not settings.heuristic.measures and settings.phase_bits
+    assert settings.ranges.func is static
+    assert settings.quantizer.func is rtn.quantize
+    assert settings.plan is None
+    assert settings.sensitivity == SensitivitySettings(images=4, steps=8, group_sizes=(32, 64, 128))
+    assert settings.calibration == CalibrationSettings(images=32, steps=8)
+    assert settings.evaluation == EvaluationSettings(num_images=16, seed=0, steps=10)
+    assert settings.evaluation_dir.parent == settings.data_dir.parent
+    assert settings.evaluation_dir.name.startswith("emoji-evaluation-50steps-")
+
+
+def test_evaluation_can_be_left_out_and_never_compares_more_steps_than_there_are() -> None:
+    assert built("evaluation=none").evaluation.num_images == 0
+    assert built("sampler.num_steps=4").evaluation.steps == 4
+
+
+def test_seeds_of_evaluation_are_none_of_calibration() -> None:
+    settings = built("evaluation.seed=7")
+    of_evaluation = {image_seed(settings.evaluation.base_seed, i) for i in range(500)}
+    assert not of_evaluation & {image_seed(seed, i) for seed in range(20) for i in range(500)}
 
 
 def test_experiment_quick_is_quick() -> None:
@@ -159,10 +189,19 @@ def test_an_option_of_the_users_own_package_is_an_option(folder: Path, monkeypat
         "timestep_schedule=drift",
         "taps.cfg_halves=apart",
         "storage=full",
+        "analysis=allocate",
+        "ranges=per_step",
+        "quantizer=gptq",
+        "calibration.images=3",
+        "sensitivity.steps=1",
+        "phase_bits=false",
+        "plan=run",
+        "evaluation.num_images=3",
     ],
 )
 def test_what_does_not_change_the_images_does_not_change_their_folder(override: str) -> None:
     assert built(override).data_dir == built().data_dir
+    assert built(override).evaluation_dir == built().evaluation_dir
 
 
 @pytest.mark.parametrize(
@@ -183,6 +222,19 @@ def test_what_does_not_change_the_images_does_not_change_their_folder(override: 
 )
 def test_what_changes_the_images_changes_their_folder(override: str) -> None:
     assert built(override).data_dir != built().data_dir
+
+
+@pytest.mark.parametrize("override", ["sampler.num_steps=49", "sampler.cfg_weight=2.5", "sampler.shift=2.0"])
+def test_what_changes_the_pictures_of_evaluation_changes_their_folder(override: str) -> None:
+    assert built(override).evaluation_dir != built().evaluation_dir
+
+
+def test_another_evaluation_has_another_folder_and_the_same_dataset() -> None:
+    for override in ("evaluation.seed=1", "prompts=builtin", "model.dtype=float16"):
+        assert built(override).evaluation_dir != built().evaluation_dir
+    assert built("evaluation.seed=1").data_dir == built().data_dir
+    for override in ("seed=1", "dataset=npz", "dataset.dtype=float32"):
+        assert built(override).evaluation_dir == built().evaluation_dir, "what calibration has is not seen here"
 
 
 def test_another_cache_is_no_other_job() -> None:
@@ -254,7 +306,7 @@ def one_line_or_settings(config: dict[str, Any], key: str) -> None:
 def test_no_odd_value_of_an_option_ends_in_a_traceback(folder: Path, group: str, option: str) -> None:
     config = composed(f"{group}={option}", *NEEDS.get((group, option), []))
     paths = list(leaves(config[group], (group,)))
-    assert paths or option in ("all", "quarters", "taqdit", "key")
+    assert paths or option in PARAMETERLESS
     for path in paths:
         for value in [*ODD, 2**64]:
             changed = copy.deepcopy(config)
@@ -264,10 +316,12 @@ def test_no_odd_value_of_an_option_ends_in_a_traceback(folder: Path, group: str,
 
 def test_no_odd_value_of_any_other_key_ends_in_a_traceback(folder: Path) -> None:
     config = composed()
-    names = ["stage", "num_images", "seed", "data_dir", "generate_missing", "stats", "export_config"]
-    paths = [(name,) for name in names] + list(leaves({"model": config["model"], "sampler": config["sampler"]}))
-    assert ("sampler", "image_size") in paths
-    for path in [*paths, ("keep_awake",), ("collect", "batch_size"), ("shard", "index"), ("shard", "count")]:
+    names = ["stage", "num_images", "seed", "data_dir", "generate_missing", "stats", "export_config", "plan"]
+    groups = ("model", "sampler", "sensitivity", "calibration")
+    paths = [(name,) for name in names] + list(leaves({group: config[group] for group in groups}))
+    assert {("sampler", "image_size"), ("sensitivity", "group_sizes"), ("calibration", "images")} <= set(paths)
+    more = [("keep_awake",), ("phase_bits",), ("collect", "batch_size"), ("shard", "index"), ("shard", "count")]
+    for path in [*paths, *more]:
         for value in ODD:
             changed = copy.deepcopy(config)
             node = changed if len(path) == 1 else changed[path[0]]
@@ -275,7 +329,7 @@ def test_no_odd_value_of_any_other_key_ends_in_a_traceback(folder: Path) -> None
             one_line_or_settings(changed, ".".join(path))
 
 
-@pytest.mark.parametrize("name", ["collect", *(group for group in GROUPS if group != "experiment")])
+@pytest.mark.parametrize("name", ["collect", "sensitivity", "calibration", *(g for g in GROUPS if g != "experiment")])
 def test_a_group_that_is_no_group_is_an_error_of_one_line(name: str) -> None:
     config = composed()
     for value in (None, 3, "abc", [], {}):
@@ -329,6 +383,28 @@ def test_a_seed_of_any_size_is_used_or_refused(key: str, seed: int) -> None:
         (["storage.samples=some"], ("storage.samples=some", "none, rows, all")),
         (["taps.cfg_halves=both"], ("taps.cfg_halves=both", "pooled, apart")),
         (["cache_dir=''"], ("cache_dir", "empty")),
+        (["plan=''"], ("plan", "empty")),
+        (["phase_bits=3"], ("phase_bits=3", "true or false")),
+        (["sensitivity.images=0"], ("sensitivity.images=0", "1 or more")),
+        (["sensitivity.steps=0"], ("sensitivity.steps=0", "1 or more")),
+        (["sensitivity.group_sizes=[16]"], ("sensitivity.group_sizes=[16]", "32, 64, 128")),
+        (["sensitivity.group_sizes=[]"], ("sensitivity.group_sizes=[]", "32, 64, 128")),
+        (["calibration.images=0"], ("calibration.images=0", "1 or more")),
+        (["calibration.steps=-1"], ("calibration.steps=-1", "1 or more")),
+        (["evaluation.num_images=-1"], ("evaluation.num_images=-1", "0 or more")),
+        (["evaluation.steps=0"], ("evaluation.steps=0", "1 or more")),
+        (["evaluation.seed=-1"], ("evaluation.seed=-1", "0 or more")),
+        (["ranges=grouped", "ranges.groups=0"], ("ranges.groups=0", "1 or more")),
+        (["ranges=polynomial", "ranges.degree=9"], ("ranges.degree=9", "1 to 8")),
+        (["ranges._target_=calib.timesteps.key"], ("ranges.",)),
+        (["quantizer=gptq", "+quantizer.dampening=1"], ("quantizer.dampening", "'damping'")),
+        (["quantizer=gptq", "quantizer.damping=-1"], ("quantizer.damping=-1", "0 or more")),
+        (["quantizer=percentile", "quantizer.low=60", "quantizer.high=40"], ("quantizer.low=60", "quantizer.high")),
+        (["quantizer=smooth", "quantizer.alpha=2"], ("quantizer.alpha=2", "0 to 1")),
+        (["analysis=allocate", "analysis.average_bits=1"], ("analysis.average_bits=1", "or more")),
+        (["analysis=allocate", "analysis.weight_bits=[7]"], ("analysis.weight_bits=[7]", "2, 3, 4, 5, 6, 8")),
+        (["analysis=allocate", "analysis.group_sizes=[16]"], ("analysis.group_sizes=[16]", "32, 64, 128")),
+        (["analysis=sensitivity", "analysis.tolerance=0"], ("analysis.tolerance=0", "positive")),
         (["timestep_schedule=drift", "timestep_schedule.count=51"], ("timestep_schedule.count=51", "1 to 50")),
         (["timestep_schedule=drift", "timestep_schedule.images=0"], ("timestep_schedule.images=0", "1 or more")),
         (["timestep_schedule=drift", "dataset.steps=schedule"], ("dataset.steps=schedule", "drift")),
@@ -361,7 +437,7 @@ def test_a_bad_value_is_named_with_what_is_allowed(folder: Path, overrides: list
     Path("empty.txt").write_text("\n  \n")
     Path("binary.txt").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigError) as error:
-        built(*overrides).choose_images(range(2))
+        built(*overrides).choose_images(range(2), no_latents)
     message = str(error.value)
     assert "\n" not in message
     for word in words:

@@ -140,6 +140,7 @@ class CudaObserver:
         self._stride = histogram_stride
         self._group: list[tuple[str, mx.array, _Shape]] = []
         self._untied: list[mx.array] = []
+        self._done: list[mx.array] = []
         self._taps: list[_Tap] = []
         self._launches: list[_Launch] = []
         self._sums: list[mx.array] = []
@@ -159,7 +160,7 @@ class CudaObserver:
 
     def begin(self, phase: int) -> None:
         self._phase = mx.array([phase], dtype=mx.uint32)
-        self._taps, self._launches, self._sums, self._picked = [], [], [], []
+        self._taps, self._launches, self._sums, self._picked, self._done = [], [], [], [], []
 
     def see(self, name: str, x: mx.array, before: int = 0, whole: int | None = None) -> None:
         assert (before, whole or len(x)) == (0, len(x)), "on a GPU a batch has one part"
@@ -212,11 +213,12 @@ class CudaObserver:
         self._sums.append(sums)
         self._picked.append(picked)
         self._untied += [sums, picked, counted]
+        self._done.append(counted)
         self._group = []
 
     def end_forward(self) -> list[list[mx.array]]:
         self._flush()
-        last, self._untied = self._untied, []
+        self._untied = []
         shapes = [shape for launch in self._launches for shape in launch.shapes]
         tables = _tables(tuple(self._launches), tuple(tap.dtype for tap in self._taps))
         self._merge(shapes, tables[0])
@@ -232,7 +234,8 @@ class CudaObserver:
         self._ranges.append((rows, ranges))
         assert self._moments is not None and self._extremes is not None
         self._counted += max(rows * tokens * channels for rows, tokens, channels in shapes)
-        return [[self._moments, self._extremes, ranges, *last]]
+        # Counts too: what was tied to an activation that nothing uses would never be counted.
+        return [[self._moments, self._extremes, ranges, *self._done]]
 
     def settle(self) -> None:
         if self._counted > MOST_COUNTS:

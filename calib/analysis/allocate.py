@@ -212,6 +212,6 @@ def _uniform_note(
 def _copies_note(bits: Mapping[str, Mapping[str, int]], best: _Allocation, one_copy: _Allocation) -> str:
     several = sum(len({phase[name] for phase in bits.values()}) > 1 for name in best.choice)
     if not several:
-        return "no layer holds more than one copy of its weights: its copy of most bits alone takes less and does no more"
+        return "no layer holds more than one copy of its weights: in this budget, none would pay"
     held = f"more than one copy of the weights: {several} of {len(best.choice)} layers"
     return f"{held}; with one copy each in the same budget: {_compared(one_copy.error, best)}"

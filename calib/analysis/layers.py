@@ -30,7 +30,7 @@ class LayerSummary:
         channel_range: max - min of each channel.
         kurtosis: of the pooled histogram; 3 for a normal distribution.
         phases: the same layer over the steps of each phase alone.
-        steps: min, max, p01 and p99 at each collected step index.
+        steps: min, max, p01 and p99 at each collected step that the sampler feeds to the model.
         histogram: of the pooled values.
         weight_sqnr: signal to quantization noise of the layer's own weights, dB, by bits in groups of 64; empty where
             they cannot be quantized so.
@@ -134,7 +134,8 @@ def summarise_layer(file: ActivationFile, name: str, num_steps: int) -> LayerSum
         chosen = [by_step[step] for step in evaluated if first <= step <= last]
         if chosen:
             pooled.phases[phase] = LayerSummary.of(merge_all(chosen))
-    for step, statistics in by_step.items():
+    for step in evaluated:
+        statistics = by_step[step]
         low, high, *_ = statistics.over_channels()
         percentiles = statistics.percentiles()
         pooled.steps[step] = {"min": low, "max": high, "p01": percentiles["p01"], "p99": percentiles["p99"]}

@@ -191,8 +191,5 @@ def predicted(error: float, nbytes: int, weights: int) -> str:
 def kept_note(layers: Mapping[str, LayerSummary], sensitivities: Sensitivities) -> list[str]:
     """The note of layers that are in no budget; none where there are none."""
     kept = len(layers) - len(sensitivities.shapes)
-    return (
-        [f"weights are kept and not counted, as MLX cannot quantize them: {kept} of {len(layers)} layers"]
-        if kept
-        else []
-    )
+    note = f"weights are kept and not counted, as MLX cannot quantize them: {kept} of {len(layers)} layers"
+    return [note] if kept else []

@@ -26,6 +26,10 @@ def summary_text(plan: Plan) -> str:
     if plan.outlier_channels:
         channels = sum(map(len, plan.outlier_channels.values()))
         lines.append(f"  Outlier channels (range > 2.5 × median): {channels} in {len(plan.outlier_channels)} layers")
+    if any(layer.activation_bits != layer.weight_bits for layer in plan.layers.values()):
+        activations = Counter(layer.activation_bits for layer in plan.layers.values())
+        counts = ", ".join(f"{bits}-bit: {activations[bits]} layers" for bits in sorted(activations, reverse=True))
+        lines.append(f"  Activations: {counts}")
     lines += [f"  {note}" for note in plan.notes]
     return "\n".join(lines) + "\n"
 

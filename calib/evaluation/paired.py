@@ -47,11 +47,6 @@ class Reference:
     def states(self) -> StoredStates:
         return StoredStates(self.data_dir, self.manifest, self.images, self.steps)
 
-    def pictures(self, model: DiffusionModel) -> NDArray[np.float32]:
-        """The pictures of the final states, (images, height, width, 3) in [0, 1], not rounded to 8 bits."""
-        final = read_states(self.data_dir, self.manifest, self.images, self.manifest.num_steps)
-        return np.stack([np.array(model.decode(mx.array(latent[None])))[0] for latent in final])
-
 
 @dataclass(frozen=True)
 class Outcome:
@@ -81,69 +76,81 @@ def _rounded(array: mx.array) -> mx.array:
     return array.astype(mx.bfloat16).astype(array.dtype)
 
 
-def compare(model: DiffusionModel, reference: Reference, change: Change, label: str) -> Outcome:
-    """Draw the images of ``reference`` again with ``model`` changed, and compare pictures and outputs."""
-    pictures = _draw(model, reference, change, label)
-    pairs = list(zip(reference.pictures(model), pictures, strict=True))
-    fidelity = Fidelity(
-        psnr=np.array([psnr(*pair) for pair in pairs]),
-        ssim=np.array([ssim(*pair) for pair in pairs]),
-        error=_output_errors(model, reference, change, label),
-        steps=np.array(reference.steps),
-    )
-    return Outcome(pictures, fidelity)
+class Paired:
+    """Comparisons of one model, changed, with what it is at full precision.
 
+    Attributes:
+        pictures: those of the reference, (images, height, width, 3) in [0, 1], not rounded to 8 bits.
+    """
 
-def _draw(model: DiffusionModel, reference: Reference, change: Change, label: str) -> NDArray[np.float32]:
-    """The pictures, drawn in the blocks in which the reference was: another batch size would differ by rounding."""
-    manifest, images = reference.manifest, reference.images
-    size, guidance = manifest.batch_size or 1, manifest.cfg_weight
-    blocks = [images[i : i + size] for i in range(0, len(images), size)]
-    rows = [block + block[:1] * (size - len(block)) for block in blocks]
-    memory = plan_memory(model, guidance > 0, size)
-    texts = model.encode_batches(
-        [[str(manifest.images[i].prompt) for i in row] for row in rows], guidance, memory.keep_text
-    )
-    pictures = []
-    with Progress(f"draw {label}", len(blocks) * manifest.num_steps, "step") as progress:
-        for block, row, text in zip(blocks, rows, texts, strict=True):
-            seeds = [manifest.images[i].seed or 0 for i in row]
+    def __init__(self, model: DiffusionModel, reference: Reference):
+        self._model, self._reference = model, reference
+        manifest = reference.manifest
+        final = read_states(reference.data_dir, manifest, reference.images, manifest.num_steps)
+        self.pictures = np.stack([np.array(model.decode(mx.array(latent[None])))[0] for latent in final])
+        # One step a batch: a quantized model may follow the step.
+        size = plan_memory(model, manifest.cfg_weight > 0).batch_size
+        self._batches = reference.states().batches(model, size)
+        self._exact: list[NDArray[np.float32]] = []
+
+    def compare(self, change: Change, label: str) -> Outcome:
+        """Draw the reference's images with the model changed, and compare pictures and outputs."""
+        pictures = self._draw(change, label)
+        pairs = list(zip(self.pictures, pictures, strict=True))
+        fidelity = Fidelity(
+            psnr=np.array([psnr(*pair) for pair in pairs]),
+            ssim=np.array([ssim(*pair) for pair in pairs]),
+            error=self._output_errors(change, label),
+            steps=np.array(self._reference.steps),
+        )
+        return Outcome(pictures, fidelity)
+
+    def _draw(self, change: Change, label: str) -> NDArray[np.float32]:
+        """Pictures drawn in the blocks in which the reference was: another batch size would differ by rounding."""
+        model, manifest, images = self._model, self._reference.manifest, self._reference.images
+        size, guidance = manifest.batch_size or 1, manifest.cfg_weight
+        blocks = [images[i : i + size] for i in range(0, len(images), size)]
+        rows = [block + block[:1] * (size - len(block)) for block in blocks]
+        shown = [[str(manifest.images[i].prompt) for i in row] for row in rows]
+        texts = model.encode_batches(shown, guidance, plan_memory(model, guidance > 0, size).keep_text)
+        pictures = []
+        with Progress(f"draw {label}", len(blocks) * manifest.num_steps, "step") as progress:
+            for block, row, text in zip(blocks, rows, texts, strict=True):
+                seeds = [manifest.images[i].seed or 0 for i in row]
+                with change():
+                    for state in trajectory_from(model, text, seeds, manifest.num_steps, guidance):
+                        if state.step_index:
+                            progress.advance()
+                pictures += [np.array(model.decode(state.x[i : i + 1]))[0] for i in range(len(block))]
+        return np.stack(pictures)
+
+    def _output_errors(self, change: Change, label: str) -> NDArray[np.float64]:
+        """Relative error of the output on the reference's states, guidance halves together, (images, steps)."""
+        reference = self._reference
+        place = {image: row for row, image in enumerate(reference.images)}
+        column = {step: i for i, step in enumerate(reference.steps)}
+        errors = np.zeros((len(place), len(column)))
+        with Progress(f"compare outputs, {label}", len(self._batches), "batch", delay=2) as progress:
+            exact = self._exact_outputs()
             with change():
-                for state in trajectory_from(model, text, seeds, manifest.num_steps, guidance):
-                    if state.step_index:
-                        progress.advance()
-            pictures += [np.array(model.decode(state.x[i : i + 1]))[0] for i in range(len(block))]
-    return np.stack(pictures)
+                for make, v in zip(self._batches, exact, strict=True):
+                    batch = make()
+                    rows = [place[image] for image in batch.images]
+                    errors[rows, column[batch.steps[0]]] = relative_error(v, _output(self._model, batch))
+                    progress.advance()
+        return errors
 
-
-def _output_errors(model: DiffusionModel, reference: Reference, change: Change, label: str) -> NDArray[np.float64]:
-    """Relative error of the output on the reference's states, both guidance halves together, (images, steps)."""
-    manifest, states = reference.manifest, reference.states()
-    size = plan_memory(model, manifest.cfg_weight > 0).batch_size
-    batches = states.batches(model, size)
-    place = {image: row for row, image in enumerate(reference.images)}
-    column = {step: i for i, step in enumerate(reference.steps)}
-    errors = np.zeros((len(place), len(column)))
-    with Progress(f"compare outputs, {label}", len(batches), "batch", delay=2) as progress:
-        for make in batches:
-            batch = make()
-            exact = _output(model, batch)
-            with change():
-                changed = _output(model, batch)
-            rows = [place[image] for image in batch.images]
-            errors[rows, column[batch.steps[0]]] = relative_error(_by_state(exact, batch), _by_state(changed, batch))
-            progress.advance()
-    return errors
+    def _exact_outputs(self) -> list[NDArray[np.float32]]:
+        """Outputs at full precision, batch by batch; computed once, and kept: a latent a state."""
+        if not self._exact:
+            self._exact = [_output(self._model, make()) for make in self._batches]
+        return self._exact
 
 
 def _output(model: DiffusionModel, batch: Batch) -> NDArray[np.float32]:
+    """The output, (states, guidance halves, height, width, channels)."""
     with shared_cores(len(batch.x)):
         output = output_of(model, batch).astype(mx.float32)
         mx.eval(output)
-    return np.array(output)
-
-
-def _by_state(rows: NDArray[np.float32], batch: Batch) -> NDArray[np.float32]:
-    """(states, guidance halves, …) of (rows, …)."""
-    halves = rows.reshape(-1, len(batch.images), *rows.shape[1:])
+    halves = np.array(output).reshape(-1, len(batch.images), *output.shape[1:])
     return np.ascontiguousarray(halves.swapaxes(0, 1))

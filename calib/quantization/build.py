@@ -10,13 +10,14 @@ from calib.activations.reader import ActivationFile
 from calib.activations.taps import Recorder, TapPoint, linear_layers, tapped
 from calib.analysis.drift import channel_extremes, observe
 from calib.analysis.grid import UNQUANTIZED
-from calib.analysis.plan import GROUP_SIZES, LayerPlan
-from calib.analysis.ranges import RangeRule, StepRanges
-from calib.analysis.steps import StepPlan
+from calib.analysis.plan import GROUP_SIZES, LayerPlan, Plan
+from calib.analysis.ranges import RangeRule, StepRanges, static
+from calib.analysis.steps import StepPlan, observed_ranges, plan_steps
 from calib.errors import CalibError, suggest
 from calib.models.memory import plan_memory
 from calib.models.model import DiffusionModel, weights
 from calib.models.names import module_path
+from calib.quantization import rtn
 from calib.quantization.model import InputRule, QuantizedModel
 from calib.quantization.packed import Packed
 from calib.quantization.quantizer import ChannelRange, Quantizer, Work
@@ -67,6 +68,26 @@ class Source:
     statistics: Path | None
     rule: RangeRule
     states: Callable[[], StoredStates] | None
+
+
+def quantize(
+    model: DiffusionModel,
+    plan: Plan,
+    activations: Path,
+    quantizer: Quantizer = rtn.quantize,
+    ranges: RangeRule = static,
+    states: StoredStates | None = None,
+) -> tuple[QuantizedModel, list[str]]:
+    """``plan`` applied to ``model``, and notes for people; the same as ``calib quantize`` makes.
+
+    Args:
+        activations: the ``activations.h5`` that the plan was made from.
+        ranges: how activation ranges vary with the step.
+        states: for quantizers that replay stored states.
+    """
+    steps = plan_steps(plan, observed_ranges(plan, activations), activations, ranges)
+    source = Source(activations, ranges, None if states is None else lambda: states)
+    return build(model, plan.layers, steps, quantizer, source, {"model": model.name, "fingerprint": model.fingerprint})
 
 
 def build(

@@ -1,0 +1,53 @@
+"""FLUX's structure, small: double and unified blocks, rotary positions, no guidance; with random weights."""
+
+from dataclasses import replace
+
+from calib.models.model import DiffusionModel, weights
+
+import mlx.core as mx
+import numpy as np
+from diffusionkit.mlx.config import MMDiTConfig, PositionalEncoding
+from diffusionkit.mlx.mmdit import MMDiT
+from diffusionkit.mlx.sampler import FluxSampler
+
+
+def flux_transformer(parallel: bool = True) -> MMDiT:
+    """Two blocks of each kind, of the emoji model's latents and texts; as FLUX is, or its MLP after the attention."""
+    config = MMDiTConfig(
+        num_heads=2,
+        depth_multimodal=2,
+        depth_unified=2,
+        parallel_mlp_for_unified_blocks=parallel,
+        hidden_size_override=64,
+        patchify_via_reshape=True,
+        pos_embed_type=PositionalEncoding.PreSDPARope,
+        rope_axes_dim=(8, 12, 12),
+        pooled_text_embed_dim=256,
+        token_level_text_embed_dim=256,
+        use_qk_norm=True,
+        dtype=mx.float32,
+        low_memory_mode=False,
+    )
+    transformer = MMDiT(config)
+    random = np.random.RandomState(0)
+    for path, weight in weights(transformer).items():
+        scale = 0.08 * np.exp(0.5 * random.randn(weight.shape[0], *[1] * (weight.ndim - 1)))
+        value = (scale * random.randn(*weight.shape)).astype(np.float16).astype(np.float32)
+        if "norm" in path:
+            value = np.ones_like(value)
+        if path.startswith("unified") and path.endswith("fc2.bias"):
+            value = np.zeros_like(value)  # DiffusionKit sets it so in every forward
+        transformer.load_weights([(path, mx.array(value))], strict=False)
+    mx.eval(transformer.parameters())
+    return transformer
+
+
+def flux_model(model: DiffusionModel, parallel: bool = True) -> DiffusionModel:
+    """The emoji ``model`` with such a transformer in place of its own: it draws noise, but it draws."""
+    return replace(
+        model,
+        name="tiny_flux",
+        transformer=flux_transformer(parallel),
+        sampler=FluxSampler(shift=1.0),
+        supports_guidance=False,
+    )
