@@ -83,7 +83,7 @@ class CalibrationSettings:
 class EvaluationSettings:
     """What is drawn at full precision and quantized; nothing where ``num_images`` is 0."""
 
-    num_images: int = 16
+    num_images: int = 10
     seed: int = 0
     steps: int = 10
 

@@ -278,7 +278,7 @@ def test_what_lies_before_is_not_run(begun: Begun) -> None:
         seen: dict[str, mx.array] = {}
         with tapped(begun.transformer, points, keep(seen)):
             begun.forward(block, output)
-        # Embedders and modulations are made ahead; those of the image and the text are never evaluated.
+        # Embedders and modulations come ahead of all blocks.
         ahead = {name for name, own in place.items() if own is None or name.endswith(".adaln")}
         assert set(seen) == ahead | {name for name, own in place.items() if own is not None and own > block}
 

@@ -1,7 +1,9 @@
 """FLUX's structure, small: double and unified blocks, rotary positions, no guidance; with random weights."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
+from calib.models import emoji
 from calib.models.model import DiffusionModel, weights
 
 import mlx.core as mx
@@ -11,7 +13,7 @@ from diffusionkit.mlx.mmdit import MMDiT
 from diffusionkit.mlx.sampler import FluxSampler
 
 
-def flux_transformer(parallel: bool = True) -> MMDiT:
+def flux_transformer(parallel: bool = True, dtype: mx.Dtype = mx.float32) -> MMDiT:
     """Two blocks of each kind, of the emoji model's latents and texts; as FLUX is, or its MLP after the attention."""
     config = MMDiTConfig(
         num_heads=2,
@@ -25,7 +27,7 @@ def flux_transformer(parallel: bool = True) -> MMDiT:
         pooled_text_embed_dim=256,
         token_level_text_embed_dim=256,
         use_qk_norm=True,
-        dtype=mx.float32,
+        dtype=dtype,
         low_memory_mode=False,
     )
     transformer = MMDiT(config)
@@ -37,17 +39,23 @@ def flux_transformer(parallel: bool = True) -> MMDiT:
             value = np.ones_like(value)
         if path.startswith("unified") and path.endswith("fc2.bias"):
             value = np.zeros_like(value)  # DiffusionKit sets it so in every forward
-        transformer.load_weights([(path, mx.array(value))], strict=False)
+        transformer.load_weights([(path, mx.array(value).astype(dtype))], strict=False)
     mx.eval(transformer.parameters())
     return transformer
 
 
-def flux_model(model: DiffusionModel, parallel: bool = True) -> DiffusionModel:
+def flux_model(model: DiffusionModel, parallel: bool = True, dtype: mx.Dtype = mx.float32) -> DiffusionModel:
     """The emoji ``model`` with such a transformer in place of its own: it draws noise, but it draws."""
     return replace(
         model,
         name="tiny_flux",
-        transformer=flux_transformer(parallel),
+        transformer=flux_transformer(parallel, dtype),
+        dtype=dtype,
         sampler=FluxSampler(shift=1.0),
         supports_guidance=False,
     )
+
+
+def load(name: str, shift: float, image_size: Sequence[int]) -> DiffusionModel:
+    """For ``model._target_``."""
+    return replace(flux_model(emoji.load(image_size=image_size)), name=name)
