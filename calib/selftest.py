@@ -18,10 +18,12 @@ from calib.activations.plain import first_sampled
 from calib.activations.replay import new_observer
 from calib.activations.statistics import PERCENTILES
 from calib.activations.taps import TapPoint, tapped
+from calib.analysis.grid import Grid
 from calib.dataset.generate import trajectory
 from calib.dataset.settings import SamplerSettings
 from calib.models import emoji
 from calib.models.model import DiffusionModel
+from calib.quantization.packed import Packed
 from calib.sampling import initial_noise
 
 import mlx.core as mx
@@ -62,6 +64,7 @@ def run() -> list[Check]:
         ("reductions", check_reductions),
         ("quantize", check_quantize),
         ("products", check_products),
+        ("quantized products", check_quantized_products),
         ("collection", check_collection),
         ("collection, real activations", check_real_activations),
     )
@@ -221,6 +224,26 @@ def check_quantize() -> Iterator[Check]:
             # rms in units of the step: a value on the edge between two steps may fall to either side
             worst = max(worst, float(np.sqrt(np.mean(((restored - expected) / steps) ** 2))))
         yield Check(f"quantize {bits} bits, groups of 32, 64, 128 (steps)", worst, 5e-2)
+
+
+def check_quantized_products() -> Iterator[Check]:
+    """Products with packed weights and 16-bit scales, and the rounding of activations."""
+    x, w = random(96, 256), random(192, 256, seed=1)
+    for bits in (2, 3, 4, 5, 6, 8):
+        worst = 0.0
+        for group_size in (32, 64, 128):
+            packed = Packed.nearest(mx.array(w), bits, group_size, mx.float16)
+            parts = (packed.weight, packed.scales, packed.biases)
+            product = mx.quantized_matmul(mx.array(x), *parts, transpose=True, group_size=group_size, bits=bits)
+            expected = x.astype(np.float64) @ np.array(packed.dequantize()).astype(np.float64).T
+            worst = max(worst, relative(np.array(product.astype(mx.float32)), expected))
+        yield Check(f"product with {bits}-bit weights, groups of 32, 64, 128", worst, 5e-3)
+    wide = x.astype(np.float64)
+    for bits in (4, 6, 8):
+        grid = Grid.over(-2.0, 3.0, bits)
+        difference = np.abs(np.array(grid.apply_mx(mx.array(x))) - grid.apply(wide)) / grid.step
+        # a value on the edge between two steps may fall to either side
+        yield Check(f"activations at {bits} bits (rms, steps)", float(np.sqrt(np.mean(difference**2))), 5e-2)
 
 
 def check_products() -> Iterator[Check]:
