@@ -35,7 +35,7 @@ def run_analyze(settings: Settings, run: RunDirectory, stats: Path, model: Calla
     write_json(run.path / TIMESTEP_CONFIG, steps.to_json())
     if settings.export_config is not None:
         write_json(settings.export_config, plan.to_json())
-    text = summary_text(plan) + (drift_text(observed) if observed else "")
+    text = summary_text(plan) + (drift_text(_distinct(observed)) if observed else "")
     write_text(run.path / SUMMARY, text)
     run.add_metrics({**plan.metrics(), "analyze_seconds": time.monotonic() - start})
     print(f"\n{text}")
@@ -65,6 +65,17 @@ def sensitivities_of(
         settings.cache_dir,
         wanted.group_sizes,
     )
+
+
+def _distinct(observed: Mapping[str, Observed]) -> dict[str, Observed]:
+    """Layers that read one array under the first one's name, with the number of the others."""
+    groups: dict[tuple[bytes, bytes], list[str]] = {}
+    for name, seen in observed.items():
+        groups.setdefault((seen.low.tobytes(), seen.high.tobytes()), []).append(name)
+    return {
+        names[0] + (f" and {len(names) - 1} that read the same" if len(names) > 1 else ""): observed[names[0]]
+        for names in groups.values()
+    }
 
 
 def _steps(

@@ -16,8 +16,9 @@ from calib.evaluation.metrics import Fidelity
 from calib.evaluation.paired import Paired, Reference, rounded_to_bfloat16
 from calib.evaluation.report import fidelity_text, picture_grid, plot_error
 from calib.files import read_json, short_hash, write_json, write_text
+from calib.models.memory import on_gpu
 from calib.models.model import DiffusionModel
-from calib.progress import note
+from calib.progress import note, readable_bytes
 from calib.quantization.apply import applied
 from calib.quantization.checkpoint import load
 from calib.quantizing import FOLDER
@@ -59,6 +60,7 @@ def run_evaluate(settings: Settings, run: RunDirectory, model: Callable[[], Diff
     outcome = paired.compare(partial(applied, model(), quantized), "quantized")
     peak, found = mx.get_peak_memory(), outcome.fidelity
     text = fidelity_text(found, control, settings.sampler.num_steps)
+    text += f"peak memory while drawing quantized: {readable_bytes(peak)}{_on_cpu()}\n"
     write_text(run.path / REPORT, text)
     details = {"prompts": reference.prompts, "quantized": _to_json(found), "control": _to_json(control)}
     write_json(run.path / DETAILS, details)
@@ -69,6 +71,10 @@ def run_evaluate(settings: Settings, run: RunDirectory, model: Callable[[], Diff
     run.add_metrics({"evaluate_seconds": seconds, "evaluate_peak_bytes": peak})
     logger.info("evaluated %d images in %.1f s", len(reference.images), seconds)
     print(f"\n{text}")
+
+
+def _on_cpu() -> str:
+    return "" if on_gpu() else " (on a CPU weights are dequantized: no less than at full precision)"
 
 
 def reference_of(settings: Settings, model: DiffusionModel) -> Reference:

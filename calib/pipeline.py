@@ -138,7 +138,8 @@ def content_fingerprint(settings: Settings) -> str:
         sources += [checksum(path) for path in (stats / ACTIVATIONS, stats / STATISTICS, stats) if path.is_file()]
     elif settings.stage is Stage.QUANTIZE:
         plan = plan_path(settings)
-        sources += [checksum(path) for path in (plan, plan.parent / TIMESTEP_CONFIG) if path.is_file()]
+        files = (plan, plan.parent / TIMESTEP_CONFIG, (settings.stats or plan.parent) / ACTIVATIONS)
+        sources += [checksum(path) for path in files if path.is_file()]
     elif settings.stage is Stage.EVALUATE:
         sources.append(checksum(quantized_folder(settings) / CONFIG))
     elif settings.stage is Stage.COLLECT and not settings.generate_missing:

@@ -76,7 +76,7 @@ def run_quantize(settings: Settings, run: RunDirectory, model: Callable[[], Diff
     seconds = time.monotonic() - start
     run.add_metrics({**quantized.size().metrics(), "quantize_seconds": seconds, "quantize_peak_bytes": peak})
     logger.info("quantized %d layers in %.1f s", len(quantized.layers), seconds)
-    print(size_text(quantized, run.path / FOLDER))
+    print(f"{size_text(quantized, run.path / FOLDER)}; peak memory {readable_bytes(peak)}")
 
 
 def _copy_plan(run: RunDirectory, plan: dict[str, LayerPlan], steps: StepPlan) -> None:

@@ -158,6 +158,7 @@ def _identity(states: StoredStates) -> dict[str, Any]:
     """What a measurement follows from, besides the layer."""
     manifest = states.manifest
     return {
+        "version": 1,  # of the way of measuring
         "fingerprint": manifest.fingerprint,
         "text_encoders": manifest.text_encoders,
         "cfg_weight": manifest.cfg_weight,
@@ -229,7 +230,10 @@ class _Measuring:
                 for trial in task.trials:
                     with self._tried(task, trial):
                         tried = [self._forward(*both) for both in zip(self._batches, self._outputs, strict=True)]
-                        errors = [_energies(v_q - v) for v_q, v in zip(tried, reference, strict=True)]
+                        errors = [
+                            _energies(v_q.astype(mx.float32) - v.astype(mx.float32))
+                            for v_q, v in zip(tried, reference, strict=True)
+                        ]
                         results[trial.key] = (self._by_step(errors) / energy).tolist()
                     progress.advance()
                 self._known.add(task.kind, task.key, results)

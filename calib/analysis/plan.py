@@ -83,7 +83,11 @@ class Plan:
     notes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        return {name: layer.to_json() for name, layer in self.layers.items()}
+        found = {name: layer.to_json() for name, layer in self.layers.items()}
+        for name, channels in self.outlier_channels.items():
+            if name in found:
+                found[name]["outlier_channels"] = list(channels)
+        return found
 
     def metrics(self) -> dict[str, float]:
         """Flat numbers for ``metrics.json``."""

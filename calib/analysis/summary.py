@@ -26,6 +26,10 @@ def summary_text(plan: Plan) -> str:
     if plan.outlier_channels:
         channels = sum(map(len, plan.outlier_channels.values()))
         lines.append(f"  Outlier channels (range > 2.5 × median): {channels} in {len(plan.outlier_channels)} layers")
+        widest = sorted(plan.outlier_channels.items(), key=lambda item: -max(item[1].values()))
+        for name, own in widest[:MOST_OUTLIERS]:
+            channel = max(own, key=lambda i: own[i])
+            lines.append(f"    - {name} ({len(own)} channels, widest {channel}: {own[channel]:.1f} × median)")
     if any(layer.activation_bits != layer.weight_bits for layer in plan.layers.values()):
         activations = Counter(layer.activation_bits for layer in plan.layers.values())
         counts = ", ".join(f"{bits}-bit: {activations[bits]} layers" for bits in sorted(activations, reverse=True))

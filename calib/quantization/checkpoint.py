@@ -5,6 +5,9 @@ loads it. ``phases.safetensors`` holds further copies of weights for phases, whe
 holds bits and group size of each layer, the rules for activations, and where the model comes from.
 """
 
+import errno
+import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import fields
 from enum import Enum
@@ -14,7 +17,7 @@ from typing import Any
 
 from calib.analysis.range_files import from_json, to_json
 from calib.errors import CalibError
-from calib.files import checksum, read_json, write_json
+from calib.files import checksum, free_bytes, read_json, write_json
 from calib.models.names import layer_name, module_path
 from calib.quantization.model import InputRule, QuantizedModel
 from calib.quantization.packed import Packed
@@ -36,18 +39,27 @@ def mmdit_fields(config: MMDiTConfig) -> dict[str, Any]:
 def save(quantized: QuantizedModel, folder: Path) -> None:
     """Write ``folder``, whole or not at all; one that is there is replaced."""
     folder.parent.mkdir(parents=True, exist_ok=True)
+    for left in folder.parent.glob(f".{folder.name}.*"):  # by a killed process: the caller holds the run directory
+        shutil.rmtree(left, ignore_errors=True)
     with TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent, ignore_cleanup_errors=True) as place:
         made = Path(place) / "made"
         made.mkdir()
-        mx.save_safetensors(str(made / WEIGHTS), quantized.parameters(), metadata={"format": "mlx"})
-        files = {WEIGHTS: checksum(made / WEIGHTS)}
+        files = {WEIGHTS: _write(made / WEIGHTS, quantized.parameters())}
         if quantized.copies:
-            mx.save_safetensors(str(made / COPIES), _copies_of(quantized), metadata={"format": "mlx"})
-            files[COPIES] = checksum(made / COPIES)
+            files[COPIES] = _write(made / COPIES, _copies_of(quantized))
         write_json(made / CONFIG, {**_document(quantized), "files": files})
         if folder.exists():
             folder.rename(Path(place) / "before")
         made.rename(folder)
+
+
+def _write(path: Path, arrays: dict[str, mx.array]) -> str:
+    """The checksum of what was written."""
+    needed = sum(array.nbytes for array in arrays.values())
+    if free_bytes(path.parent) < needed:  # MLX would leave half a file without a word
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+    mx.save_safetensors(str(path), arrays, metadata={"format": "mlx"})
+    return checksum(path)
 
 
 def _shape(layer: Packed) -> dict[str, int]:
