@@ -230,10 +230,7 @@ class _Measuring:
                 for trial in task.trials:
                     with self._tried(task, trial):
                         tried = [self._forward(*both) for both in zip(self._batches, self._outputs, strict=True)]
-                        errors = [
-                            _energies(v_q.astype(mx.float32) - v.astype(mx.float32))
-                            for v_q, v in zip(tried, reference, strict=True)
-                        ]
+                        errors = [_energies(v_q - v) for v_q, v in zip(tried, reference, strict=True)]
                         results[trial.key] = (self._by_step(errors) / energy).tolist()
                     progress.advance()
                 self._known.add(task.kind, task.key, results)
@@ -286,7 +283,7 @@ class _Measuring:
     def _forward(self, batch: Batch, output: Output | None, lazily: bool = False) -> mx.array:
         """The output v of a batch, (rows, …), begun after the block that gave ``output``."""
         compute = partial(self._part, batch, output)
-        return by_parts(len(batch.x), compute, lazily)
+        return by_parts(len(batch.x), compute, lazily).astype(mx.float32)
 
     def _part(self, batch: Batch, output: Output | None, part: slice) -> mx.array:
         transformer, text = self._model.transformer, batch.text

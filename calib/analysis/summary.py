@@ -26,7 +26,9 @@ def summary_text(plan: Plan) -> str:
     if plan.outlier_channels:
         channels = sum(map(len, plan.outlier_channels.values()))
         lines.append(f"  Outlier channels (range > 2.5 × median): {channels} in {len(plan.outlier_channels)} layers")
-        widest = sorted(plan.outlier_channels.items(), key=lambda item: -max(item[1].values()))
+        distinct = {tuple(own.items()): name for name, own in reversed(plan.outlier_channels.items())}
+        ordered = sorted(distinct.items(), key=lambda item: -max(factor for _, factor in item[0]))
+        widest = [(name, dict(own)) for own, name in ordered]  # layers that read one array, by the first
         for name, own in widest[:MOST_OUTLIERS]:
             channel = max(own, key=lambda i: own[i])
             lines.append(f"    - {name} ({len(own)} channels, widest {channel}: {own[channel]:.1f} × median)")
