@@ -8,7 +8,6 @@ from typing import Any
 
 from calib.analysis.steps import read_steps
 from calib.dataset.load import load_manifest
-from calib.models.names import layer_name
 from calib.progress import note
 from calib.quantization.checkpoint import load
 
@@ -30,15 +29,15 @@ from helpers import (
 
 #: The least that sensitivities can be measured on.
 LEAST = ("sensitivity.images=1", "sensitivity.steps=1", "sensitivity.group_sizes=[64]")
-#: Of the last block and around it: a dozen layers.
-FEW = "taps.include=['x_embedder','mm_block_3.image.*','mm_block_3.text.attn.*','final_layer.*']"
+#: Of the last block and around it: nine layers.
+FEW = "taps.include=['x_embedder','mm_block_3.image.*','final_layer.linear']"
 
 Calib = Callable[..., Outcome]
 
 
 @pytest.fixture
 def calib(folder: Path, capsys: pytest.CaptureFixture[str], tiny_run: Path) -> Calib:
-    """``calib`` in an empty folder, on the dataset and with the cache of the shared run; ``run`` is the run directory."""
+    """``calib`` in an empty folder, on the shared run's dataset and with its cache; ``run`` is the run directory."""
     shared = (f"data_dir={tiny_run.parent / 'dataset'}", f"cache_dir={tiny_run.parent / 'calibration_cache'}")
     note.cache_clear()
 
@@ -117,9 +116,7 @@ def check_failed_run(run: Path, message: str) -> None:
 def test_from_statistics_to_a_measured_model_within_a_budget(
     calib: Calib, few: Path, folder: Path, tmp_path: Path
 ) -> None:
-    # A cache of its own: what is measured here must not be there already.
-    shutil.copytree(few.parent / "calibration_cache", tmp_path / "cache")
-    shutil.rmtree(tmp_path / "cache" / "sensitivity", ignore_errors=True)
+    # A cache of its own: what is measured here is not there already.
     given = [f"stats={few}", "analysis=allocate", "analysis.average_bits=4", f"cache_dir={tmp_path / 'cache'}", *LEAST]
     outcome = calib("analyze", *given, "ranges=grouped", run="plan")
     assert outcome.status == 0, outcome.err
@@ -206,6 +203,8 @@ def test_every_quantizer_finds_its_statistics_by_the_plan(
 
 
 Damage = Callable[[Path], object]
+UNKNOWN = ("mm_block_7.image.mlp.fc1", "mm_block_8.image.mlp.fc1")
+BEYOND = {"from_step": [0, 4], "low": [0, 0], "high": [1, 1]}
 PLANS: dict[str, tuple[Damage, int, Sequence[str]]] = {
     "another model": (
         timesteps(lambda c: c.update(model="sd3_medium")),
@@ -525,14 +524,13 @@ def test_a_layer_without_finite_values_is_named(tiny_run: Path, calib: Calib, fo
 @pytest.mark.parametrize("which", ["q", "k"])
 def test_of_layers_that_read_one_array_some_may_be_tapped(calib: Calib, folder: Path, which: str) -> None:
     """What was seen of one is what all read."""
-    assert calib("collect", f"taps.include=['mm_block_3.*.{which}_proj']", run="collected").status == 0
-    outcome = calib("analyze", "stats=collected", "analysis=sensitivity", *LEAST)
+    given = [f"cache_dir={folder / 'cache'}"]
+    assert calib("collect", f"taps.include=['mm_block_3.*.{which}_proj']", *given, run="collected").status == 0
+    outcome = calib("analyze", "stats=collected", "analysis=sensitivity", *LEAST, *given)
     assert outcome.status == 0, outcome.err
     names = [f"mm_block_3.{stream}.attn.{which}_proj" for stream in ("image", "text")]
     assert list(read(folder / "run" / "quantization_config.json")) == names
-    cache = folder.parent  # where the sensitivities are
-    assert cache.exists()
-    assert "measure sensitivities: " in outcome.err or outcome.err == ""
+    assert "measure sensitivities: 18 trials\n" in outcome.err, "of two weights and of two inputs"
 
 
 # Evaluation
@@ -617,8 +615,7 @@ def test_a_spoiled_noise_floor_is_measured_again(
     cache = tmp_path / "cache"
     (cache / "evaluation").mkdir(parents=True)
     (control,) = (tiny_run.parent / "calibration_cache" / "evaluation").glob("control_*.json")
-    for content in ("", "[]", '{"psnr": [null]}', control.read_text().replace('"ssim"', '"sim"')):
-        (cache / "evaluation" / control.name).write_text(content)
+    (cache / "evaluation" / control.name).write_bytes(control.read_bytes()[:-30])
     outcome = calib("evaluate", "plan=made", f"cache_dir={cache}")
     assert outcome.status == 0, outcome.err
     assert "draw control: 4 steps" in outcome.err

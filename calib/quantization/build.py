@@ -105,7 +105,8 @@ def build(
     linear = {name: layer for name, layer in layers.items() if name in chosen and isinstance(layer, nn.Linear)}
     work = Work(model.transformer, linear, {**plan, **chosen}, half, _replay(model, source), *_statistics(plan, source))
     made = quantizer(work)
-    inputs, more = _inputs(plan, steps, made.ranges)
+    # A plan may name blocks, too, where their outputs were observed: they have no input of their own to round.
+    inputs, more = _inputs({name: layer for name, layer in plan.items() if name in layers}, steps, made.ranges)
     packed = {f"{module_path(name)}.weight" for name in made.layers}
     own = weights(model.transformer)
     rest = {path: made.weights.get(path, array).astype(half) for path, array in own.items() if path not in packed}
