@@ -1,15 +1,15 @@
 """The stage that turns statistics into a plan, and its files."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 from calib.activations.store import METADATA
-from calib.activations.taps import TapSelection, linear_layers, tap_points
+from calib.activations.taps import TapPoint, TapSelection, linear_layers, tap_points
 from calib.analysis.drift import drift_text
-from calib.analysis.layers import LayerSummary, read_summaries
-from calib.analysis.measure import measure
-from calib.analysis.plan import Plan
+from calib.analysis.layers import PROBE, LayerSummary, read_summaries
+from calib.analysis.measure import measure, quantizable
+from calib.analysis.plan import WEIGHT_BITS, Plan
 from calib.analysis.ranges import Observed
 from calib.analysis.sensitivity import Sensitivities
 from calib.analysis.steps import StepPlan, observed_ranges, plan_steps
@@ -20,6 +20,10 @@ from calib.models.model import DiffusionModel
 from calib.runs.directory import RunDirectory
 from calib.settings import Settings
 from calib.sources import activations_of, collected
+from calib.timesteps import phase_bounds
+
+import numpy as np
+from diffusionkit.mlx.mmdit import MMDiT
 
 PLAN, TIMESTEP_CONFIG, SUMMARY = "quantization_config.json", "timestep_config.json", "analysis.txt"
 
@@ -54,8 +58,9 @@ def sensitivities_of(
     source = collected(settings, stats, "this heuristic")
     load = source.model(model)
     transformer = settings.skeleton() if settings.skeleton is not None else load().transformer
-    wanted = settings.sensitivity
-    points = [point for point in tap_points(transformer, TapSelection()) if point.name in layers]
+    wanted, manifest = settings.sensitivity, source.manifest
+    points = _points(transformer, layers)
+    drawn_by = None if manifest.fingerprint else (load().fingerprint, load().text_encoders)
     return measure(
         load,
         {name: layer for name, layer in linear_layers(transformer).items() if name in layers},
@@ -64,7 +69,37 @@ def sensitivities_of(
         {point.name: (layers[point.name].minimum, layers[point.name].maximum) for point in points},
         settings.cache_dir,
         wanted.group_sizes,
+        drawn_by,
     )
+
+
+def _points(transformer: MMDiT, layers: Collection[str]) -> list[TapPoint]:
+    """The taps on ``layers``, of each its first one's name."""
+    found = []
+    for point in tap_points(transformer, TapSelection()):
+        if names := [name for name in point.names if name in layers]:
+            found.append(TapPoint(names[0], point.kind, tuple(names[1:])))
+    return found
+
+
+def check_heuristic(settings: Settings) -> None:
+    """Raise where a heuristic that measures could not make a plan, whatever is measured: before anything is."""
+    if settings.heuristic.whole is None or settings.skeleton is None:
+        return
+    layers = {n: layer for n, layer in linear_layers(settings.skeleton()).items() if quantizable(layer)}
+    sizes = settings.sensitivity.group_sizes
+    steps = tuple(first for first, _ in phase_bounds(settings.sampler.num_steps).values())
+    pretended = Sensitivities(
+        steps,
+        settings.sampler.num_steps,
+        {
+            name: {(b, g): np.full(len(steps), 4.0**-b) for b in WEIGHT_BITS for g in quantizable(layer) if g in sizes}
+            for name, layer in layers.items()
+        },
+        {},
+        {name: (layer.weight.shape[0], layer.weight.shape[-1]) for name, layer in layers.items()},
+    )
+    settings.heuristic.whole(dict.fromkeys(layers, PROBE), pretended)
 
 
 def _distinct(observed: Mapping[str, Observed]) -> dict[str, Observed]:

@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from calib import subsets, timesteps
-from calib.activations.histogram import Histogram
 from calib.activations.samples import SampleSettings
 from calib.activations.step import CollectSettings
 from calib.activations.taps import TapSelection, tap_points
 from calib.analysis.heuristic import Heuristic
-from calib.analysis.layers import LayerSummary
+from calib.analysis.layers import PROBE
 from calib.analysis.plan import GROUP_SIZES, LayerPlan
 from calib.analysis.ranges import Observed, RangeRule, StepRanges
 from calib.dataset.settings import SamplerSettings
@@ -47,12 +46,6 @@ T = TypeVar("T")
 #: Key of a ``model`` option that names a function building its transformer without weights, so that layer patterns
 #: (and the sampler's settings) are checked before anything is loaded. An option may leave it out.
 SKELETON = "skeleton"
-
-#: A layer no model has, to try a heuristic's parameters on before anything is loaded.
-_PROBE = LayerSummary(
-    *(-1.0, 1.0, 0.0, 0.5, dict.fromkeys(("p001", "p01", "p05", "p50", "p95", "p99", "p999"), 0.5), 1),
-    histogram=Histogram("float16", np.array([0x8000], np.uint16), np.array([1], np.uint64)),
-)
 
 #: Top-level keys of a configuration.
 GROUPS = (
@@ -257,7 +250,7 @@ def _heuristic(node: Mapping[str, Any]) -> Heuristic:
     heuristic = bind("analysis", node, given=("layer", "layers", "sensitivities"))
     if "layers" in inspect.signature(heuristic).parameters:
         return Heuristic(whole=heuristic)
-    result = heuristic(_PROBE)
+    result = heuristic(PROBE)
     if not isinstance(result, LayerPlan):
         raise ConfigError.bad_value("analysis._target_", node["_target_"], "must return a LayerPlan")
     return Heuristic(by_layer=heuristic)

@@ -60,7 +60,7 @@ def run_evaluate(settings: Settings, run: RunDirectory, model: Callable[[], Diff
     outcome = paired.compare(partial(applied, model(), quantized), "quantized")
     peak, found = mx.get_peak_memory(), outcome.fidelity
     text = fidelity_text(found, control, settings.sampler.num_steps)
-    text += f"peak memory while drawing quantized: {readable_bytes(peak)}{_on_cpu()}\n"
+    text += f"peak memory while drawing quantized: {readable_bytes(peak)}{_counted()}\n"
     write_text(run.path / REPORT, text)
     details = {"prompts": reference.prompts, "quantized": _to_json(found), "control": _to_json(control)}
     write_json(run.path / DETAILS, details)
@@ -73,8 +73,11 @@ def run_evaluate(settings: Settings, run: RunDirectory, model: Callable[[], Diff
     print(f"\n{text}")
 
 
-def _on_cpu() -> str:
-    return "" if on_gpu() else " (on a CPU weights are dequantized: no less than at full precision)"
+def _counted() -> str:
+    """What people must know of the peak."""
+    if on_gpu():
+        return " (the full-precision weights, which stay loaded, counted)"
+    return " (on a CPU weights are dequantized: no less than at full precision)"
 
 
 def reference_of(settings: Settings, model: DiffusionModel) -> Reference:
@@ -102,7 +105,8 @@ def control_of(settings: Settings, model: DiffusionModel, reference: Reference, 
     """The noise floor, measured once for a model and its reference."""
     images = [[e.prompt, *e.checksums.values()] for e in reference.manifest.images.values()]
     device = [mx.default_device().type.name, versions()["mlx"]]
-    key = short_hash([model.fingerprint, images, list(reference.steps), *device], digits=16)
+    version = 2  # of the way of measuring
+    key = short_hash([version, model.fingerprint, images, list(reference.steps), *device], digits=16)
     path = settings.cache_dir / "evaluation" / f"control_{key}.json"
     if path.exists():
         with suppress(CalibError, KeyError, TypeError, ValueError):  # a damaged one is measured again

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from calib.activations.store import FILE as ACTIVATIONS
+from calib.activations.store import METADATA
 from calib.analysis.layers import STATISTICS, read_summaries
-from calib.analyzing import TIMESTEP_CONFIG, run_analyze
+from calib.analyzing import TIMESTEP_CONFIG, check_heuristic, run_analyze
 from calib.awake import awake
 from calib.collecting import check_drift, check_subset, run_collect
 from calib.config import check_writable
@@ -28,7 +29,7 @@ from calib.quantization.checkpoint import CONFIG
 from calib.quantizing import check_plan, plan_path, run_quantize
 from calib.runs.directory import RunDirectory
 from calib.settings import Settings, Stage
-from calib.sources import collected
+from calib.sources import activations_of, collected
 from calib.timesteps import Drift
 from calib.typed import at_least
 
@@ -39,16 +40,22 @@ def precheck(settings: Settings) -> None:
     """What can be known to be wrong before a run directory is made or a model is loaded."""
     if settings.stage is Stage.ANALYZE:
         read_summaries(_stats(settings))
+        check_heuristic(settings)
         if settings.heuristic.measures:
             collected(settings, _stats(settings), "this heuristic")
         return
     if settings.stage is Stage.QUANTIZE:
         check_plan(settings, plan_path(settings))
+        if settings.stats is not None and activations_of(settings.stats) is None:
+            allowed = "no activations.h5 there; calib collect makes a run directory with one"
+            raise ConfigError.bad_value("stats", settings.stats, allowed)
         return
     if settings.stage is Stage.EVALUATE:
         at_least("evaluation.num_images", settings.evaluation.num_images, 1)
         quantized_folder(settings)
         return
+    if settings.stage is Stage.RUN:
+        check_heuristic(settings)
     if settings.stage is not Stage.GENERATE:
         check_writable("cache_dir", settings.cache_dir)
     draws = settings.stage is Stage.GENERATE or settings.generate_missing
@@ -135,11 +142,12 @@ def content_fingerprint(settings: Settings) -> str:
     sources = [settings.fingerprint]
     if settings.stage is Stage.ANALYZE:
         stats = _stats(settings)
-        sources += [checksum(path) for path in (stats / ACTIVATIONS, stats / STATISTICS, stats) if path.is_file()]
+        files = (stats / ACTIVATIONS, stats / STATISTICS, stats / METADATA, stats)
+        sources += [checksum(path) for path in files if path.is_file()]
     elif settings.stage is Stage.QUANTIZE:
         plan = plan_path(settings)
-        files = (plan, plan.parent / TIMESTEP_CONFIG, (settings.stats or plan.parent) / ACTIVATIONS)
-        sources += [checksum(path) for path in files if path.is_file()]
+        beside = (plan, plan.parent / TIMESTEP_CONFIG, (settings.stats or plan.parent) / ACTIVATIONS)
+        sources += [checksum(path) for path in beside if path.is_file()]
     elif settings.stage is Stage.EVALUATE:
         sources.append(checksum(quantized_folder(settings) / CONFIG))
     elif settings.stage is Stage.COLLECT and not settings.generate_missing:

@@ -3,12 +3,13 @@
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from calib.activations.taps import linear_layers
-from calib.analysis.plan import LayerPlan, read_plan
-from calib.analysis.steps import StepPlan, read_steps
+from calib.analysis.plan import LayerPlan, Plan, read_plan
+from calib.analysis.steps import StepPlan, observed_ranges, plan_hash, plan_steps, read_steps, rule_document
 from calib.analyzing import PLAN, TIMESTEP_CONFIG
 from calib.errors import CalibError, ConfigError
 from calib.files import write_json
@@ -20,6 +21,7 @@ from calib.quantization.model import QuantizedModel
 from calib.runs.directory import RunDirectory
 from calib.settings import Settings, Stage
 from calib.sources import activations_of, collected
+from calib.typed import bind
 
 import mlx.core as mx
 
@@ -45,7 +47,8 @@ def check_plan(settings: Settings, path: Path) -> None:
     if settings.skeleton is not None:
         check_names(plan, list(_known(linear_layers(settings.skeleton()))), str(path))
     made_for = read_steps(path.parent / TIMESTEP_CONFIG).origin.get("model", settings.model_name)
-    if made_for != settings.model_name:
+    # Datasets of older scripts name a repository, or nothing; weights are compared once they are loaded.
+    if made_for not in ("unknown", "None", settings.model_name) and "/" not in made_for:
         raise ConfigError(f"plan={path}: made for model={made_for}, not {settings.model_name}; set model={made_for}")
 
 
@@ -64,7 +67,9 @@ def run_quantize(settings: Settings, run: RunDirectory, model: Callable[[], Diff
     if fingerprint not in (None, own):
         raise CalibError(f"{path}: its statistics are of other weights ({fingerprint}, not {own})")
     source = _source(settings, run, path, steps)
-    about = _about(settings, model())
+    steps = _own_steps(path, plan, steps, source)
+    about = _about(settings, model(), steps)
+    _forget_evaluation(run.path)
     mx.reset_peak_memory()
     quantized, notes = build(model(), plan, steps, settings.quantizer, source, about)
     peak = mx.get_peak_memory()
@@ -77,6 +82,25 @@ def run_quantize(settings: Settings, run: RunDirectory, model: Callable[[], Diff
     run.add_metrics({**quantized.size().metrics(), "quantize_seconds": seconds, "quantize_peak_bytes": peak})
     logger.info("quantized %d layers in %.1f s", len(quantized.layers), seconds)
     print(f"{size_text(quantized, run.path / FOLDER)}; peak memory {readable_bytes(peak)}")
+
+
+def _forget_evaluation(run: Path) -> None:
+    """Remove what an earlier job in this directory measured of another quantized model."""
+    for name in ("evaluation.json", "evaluation.txt", "images/output_error.png", "images/pictures.png"):
+        (run / name).unlink(missing_ok=True)
+
+
+def _own_steps(path: Path, plan: dict[str, LayerPlan], steps: StepPlan, source: Source) -> StepPlan:
+    """``steps`` where they belong to ``plan``; else, as the plan was changed or copied, made anew from statistics."""
+    if steps.plan == plan_hash(plan):
+        return steps
+    why = f"{path}: {TIMESTEP_CONFIG} beside it is another plan's" if steps.timesteps else f"{path} stands alone"
+    if source.statistics is None:
+        note(f"{why}, and there are no statistics (stats=DIR): inputs stay as they are, weights alone are quantized")
+        return replace(steps, activation_bits={}, weight_bits={}, ranges={})
+    note(f"{why}: activation ranges are made from {source.statistics}")
+    whole = Plan(plan)
+    return plan_steps(whole, observed_ranges(whole, source.statistics), source.statistics, source.rule)
 
 
 def _copy_plan(run: RunDirectory, plan: dict[str, LayerPlan], steps: StepPlan) -> None:
@@ -92,31 +116,28 @@ def _source(settings: Settings, run: RunDirectory, plan: Path, steps: StepPlan) 
         beside = plan.parent if activations_of(plan.parent) else None
         named = Path(steps.origin["statistics"]) if "statistics" in steps.origin else None
         stats = beside or (named.parent if named is not None and named.exists() else None)
+    # As the plan's own ranges were made, so those that a quantizer asks for.
+    rule = bind("ranges", steps.rule, given=("observed",)) if steps.rule else settings.ranges
     if stats is None:
-        return Source(None, settings.ranges, None)
+        return Source(None, rule, None)
     wanted = settings.calibration
 
     def states() -> Any:
         return collected(settings, stats, "this quantizer").states(wanted.images, wanted.steps)
 
-    return Source(activations_of(stats), settings.ranges, states)
+    return Source(activations_of(stats), rule, states)
 
 
-def _about(settings: Settings, model: DiffusionModel) -> dict[str, Any]:
+def _about(settings: Settings, model: DiffusionModel, steps: StepPlan) -> dict[str, Any]:
     config = model.transformer.config
     return {
         "model": model.name,
         "fingerprint": model.fingerprint,
-        "quantizer": _named(settings.quantizer),
-        "ranges": _named(settings.ranges),
+        "quantizer": rule_document(settings.quantizer),
+        "ranges": steps.rule,
         "dtype": str(config.dtype).rpartition(".")[2],
         "mmdit": mmdit_fields(config),
     }
-
-
-def _named(bound: Any) -> dict[str, Any]:
-    """A bound option: its function, and its parameters."""
-    return {"function": f"{bound.func.__module__}.{bound.func.__qualname__}", **bound.keywords}
 
 
 def size_text(quantized: QuantizedModel, folder: Path) -> str:

@@ -192,7 +192,7 @@ def test_what_stands_out_is_added_below_the_summary() -> None:
     text = summary_text(replace(plan, notes=("predicted error 3", "nothing else")))
     assert text.startswith(summary_text(Plan(plan.layers)))
     assert "    - a (kurtosis 120)\n" in text
-    assert "2 in 1 layers" in text
+    assert "2 in 1 layers\n    - a (2 channels, widest 2: 7.0 × median)\n" in text
     assert text.endswith("  predicted error 3\n  nothing else\n")
 
 
@@ -336,20 +336,40 @@ def test_the_runs_summary_is_printed_and_agrees_with_its_plan(tiny_run: Path) ->
     assert all(plan[name]["figure"] == f"r = {r[name]:.3g}" for name in expected)
 
 
+def test_a_plan_names_the_channels_that_stand_out(tiny_run: Path) -> None:
+    plan = load(tiny_run / "quantization_config.json")
+    lines = (tiny_run / "analysis.txt").read_text(encoding="utf-8").splitlines()
+    total = 0
+    with ActivationFile(tiny_run / "activations.h5") as file:
+        for name, entry in plan.items():
+            pooled = file.statistics(name)
+            spread = (pooled.maximum - pooled.minimum).astype(np.float64)
+            expected = np.flatnonzero(spread > 2.5 * np.median(spread)).tolist()
+            assert entry.get("outlier_channels", []) == expected, name
+            total += len(expected)
+    named = [name for name, entry in plan.items() if "outlier_channels" in entry]
+    place = lines.index(f"  Outlier channels (range > 2.5 × median): {total} in {len(named)} layers")
+    assert re.fullmatch(r"    - \S+ \(\d+ channels, widest \d+: [\d.]+ × median\)", lines[place + 1])
+
+
 def test_the_runs_summary_ends_with_the_layers_that_drift_most(tiny_run: Path) -> None:
     lines = (tiny_run / "analysis.txt").read_text(encoding="utf-8").splitlines()
     rows = lines[lines.index("  Drift over the steps (width at its widest : at its narrowest):") + 1 :]
-    widths = {
-        name: {step: high - low for step, (low, high) in by_step.items()}
-        for name, by_step in bounds_by_step(tiny_run).items()
-    }
+    # Layers that read one array are told once, by the first one's name.
+    alike: dict[tuple[tuple[float, float], ...], list[str]] = {}
+    bounds = bounds_by_step(tiny_run)
+    for name, by_step in bounds.items():
+        alike.setdefault(tuple(by_step.values()), []).append(name)
+    told = {names[0]: f" and {len(names) - 1} that read the same" * (len(names) > 1) for names in alike.values()}
+    widths = {name: {step: high - low for step, (low, high) in bounds[name].items()} for name in told}
     times = {name: max(by_step.values()) / min(by_step.values()) for name, by_step in widths.items()}
     above = sorted((name for name in times if times[name] > 1.5), key=lambda name: -times[name])
     assert len(above) > 3
     assert rows[-1] == f"    {len(above)} of {len(times)} layers above ×1.5"
     for row, name in zip(rows[:-1], above[:10], strict=True):
         widest, narrowest = (pick(widths[name], key=widths[name].get) for pick in (max, min))
-        assert row == f"    - {name} (×{times[name]:.1f}, widest at step {widest}, narrowest at step {narrowest})"
+        figures = f"×{times[name]:.1f}, widest at step {widest}, narrowest at step {narrowest}"
+        assert row == f"    - {name}{told[name]} ({figures})"
 
 
 def test_a_run_directory_and_its_json_alone_give_the_same_plan(tiny_run: Path) -> None:

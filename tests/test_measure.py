@@ -306,9 +306,9 @@ def ask(model: DiffusionModel, data_dir: Path, tmp_path: Path) -> Callable[..., 
 
     def call(load: Callable[[], DiffusionModel] = lambda: model, **given: Any) -> Sensitivities:
         wanted = {"layers": FEW, "ranges": FEW_RANGES, "states": states_of(data_dir, [0], [3]), "sizes": [64]} | given
-        points = points_of(model, wanted["ranges"])
+        points = wanted.get("points", points_of(model, wanted["ranges"]))
         layers, place = chosen(model, wanted["layers"]), (wanted["states"], wanted["ranges"], tmp_path)
-        return measure(load, layers, points, *place, wanted["sizes"])
+        return measure(load, layers, points, *place, wanted["sizes"], wanted.get("drawn_by"))
 
     note.cache_clear()
     return call
@@ -364,6 +364,18 @@ def test_only_what_is_missing_is_measured(
     assert temporaries(tmp_path) == set()
 
 
+def test_an_input_that_other_layers_read_too_is_another_measurement(ask: Callable[..., Sensitivities]) -> None:
+    """All that read it are tried at once: what one alone does is less."""
+    q, *others = (f"mm_block_3.image.attn.{which}_proj" for which in "qkv")
+    ranges = {q: (-2.0, 2.0)}
+    alone, together = (TapPoint(q, "modulated", aliases) for aliases in ((), tuple(others)))
+    first = ask(points=[alone], ranges=ranges)
+    second = ask(points=[together], ranges=ranges)
+    assert set(second.activations) == {q, *others}
+    assert np.all(first.activations[q][4] < second.activations[q][4])
+    check_same(ask(never, points=[alone], ranges=ranges), first)
+
+
 def test_other_states_are_another_measurement(
     ask: Callable[..., Sensitivities], data_dir: Path, tmp_path: Path
 ) -> None:
@@ -394,12 +406,13 @@ def test_older_datasets_of_other_states_or_another_model_are_another_measurement
     one, other = (
         StoredStates(folder, older(load_manifest(folder)), [0], [3]) for folder in (data_dir, tmp_path / "copy")
     )
-    first, second = ask(states=one), ask(states=other)
-    option = ("final_layer.linear", (2, 64))
-    assert first.weights[option[0]][option[1]] != second.weights[option[0]][option[1]]
+    own = {"drawn_by": (model.fingerprint, model.text_encoders)}
+    first, second = ask(states=one, **own), ask(states=other, **own)
+    assert first.weights["final_layer.linear"][2, 64] != second.weights["final_layer.linear"][2, 64]
     another = replace(model, transformer=MMDiT(model.transformer.config))
-    third = ask(lambda: another, states=one)
-    assert first.weights[option[0]][option[1]] != third.weights[option[0]][option[1]]
+    third = ask(lambda: another, states=one, drawn_by=(another.fingerprint, another.text_encoders))
+    assert first.weights["final_layer.linear"][2, 64] != third.weights["final_layer.linear"][2, 64]
+    check_same(ask(never, states=one, **own), first)
 
 
 DAMAGE: dict[str, Callable[[dict[str, Any]], Any]] = {

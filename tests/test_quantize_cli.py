@@ -339,10 +339,22 @@ def test_a_quantizer_without_statistics_says_what_to_name(
     check_failed_run(folder / "run", line)
 
 
-def test_parameters_of_a_quantizer_are_checked_before_anything_is_made(calib: Calib, plan: Path, folder: Path) -> None:
+QUANTIZERS = [
+    (["quantizer=gptq", "quantizer.damping=-1"], "quantizer.damping=-1"),
+    (["quantizer=gptq", "quantizer.memory_gb=0"], "quantizer.memory_gb=0"),
+    (["quantizer=percentile", "quantizer.low=60", "quantizer.high=40"], "quantizer.low=60"),
+    (["quantizer=smooth", "quantizer.alpha=2"], "quantizer.alpha=2"),
+]
+
+
+@pytest.mark.parametrize("stage", ["quantize", "run"])
+@pytest.mark.parametrize(("given", "words"), QUANTIZERS)
+def test_impossible_parameters_of_a_quantizer_are_told_before_anything_is_made(
+    calib: Calib, plan: Path, folder: Path, stage: str, given: Sequence[str], words: str
+) -> None:
     before = everything(folder)
-    line = is_one_clear_line(calib("quantize", "plan=plan", "quantizer=gptq", "quantizer.damping=-1"))
-    assert "quantizer.damping=-1" in line
+    more = ["plan=plan"] if stage == "quantize" else ["data_dir=dataset"]
+    assert words in is_one_clear_line(calib(stage, *more, *given))
     assert everything(folder) == before
 
 
@@ -423,13 +435,37 @@ def test_activations_of_the_finished_latent_alone_make_no_ranges(calib: Calib, f
 # Sensitivities
 
 
-def test_a_budget_below_all_that_there_is_is_told_before_anything_is_made(
-    calib: Calib, few: Path, folder: Path
+HEURISTICS = [
+    (["analysis=allocate", "analysis.average_bits=1"], ("analysis.average_bits=1", "or more")),
+    (["analysis=allocate", "analysis.megabytes=-3"], ("analysis.megabytes=-3", "or more")),
+    (["analysis=allocate", "analysis.average_bits=4", "analysis.megabytes=3"], ("average_bits=4", "one budget")),
+    (["analysis=allocate", "analysis.weight_bits=[7]"], ("analysis.weight_bits=[7]", "2, 3, 4, 5, 6, 8")),
+    (["analysis=allocate", "analysis.group_sizes=[16]"], ("analysis.group_sizes=[16]", "32, 64, 128")),
+    (["analysis=allocate", "analysis.activation_bits=1"], ("analysis.activation_bits=1", "2 to 16")),
+    (["analysis=sensitivity", "analysis.tolerance=0"], ("analysis.tolerance=0", "positive")),
+]
+
+
+@pytest.mark.parametrize("stage", ["analyze", "run"])
+@pytest.mark.parametrize(("given", "words"), HEURISTICS)
+def test_impossible_parameters_of_a_heuristic_are_told_before_anything_is_made(
+    calib: Calib, few: Path, folder: Path, stage: str, given: Sequence[str], words: Sequence[str]
 ) -> None:
-    given = [f"stats={few}", "analysis=allocate", *LEAST]
-    line = is_one_clear_line(calib("analyze", *given, "analysis.average_bits=1"))
-    assert line.startswith("analysis.average_bits=1") and "or more" in line
+    more = [f"stats={few}"] if stage == "analyze" else ["data_dir=dataset"]
+    line = is_one_clear_line(calib(stage, *more, *given, *LEAST))
+    for word in words:
+        assert word in line
     assert everything(folder) == []
+
+
+def test_a_budget_is_that_of_the_layers_in_the_statistics(calib: Calib, few: Path, folder: Path) -> None:
+    """Of all layers together it would be far too small."""
+    given = [f"stats={few}", "analysis=allocate", "analysis.megabytes=0.8", *LEAST]
+    outcome = calib("analyze", *given)
+    assert outcome.status == 0, outcome.err
+    assert calib("quantize", "plan=run", run="quantized").status == 0
+    made = load(folder / "quantized" / "quantized")
+    assert 500_000 < sum(packed.nbytes for packed in made.layers.values()) <= 800_000
 
 
 def test_a_budget_below_what_these_layers_take_names_what_they_do(calib: Calib, few: Path, folder: Path) -> None:
@@ -552,8 +588,8 @@ MODELS: dict[str, tuple[Damage, int, Sequence[str]]] = {
     "no run": (shutil.rmtree, 2, ["plan=made: no folder quantized there"]),
     "an empty folder": (
         lambda d: (shutil.rmtree(d / "quantized"), (d / "quantized").mkdir()),
-        1,
-        ["made/quantized", "calib quantize"],
+        2,
+        ["plan=made", "calib quantize plan=made makes one"],
     ),
 }
 
@@ -620,16 +656,14 @@ def test_a_spoiled_noise_floor_is_measured_again(
     assert outcome.status == 0, outcome.err
     assert "draw control: 4 steps" in outcome.err
     assert read(cache / "evaluation" / control.name) == read(control)
-    assert (folder / "run" / "evaluation.txt").read_bytes() == (tiny_run / "evaluation.txt").read_bytes()
+    assert (folder / "run" / "evaluation.json").read_bytes() == (tiny_run / "evaluation.json").read_bytes()
 
 
 def test_pictures_of_another_number_of_steps_are_drawn_with_the_nearest_ones_ranges(
     calib: Calib, quantized: Path, folder: Path
 ) -> None:
-    assert layer_name(next(iter(read(quantized / "quantized" / "config.json")["layers"])))
-    outcome = calib(
-        "evaluate", "plan=made", "sampler.num_steps=6", "evaluation.num_images=1", f"data_dir={folder / 'd'}"
-    )
+    other = ["sampler.num_steps=6", "evaluation.num_images=1", f"data_dir={folder / 'dataset'}"]
+    outcome = calib("evaluate", "plan=made", *other)
     assert outcome.status == 0, outcome.err
     assert read(folder / "run" / "evaluation.json")["quantized"]["steps"] == [0, 5]
     assert "output error at 2 of 6 steps" in outcome.out

@@ -16,7 +16,7 @@ from calib.activations.cache import StepCache
 from calib.activations.record import Block, StepRecord
 from calib.activations.replay import traced_shapes
 from calib.activations.samples import Samples, SampleSettings, read_rows
-from calib.activations.states import check_states
+from calib.activations.states import check_states, identity_of
 from calib.activations.step import CollectSettings, Setup, replayed
 from calib.activations.store import Source
 from calib.activations.taps import Halves, TapPoint
@@ -93,22 +93,16 @@ class Collection:
                     f"{sigma:.9g} {t:.9g}" for sigma, t in zip(manifest.sigmas, manifest.timesteps, strict=True)
                 ],
             },
-            "states": [[block.number, [self._states_of(i) for i in block.images]] for block in self.blocks],
+            "states": [
+                [block.number, [identity_of(self.data_dir, manifest.images[i]) for i in block.images]]
+                for block in self.blocks
+            ],
             "taps": [asdict(point) for point in self.points],
             "depth": [transformer.config.depth_multimodal, transformer.config.depth_unified],
             "settings": {**asdict(self.settings), "batch_size": self.batch_size},
             "device": mx.default_device().type.name,
             "mlx": versions()["mlx"],
         }
-
-    def _states_of(self, image_id: int) -> list[str]:
-        """Prompt and content of one image's states; of an older dataset, without checksums, size and time."""
-        entry = self.manifest.images[image_id]
-        if entry.checksums:
-            return [str(entry.prompt), *(entry.checksums.get(name, "") for name in entry.samples)]
-        stats = [(self.data_dir / name) for name in entry.samples]
-        found = [path.stat() for path in stats if path.exists()]
-        return [str(entry.prompt), *(f"{s.st_size} {s.st_mtime_ns}" for s in found)]
 
     def missing(self, steps: Sequence[int]) -> list[int]:
         """Steps that the cache does not hold."""

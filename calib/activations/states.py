@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from calib.dataset.manifest import Manifest
+from calib.dataset.manifest import ImageEntry, Manifest
 from calib.dataset.store import StorageFormat, read_state
 from calib.errors import CalibError
 from calib.files import checksum
@@ -51,6 +51,14 @@ def check_states(data_dir: Path, manifest: Manifest, images: Sequence[int], step
         again = "" if manifest.is_older else "; calib generate draws them again"
         verify = f"calib verify {data_dir} says what else is wrong"
         raise CalibError(f"{data_dir}: {', '.join(faults[:MOST_NAMED])}{more}; {verify}{again}")
+
+
+def identity_of(data_dir: Path, entry: ImageEntry) -> list[str]:
+    """Prompt and content of one image's states; of an older dataset, without checksums, size and time."""
+    if entry.checksums:
+        return [str(entry.prompt), *(entry.checksums.get(name, "") for name in entry.samples)]
+    found = [path.stat() for name in entry.samples if (path := data_dir / name).exists()]
+    return [str(entry.prompt), *(f"{s.st_size} {s.st_mtime_ns}" for s in found)]
 
 
 def read_states(data_dir: Path, manifest: Manifest, images: Sequence[int], step: int) -> NDArray[np.float32]:

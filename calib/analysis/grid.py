@@ -1,4 +1,4 @@
-"""Grids of uniform quantization: their arithmetic, and the error they make of a histogram.
+"""Grids of uniform quantization, and their arithmetic on the host and on the device.
 
 An asymmetric grid of b bits over [low, high] has 2^b values, a step s apart; zero is one of them, so that what is
 zero stays zero (padding, the many zeros after a GELU). Q(x) = s (clip(round(x / s) + z, 0, 2^b - 1) - z).

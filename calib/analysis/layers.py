@@ -73,6 +73,13 @@ class LayerSummary:
         }
 
 
+#: A layer no model has, to try a heuristic's parameters on before anything is loaded.
+PROBE = LayerSummary(
+    *(-1.0, 1.0, 0.0, 0.5, dict.fromkeys(("p001", "p01", "p05", "p50", "p95", "p99", "p999"), 0.5), 1),
+    histogram=Histogram("float16", np.array([0x8000], np.uint16), np.array([1], np.uint64)),
+)
+
+
 def read_summaries(stats: Path) -> tuple[dict[str, LayerSummary], int | None]:
     """Layers by name, and the trajectory's number of steps where known.
 

@@ -14,13 +14,14 @@ from typing import Any
 
 from calib.activations.batches import Batch, StoredStates, by_parts, timesteps_of_rows
 from calib.activations.replay import shared_cores
-from calib.activations.taps import TapPoint, TapSelection, linear_layers, tap_points, tapped
+from calib.activations.states import identity_of
+from calib.activations.taps import TapPoint, linear_layers, tapped
 from calib.analysis.grid import Grid
 from calib.analysis.plan import GROUP_SIZES, WEIGHT_BITS
 from calib.analysis.sensitivity import Sensitivities
 from calib.errors import CalibError
 from calib.files import locked, read_json, short_hash, write_json
-from calib.models.memory import plan_memory
+from calib.models.memory import on_gpu, plan_memory
 from calib.models.model import DiffusionModel
 from calib.models.modulation import modulated
 from calib.models.resume import Output, block_of, keeping, resumed
@@ -106,6 +107,7 @@ def measure(
     input_ranges: Mapping[str, tuple[float, float]],
     cache_dir: Path,
     group_sizes: Sequence[int] = GROUP_SIZES,
+    drawn_by: tuple[str, str] | None = None,
 ) -> Sensitivities:
     """Sensitivities of all of ``layers``, from the cache where they are known.
 
@@ -114,10 +116,12 @@ def measure(
         layers: linear layers by canonical name, of the model or of one of its shape without weights.
         points: taps; layers of one tap read one array, which is quantized for all of them at once.
         input_ranges: full range of the input of each tap, by its name.
+        drawn_by: fingerprint and text encoders of the model; None: as the dataset says, which an older one does not.
     """
     sizes = {name: [size for size in quantizable(layer) if size in group_sizes] for name, layer in layers.items()}
     trials = {name: [_Trial(*pair) for pair in product(WEIGHT_BITS, own)] for name, own in sizes.items() if own}
-    identity = _identity(states)
+    manifest = states.manifest
+    identity = _identity(states, drawn_by or (str(manifest.fingerprint), str(manifest.text_encoders)))
     known = _Known(cache_dir / "sensitivity" / f"{short_hash(identity, digits=16)}.json", identity)
     waiting = f"waiting for the process that measures the same sensitivities ({known.path})"
     with locked(known.path.with_suffix(".lock"), lambda: say(waiting)):
@@ -154,17 +158,17 @@ def _input_key(point: TapPoint, ranges: Mapping[str, tuple[float, float]]) -> st
     return f"{point.name} [{low:.6g}, {high:.6g}]"
 
 
-def _identity(states: StoredStates) -> dict[str, Any]:
+def _identity(states: StoredStates, drawn_by: tuple[str, str]) -> dict[str, Any]:
     """What a measurement follows from, besides the layer."""
     manifest = states.manifest
     return {
         "version": 1,  # of the way of measuring
-        "fingerprint": manifest.fingerprint,
-        "text_encoders": manifest.text_encoders,
+        "fingerprint": drawn_by[0],
+        "text_encoders": drawn_by[1],
         "cfg_weight": manifest.cfg_weight,
         "steps": list(states.steps),
         "timesteps": [f"{manifest.timesteps[step]:.9g}" for step in states.steps],
-        "images": [[manifest.images[i].prompt, *manifest.images[i].checksums.values()] for i in states.images],
+        "images": [identity_of(states.data_dir, manifest.images[i]) for i in states.images],
         "device": mx.default_device().type.name,
         "mlx": versions()["mlx"],
     }
@@ -229,11 +233,33 @@ class _Measuring:
                 results = {}
                 for trial in task.trials:
                     with self._tried(task, trial):
-                        tried = [self._forward(*both) for both in zip(self._batches, self._outputs, strict=True)]
-                        errors = [_energies(v_q - v) for v_q, v in zip(tried, reference, strict=True)]
-                        results[trial.key] = (self._by_step(errors) / energy).tolist()
+                        errors = [
+                            self._error(batch, output, v)
+                            for batch, output, v in zip(self._batches, self._outputs, reference, strict=True)
+                        ]
+                    results[trial.key] = self._relative(self._by_step(errors), energy, task, trial)
                     progress.advance()
                 self._known.add(task.kind, task.key, results)
+
+    def _error(self, batch: Batch, output: Output | None, v: mx.array) -> mx.array:
+        error = _energies(self._forward(batch, output) - v)
+        if on_gpu():
+            mx.eval(error)  # two forwards at once would need the memory of two
+        return error
+
+    def _relative(
+        self, errors: NDArray[np.float64], energy: NDArray[np.float64], task: _Task, trial: _Trial
+    ) -> list[float]:
+        """S at each step; raises where the output is not finite, or zero at full precision."""
+        for step, error, whole in zip(self._states.steps, errors, energy, strict=True):
+            if not (np.isfinite(error) and np.isfinite(whole) and whole > 0):
+                what = f"{task.key} at {trial.key.replace('x', ' bits in groups of ')}"
+                raise CalibError(
+                    f"sensitivity of {what}, step {step}: the model's output is not finite, or zero at full precision; "
+                    "another model.dtype may do, or other states"
+                )
+        found: list[float] = (errors / energy).tolist()
+        return found
 
     def _by_step(self, energies: Sequence[mx.array]) -> NDArray[np.float64]:
         """The sums at each step of what every row has."""
@@ -305,8 +331,3 @@ def _of_rows(output: Output, part: slice) -> Output:
 def _energies(x: mx.array) -> mx.array:
     """Σx² of each row in float32, (rows,); lazy."""
     return mx.sum(mx.square(x.astype(mx.float32)), axis=tuple(range(1, x.ndim)))
-
-
-def measurable(transformer: nn.Module) -> tuple[dict[str, nn.Module], list[TapPoint]]:
-    """Linear layers, and the taps on them, of a transformer with or without weights."""
-    return linear_layers(transformer), tap_points(transformer, TapSelection())

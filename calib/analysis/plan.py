@@ -182,8 +182,10 @@ def _check_layer(path: Path, name: str, layer: LayerPlan) -> None:
     low, high = layer.clip_percentile
     faults = {
         f"suggested_weight_bits={layer.weight_bits}: MLX quantizes weights to {WEIGHT_BITS}": layer.weight_bits
-        in WEIGHT_BITS,
-        f"group_size={layer.group_size}: MLX has groups of {GROUP_SIZES}": layer.group_size in GROUP_SIZES,
+        in WEIGHT_BITS
+        and type(layer.weight_bits) is int,
+        f"group_size={layer.group_size}: MLX has groups of {GROUP_SIZES}": layer.group_size in GROUP_SIZES
+        and type(layer.group_size) is int,
         f"suggested_activation_bits={layer.activation_bits}: must be 2 to 16": isinstance(layer.activation_bits, int)
         and 2 <= layer.activation_bits <= UNQUANTIZED,
         f"clip_percentile={[low, high]}: must ascend, from 0 to 100": 0 <= low < high <= 100,

@@ -1,6 +1,6 @@
 """What of a plan varies with the step: phases with their bits, ranges. The content of ``timestep_config.json``."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -8,11 +8,11 @@ from typing import Any
 from calib.activations.reader import ActivationFile
 from calib.activations.store import METADATA
 from calib.analysis.drift import observe
-from calib.analysis.plan import Plan
+from calib.analysis.plan import WEIGHT_BITS, LayerPlan, Plan
 from calib.analysis.range_files import from_json, to_json
 from calib.analysis.ranges import Observed, RangeRule, StepRanges
 from calib.errors import CalibError
-from calib.files import read_json
+from calib.files import read_json, short_hash
 from calib.timesteps import phase_bounds
 
 import numpy as np
@@ -29,6 +29,8 @@ class StepPlan:
         weight_bits: by phase and layer, where weights have copies.
         ranges: of activations, by layer.
         origin: where the statistics come from, where known: model, fingerprint, path.
+        plan: hash of the plan that this belongs to, see :func:`plan_hash`; empty where that is not known.
+        rule: the function that made the ranges, and its parameters, as an option of the config group names them.
     """
 
     timesteps: tuple[float, ...] = ()
@@ -37,6 +39,8 @@ class StepPlan:
     weight_bits: dict[str, dict[str, int]] = field(default_factory=dict)
     ranges: dict[str, StepRanges] = field(default_factory=dict)
     origin: dict[str, str] = field(default_factory=dict)
+    plan: str = ""
+    rule: dict[str, Any] = field(default_factory=dict)
 
     def bits_by_step(self, name: str, default: int) -> tuple[int, ...]:
         """Activation bits of a layer at every step; ``default`` outside the phases that were collected."""
@@ -56,9 +60,22 @@ class StepPlan:
             "num_steps": len(self.timesteps) or None,
             "timesteps": list(self.timesteps),
             **self.origin,
+            "plan": self.plan,
+            "ranges": self.rule,
             "phases": phases,
             "activation_ranges": to_json(self.ranges),
         }
+
+
+def plan_hash(layers: Mapping[str, LayerPlan]) -> str:
+    """Hash of what of a plan decides about activations: layers, their bits, their clipping."""
+    return short_hash([[name, plan.activation_bits, list(plan.clip_percentile)] for name, plan in layers.items()])
+
+
+def rule_document(rule: Callable[..., Any]) -> dict[str, Any]:
+    """A function with its parameters bound, as an option of a config group names it."""
+    function, parameters = getattr(rule, "func", rule), getattr(rule, "keywords", {})
+    return {"_target_": f"{function.__module__}.{function.__qualname__}", **parameters}
 
 
 def observed_ranges(plan: Plan, activations: Path) -> dict[str, Observed]:
@@ -87,7 +104,10 @@ def plan_steps(
     return StepPlan(
         timesteps=tuple(_timesteps(activations.parent, levels.timesteps, levels.num_steps)),
         phases={name: (first, min(end, last)) for name, (first, end) in phase_bounds(levels.num_steps).items()},
-        activation_bits={phase: dict(bits) for phase, bits in (phase_bits or {}).items()},
+        activation_bits={
+            phase: {name: b for name, b in bits.items() if b != plan.layers[name].activation_bits}
+            for phase, bits in (phase_bits or {}).items()
+        },
         weight_bits=plan.phase_weight_bits,
         ranges={name: rule(seen) for name, seen in observed.items()},
         origin={
@@ -95,12 +115,15 @@ def plan_steps(
             "fingerprint": str(attributes.get("fingerprint")),
             "statistics": str(activations),
         },
+        plan=plan_hash(plan.layers),
+        rule=rule_document(rule),
     )
 
 
 def _timesteps(run: Path, known: Mapping[int, float], num_steps: int) -> list[float]:
     """Timesteps of steps 0 … n - 1: as recorded, else between those that were collected, linear in the step."""
-    recorded = read_json(run / METADATA).get("timesteps") if (run / METADATA).exists() else None
+    document = read_json(run / METADATA) if (run / METADATA).exists() else None
+    recorded = document.get("timesteps") if isinstance(document, dict) else None
     if isinstance(recorded, list) and len(recorded) > num_steps:
         return [float(t) for t in recorded[:num_steps]]
     steps = sorted(known)
@@ -121,22 +144,33 @@ def read_steps(path: Path) -> StepPlan:
         if document["num_steps"] is None:
             return StepPlan()
         timesteps = tuple(float(t) for t in document["timesteps"])
+        if not timesteps or not np.isfinite(timesteps).all():
+            raise ValueError("timesteps that are no finite numbers")
         phases = document["phases"]
-        bounds = {phase: (int(own["steps"][0]), int(own["steps"][1])) for phase, own in phases.items()}
+        activations = range(2, 17)
         return StepPlan(
             timesteps,
-            bounds,
-            {phase: _bits(own["activation_bits"]) for phase, own in phases.items()},
-            {phase: _bits(own["weight_bits"]) for phase, own in phases.items() if "weight_bits" in own},
+            {phase: _bounds(own["steps"], len(timesteps)) for phase, own in phases.items()},
+            {phase: _bits(own["activation_bits"], activations) for phase, own in phases.items()},
+            {phase: _bits(own["weight_bits"], WEIGHT_BITS) for phase, own in phases.items() if "weight_bits" in own},
             from_json(document["activation_ranges"], path, len(timesteps)),
             {key: str(document[key]) for key in ("model", "fingerprint", "statistics") if key in document},
+            str(document.get("plan", "")),
+            dict(document.get("ranges", {})),
         )
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise CalibError(f"{path}: lacks or garbles {error}; run calib analyze again") from None
 
 
-def _bits(document: Mapping[str, Any]) -> dict[str, int]:
-    found = {name: int(bits) for name, bits in document.items()}
-    if wrong := next((name for name, bits in found.items() if not 2 <= bits <= 16), None):
-        raise ValueError(f"{found[wrong]} bits of {wrong}")
-    return found
+def _bounds(document: Any, num_steps: int) -> tuple[int, int]:
+    first, last = (int(step) for step in document)
+    if not 0 <= first <= last < num_steps:
+        raise ValueError(f"a phase from step {first} to {last}, of {num_steps} steps")
+    return first, last
+
+
+def _bits(document: Mapping[str, Any], allowed: Sequence[int]) -> dict[str, int]:
+    for name, bits in document.items():
+        if type(bits) is not int or bits not in allowed:
+            raise ValueError(f"{bits} bits of {name}")
+    return dict(document)

@@ -1,6 +1,5 @@
 """Which denoising step a forward is at, for layers that treat steps differently."""
 
-import math
 from collections.abc import Sequence
 
 from calib.errors import CalibError
@@ -10,7 +9,8 @@ class Clock:
     """Told the timestep before every forward; knows the step of the trajectory that is nearest to it.
 
     Args:
-        timesteps: of steps 0 … n - 1, falling. Drawing with another number of steps meets timesteps in between.
+        timesteps: of steps 0 … n - 1, falling. Drawing with another number of steps meets timesteps in between. Empty
+            where nothing varies with the step: it is 0 then, ever.
     """
 
     def __init__(self, timesteps: Sequence[float]):
@@ -19,8 +19,11 @@ class Clock:
 
     def tell(self, timestep: float | None) -> None:
         """A forward begins at ``timestep``; None: its rows have timesteps of their own."""
-        distances = [math.inf if timestep is None else abs(t - timestep) for t in self._timesteps]
-        self._step = None if timestep is None else distances.index(min(distances))
+        if timestep is None:
+            self._step = None
+            return
+        distances = [abs(t - timestep) for t in self._timesteps]
+        self._step = distances.index(min(distances)) if distances else 0
 
     @property
     def step(self) -> int:

@@ -33,6 +33,14 @@ class PhasedLinear(nn.Module):
     def __getattr__(self, key: str) -> Any:
         return super().__getattr__(key) if key in self else getattr(self["inner"], key)
 
+    def __setattr__(self, key: str, value: Any) -> None:
+        # FLUX's unified blocks set mlp.fc2.bias in every forward: it must reach every copy.
+        if "inner" in self and key in self["inner"]:
+            for layer in (self["inner"], *self._copies.values()):
+                setattr(layer, key, value)
+        else:
+            super().__setattr__(key, value)
+
 
 def as_module(layer: Packed, bias: mx.array | None, dtype: mx.Dtype, dequantize: bool) -> nn.Module:
     """A layer with packed weights that runs on MLX's quantized kernels, or a dense one that multiplies by the same.

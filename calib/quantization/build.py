@@ -122,7 +122,8 @@ def _inputs(
     """Rules for every layer whose input is quantized at some step, the quantizer's ranges before the plan's."""
     rules, missing, constant = {}, [], []
     for name, layer in plan.items():
-        bits = steps.bits_by_step(name, layer.activation_bits)
+        # Without steps a quantizer's own range cannot follow them: one is as good as another then.
+        bits = steps.bits_by_step(name, layer.activation_bits) or (layer.activation_bits,)
         if all(b >= UNQUANTIZED for b in bits):
             continue
         ranges = own.get(name, steps.ranges.get(name))

@@ -15,6 +15,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import calib.models.compat  # noqa: F401  (must precede diffusionkit.mlx)
 from calib.analysis.range_files import from_json, to_json
 from calib.errors import CalibError
 from calib.files import checksum, free_bytes, read_json, write_json

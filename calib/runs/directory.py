@@ -62,6 +62,7 @@ class RunDirectory:
             except BlockingIOError:
                 raise CalibError(f"{self.path}: another process is running in this directory") from None
             remove_abandoned(self.path)
+            self._forget_other_job()
             write_text(self.path / CONFIG, config_yaml)
             write_json(self.path / ENVIRONMENT, environment())
             self.write_status("running")
@@ -74,6 +75,13 @@ class RunDirectory:
                         self.write_status("failed", f"{type(error).__name__}: {error}")
                     raise
             self.write_status("complete")
+
+    def _forget_other_job(self) -> None:
+        """Remove the figures of a job of another configuration: those that this one does not replace would mislead."""
+        with suppress(CalibError):
+            status = read_json(self.path / STATUS) if (self.path / STATUS).exists() else None
+            if isinstance(status, dict) and status.get("fingerprint") != self.fingerprint:
+                (self.path / METRICS).unlink(missing_ok=True)
 
     def add_metrics(self, metrics: Mapping[str, float]) -> None:
         """Merge numbers into ``metrics.json``, one a key."""
