@@ -89,8 +89,11 @@ class EvaluationSettings:
 
     @property
     def base_seed(self) -> int:
-        """Beyond all that calibration images are drawn with."""
-        return (1 << 32) + self.seed
+        """Beyond all that calibration images are drawn with.
+
+        SeedSequence sees words of 32 bits: (seed, this number, image) is (seed, image) of no image there can be.
+        """
+        return (0xE7A1_0000 << 32) + self.seed
 
 
 @dataclass(frozen=True)
