@@ -6,7 +6,7 @@ layer, so that an interrupted measurement goes on, and every later budget is ins
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -19,13 +19,14 @@ from calib.activations.taps import TapPoint, linear_layers, tapped
 from calib.analysis.grid import Grid
 from calib.analysis.plan import GROUP_SIZES, WEIGHT_BITS
 from calib.analysis.sensitivity import Sensitivities
+from calib.analysis.trials import Known, Trial
 from calib.errors import CalibError
-from calib.files import locked, read_json, short_hash, write_json
+from calib.files import locked, short_hash
 from calib.models.memory import on_gpu, plan_memory
 from calib.models.model import DiffusionModel
 from calib.models.modulation import modulated
 from calib.models.resume import Output, block_of, keeping, resumed
-from calib.progress import Progress, note, say
+from calib.progress import Progress, say
 from calib.versions import versions
 
 import mlx.core as mx
@@ -53,52 +54,6 @@ def rounded(weight: mx.array, bits: int, group_size: int) -> mx.array:
     return restored
 
 
-@dataclass(frozen=True)
-class _Trial:
-    """One thing to try on one layer or tap: weights of (bits, group size), or its input at ``bits``."""
-
-    bits: int
-    group_size: int | None = None
-
-    @property
-    def key(self) -> str:
-        return f"{self.bits}" if self.group_size is None else f"{self.bits}x{self.group_size}"
-
-
-@dataclass
-class _Known:
-    """What has been measured: by 'weights' or 'inputs', layer and trial; a list of S by step."""
-
-    path: Path
-    identity: Mapping[str, Any]
-    found: dict[str, dict[str, dict[str, list[float]]]] = field(default_factory=lambda: {"weights": {}, "inputs": {}})
-
-    def load(self) -> None:
-        """What the file holds; one that is damaged is measured again, and said so."""
-        if not self.path.exists():
-            return
-        try:
-            document = read_json(self.path)
-            steps = len(self.identity["steps"])
-            for kind, layers in self.found.items():
-                for name, trials in document[kind].items():
-                    layers[name] = {key: [float(s) for s in values] for key, values in trials.items()}
-                    if any(len(values) != steps for values in layers[name].values()):
-                        raise ValueError(f"{name} has not {steps} steps")
-        except (CalibError, KeyError, TypeError, ValueError, AttributeError) as error:
-            note(f"{self.path}: cannot be used ({error}); sensitivities are measured again")
-            self.found = {"weights": {}, "inputs": {}}
-
-    def missing(self, kind: str, name: str, trials: Sequence[_Trial]) -> list[_Trial]:
-        have = self.found[kind].get(name, {})
-        return [trial for trial in trials if trial.key not in have]
-
-    def add(self, kind: str, name: str, results: Mapping[str, list[float]]) -> None:
-        """Keep, and write the file: whole, or as it was."""
-        self.found[kind].setdefault(name, {}).update(results)
-        write_json(self.path, {"identity": self.identity, **self.found})
-
-
 def measure(
     model: Callable[[], DiffusionModel],
     layers: Mapping[str, nn.Module],
@@ -119,10 +74,10 @@ def measure(
         drawn_by: fingerprint and text encoders of the model; None: as the dataset says, which an older one does not.
     """
     sizes = {name: [size for size in quantizable(layer) if size in group_sizes] for name, layer in layers.items()}
-    trials = {name: [_Trial(*pair) for pair in product(WEIGHT_BITS, own)] for name, own in sizes.items() if own}
+    trials = {name: [Trial(*pair) for pair in product(WEIGHT_BITS, own)] for name, own in sizes.items() if own}
     manifest = states.manifest
     identity = _identity(states, drawn_by or (str(manifest.fingerprint), str(manifest.text_encoders)))
-    known = _Known(cache_dir / "sensitivity" / f"{short_hash(identity, digits=16)}.json", identity)
+    known = Known(cache_dir / "sensitivity" / f"{short_hash(identity, digits=16)}.json", identity)
     waiting = f"waiting for the process that measures the same sensitivities ({known.path})"
     with locked(known.path.with_suffix(".lock"), lambda: say(waiting)):
         known.load()
@@ -147,7 +102,7 @@ def measure(
     )
 
 
-_INPUT_TRIALS = [_Trial(bits) for bits in ACTIVATION_BITS]
+_INPUT_TRIALS = [Trial(bits) for bits in ACTIVATION_BITS]
 
 
 def _input_key(point: TapPoint, ranges: Mapping[str, tuple[float, float]]) -> str | None:
@@ -181,13 +136,13 @@ class _Task:
     kind: str
     key: str
     names: tuple[str, ...]
-    trials: list[_Trial]
+    trials: list[Trial]
     range: tuple[float, float] = (0.0, 0.0)
 
 
 def _todo(
-    known: _Known,
-    trials: Mapping[str, list[_Trial]],
+    known: Known,
+    trials: Mapping[str, list[Trial]],
     points: Sequence[TapPoint],
     ranges: Mapping[str, tuple[float, float]],
 ) -> list[_Task]:
@@ -205,7 +160,7 @@ def _todo(
 class _Measuring:
     """Trials of one model on states that stay in memory, block after block."""
 
-    def __init__(self, model: DiffusionModel, states: StoredStates, known: _Known):
+    def __init__(self, model: DiffusionModel, states: StoredStates, known: Known):
         self._model, self._states, self._known = model, states, known
         self._layers = linear_layers(model.transformer)
         # Rows of any steps side by side: a forward of many rows is cheaper than many forwards.
@@ -248,7 +203,7 @@ class _Measuring:
         return error
 
     def _relative(
-        self, errors: NDArray[np.float64], energy: NDArray[np.float64], task: _Task, trial: _Trial
+        self, errors: NDArray[np.float64], energy: NDArray[np.float64], task: _Task, trial: Trial
     ) -> list[float]:
         """S at each step; raises where the output is not finite, or zero at full precision."""
         for step, error, whole in zip(self._states.steps, errors, energy, strict=True):
@@ -271,7 +226,7 @@ class _Measuring:
         return np.array(list(total.values()))
 
     @contextmanager
-    def _tried(self, task: _Task, trial: _Trial) -> Iterator[None]:
+    def _tried(self, task: _Task, trial: Trial) -> Iterator[None]:
         if trial.group_size is None:
             grid = Grid.over(*task.range, trial.bits)
             apart = [TapPoint(name, "") for name in task.names]
