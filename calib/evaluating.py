@@ -16,10 +16,9 @@ from calib.evaluation.metrics import Fidelity
 from calib.evaluation.paired import Paired, Reference, rounded_to_bfloat16
 from calib.evaluation.report import fidelity_text, picture_grid, plot_error
 from calib.files import read_json, short_hash, write_json, write_text
-from calib.models.memory import on_gpu
 from calib.models.model import DiffusionModel
 from calib.progress import note, readable_bytes
-from calib.quantization.apply import applied
+from calib.quantization.apply import applied, runs_dense
 from calib.quantization.checkpoint import load
 from calib.quantizing import FOLDER
 from calib.runs.directory import RunDirectory
@@ -57,10 +56,10 @@ def run_evaluate(settings: Settings, run: RunDirectory, model: Callable[[], Diff
     paired = Paired(model(), reference)
     control = control_of(settings, model(), reference, paired)
     mx.reset_peak_memory()
-    outcome = paired.compare(partial(applied, model(), quantized), "quantized")
+    outcome = paired.compare(partial(applied, model(), quantized, settings.evaluation.dequantize), "quantized")
     peak, found = mx.get_peak_memory(), outcome.fidelity
     text = fidelity_text(found, control, settings.sampler.num_steps)
-    text += f"peak memory while drawing quantized: {readable_bytes(peak)}{_counted()}\n"
+    text += f"peak memory while drawing quantized: {readable_bytes(peak)}{_counted(settings.evaluation.dequantize)}\n"
     write_text(run.path / REPORT, text)
     details = {"prompts": reference.prompts, "quantized": _to_json(found), "control": _to_json(control)}
     write_json(run.path / DETAILS, details)
@@ -73,11 +72,11 @@ def run_evaluate(settings: Settings, run: RunDirectory, model: Callable[[], Diff
     print(f"\n{text}")
 
 
-def _counted() -> str:
+def _counted(dequantize: bool | None) -> str:
     """What people must know of the peak."""
-    if on_gpu():
-        return " (the full-precision weights, which stay loaded, counted)"
-    return " (on a CPU weights are dequantized: no less than at full precision)"
+    if runs_dense() if dequantize is None else dequantize:
+        return " (with dequantized weights: no less than at full precision)"
+    return " (the full-precision weights, which stay loaded, counted)"
 
 
 def reference_of(settings: Settings, model: DiffusionModel) -> Reference:

@@ -230,14 +230,20 @@ def check_quantized_products() -> Iterator[Check]:
     """Products with packed weights and 16-bit scales, and the rounding of activations."""
     x, w = random(96, 256), random(192, 256, seed=1)
     for bits in (2, 3, 4, 5, 6, 8):
-        worst = 0.0
+        worst, failed = 0.0, ""
         for group_size in (32, 64, 128):
             packed = Packed.nearest(mx.array(w), bits, group_size, mx.float16)
             parts = (packed.weight, packed.scales, packed.biases)
             product = mx.quantized_matmul(mx.array(x), *parts, transpose=True, group_size=group_size, bits=bits)
             expected = x.astype(np.float64) @ np.array(packed.dequantize()).astype(np.float64).T
-            worst = max(worst, relative(np.array(product.astype(mx.float32)), expected))
-        yield Check(f"product with {bits}-bit weights, groups of 32, 64, 128", worst, 5e-3)
+            try:
+                worst = max(worst, relative(np.array(product.astype(mx.float32)), expected))
+            except RuntimeError as error:  # other widths may run
+                worst, failed = (
+                    float("inf"),
+                    f"groups of {group_size}: {error}; evaluation.dequantize=true does without",
+                )
+        yield Check(f"product with {bits}-bit weights, groups of 32, 64, 128", worst, 5e-3, failed)
     wide = x.astype(np.float64)
     for bits in (4, 6, 8):
         grid = Grid.over(-2.0, 3.0, bits)

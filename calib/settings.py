@@ -81,11 +81,15 @@ class CalibrationSettings:
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """What is drawn at full precision and quantized; nothing where ``num_images`` is 0."""
+    """What is drawn at full precision and quantized; nothing where ``num_images`` is 0.
+
+    ``dequantize``: run dense layers with the dequantized weights; None: everywhere but on Metal.
+    """
 
     num_images: int = 10
     seed: int = 0
     steps: int = 10
+    dequantize: bool | None = None
 
     @property
     def base_seed(self) -> int:

@@ -427,7 +427,7 @@ def test_steps_that_were_not_collected_lie_between_those_that_were(calib: Calib,
 @pytest.mark.parametrize("steps", [1, 2, 3])
 def test_trajectories_of_a_few_steps_lack_phases(calib: Calib, folder: Path, steps: int) -> None:
     """Of one step there is no early and no late phase, of two no middle one."""
-    given = [f"sampler.num_steps={steps}", "timestep_schedule=all", "data_dir=dataset", FEW]
+    given = [f"sampler.num_steps={steps}", "timestep_schedule=all", "data_dir=dataset", "evaluation=none", FEW]
     outcome = calib("run", *given)
     assert outcome.status == 0, outcome.err
     phases = read_steps(folder / "run" / "timestep_config.json").phases
@@ -656,7 +656,9 @@ def test_a_spoiled_noise_floor_is_measured_again(
 ) -> None:
     cache = tmp_path / "cache"
     (cache / "evaluation").mkdir(parents=True)
-    (control,) = (tiny_run.parent / "calibration_cache" / "evaluation").glob("control_*.json")
+    wanted = read(tiny_run / "evaluation.json")["control"]
+    known = (tiny_run.parent / "calibration_cache" / "evaluation").glob("control_*.json")
+    (control,) = (path for path in known if read(path) == wanted)
     (cache / "evaluation" / control.name).write_bytes(control.read_bytes()[:-30])
     outcome = calib("evaluate", "plan=made", f"cache_dir={cache}")
     assert outcome.status == 0, outcome.err

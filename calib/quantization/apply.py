@@ -6,7 +6,7 @@ from typing import Any
 
 from calib.activations.taps import TapPoint, linear_layers, parent_of, tapped
 from calib.models.clock import Clock
-from calib.models.memory import on_gpu
+from calib.models.memory import on_cuda, on_gpu
 from calib.models.model import DiffusionModel, weights
 from calib.models.names import module_path
 from calib.quantization.model import InputRule, QuantizedModel
@@ -42,6 +42,15 @@ class PhasedLinear(nn.Module):
             super().__setattr__(key, value)
 
 
+def runs_dense() -> bool:
+    """Whether quantized layers run as dense ones with the same weights: everywhere but on Metal.
+
+    On a CPU quantized products are slow. On CUDA MLX 0.32.4 compiles for a minute at every new bit-width, and
+    a 2-bit product failed there (measured on an H100).
+    """
+    return on_cuda() or not on_gpu()
+
+
 def as_module(layer: Packed, bias: mx.array | None, dtype: mx.Dtype, dequantize: bool) -> nn.Module:
     """A layer with packed weights that runs on MLX's quantized kernels, or a dense one that multiplies by the same.
 
@@ -66,11 +75,11 @@ def applied(model: DiffusionModel, quantized: QuantizedModel, dequantize: bool |
     """Within the context ``model`` is the quantized one, and follows the step; afterwards it is what it was.
 
     Args:
-        dequantize: run dense layers with the dequantized weights; None: on a CPU alone.
+        dequantize: run dense layers with the dequantized weights; None: as :func:`runs_dense` says.
     """
     transformer = model.transformer
     with ExitStack() as stack:
-        dense = not on_gpu() if dequantize is None else dequantize
+        dense = runs_dense() if dequantize is None else dequantize
         stack.enter_context(_weights_of(transformer, quantized, model.dtype, dense))
         if quantized.inputs:
             points = [TapPoint(name, "") for name in quantized.inputs]
