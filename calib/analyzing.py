@@ -82,11 +82,12 @@ def _points(transformer: MMDiT, layers: Collection[str]) -> list[TapPoint]:
     return found
 
 
-def check_heuristic(settings: Settings) -> None:
-    """Raise where a heuristic that measures could not make a plan, whatever is measured: before anything is."""
+def check_heuristic(settings: Settings, names: Collection[str]) -> None:
+    """Raise where a heuristic that measures could not plan the layers ``names``, whatever is measured."""
     if settings.heuristic.whole is None or settings.skeleton is None:
         return
-    layers = {n: layer for n, layer in linear_layers(settings.skeleton()).items() if quantizable(layer)}
+    every = linear_layers(settings.skeleton())
+    layers = {name: layer for name, layer in every.items() if name in names and quantizable(layer)}
     sizes = settings.sensitivity.group_sizes
     steps = tuple(first for first, _ in phase_bounds(settings.sampler.num_steps).values())
     pretended = Sensitivities(

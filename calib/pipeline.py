@@ -10,6 +10,7 @@ from typing import Any
 
 from calib.activations.store import FILE as ACTIVATIONS
 from calib.activations.store import METADATA
+from calib.activations.taps import tap_points
 from calib.analysis.layers import STATISTICS, read_summaries
 from calib.analyzing import TIMESTEP_CONFIG, check_heuristic, run_analyze
 from calib.awake import awake
@@ -39,8 +40,8 @@ logger = logging.getLogger("calib")
 def precheck(settings: Settings) -> None:
     """What can be known to be wrong before a run directory is made or a model is loaded."""
     if settings.stage is Stage.ANALYZE:
-        read_summaries(_stats(settings))
-        check_heuristic(settings)
+        layers, _ = read_summaries(_stats(settings))
+        check_heuristic(settings, layers)
         if settings.heuristic.measures:
             collected(settings, _stats(settings), "this heuristic")
         return
@@ -54,8 +55,9 @@ def precheck(settings: Settings) -> None:
         at_least("evaluation.num_images", settings.evaluation.num_images, 1)
         quantized_folder(settings)
         return
-    if settings.stage is Stage.RUN:
-        check_heuristic(settings)
+    if settings.stage is Stage.RUN and settings.skeleton is not None:
+        points = tap_points(settings.skeleton(), settings.taps)
+        check_heuristic(settings, [name for point in points for name in point.names])
     if settings.stage is not Stage.GENERATE:
         check_writable("cache_dir", settings.cache_dir)
     draws = settings.stage is Stage.GENERATE or settings.generate_missing

@@ -106,11 +106,11 @@ _INPUT_TRIALS = [Trial(bits) for bits in ACTIVATION_BITS]
 
 
 def _input_key(point: TapPoint, ranges: Mapping[str, tuple[float, float]]) -> str | None:
-    """A tap and the range its input is quantized over: another range is another measurement."""
+    """The layers of a tap and the range their input is quantized over: others are another measurement."""
     if point.kind == "block" or point.name not in ranges:
         return None
     low, high = ranges[point.name]
-    return f"{point.name} [{low:.6g}, {high:.6g}]"
+    return f"{' '.join(point.names)} [{low:.6g}, {high:.6g}]"
 
 
 def _identity(states: StoredStates, drawn_by: tuple[str, str]) -> dict[str, Any]:

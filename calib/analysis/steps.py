@@ -164,7 +164,8 @@ def read_steps(path: Path) -> StepPlan:
 
 def _bounds(document: Any, num_steps: int) -> tuple[int, int]:
     first, last = (int(step) for step in document)
-    if not 0 <= first <= last < num_steps:
+    # Of one or two steps some phases have none: their last step is the one before their first.
+    if not (0 <= first <= num_steps and first - 1 <= last < num_steps):
         raise ValueError(f"a phase from step {first} to {last}, of {num_steps} steps")
     return first, last
 
