@@ -6,7 +6,7 @@ signature, so an option of the user's own gets the same care as one of calib's.
 
 import inspect
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cache, partial
 from pathlib import Path
@@ -26,6 +26,7 @@ from calib.dataset.store import StateDtype
 from calib.errors import ConfigError, suggest
 from calib.files import short_hash
 from calib.prompts import report_duplicates
+from calib.quantization.quantizer import Quantizer, Work
 from calib.settings import (
     CalibrationSettings,
     DatasetSettings,
@@ -39,7 +40,9 @@ from calib.settings import (
 )
 from calib.typed import at_least, bind, fill, typed
 
+import mlx.core as mx
 import numpy as np
+from diffusionkit.mlx.mmdit import MMDiT
 
 T = TypeVar("T")
 
@@ -137,7 +140,7 @@ def build(config: Mapping[str, Any], multirun: bool = False) -> Settings:
         ranges=_ranges(config["ranges"]),
         phase_bits=typed("phase_bits", config["phase_bits"], bool),
         sensitivity=_sensitivity(config["sensitivity"]),
-        quantizer=bind("quantizer", config["quantizer"], given=("work",)),
+        quantizer=_quantizer(config["quantizer"], skeleton),
         calibration=_calibration(config["calibration"]),
         evaluation=evaluation,
         evaluation_dir=data_dir.parent / _evaluation_name(config, prompts, sampler, evaluation),
@@ -263,6 +266,14 @@ def _ranges(node: Mapping[str, Any]) -> RangeRule:
     if not isinstance(ranges, StepRanges):
         raise ConfigError.bad_value("ranges._target_", node["_target_"], "must return StepRanges")
     return rule
+
+
+def _quantizer(node: Mapping[str, Any], skeleton: Callable[[], MMDiT] | None) -> Quantizer:
+    """The quantizer, tried on no layers at all: what it says of its parameters it says now."""
+    quantizer = bind("quantizer", node, given=("work",))
+    if skeleton is not None:
+        quantizer(Work(skeleton(), {}, {}, mx.float16, lambda *_: None, lambda _: None, lambda *_: None))
+    return quantizer
 
 
 def _sensitivity(node: Mapping[str, Any]) -> SensitivitySettings:

@@ -19,7 +19,7 @@ from calib.files import read_json, short_hash, write_json, write_text
 from calib.models.model import DiffusionModel
 from calib.progress import note, readable_bytes
 from calib.quantization.apply import applied, runs_dense
-from calib.quantization.checkpoint import load
+from calib.quantization.checkpoint import CONFIG, load
 from calib.quantizing import FOLDER
 from calib.runs.directory import RunDirectory
 from calib.settings import Settings, Stage
@@ -38,9 +38,9 @@ def quantized_folder(settings: Settings) -> Path:
     if settings.plan is None:
         raise ConfigError("plan is not set: name the run directory of calib quantize, calib evaluate plan=DIR")
     folder = settings.plan / FOLDER
-    if not folder.is_dir():
+    if not (folder / CONFIG).is_file():
         raise ConfigError(
-            f"plan={settings.plan}: no folder {FOLDER} there; calib quantize plan={settings.plan} makes one"
+            f"plan={settings.plan}: no quantized model there; calib quantize plan={settings.plan} makes one"
         )
     return folder
 

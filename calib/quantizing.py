@@ -12,7 +12,7 @@ from calib.analysis.plan import LayerPlan, Plan, read_plan
 from calib.analysis.steps import StepPlan, observed_ranges, plan_hash, plan_steps, read_steps, rule_document
 from calib.analyzing import PLAN, TIMESTEP_CONFIG
 from calib.errors import CalibError, ConfigError
-from calib.files import write_json
+from calib.files import read_json, write_json
 from calib.models.model import DiffusionModel
 from calib.progress import note, readable_bytes
 from calib.quantization.build import Source, build, check_names
@@ -75,7 +75,7 @@ def run_quantize(settings: Settings, run: RunDirectory, model: Callable[[], Diff
     peak = mx.get_peak_memory()
     save(quantized, run.path / FOLDER)
     if settings.stage is not Stage.RUN:
-        _copy_plan(run, plan, steps)
+        _copy_plan(run, path, steps)
     for line in notes:
         note(line)
     seconds = time.monotonic() - start
@@ -103,9 +103,9 @@ def _own_steps(path: Path, plan: dict[str, LayerPlan], steps: StepPlan, source: 
     return plan_steps(whole, observed_ranges(whole, source.statistics), source.statistics, source.rule)
 
 
-def _copy_plan(run: RunDirectory, plan: dict[str, LayerPlan], steps: StepPlan) -> None:
+def _copy_plan(run: RunDirectory, plan: Path, steps: StepPlan) -> None:
     """The plan itself beside the model, so that the run directory says all of it."""
-    write_json(run.path / PLAN, {name: layer.to_json() for name, layer in plan.items()})
+    write_json(run.path / PLAN, read_json(plan))
     write_json(run.path / TIMESTEP_CONFIG, steps.to_json())
 
 
@@ -136,6 +136,7 @@ def _about(settings: Settings, model: DiffusionModel, steps: StepPlan) -> dict[s
         "quantizer": rule_document(settings.quantizer),
         "ranges": steps.rule,
         "dtype": str(config.dtype).rpartition(".")[2],
+        "pos_embed_type": config.pos_embed_type.name,
         "mmdit": mmdit_fields(config),
     }
 

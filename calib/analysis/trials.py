@@ -1,5 +1,6 @@
 """Sensitivities that were measured: what was tried, and the file that keeps the results for later plans."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,8 +41,9 @@ class Known:
             for kind, layers in self.found.items():
                 for name, trials in document[kind].items():
                     layers[name] = {key: [float(s) for s in values] for key, values in trials.items()}
-                    if any(len(values) != steps for values in layers[name].values()):
-                        raise ValueError(f"{name} has not {steps} steps")
+                    for values in layers[name].values():
+                        if len(values) != steps or not all(0 <= s < math.inf for s in values):
+                            raise ValueError(f"{name} has not {steps} errors, a step each")
         except (CalibError, KeyError, TypeError, ValueError, AttributeError) as error:
             note(f"{self.path}: cannot be used ({error}); sensitivities are measured again")
             self.found = {"weights": {}, "inputs": {}}

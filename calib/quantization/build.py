@@ -113,7 +113,21 @@ def build(
     copies = _copies(linear, chosen, steps, made.layers, quantizer, work)
     quantized = QuantizedModel(made.layers, rest, inputs, steps.timesteps, copies, steps.phases, dict(about))
     mx.eval(rest, [[p.weight, p.scales, p.biases] for p in made.layers.values()])
+    _check_finite(quantized, half)
     return quantized, [*notes, *made.notes, *more]
+
+
+def _check_finite(quantized: QuantizedModel, half: mx.Dtype) -> None:
+    """Raise where 16 bits cannot hold a weight."""
+    arrays = dict(quantized.weights)
+    for name, layer in quantized.layers.items():
+        arrays[name] = mx.concatenate([layer.scales, layer.biases])
+    finite = {name: mx.isfinite(array).all() for name, array in arrays.items()}
+    mx.eval(finite)
+    for name, holds in finite.items():
+        if not holds.item():
+            kind = str(half).rpartition(".")[2]
+            raise CalibError(f"{name}: holds weights that {kind} cannot; model.dtype=bfloat16 may do")
 
 
 def _inputs(

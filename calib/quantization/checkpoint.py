@@ -45,21 +45,24 @@ def save(quantized: QuantizedModel, folder: Path) -> None:
     with TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent, ignore_cleanup_errors=True) as place:
         made = Path(place) / "made"
         made.mkdir()
-        files = {WEIGHTS: _write(made / WEIGHTS, quantized.parameters())}
+        files = {WEIGHTS: _write(made / WEIGHTS, quantized.parameters(), folder)}
         if quantized.copies:
-            files[COPIES] = _write(made / COPIES, _copies_of(quantized))
+            files[COPIES] = _write(made / COPIES, _copies_of(quantized), folder)
         write_json(made / CONFIG, {**_document(quantized), "files": files})
         if folder.exists():
             folder.rename(Path(place) / "before")
         made.rename(folder)
 
 
-def _write(path: Path, arrays: dict[str, mx.array]) -> str:
-    """The checksum of what was written."""
+def _write(path: Path, arrays: dict[str, mx.array], folder: Path) -> str:
+    """The checksum of what was written; errors name the file as it would lie in ``folder``."""
     needed = sum(array.nbytes for array in arrays.values())
     if free_bytes(path.parent) < needed:  # MLX would leave half a file without a word
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-    mx.save_safetensors(str(path), arrays, metadata={"format": "mlx"})
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder / path.name))
+    try:
+        mx.save_safetensors(str(path), arrays, metadata={"format": "mlx"})
+    except RuntimeError as error:
+        raise CalibError(f"{folder / path.name}: cannot be written ({' '.join(str(error).split())})") from None
     return checksum(path)
 
 
