@@ -23,6 +23,7 @@ from calib.quantization.checkpoint import CONFIG, load
 from calib.quantizing import FOLDER
 from calib.runs.directory import RunDirectory
 from calib.settings import Settings, Stage
+from calib.timesteps import evenly
 from calib.versions import versions
 
 import mlx.core as mx
@@ -43,6 +44,12 @@ def quantized_folder(settings: Settings) -> Path:
             f"plan={settings.plan}: no quantized model there; calib quantize plan={settings.plan} makes one"
         )
     return folder
+
+
+def forget_evaluation(run: Path) -> None:
+    """Remove what an earlier job in this directory measured: a new quantized model is not what it speaks of."""
+    for name in (DETAILS, REPORT, PLOT, GRID):
+        (run / name).unlink(missing_ok=True)
 
 
 def run_evaluate(settings: Settings, run: RunDirectory, model: Callable[[], DiffusionModel]) -> None:
@@ -95,9 +102,7 @@ def reference_of(settings: Settings, model: DiffusionModel) -> Reference:
         )
     manifest = load_manifest(folder)
     manifest.images = {i: manifest.images[i] for i in range(wanted.num_images)}
-    n = manifest.num_steps
-    steps = sorted({round(i * (n - 1) / max(1, wanted.steps - 1)) for i in range(wanted.steps)})
-    return Reference(folder, manifest, steps)
+    return Reference(folder, manifest, evenly(manifest.num_steps - 1, wanted.steps))
 
 
 def control_of(settings: Settings, model: DiffusionModel, reference: Reference, paired: Paired) -> Fidelity:

@@ -22,7 +22,7 @@ from calib.dataset.manifest import FILE as MANIFEST
 from calib.dataset.manifest import Manifest
 from calib.dataset.settings import check_manifest_is_there, check_prompts, only_read
 from calib.errors import ConfigError
-from calib.evaluating import quantized_folder, run_evaluate
+from calib.evaluating import forget_evaluation, quantized_folder, run_evaluate
 from calib.files import checksum, short_hash
 from calib.models.model import DiffusionModel
 from calib.progress import counted
@@ -54,10 +54,13 @@ def precheck(settings: Settings) -> None:
     if settings.stage is Stage.EVALUATE:
         at_least("evaluation.num_images", settings.evaluation.num_images, 1)
         quantized_folder(settings)
+        _check_evaluation_folder(settings)
         return
     if settings.stage is Stage.RUN and settings.skeleton is not None:
         points = tap_points(settings.skeleton(), settings.taps)
         check_heuristic(settings, [name for point in points for name in point.names])
+    if settings.stage is Stage.RUN:
+        _check_evaluation_folder(settings)
     if settings.stage is not Stage.GENERATE:
         check_writable("cache_dir", settings.cache_dir)
     draws = settings.stage is Stage.GENERATE or settings.generate_missing
@@ -78,6 +81,12 @@ def precheck(settings: Settings) -> None:
         check_manifest_is_there(settings.data_dir)
     if draws and missing_images(settings.data_dir, settings.num_images):
         check_writable("data_dir", settings.data_dir)
+
+
+def _check_evaluation_folder(settings: Settings) -> None:
+    """Raise where full-precision pictures are to be drawn beside the dataset, and cannot be written there."""
+    if missing_images(settings.evaluation_dir, settings.evaluation.num_images):
+        check_writable("data_dir", settings.evaluation_dir)
 
 
 def check_matches(settings: Settings, manifest: Manifest, names: Sequence[str]) -> None:
@@ -127,6 +136,7 @@ def run_stage(settings: Settings, run: RunDirectory, config: Mapping[str, Any]) 
     if stage in (Stage.RUN, Stage.ANALYZE):
         run_analyze(settings, run, run.path if stage is Stage.RUN else _stats(settings), model)
     if stage in (Stage.RUN, Stage.QUANTIZE):
+        forget_evaluation(run.path)
         run_quantize(settings, run, model)
     if stage is Stage.EVALUATE or (stage is Stage.RUN and settings.evaluation.num_images):
         run_evaluate(settings, run, model)

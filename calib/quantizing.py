@@ -16,7 +16,7 @@ from calib.files import read_json, write_json
 from calib.models.model import DiffusionModel
 from calib.progress import note, readable_bytes
 from calib.quantization.build import Source, build, check_names
-from calib.quantization.checkpoint import mmdit_fields, save
+from calib.quantization.checkpoint import save
 from calib.quantization.model import QuantizedModel
 from calib.runs.directory import RunDirectory
 from calib.settings import Settings, Stage
@@ -68,8 +68,7 @@ def run_quantize(settings: Settings, run: RunDirectory, model: Callable[[], Diff
         raise CalibError(f"{path}: its statistics are of other weights ({fingerprint}, not {own})")
     source = _source(settings, run, path, steps)
     steps = _own_steps(path, plan, steps, source)
-    about = _about(settings, model(), steps)
-    _forget_evaluation(run.path)
+    about = {"quantizer": rule_document(settings.quantizer), "ranges": steps.rule}
     mx.reset_peak_memory()
     quantized, notes = build(model(), plan, steps, settings.quantizer, source, about)
     peak = mx.get_peak_memory()
@@ -82,12 +81,6 @@ def run_quantize(settings: Settings, run: RunDirectory, model: Callable[[], Diff
     run.add_metrics({**quantized.size().metrics(), "quantize_seconds": seconds, "quantize_peak_bytes": peak})
     logger.info("quantized %d layers in %.1f s", len(quantized.layers), seconds)
     print(f"{size_text(quantized, run.path / FOLDER)}; peak memory {readable_bytes(peak)}")
-
-
-def _forget_evaluation(run: Path) -> None:
-    """Remove what an earlier job in this directory measured of another quantized model."""
-    for name in ("evaluation.json", "evaluation.txt", "images/output_error.png", "images/pictures.png"):
-        (run / name).unlink(missing_ok=True)
 
 
 def _own_steps(path: Path, plan: dict[str, LayerPlan], steps: StepPlan, source: Source) -> StepPlan:
@@ -126,19 +119,6 @@ def _source(settings: Settings, run: RunDirectory, plan: Path, steps: StepPlan) 
         return collected(settings, stats, "this quantizer").states(wanted.images, wanted.steps)
 
     return Source(activations_of(stats), rule, states)
-
-
-def _about(settings: Settings, model: DiffusionModel, steps: StepPlan) -> dict[str, Any]:
-    config = model.transformer.config
-    return {
-        "model": model.name,
-        "fingerprint": model.fingerprint,
-        "quantizer": rule_document(settings.quantizer),
-        "ranges": steps.rule,
-        "dtype": str(config.dtype).rpartition(".")[2],
-        "pos_embed_type": config.pos_embed_type.name,
-        "mmdit": mmdit_fields(config),
-    }
 
 
 def size_text(quantized: QuantizedModel, folder: Path) -> str:

@@ -15,6 +15,7 @@ from calib.errors import CalibError, ConfigError
 from calib.files import read_json
 from calib.models.model import DiffusionModel
 from calib.settings import Settings, Stage
+from calib.timesteps import evenly
 
 
 @dataclass(frozen=True)
@@ -32,9 +33,8 @@ class Collected:
 
     def states(self, images: int, steps: int) -> StoredStates:
         """At most so many of the images, the first, and of the steps, evenly spaced, the first and last among them."""
-        count = min(steps, len(self.steps))
-        places = [round(i * (len(self.steps) - 1) / max(1, count - 1)) for i in range(count)]
-        return StoredStates(self.data_dir, self.manifest, self.images[:images], [self.steps[i] for i in places])
+        chosen = [self.steps[i] for i in evenly(len(self.steps) - 1, steps)]
+        return StoredStates(self.data_dir, self.manifest, self.images[:images], chosen)
 
     def model(self, load: Callable[[], DiffusionModel]) -> Callable[[], DiffusionModel]:
         """``load``, which raises where what it loads cannot have drawn the dataset."""

@@ -39,10 +39,15 @@ def all_states(num_steps: int) -> list[int]:
     return list(range(num_steps + 1))
 
 
+def evenly(last: int, count: int) -> list[int]:
+    """At most ``count`` of 0 … ``last``, evenly spaced, both ends in; the first where it is one."""
+    return sorted({round(i * last / max(1, count - 1)) for i in range(count)})
+
+
 def uniform(num_steps: int, count: int = 17) -> list[int]:
     """``count`` states evenly spaced over 0 … n, both ends in (Q-Diffusion, arXiv 2302.04304, takes 20)."""
     _check_count(count, num_steps, at_least=2)
-    return sorted({round(i * num_steps / (count - 1)) for i in range(count)})
+    return evenly(num_steps, count)
 
 
 def stride(num_steps: int, every: int = 3) -> list[int]:

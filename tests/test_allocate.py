@@ -1,24 +1,18 @@
-"""Plans from measured sensitivities: the best within a budget, against every choice tried; the fewest bits that do."""
+"""Plans within a budget, against every choice tried; what they say; bits by phase; what is refused."""
 
 import inspect
 import itertools
 import math
-import os
 import re
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from fractions import Fraction
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-from calib.analysis import allocate, knapsack, sensitivity
+from calib.analysis import allocate, sensitivity
 from calib.analysis.allocate import plan_layers
-from calib.analysis.layers import LayerSummary
 from calib.analysis.options import Options
-from calib.analysis.plan import GROUP_SIZES, WEIGHT_BITS, Plan
+from calib.analysis.plan import WEIGHT_BITS, Plan
 from calib.analysis.sensitivity import Sensitivities
 from calib.errors import CalibError, ConfigError
 from calib.typed import bind
@@ -27,277 +21,21 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numpy.typing import NDArray
 from omegaconf import OmegaConf
-from scipy.optimize import linprog
+from plans import (
+    GOOD,
+    SHAPES,
+    SUMMARY,
+    bytes_of,
+    error_of,
+    layers_of,
+    measured,
+    small_models,
+    taken,
+    typical,
+)
 
-SUMMARY = LayerSummary(-1.0, 1.0, 0.0, 0.5, {"p01": -0.9, "p99": 0.9}, 100)
 CONF = Path(__file__).parents[1] / "conf" / "analysis"
-
-Found = Mapping[str, Mapping[tuple[int, int], float | Sequence[float]]]
-
-
-def measured(
-    weights: Found,
-    shapes: Mapping[str, tuple[int, int]] | None = None,
-    steps: tuple[int, ...] = (0,),
-    num_steps: int = 10,
-    activations: Mapping[str, Mapping[int, float]] | None = None,
-) -> Sensitivities:
-    """Sensitivities with the same S at every step where one number is given; layers of 64 × 128 unless told."""
-
-    def at_steps(s: float | Sequence[float]) -> NDArray[np.float64]:
-        return np.broadcast_to(np.array(s, dtype=np.float64), (len(steps),)).copy()
-
-    return Sensitivities(
-        steps,
-        num_steps,
-        {name: {option: at_steps(s) for option, s in own.items()} for name, own in weights.items()},
-        {name: {bits: at_steps(s) for bits, s in own.items()} for name, own in (activations or {}).items()},
-        dict(shapes) if shapes is not None else dict.fromkeys(weights, (64, 128)),
-    )
-
-
-def layers_of(found: Sensitivities, *more: str) -> dict[str, LayerSummary]:
-    return dict.fromkeys([*found.shapes, *more], SUMMARY)
-
-
-def typical(names: Sequence[str] = ("a", "b", "c"), seed: int = 0) -> dict[str, dict[tuple[int, int], float]]:
-    """S that falls by 4 a bit, and differs between layers."""
-    rng = np.random.default_rng(seed)
-    fragility = dict(zip(names, np.exp(rng.normal(-8, 2, len(names))), strict=True))
-    return {
-        name: {
-            (bits, size): float(fragility[name] * 4.0 ** (2 - bits) * size**0.3 * np.exp(rng.normal(0, 0.1)))
-            for bits, size in itertools.product(WEIGHT_BITS, GROUP_SIZES)
-        }
-        for name in names
-    }
-
-
-def bytes_of(shape: tuple[int, int], bits: int, group_size: int) -> int:
-    """Integers in a row's bits, and for every group a scale and a bias of two bytes."""
-    rows, columns = shape
-    return rows * (columns * bits) // 8 + 2 * 2 * rows * columns // group_size
-
-
-def taken(plan: Plan, found: Sensitivities) -> int:
-    return sum(
-        bytes_of(shape, plan.layers[name].weight_bits, plan.layers[name].group_size)
-        for name, shape in found.shapes.items()
-    )
-
-
-def error_of(plan: Plan, found: Sensitivities) -> float:
-    chosen = {name: (plan.layers[name].weight_bits, plan.layers[name].group_size) for name in found.shapes}
-    return math.fsum(found.weights[name][option].mean() for name, option in chosen.items())
-
-
-# The solver
-
-
-def by_trying(cost: Sequence[Sequence[int]], nbytes: Sequence[Sequence[int]], budget: int) -> int:
-    """The least total cost of all choices that fit."""
-    return min(
-        sum(own[i] for own, i in zip(cost, choice, strict=True))
-        for choice in itertools.product(*(range(len(own)) for own in cost))
-        if sum(own[i] for own, i in zip(nbytes, choice, strict=True)) <= budget
-    )
-
-
-def check_solved(cost: Sequence[Sequence[int]], nbytes: Sequence[Sequence[int]], budget: int, scale: float) -> None:
-    """``cost`` in whole numbers, so that what is best is beyond doubt; the solver sees them times ``scale``."""
-    choice = knapsack.solve(
-        [np.array(own, dtype=np.float64) * scale for own in cost], [np.array(own) for own in nbytes], budget
-    )
-    assert sum(own[i] for own, i in zip(nbytes, choice, strict=True)) <= budget
-    assert sum(own[i] for own, i in zip(cost, choice, strict=True)) == by_trying(cost, nbytes, budget)
-
-
-@st.composite
-def instances(draw: st.DrawFn) -> tuple[list[list[int]], list[list[int]], int, float]:
-    largest_cost, largest_size = draw(st.sampled_from([(5, 5), (10**9, 9), (100, 10**9), (10**6, 10**4)]))
-    unit = draw(st.sampled_from([1, 4, 3072]))
-    cost, nbytes = [], []
-    for _ in range(draw(st.integers(1, 5))):
-        count = draw(st.integers(1, 6))
-        cost.append(draw(st.lists(st.integers(0, largest_cost), min_size=count, max_size=count)))
-        sizes = draw(st.lists(st.integers(0, largest_size), min_size=count, max_size=count))
-        nbytes.append([unit * size for size in sizes])
-    least, most = sum(map(min, nbytes)), sum(map(max, nbytes))
-    return cost, nbytes, draw(st.integers(least, most + 1)), draw(st.sampled_from([1.0, 1e-8, 1e-16, 1e-30]))
-
-
-@settings(max_examples=400)
-@given(instance=instances())
-def test_the_solver_finds_what_trying_all_choices_finds(
-    instance: tuple[list[list[int]], list[list[int]], int, float],
-) -> None:
-    check_solved(*instance)
-
-
-@pytest.mark.parametrize("tens", [6, 9, 11])
-@pytest.mark.parametrize("in_line", [True, False])
-def test_near_ties_are_told_apart(in_line: bool, tens: int) -> None:
-    """Many choices cost the same to 6, 9 or 11 digits; the digits behind them decide."""
-    for seed in range(40):
-        rng = np.random.default_rng(seed)
-        unit = [1, 7, 10**6][seed % 3]
-        steps = rng.integers(1, 5, (int(rng.integers(3, 7)), 4))
-        coarse = 5 - steps if in_line else rng.integers(0, 4, steps.shape)
-        cost = (coarse * 10**tens + rng.integers(0, 10, steps.shape)).tolist()
-        nbytes = (steps * unit).tolist()
-        budget = int(rng.integers(sum(map(min, nbytes)), sum(map(max, nbytes)) + 1))
-        check_solved(cost, nbytes, budget, 1e-20)
-
-
-def test_a_cost_that_cannot_be_avoided_hides_no_tiny_one() -> None:
-    rng = np.random.default_rng(1)
-    cost = [[10**20], *rng.integers(1, 1000, (5, 4)).tolist()]
-    nbytes = [[8], *rng.integers(1, 9, (5, 4)).tolist()]
-    for budget in range(sum(map(min, nbytes)), sum(map(max, nbytes)) + 1):
-        check_solved(cost, nbytes, budget, 1e-20)
-
-
-def test_options_that_take_more_and_cost_no_less_are_dropped() -> None:
-    cost, nbytes = np.array([4.0, 9.0, 4.0, 3.0, 3.5, 1.0]), np.array([2, 2, 3, 5, 6, 7])
-    assert list(knapsack._undominated(cost, nbytes)) == [0, 3, 5]
-
-
-def test_a_byte_decides() -> None:
-    cost, nbytes = [np.array([3.0, 1.0])] * 2, [np.array([10**9, 10**9 + 1])] * 2
-    assert knapsack.solve(cost, nbytes, 2 * 10**9 + 2) == [1, 1]
-    assert sorted(knapsack.solve(cost, nbytes, 2 * 10**9 + 1)) == [0, 1]
-    assert knapsack.solve(cost, nbytes, 2 * 10**9) == [0, 0]
-    with pytest.raises(CalibError, match="1999999999 bytes: the smallest one takes 2000000000"):
-        knapsack.solve(cost, nbytes, 2 * 10**9 - 1)
-
-
-SHAPES = [(1536, 1536)] * 4 + [(6144, 1536), (1536, 6144), (9216, 1536)]
-
-
-def realistic(
-    shapes: Sequence[tuple[int, int]], seed: int, noise: float
-) -> tuple[list[NDArray[np.float64]], list[NDArray[np.int64]]]:
-    """All 18 options of layers whose fragility spreads over orders of magnitude."""
-    rng = np.random.default_rng(seed)
-    options = list(itertools.product(WEIGHT_BITS, GROUP_SIZES))
-    cost = [
-        np.exp(rng.normal(-12, 2))
-        * np.array([4.0 ** (2 - bits) * (size / 64) ** 0.4 * np.exp(rng.normal(0, noise)) for bits, size in options])
-        for _ in shapes
-    ]
-    return cost, [np.array([bytes_of(shape, *option) for option in options]) for shape in shapes]
-
-
-def by_dynamic_programming(cost: list[NDArray[np.float64]], units: list[NDArray[np.int64]], budget: int) -> float:
-    """The least cost for every number of units, a layer more at a time."""
-    least = np.zeros(budget + 1)
-    for own_cost, own_units in zip(cost, units, strict=True):
-        layer = np.full(budget + 1, np.inf)
-        for c, u in zip(own_cost, own_units, strict=True):
-            layer[u:] = np.minimum(layer[u:], c + least[: budget + 1 - u])
-        least = layer
-    return float(least[budget])
-
-
-@pytest.mark.parametrize("seed", range(6))
-@pytest.mark.parametrize("noise", [0.0, 0.3])
-def test_the_solver_agrees_with_dynamic_programming(noise: float, seed: int) -> None:
-    shapes = [(256, 256)] * 20 + [(1024, 256), (256, 1280)] * 5
-    cost, nbytes = realistic(shapes, seed, noise)
-    unit = 256 * 256 // 32
-    for bits in (2.7, 4.5, 6.0):
-        budget = math.floor(bits * sum(map(math.prod, shapes)) / 8)
-        choice = knapsack.solve(cost, nbytes, budget)
-        assert sum(int(own[i]) for own, i in zip(nbytes, choice, strict=True)) <= budget
-        found = math.fsum(own[i] for own, i in zip(cost, choice, strict=True))
-        expected = by_dynamic_programming(cost, [own // unit for own in nbytes], budget // unit)
-        assert found == pytest.approx(expected, rel=1e-12)
-
-
-@pytest.mark.parametrize("noise", [0.0, 0.3])
-def test_a_large_model_takes_seconds(noise: float) -> None:
-    """340 layers of 18 options: SD3-medium. The linear relaxation, which bounds the optimum, is nearly met."""
-    shapes = [SHAPES[i % len(SHAPES)] for i in range(337)] + [(1536, 256), (1536, 4096), (64, 1536)]
-    cost, nbytes = realistic(shapes, seed=1, noise=noise)
-    budget = math.floor(4.5 * sum(map(math.prod, shapes)) / 8)
-    start = time.monotonic()
-    choice = knapsack.solve(cost, nbytes, budget)
-    assert time.monotonic() - start < 60
-    assert sum(int(own[i]) for own, i in zip(nbytes, choice, strict=True)) <= budget
-    one_each = np.kron(np.eye(len(shapes)), np.ones(18))
-    scaled = np.concatenate(cost) / np.concatenate(cost).mean()
-    sizes = np.concatenate(nbytes) / budget
-    bound = linprog(scaled, sizes[None], [1.0], one_each, np.ones(len(shapes)), bounds=(0, 1))
-    found = math.fsum(scaled[18 * layer + option] for layer, option in enumerate(choice))
-    assert bound.fun * (1 - 1e-7) <= found <= bound.fun * 1.001
-
-
-def contested() -> tuple[list[NDArray[np.float64]], list[NDArray[np.int64]], int]:
-    """What the bound does not decide: 71 options are left."""
-    shapes = [(256, 256)] * 20 + [(1024, 256), (256, 1280)] * 5
-    return *realistic(shapes, seed=0, noise=0.3), math.floor(2.7 * sum(map(math.prod, shapes)) / 8)
-
-
-def test_the_contested_instance_needs_highs(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
-    solver = knapsack.milp
-    monkeypatch.setattr(knapsack, "milp", lambda *a, **k: calls.append(a[0]) or solver(*a, **k))
-    knapsack.solve(*contested())
-    (costs,) = calls
-    assert len(costs) > 50
-
-
-def test_an_optimum_that_is_not_proven_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    failed = SimpleNamespace(status=1, message="Time limit reached.", x=None)
-    monkeypatch.setattr(knapsack, "milp", lambda *_, **__: failed)
-    with pytest.raises(CalibError, match=r"no optimum \(Time limit reached\.\)"):
-        knapsack.solve(*contested())
-
-
-@pytest.mark.parametrize("lowest", [True, False])
-def test_what_highs_returns_is_checked(monkeypatch: pytest.MonkeyPatch, lowest: bool) -> None:
-    """A choice over the budget, and one worse than the greedy one, whatever HiGHS calls them."""
-
-    def wrong(costs: Any, constraints: Any, **_: Any) -> SimpleNamespace:
-        lines, sizes = constraints[0].A.toarray()[:, :-1], constraints[1].A[0][:-1]
-        x = np.zeros(len(costs))
-        for line in lines:
-            own = np.flatnonzero(line)
-            x[own[sizes[own].argmin() if lowest else sizes[own].argmax()]] = 1
-        return SimpleNamespace(status=0, message="Optimal", x=x)
-
-    monkeypatch.setattr(knapsack, "milp", wrong)
-    with pytest.raises(CalibError, match="does not fit or is worse"):
-        knapsack.solve(*contested())
-
-
-TALKATIVE = """
-import ctypes, os, sys
-sys.path.insert(0, "tests")
-from calib.analysis import knapsack
-from test_allocate import contested
-libc, solver = ctypes.CDLL(None), knapsack.milp
-def talkative(*arguments, **options):
-    libc.puts(b"from a buffer")
-    os.write(1, b"at once")
-    return solver(*arguments, **options)
-knapsack.milp = talkative
-libc.puts(b"before")
-knapsack.solve(*contested())
-libc.puts(b"after")
-"""
-
-
-def test_what_highs_prints_is_not_seen() -> None:
-    """Nor is what C code left in its buffer before lost."""
-    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
-    root = Path(__file__).parents[1]
-    done = subprocess.run(
-        [sys.executable, "-c", TALKATIVE], cwd=root, env=buffered, capture_output=True, text=True, check=True
-    )
-    assert done.stdout == "before\nafter\n"
 
 
 # Allocation
@@ -315,21 +53,6 @@ def best_by_trying(found: Sensitivities, budget: Fraction) -> float:
     ]
     fitting = (choice for choice in itertools.product(*options) if sum(size for _, size in choice) <= budget)
     return min(math.fsum(s for s, _ in choice) for choice in fitting)
-
-
-@st.composite
-def small_models(draw: st.DrawFn) -> Sensitivities:
-    """Up to four layers, each measured at a few of its options; S need not fall with bits."""
-    weights, shapes = {}, {}
-    steps = draw(st.sampled_from([(0,), (0, 3, 9)]))
-    every_option = list(itertools.product(WEIGHT_BITS, GROUP_SIZES))
-    for name in "abcd"[: draw(st.integers(1, 4))]:
-        shapes[name] = draw(st.tuples(st.sampled_from([1, 8, 24]), st.sampled_from([96, 128, 192, 384])))
-        options = draw(st.lists(st.sampled_from(every_option), min_size=1, max_size=5, unique=True))
-        options = [*options, (draw(st.sampled_from(WEIGHT_BITS)), 32)]  # which divides every width here
-        s = st.floats(0, 1, allow_subnormal=False).map(lambda x: x * 1e-7)
-        weights[name] = {o: draw(st.lists(s, min_size=len(steps), max_size=len(steps))) for o in options}
-    return measured(weights, shapes, steps)
 
 
 @settings(max_examples=150)
@@ -669,8 +392,6 @@ def test_a_phase_that_a_short_trajectory_lacks_needs_no_measurement() -> None:
 
 # What both heuristics refuse
 
-GOOD = {(4, 64): 1e-3}
-
 
 @pytest.mark.parametrize(
     ("parameters", "words"),
@@ -718,91 +439,6 @@ def test_garbled_sensitivities_end_with_one_line(
     with pytest.raises(CalibError, match=re.escape(words)) as caught:
         heuristic({"a": SUMMARY}, found)
     assert len(str(caught.value).splitlines()) == 1
-
-
-# Heuristic sensitivity
-
-
-@settings(max_examples=150)
-@given(found=small_models(), tolerance=st.floats(1e-9, 1e-7))
-def test_sensitivity_takes_the_smallest_option_within_the_tolerance(found: Sensitivities, tolerance: float) -> None:
-    plan = sensitivity.plan_layers(layers_of(found), found, tolerance)
-    for name, layer in plan.layers.items():
-        shape, own = found.shapes[name], found.weights[name]
-        s = {option: float(np.mean(values)) for option, values in own.items() if shape[1] % option[1] == 0}
-        chosen = (layer.weight_bits, layer.group_size)
-        within = [option for option in s if s[option] <= tolerance]
-        if within:
-            assert bytes_of(shape, *chosen) == min(bytes_of(shape, *option) for option in within)
-            assert s[chosen] <= tolerance
-        else:
-            assert s[chosen] == min(s.values())
-            assert layer.reason == f"fragile: no option has S ≤ {tolerance:g}"
-            assert layer.sensitive and not layer.aggressive
-        assert layer.figure == f"S = {s[chosen]:.1e}"
-
-
-def test_fewer_bits_count_before_larger_groups() -> None:
-    found = measured({"a": {(2, 32): 1e-4, (3, 128): 1e-6}, "b": {(4, 32): 1e-5, (4, 64): 1e-5, (4, 128): 1e-3}})
-    plan = sensitivity.plan_layers(layers_of(found), found)
-    assert (plan.layers["a"].weight_bits, plan.layers["a"].group_size) == (2, 32)
-    assert (plan.layers["b"].weight_bits, plan.layers["b"].group_size) == (4, 64)
-    assert plan.layers["a"].reason == "2 bits do"  # met is enough
-    assert plan.layers["b"].reason == "4 bits do"
-    assert plan.layers["a"].aggressive
-
-
-@pytest.mark.parametrize(
-    ("s", "bits"),
-    [
-        ({4: 1e-3, 6: 1e-5, 8: 1e-6}, 6),
-        ({4: 1e-5, 6: 1e-4, 8: 1e-3}, 4),
-        ({4: 1e-4, 6: 1e-5, 8: 1e-6}, 4),  # met is enough
-        ({4: 1.0, 6: 5e-4, 8: 6e-4}, 6),  # none within 1e-4, the best near it
-        ({4: 1.0, 6: 1e-2, 8: 1e-3}, 8),  # the best misses it tenfold
-        ({4: 1.0, 6: 1e-2, 8: 1.01e-3}, 16),  # and by more
-        ({}, 8),
-    ],
-)
-def test_activation_bits_of_sensitivity(s: dict[int, float], bits: int) -> None:
-    found = measured({"a": GOOD}, activations={"a": s, "conv": s})
-    plan = sensitivity.plan_layers(layers_of(found, "conv", "unknown"), found, 1e-4)
-    assert plan.layers["a"].activation_bits == plan.layers["conv"].activation_bits == bits
-    assert plan.layers["unknown"].activation_bits == 8
-    apart = sensitivity.plan_layers(layers_of(found, "conv"), found, 1e-9, activation_tolerance=1e-4)
-    assert apart.layers["a"].activation_bits == bits
-
-
-def test_sensitivity_tells_what_it_could_not_do() -> None:
-    weights = {"a": {(8, 64): 1e-2}, "b": {(3, 64): 1e-5, (8, 64): 0.0}, "c": {(3, 64): 3e-5}}
-    found = measured(weights, activations={"a": {8: 1.0}, "b": {8: 1e-6}})
-    plan = sensitivity.plan_layers(layers_of(found, "conv"), found)
-    nbytes = taken(plan, found)
-    size = f"{(8 + 3 + 3) / 3 + 0.5:.3f} bits a weight, scales and biases counted, {nbytes / 1e6:.2f} MB"
-    assert plan.notes == (
-        f"predicted error ΣS = 0.01 at {size}",
-        "weights are kept and not counted, as MLX cannot quantize them: 1 of 4 layers",
-        "no option has S ≤ 0.0001, so they have their best: 1 of 3 layers",
-        "activations are left as they are, with S > 0.001 at their best: 1 of 4 layers",
-    )
-    assert (plan.layers["conv"].weight_bits, plan.layers["conv"].reason) == (8, "kept, MLX cannot quantize it")
-    assert len(sensitivity.plan_layers(layers_of(found), found, 1.0).notes) == 1
-
-
-def test_sensitivity_calls_fragile_what_needs_far_more_bits_than_the_rest() -> None:
-    weights = {name: {(3, 64): 1e-6} for name in "bcdefgh"} | {"a": {(3, 64): 1e-2, (6, 64): 1e-6}}
-    found = measured(weights)
-    plan = sensitivity.plan_layers(layers_of(found), found)
-    assert plan.layers["a"].sensitive
-    assert plan.layers["a"].reason == "fragile: fewer bits have S > 0.0001"
-    assert not any(plan.layers[name].sensitive for name in "bcdefgh")
-
-
-@pytest.mark.parametrize("value", [0.0, -1e-4, math.nan, math.inf])
-@pytest.mark.parametrize("key", ["tolerance", "activation_tolerance"])
-def test_a_tolerance_must_be_positive(key: str, value: float) -> None:
-    with pytest.raises(ConfigError, match=rf"^analysis.{key}={value}: must be positive and finite"):
-        sensitivity.plan_layers({}, measured({}), **{key: value})
 
 
 # Configuration

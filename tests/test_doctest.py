@@ -3,13 +3,10 @@
 import doctest
 from pathlib import Path
 
-import calib.quantization as documented
-
-import pytest
+import calib.quantization
 
 
-@pytest.mark.parametrize("module", [documented])
-def test_the_example_runs(module: object, tiny_run: Path) -> None:
-    outcome = doctest.testmod(module, extraglobs={"run": tiny_run}, verbose=False)  # type: ignore[arg-type]
+def test_the_way_from_statistics_to_a_picture(tiny_run: Path) -> None:
+    outcome = doctest.testmod(calib.quantization, extraglobs={"run": tiny_run})
     assert outcome.attempted > 10
     assert outcome.failed == 0

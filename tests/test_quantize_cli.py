@@ -295,17 +295,22 @@ PLANS: dict[str, tuple[Damage, int, Sequence[str]]] = {
 }
 
 
+def check_told(calib: Calib, folder: Path, arguments: Sequence[str], status: int, words: Sequence[str]) -> None:
+    """``calib`` ends in one line that holds every one of ``words``, and leaves the folder as it was."""
+    before = everything(folder)
+    line = is_one_clear_line(calib(*arguments), status)
+    for word in words:
+        assert word in line
+    assert everything(folder) == before
+
+
 @pytest.mark.parametrize("case", PLANS)
 def test_a_plan_that_cannot_be_applied_is_told_before_anything_is_made(
     calib: Calib, plan: Path, folder: Path, case: str
 ) -> None:
     damage, status, words = PLANS[case]
     damage(plan)
-    before = everything(folder)
-    line = is_one_clear_line(calib("quantize", "plan=plan"), status)
-    for word in words:
-        assert word in line
-    assert everything(folder) == before
+    check_told(calib, folder, ("quantize", "plan=plan"), status, words)
 
 
 def test_without_a_plan_the_key_is_named(calib: Calib, folder: Path) -> None:
@@ -606,11 +611,7 @@ def test_a_quantized_model_that_is_not_there_is_told_before_anything_is_made(
 ) -> None:
     damage, status, words = MODELS[case]
     damage(quantized)
-    before = everything(folder)
-    line = is_one_clear_line(calib("evaluate", "plan=made"), status)
-    for word in words:
-        assert word in line
-    assert everything(folder) == before
+    check_told(calib, folder, ("evaluate", "plan=made"), status, words)
 
 
 def test_no_images_is_nothing_to_evaluate(calib: Calib, quantized: Path, folder: Path) -> None:

@@ -19,7 +19,7 @@ from calib.models.names import module_path
 from calib.quantization import rtn
 from calib.quantization.apply import applied
 from calib.quantization.build import Source, build, fitting
-from calib.quantization.checkpoint import load, mmdit_fields, save
+from calib.quantization.checkpoint import load, save
 from calib.quantization.model import InputRule, QuantizedModel
 from calib.quantization.packed import Packed
 from calib.timesteps import phase_bounds
@@ -67,19 +67,13 @@ def steps_of(plan: Mapping[str, LayerPlan]) -> StepPlan:
     )
 
 
-def about(model: DiffusionModel) -> dict[str, Any]:
-    config = model.transformer.config
-    dtype = str(config.dtype).rpartition(".")[2]
-    return {"model": model.name, "fingerprint": model.fingerprint, "dtype": dtype, "mmdit": mmdit_fields(config)}
-
-
 BARE = StepPlan(TIMESTEPS)
 
 
 def built(
     model: DiffusionModel, plan: Mapping[str, LayerPlan], steps: StepPlan = BARE
 ) -> tuple[QuantizedModel, list[str]]:
-    return build(model, plan, steps, rtn.quantize, Source(None, static, None), about(model))
+    return build(model, plan, steps, rtn.quantize, Source(None, static, None), {})
 
 
 @pytest.fixture(scope="module", params=["emoji", "flux"])

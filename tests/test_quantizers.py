@@ -23,7 +23,6 @@ from calib.typed import bind
 import mlx.core as mx
 import numpy as np
 import pytest
-from diffusionkit.mlx.config import MMDiTConfig, PositionalEncoding
 from diffusionkit.mlx.mmdit import MMDiT
 from helpers import check_config_error
 from hypothesis import given
@@ -31,6 +30,7 @@ from hypothesis import strategies as st
 from mlx import nn
 from numpy.typing import NDArray
 from omegaconf import OmegaConf
+from tiny_flux import flux_config
 from watching import keep
 
 Array = NDArray[np.float64]
@@ -144,22 +144,7 @@ def emoji(model: DiffusionModel) -> States:
 @pytest.fixture(scope="module", params=[True, False], ids=["parallel", "serial"])
 def flux(request: pytest.FixtureRequest) -> States:
     """FLUX's structure, small; as it is, and with unified blocks whose MLP follows the attention."""
-    config = MMDiTConfig(
-        num_heads=2,
-        depth_multimodal=2,
-        depth_unified=2,
-        parallel_mlp_for_unified_blocks=request.param,
-        hidden_size_override=64,
-        patchify_via_reshape=True,
-        pos_embed_type=PositionalEncoding.PreSDPARope,
-        rope_axes_dim=(8, 12, 12),
-        pooled_text_embed_dim=32,
-        token_level_text_embed_dim=64,
-        use_qk_norm=True,
-        dtype=mx.float32,
-        low_memory_mode=False,
-    )
-    transformer = MMDiT(config)
+    transformer = MMDiT(flux_config(parallel=request.param, text=64, pooled=32))
     random = np.random.RandomState(0)
     for path, weight in weights(transformer).items():
         # Some channels much wider than others, as there are in large models.

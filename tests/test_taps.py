@@ -21,31 +21,17 @@ from calib.sampling import initial_noise
 import mlx.core as mx
 import numpy as np
 import pytest
-from diffusionkit.mlx.config import MMDiTConfig, PositionalEncoding
 from diffusionkit.mlx.mmdit import MMDiT
 from mlx import nn
 from mlx.utils import tree_flatten
+from tiny_flux import flux_config
 from watching import keep
 
 
 @pytest.fixture(scope="module")
 def flux() -> MMDiT:
     """FLUX's structure, small: two double blocks, three unified ones with a parallel MLP, rotary positions."""
-    config = MMDiTConfig(
-        num_heads=2,
-        depth_multimodal=2,
-        depth_unified=3,
-        hidden_size_override=64,
-        patchify_via_reshape=True,
-        pos_embed_type=PositionalEncoding.PreSDPARope,
-        rope_axes_dim=(8, 12, 12),
-        pooled_text_embed_dim=32,
-        token_level_text_embed_dim=48,
-        use_qk_norm=True,
-        dtype=mx.float32,
-        low_memory_mode=False,
-    )
-    transformer = MMDiT(config)
+    transformer = MMDiT(flux_config(unified=3, text=48, pooled=32))
     mx.eval(transformer.parameters())
     return transformer
 

@@ -13,24 +13,30 @@ from diffusionkit.mlx.mmdit import MMDiT
 from diffusionkit.mlx.sampler import FluxSampler
 
 
-def flux_transformer(parallel: bool = True, dtype: mx.Dtype = mx.float32) -> MMDiT:
-    """Two blocks of each kind, of the emoji model's latents and texts; as FLUX is, or its MLP after the attention."""
-    config = MMDiTConfig(
+def flux_config(
+    unified: int = 2, parallel: bool = True, text: int = 256, pooled: int = 256, dtype: mx.Dtype = mx.float32
+) -> MMDiTConfig:
+    """Two double blocks, some ``unified`` ones; ``text`` and ``pooled`` are the widths of what the prompt becomes."""
+    return MMDiTConfig(
         num_heads=2,
         depth_multimodal=2,
-        depth_unified=2,
+        depth_unified=unified,
         parallel_mlp_for_unified_blocks=parallel,
         hidden_size_override=64,
         patchify_via_reshape=True,
         pos_embed_type=PositionalEncoding.PreSDPARope,
         rope_axes_dim=(8, 12, 12),
-        pooled_text_embed_dim=256,
-        token_level_text_embed_dim=256,
+        pooled_text_embed_dim=pooled,
+        token_level_text_embed_dim=text,
         use_qk_norm=True,
         dtype=dtype,
         low_memory_mode=False,
     )
-    transformer = MMDiT(config)
+
+
+def flux_transformer(parallel: bool = True, dtype: mx.Dtype = mx.float32) -> MMDiT:
+    """Two blocks of each kind, of the emoji model's latents and texts; as FLUX is, or its MLP after the attention."""
+    transformer = MMDiT(flux_config(parallel=parallel, dtype=dtype))
     random = np.random.RandomState(0)
     for path, weight in weights(transformer).items():
         scale = 0.08 * np.exp(0.5 * random.randn(weight.shape[0], *[1] * (weight.ndim - 1)))

@@ -12,7 +12,6 @@ from calib.seeds import generator
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import ndimage
 
 #: dB; what rounding to 16 bits leaves, 10·log10(12·65535²). Where PSNRs are averaged, higher ones count as this, so
 #: that equal pictures (infinite) have a mean and JSON a number. No lower: drawing in another batch size already differs
@@ -69,6 +68,8 @@ def _pair(reference: NDArray[Any], image: NDArray[Any]) -> tuple[NDArray[np.floa
 
 def _windowed(x: NDArray[np.float64]) -> NDArray[np.float64]:
     """Gaussian mean about every place whose window lies within the picture, (height - 10, width - 10, channels)."""
+    from scipy import ndimage  # slow to import, and every command would wait for it
+
     edge = WINDOW // 2
     weights = np.exp(-(np.arange(-edge, edge + 1) ** 2) / (2 * WINDOW_SIGMA**2))
     weights /= weights.sum()

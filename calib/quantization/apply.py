@@ -109,14 +109,14 @@ def _weights_of(transformer: MMDiT, quantized: QuantizedModel, dtype: mx.Dtype, 
         transformer.update(tree_unflatten([(p, w.astype(own_weights[p].dtype)) for p, w in quantized.weights.items()]))
         for name, layer in quantized.layers.items():
             module = as_module(layer, changed[name], dtype, dequantize)
-            copies = {
-                step: as_module(kept[name], changed[name], dtype, dequantize)
-                for phase, kept in quantized.copies.items()
-                if name in kept
-                for step in [quantized.phases[phase][0]]
-            }
+            copies: dict[int, nn.Module] = {}
+            for phase, kept in quantized.copies.items():
+                if name in kept:
+                    first, last = quantized.phases[phase]
+                    own_copy = as_module(kept[name], changed[name], dtype, dequantize)
+                    copies |= dict.fromkeys(range(first, last + 1), own_copy)
             if copies:
-                module = PhasedLinear(module, _by_step(copies, quantized), clock)
+                module = PhasedLinear(module, copies, clock)
             parent, key = places[name]
             parent[key] = module
         mx.eval(transformer.parameters())
@@ -126,13 +126,3 @@ def _weights_of(transformer: MMDiT, quantized: QuantizedModel, dtype: mx.Dtype, 
         for name, (parent, key) in places.items():
             parent[key] = own[name]
         transformer.update(tree_unflatten([(path, own_weights[path]) for path in quantized.weights]))
-
-
-def _by_step(copies: Mapping[int, nn.Module], quantized: QuantizedModel) -> dict[int, nn.Module]:
-    """The copies by every step of their phases; they are given by the first."""
-    return {
-        step: copies[first]
-        for first, last in quantized.phases.values()
-        if first in copies
-        for step in range(first, last + 1)
-    }

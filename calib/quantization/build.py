@@ -10,14 +10,16 @@ from calib.activations.reader import ActivationFile
 from calib.activations.taps import Recorder, TapPoint, linear_layers, tapped
 from calib.analysis.drift import channel_extremes, observe
 from calib.analysis.grid import UNQUANTIZED
+from calib.analysis.measure import quantizable
 from calib.analysis.plan import GROUP_SIZES, LayerPlan, Plan
 from calib.analysis.ranges import RangeRule, StepRanges, static
-from calib.analysis.steps import StepPlan, observed_ranges, plan_steps
+from calib.analysis.steps import StepPlan, observed_ranges, plan_steps, rule_document
 from calib.errors import CalibError, suggest
 from calib.models.memory import plan_memory
 from calib.models.model import DiffusionModel, weights
 from calib.models.names import module_path
 from calib.quantization import rtn
+from calib.quantization.checkpoint import origin_of
 from calib.quantization.model import InputRule, QuantizedModel
 from calib.quantization.packed import Packed
 from calib.quantization.quantizer import ChannelRange, Quantizer, Work
@@ -44,7 +46,7 @@ def fitting(plan: Mapping[str, LayerPlan], layers: Mapping[str, nn.Module]) -> t
                 notes.append(f"{name} is no linear layer, MLX cannot quantize it; it stays at 16 bits")
             continue
         columns = module.weight.shape[-1]
-        sizes = [size for size in GROUP_SIZES if columns % size == 0]
+        sizes = quantizable(module)
         if not sizes:
             notes.append(f"{name}: groups of {GROUP_SIZES} do not divide its {columns} columns; it stays at 16 bits")
             continue
@@ -87,7 +89,8 @@ def quantize(
     """
     steps = plan_steps(plan, observed_ranges(plan, activations), activations, ranges)
     source = Source(activations, ranges, None if states is None else lambda: states)
-    return build(model, plan.layers, steps, quantizer, source, {"model": model.name, "fingerprint": model.fingerprint})
+    made_by = {"quantizer": rule_document(quantizer), "ranges": steps.rule}
+    return build(model, plan.layers, steps, quantizer, source, made_by)
 
 
 def build(
@@ -96,9 +99,9 @@ def build(
     steps: StepPlan,
     quantizer: Quantizer,
     source: Source,
-    about: Mapping[str, Any],
+    made_by: Mapping[str, Any],
 ) -> tuple[QuantizedModel, list[str]]:
-    """The quantized model, and what people should know of it."""
+    """The quantized model, and what people should know of it; ``made_by`` is kept with it."""
     layers = linear_layers(model.transformer)
     chosen, notes = fitting(plan, layers)
     half = model.dtype if model.dtype != mx.float32 else mx.float16
@@ -110,8 +113,9 @@ def build(
     packed = {f"{module_path(name)}.weight" for name in made.layers}
     own = weights(model.transformer)
     rest = {path: made.weights.get(path, array).astype(half) for path, array in own.items() if path not in packed}
+    about = {**origin_of(model), **made_by}
     copies = _copies(linear, chosen, steps, made.layers, quantizer, work)
-    quantized = QuantizedModel(made.layers, rest, inputs, steps.timesteps, copies, steps.phases, dict(about))
+    quantized = QuantizedModel(made.layers, rest, inputs, steps.timesteps, copies, steps.phases, about)
     mx.eval(rest, [[p.weight, p.scales, p.biases] for p in made.layers.values()])
     _check_finite(quantized, half)
     return quantized, [*notes, *made.notes, *more]

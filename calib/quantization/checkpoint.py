@@ -15,26 +15,32 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import calib.models.compat  # noqa: F401  (must precede diffusionkit.mlx)
 from calib.analysis.range_files import from_json, to_json
 from calib.errors import CalibError
 from calib.files import checksum, free_bytes, read_json, write_json
+from calib.models.model import DiffusionModel
 from calib.models.names import layer_name, module_path
 from calib.quantization.model import InputRule, QuantizedModel
 from calib.quantization.packed import Packed
 
 import mlx.core as mx
-from diffusionkit.mlx.config import MMDiTConfig
 
 FORMAT, FORMAT_VERSION = "calib-quantized-model", 1
 CONFIG, WEIGHTS, COPIES = "config.json", "model.safetensors", "phases.safetensors"
 _PARTS = ("weight", "scales", "biases")
 
 
-def mmdit_fields(config: MMDiTConfig) -> dict[str, Any]:
-    """What builds such a configuration again, JSON-able; types of numbers and encodings are named beside it."""
+def origin_of(model: DiffusionModel) -> dict[str, Any]:
+    """What a quantized model says of the one it was made from, JSON-able: its weights, and what builds it again."""
+    config = model.transformer.config
     values = {f.name: getattr(config, f.name) for f in fields(config)}
-    return {name: v for name, v in values.items() if not isinstance(v, mx.Dtype | Enum) and v is not None}
+    return {
+        "model": model.name,
+        "fingerprint": model.fingerprint,
+        "dtype": str(config.dtype).rpartition(".")[2],
+        "pos_embed_type": config.pos_embed_type.name,
+        "mmdit": {name: v for name, v in values.items() if not isinstance(v, mx.Dtype | Enum) and v is not None},
+    }
 
 
 def save(quantized: QuantizedModel, folder: Path) -> None:
