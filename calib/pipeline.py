@@ -59,8 +59,6 @@ def precheck(settings: Settings) -> None:
     if settings.stage is Stage.RUN and settings.skeleton is not None:
         points = tap_points(settings.skeleton(), settings.taps)
         check_heuristic(settings, [name for point in points for name in point.names])
-    if settings.stage is Stage.RUN:
-        _check_evaluation_folder(settings)
     if settings.stage is not Stage.GENERATE:
         check_writable("cache_dir", settings.cache_dir)
     draws = settings.stage is Stage.GENERATE or settings.generate_missing
@@ -81,6 +79,8 @@ def precheck(settings: Settings) -> None:
         check_manifest_is_there(settings.data_dir)
     if draws and missing_images(settings.data_dir, settings.num_images):
         check_writable("data_dir", settings.data_dir)
+    if settings.stage is Stage.RUN:
+        _check_evaluation_folder(settings)
 
 
 def _check_evaluation_folder(settings: Settings) -> None:
