@@ -9,12 +9,11 @@ from pathlib import Path
 import calib
 from calib import interrupts
 from calib.commands import COMMANDS
-from calib.compose import CONF, check, groups, job_name, plain, swept_keys, take_apart
-from calib.config import build
+from calib.compose import CONF, groups, plain, planned, take_apart
 from calib.errors import CalibError, ConfigError, suggest
-from calib.pipeline import content_fingerprint, run_stage
-from calib.runs.directory import RunDirectory
+from calib.jobs import in_a_line, job_of_sweep, run_job, run_sweep
 from calib.settings import Stage
+from calib.sweeps import job_name, sweep_name
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
@@ -50,7 +49,8 @@ examples
   calib num_images=50 timestep_schedule=uniform timestep_schedule.count=20
   calib analysis=allocate analysis.average_bits=4.5 quantizer=gptq      the best plan for a budget, measured
   calib analyze stats=outputs/2026-01-31/08-00-00-000000 analysis=uniform
-  calib -m timestep_schedule=key,quarters,uniform analysis=range,uniform
+  calib -m timestep_schedule=key,quarters,uniform analysis=range,uniform    a sweep; started again it goes on
+  calib hparams_search=budgets hydra/launcher=joblib                         a ready one, jobs side by side
 """
 
 STAGE_HELP = {
@@ -91,42 +91,20 @@ def split_arguments(arguments: Sequence[str]) -> tuple[Stage | None, list[str]]:
     return Stage(arguments[0]), list(arguments[1:])
 
 
-def _short(path: Path) -> Path:
-    """Relative to the working directory where it lies below it."""
-    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
-
-
 def task(config: DictConfig) -> None:
-    """One job; Hydra has made its directory."""
+    """One job; Hydra has made its directory. A job of a sweep that fails is recorded, and does not end the sweep."""
     hydra_config = HydraConfig.get()
-    values = plain(config)
-    multirun = hydra_config.mode == RunMode.MULTIRUN
-    settings = build(values, multirun)
-    run = RunDirectory(Path(hydra_config.runtime.output_dir), settings.stage.value, content_fingerprint(settings))
-    if run.is_complete():
-        print(f"Already complete: {_short(run.path)}")
+    path = Path(hydra_config.runtime.output_dir)
+    if hydra_config.mode != RunMode.MULTIRUN:
+        try:
+            run_job(plain(config), path, multirun=False)
+        except (CalibError, OSError) as error:
+            # SystemExit, as Hydra prints a traceback for anything else.
+            print(f"calib: {in_a_line(error, path)}", file=sys.stderr)
+            raise SystemExit(error.exit_status if isinstance(error, CalibError) else 1) from None
         return
-    try:
-        with run.job(OmegaConf.to_yaml(OmegaConf.create(values))):
-            run_stage(settings, run, values)
-    except (CalibError, OSError) as error:
-        _end_badly(error, run.path, multirun)
-        return
-    print(f"Run directory: {_short(run.path)}")
-
-
-#: Directories of a sweep's jobs that failed; the others still run.
-_failed: list[Path] = []
-
-
-def _end_badly(error: CalibError | OSError, path: Path, multirun: bool) -> None:
-    """Say what went wrong; a single run ends here. SystemExit, as Hydra prints a traceback for anything else."""
-    status = error.exit_status if isinstance(error, CalibError) else 1
-    text = str(error) if isinstance(error, CalibError) else f"{error.filename or path}: {error.strerror or error}"
-    print(f"calib: {text}", file=sys.stderr)
-    if not multirun:
-        raise SystemExit(status) from None
-    _failed.append(path)
+    with job_of_sweep(hydra_config, path):
+        run_job(plain(config), path, multirun=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -162,19 +140,17 @@ def _run(arguments: list[str]) -> int:
         print(f"calib {calib.__version__}")
         return 0
     OmegaConf.register_new_resolver("calib_job", job_name, replace=True)
+    OmegaConf.register_new_resolver("calib_sweep", sweep_name, replace=True)
     given = take_apart(rest)
-    overrides = ([f"stage={stage}"] if stage else []) + given.overrides
-    if given.multirun:
-        overrides.append(f"swept=[{','.join(swept_keys(given))}]")
-    check(replace(given, overrides=overrides))
+    what = planned(replace(given, overrides=([f"stage={stage}"] if stage else []) + given.overrides))
     GlobalHydra.instance().clear()
     # What Hydra itself fails at (a full disk) is told by main, not by Hydra's own report.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     # Hydra's parser takes overrides in one piece only.
-    _failed.clear()
-    sys.argv = ["calib", *given.flags, "--", *overrides]
-    hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")(task)()
-    if _failed:
-        names = ", ".join(path.name for path in _failed)
-        raise CalibError(f"{len(_failed)} of the sweep's jobs failed ({names}); their run.log says why")
+    flags = [*given.flags, *(["--multirun"] if what.multirun and not given.multirun else [])]
+    sys.argv = ["calib", *flags, "--", *what.overrides]
+    launch = hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")(task)
+    if what.multirun and not given.shows:
+        return run_sweep(launch, what)
+    launch()
     return 0

@@ -3,46 +3,32 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
 from typing import Any, cast
 
 from calib.config import build, check_writable
 from calib.errors import ConfigError, suggest
-from calib.files import short_hash
 from calib.pipeline import precheck
 from calib.settings import Settings
+from calib.sweeps import in_short, job_name, jobs_of, missing_launcher, side_by_side, with_params
 
 from hydra import compose, initialize_config_dir
 from hydra._internal.utils import get_args_parser
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 PACKAGE = Path(__file__).parent
 #: In a wheel the configuration lies inside the package, in a checkout beside it.
 CONF = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf"
-LONGEST_NAME = 80
 
 #: Hydra's flags that show something and run no job.
 SHOW_FLAGS = {"--cfg", "-c", "--info", "-i", "--hydra-help", "--shell-completion", "-sc"}
 CONFIG_DIR_FLAGS = ("--config-dir", "-cd")
-
-
-def job_name(overrides: Sequence[str], swept: Sequence[str] = ()) -> str:
-    """Folder name of one job of a sweep: readable, safe as a file name, unique and stable.
-
-    The overrides that vary, spelt out, and a hash of all where that leaves anything out.
-    """
-    own = sorted(o for o in overrides if o.partition("=")[0] not in ("stage", "swept"))
-    varied = [o for o in own if o.partition("=")[0] in swept]
-    name = ",".join(varied or own) or "default"
-    safe = re.sub(r"[^A-Za-z0-9_.,=+-]+", "_", name)
-    if safe == name and len(name) <= LONGEST_NAME and len(varied or own) == len(own):
-        return name
-    return f"{safe[:LONGEST_NAME]}-{short_hash(own)}"
 
 
 def groups() -> dict[str, list[str]]:
@@ -93,49 +79,86 @@ def take_apart(arguments: Sequence[str]) -> Arguments:
     return found
 
 
-def _parse(overrides: list[str]) -> list[Override]:
+def _parse(overrides: Sequence[str]) -> list[Override]:
+    """Overrides by Hydra's grammar; within a context that knows the groups, as glob(…) asks for their options."""
+    loader = GlobalHydra.instance().config_loader() if GlobalHydra.instance().is_initialized() else None
     parsed = []
     for override in overrides:
         try:
-            parsed += OverridesParser.create().parse_overrides([override])
+            parsed += OverridesParser.create(loader).parse_overrides([override])
         except HydraException as error:
             raise ConfigError(f"{override}: not a valid override ({_first_line(error)})") from None
     return parsed
 
 
-def swept_keys(arguments: Arguments) -> list[str]:
-    """The keys that a multirun varies."""
-    return [o.get_key_element() for o in _parse(arguments.overrides) if o.is_sweep_override()]
+@dataclass(frozen=True)
+class Planned:
+    """What Hydra is to run, checked.
+
+    Attributes:
+        multirun: every combination of listed values, each a job with a folder of its own.
+        folders: of a sweep's jobs, in their order; none where another than Hydra's own sweeper decides.
+        side_by_side: jobs that run at once on this machine.
+    """
+
+    overrides: list[str]
+    multirun: bool
+    folders: list[Path]
+    side_by_side: int = 1
 
 
-def check(arguments: Arguments) -> None:
+def planned(arguments: Arguments) -> Planned:
     """Compose and check every job that is asked for; raises a ConfigError for the first that is wrong."""
-    parsed = _parse(arguments.overrides)
-    for override in parsed:
-        if override.is_sweep_override() and not arguments.multirun:
-            raise ConfigError(f"{override.input_line}: several values; sweep over them with -m, or quote them")
-    jobs = _jobs(parsed) if arguments.multirun else [arguments.overrides]
     folders = ",".join(f"file://{Path(folder).absolute()}" for folder in arguments.config_dirs)
     search = [f"hydra.searchpath=[{folders}]"] if folders else []
     with initialize_config_dir(str(CONF), version_base="1.3", job_name="calib"):
-        for job in jobs:
-            config = _compose([*search, *job])
-            settings = build(plain(config), arguments.multirun)
-            if not arguments.shows:
-                _check_folders(config, settings, arguments.multirun)
-                precheck(settings)
+        parsed = _parse(arguments.overrides)
+        config = _compose([*search, *(o.input_line or "" for o in parsed if _of_launch(o))])
+        multirun = arguments.multirun or config.hydra.mode == RunMode.MULTIRUN
+        if not multirun:
+            for override in parsed:
+                if override.is_sweep_override():
+                    raise ConfigError(f"{override.input_line}: several values; sweep over them with -m, or quote them")
+            _check_job([*search, *arguments.overrides], False, arguments.shows)
+            return Planned(arguments.overrides, False, [])
+        return _planned_sweep(arguments, parsed, config, search)
 
 
-def _jobs(overrides: Sequence[Override]) -> list[list[str]]:
-    """The jobs that Hydra's basic sweeper will run."""
-    choices = []
-    for override in overrides:
-        if override.is_sweep_override():
-            key = override.get_key_element()
-            choices.append([f"{key}={value}" for value in override.sweep_string_iterator()])
-        else:
-            choices.append([override.input_line or ""])
-    return [list(job) for job in product(*choices)]
+def _of_launch(override: Override) -> bool:
+    """Whether an override says how jobs are made and run; not one that is swept, as that of a job is."""
+    own = override.key_or_group.startswith("hydra") or override.key_or_group in ("experiment", "hparams_search")
+    return own and not override.is_sweep_override()
+
+
+def _planned_sweep(
+    arguments: Arguments, parsed: Sequence[Override], config: DictConfig, search: Sequence[str]
+) -> Planned:
+    keys = [o.get_key_element() for o in parsed]
+    overrides = _parse(with_params([in_short(o) for o in parsed], keys, config))
+    swept = [o.key_or_group for o in overrides if o.is_sweep_override()]
+    given = [*(o.input_line or "" for o in overrides), f"swept=[{','.join(swept)}]"]
+    jobs = jobs_of(_parse(given), config)
+    paths = []
+    for job in jobs:
+        try:
+            sweep_dir = _check_job([*search, *job], True, arguments.shows)
+        except ConfigError as error:
+            which = job_name([o for o in job if not o.startswith("hydra")], swept)
+            raise ConfigError(f"{error} (job {which}, of {len(jobs)}; none was started)") from None
+        paths.append(sweep_dir)
+    basic = str(config.hydra.sweeper.get("_target_")).endswith(".BasicSweeper")
+    return Planned(given, True, paths if basic else [], side_by_side(config.hydra.launcher, len(jobs)))
+
+
+def _check_job(overrides: list[str], multirun: bool, shows: bool) -> Path:
+    """Raise unless this job can be run, as far as can be known; its folder."""
+    config = _compose(overrides)
+    settings = build(plain(config), multirun)
+    if not shows:
+        _check_folders(config, settings, multirun)
+        precheck(settings)
+    section = config.hydra["sweep" if multirun else "run"]
+    return Path(str(section.dir), str(section.subdir)) if multirun else Path(str(section.dir))
 
 
 def _compose(overrides: list[str]) -> DictConfig:
@@ -150,6 +173,8 @@ def _explain(message: str, overrides: Sequence[str]) -> str:
     """Hydra's message in one line, with the nearest valid name."""
     if match := re.match(r"(?:In '.*': )?Could not find '(.+)/(.+)'", message):
         group, option = match.groups()
+        if group == "hydra/launcher":
+            return f"{group}={option}: no such launcher.{missing_launcher(option)}"
         return f"{group}={option}: no such option.{suggest(option, groups().get(group, []))}"
     if match := re.match(r"Could not override '(.+?)'", message):
         key = match.group(1)

@@ -61,15 +61,25 @@ def on_cuda() -> bool:
     return on_gpu() and bool(mx.cuda.is_available())
 
 
+#: Jobs that share the memory.
+_jobs = 1
+
+
+def divide_memory(jobs: int) -> None:
+    """From now on plan with the share of one of so many ``jobs`` that run side by side."""
+    global _jobs
+    _jobs = jobs
+
+
 def device_memory() -> int:
-    """Bytes that weights and activations may use.
+    """Bytes that weights and activations may use: of all, the share of one of the jobs that run side by side.
 
     On Metal what the system recommends, two thirds to three quarters of the memory. Elsewhere MLX's limit, a fixed
     share of the total: 80% of the main memory on a CPU, 95% of the card's with CUDA.
     """
     if on_gpu() and mx.metal.is_available():
-        return int(mx.device_info()["max_recommended_working_set_size"])
-    return int(mx.get_memory_limit())
+        return int(mx.device_info()["max_recommended_working_set_size"]) // _jobs
+    return int(mx.get_memory_limit()) // _jobs
 
 
 def nbytes(module: nn.Module) -> int:

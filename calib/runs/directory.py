@@ -21,6 +21,8 @@ from calib.versions import versions
 import mlx.core as mx
 
 STATUS, ENVIRONMENT, CONFIG, LOG, METRICS = "status.json", "env.json", "config.resolved.yaml", "run.log", "metrics.json"
+#: Held by the process that works in the directory.
+LOCK = ".lock"
 
 logger = logging.getLogger("calib")
 
@@ -56,7 +58,7 @@ class RunDirectory:
     def job(self, config_yaml: str) -> Iterator[Path]:
         """Yield the path while holding the directory; records the configuration, the log, and how it ended."""
         self.path.mkdir(parents=True, exist_ok=True)
-        with open(self.path / ".lock", "w") as lock:
+        with open(self.path / LOCK, "w") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -75,6 +77,13 @@ class RunDirectory:
                         self.write_status("failed", f"{type(error).__name__}: {error}")
                     raise
             self.write_status("complete")
+
+    def fail(self, error: BaseException, trace: str) -> None:
+        """Record a job that failed before it began, its ``trace`` in the log."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        with _logging_to(self.path / LOG):
+            logger.error("%s", trace)
+        self.write_status("failed", f"{type(error).__name__}: {error}")
 
     def _forget_other_job(self) -> None:
         """Remove the figures of a job of another configuration: those that this one does not replace would mislead."""

@@ -1,0 +1,168 @@
+"""One job in its run directory, and many of them: a sweep that survives what happens to its jobs."""
+
+import logging
+import os
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from pathlib import Path
+from typing import Any
+
+from calib import interrupts
+from calib.compose import Planned
+from calib.config import build
+from calib.errors import CalibError
+from calib.models.memory import divide_memory
+from calib.pipeline import content_fingerprint, run_stage
+from calib.progress import counted, readable_duration, say
+from calib.runs.directory import RunDirectory
+from calib.sweeps import JOBS_VARIABLE, Ended, ended, jobs_in_all, side_by_side
+
+from hydra.conf import HydraConf
+from omegaconf import OmegaConf
+
+#: What a job prints that runs beside others, in its run directory.
+CONSOLE = "console.txt"
+
+#: How jobs of a sweep may stand at its end.
+STATES = ("complete", "failed", "running", "incomplete")
+
+logger = logging.getLogger("calib")
+
+
+def short(path: Path) -> Path:
+    """Relative to the working directory where it lies below it."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def in_a_line(error: BaseException, path: Path) -> str:
+    """What went wrong in the run directory ``path``, for people."""
+    if isinstance(error, CalibError):
+        return str(error)
+    if isinstance(error, OSError):
+        return f"{error.filename or path}: {error.strerror or error}"
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def run_job(values: Mapping[str, Any], path: Path, multirun: bool) -> None:
+    """Do what ``values``, a composed configuration, asks for, unless it is done; raises what goes wrong."""
+    settings = build(values, multirun)
+    run = RunDirectory(path, settings.stage.value, content_fingerprint(settings))
+    if run.is_complete():
+        print(f"Already complete: {short(run.path)}")
+        return
+    with run.job(OmegaConf.to_yaml(OmegaConf.create(dict(values)))):
+        run_stage(settings, run, values)
+    print(f"Run directory: {short(run.path)}")
+
+
+@contextmanager
+def job_of_sweep(hydra_config: HydraConf, path: Path) -> Iterator[None]:
+    """One job of a sweep: what it raises is recorded and told, and the sweep goes on."""
+    number, jobs = hydra_config.job.num + 1, jobs_in_all()
+    beside = side_by_side(hydra_config.launcher, jobs)
+    say(f"job {number} of {jobs}: {path.name}")
+    start = time.monotonic()
+    error: Exception | None = None
+    try:
+        with _beside(path, beside):
+            yield
+    except Exception as raised:  # whatever it is, the other jobs are none the worse
+        error = raised
+        _record(path, raised)
+    took = readable_duration(time.monotonic() - start)
+    if error is not None:
+        say(f"calib: job {number} of {jobs} failed after {took}, {path.name}: {in_a_line(error, path)}")
+    elif beside > 1:
+        say(f"job {number} of {jobs} done in {took}: {path.name}")
+
+
+def _record(path: Path, error: Exception) -> None:
+    """Write a failure down that came before the run directory was taken; in it the directory does so itself."""
+    if ended(path).state != "incomplete":
+        return
+    with suppress(CalibError, OSError):
+        run = RunDirectory(path, "", "")
+        run.fail(error, "".join(traceback.format_exception(error)))
+
+
+@contextmanager
+def _beside(path: Path, jobs: int) -> Iterator[None]:
+    """A job that runs beside others, in a process of its own: its share of the memory, its words in a file."""
+    if jobs == 1:
+        yield
+        return
+    _end_with_parent()
+    divide_memory(jobs)
+    path.mkdir(parents=True, exist_ok=True)
+    with (
+        open(path / CONSOLE, "w", encoding="utf-8", buffering=1) as console,
+        redirect_stdout(console),
+        redirect_stderr(console),
+    ):
+        yield
+
+
+_watching = False
+
+
+def _end_with_parent() -> None:
+    """End this process when the one that started it is gone: killed, it cannot say so, and would be run over."""
+    global _watching
+    if _watching or threading.current_thread() is not threading.main_thread():
+        return
+    _watching = True
+    interrupts.install()
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)  # locks die with the process; what is half-written is a temporary file
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def run_sweep(launch: Callable[[], object], what: Planned) -> int:
+    """Run a sweep's jobs and say how each ended; the exit status."""
+    os.environ[JOBS_VARIABLE] = str(len(what.folders) or 1)
+    if what.side_by_side > 1:
+        say(f"{what.side_by_side} jobs side by side, each with its share of processors and memory")
+    start, error = time.monotonic(), None
+    try:
+        launch()
+    except (CalibError, KeyboardInterrupt, SystemExit):
+        raise
+    except Exception as raised:  # a launcher's: a worker killed, no cluster here
+        error = raised
+    jobs = [ended(folder) for folder in what.folders]
+    lacking = [job for job in jobs if job.state != "complete"]
+    for line in _summary(jobs, time.monotonic() - start):
+        print(line)
+    if error is not None and (lacking or not jobs):
+        raise CalibError(f"{_launcher_failed(error)}; the same command goes on from what is finished") from error
+    if lacking:
+        names = ", ".join(job.path.name for job in lacking)
+        more = "their run.log says why; the same command runs them again"
+        raise CalibError(f"{len(lacking)} of the sweep's {counted(len(jobs), 'job')} failed ({names}); {more}")
+    return 0
+
+
+def _launcher_failed(error: Exception) -> str:
+    return "the launcher failed: " + " ".join(f"{type(error).__name__}: {error}".split())[:300]
+
+
+def _summary(jobs: Sequence[Ended], seconds: float) -> list[str]:
+    """The sweep in a few lines."""
+    if not jobs:
+        return []
+    folder = short(jobs[0].path.absolute().parent)
+    counts = {state: sum(job.state == state for job in jobs) for state in STATES}
+    told = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
+    lines = [f"\nSweep: {folder}: {counted(len(jobs), 'job')}, {told}, in {readable_duration(seconds)}"]
+    for job in jobs:
+        if job.state != "complete":
+            lines.append(f"  {job.state:10} {job.path.name}: {' '.join((job.error or '').split())}")
+    return [*lines, f"Compare them: calib compare {folder}"]
