@@ -147,10 +147,11 @@ def _run(arguments: list[str]) -> int:
     # What Hydra itself fails at (a full disk) is told by main, not by Hydra's own report.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     # Hydra's parser takes overrides in one piece only.
-    flags = [*given.flags, *(["--multirun"] if what.multirun and not given.multirun else [])]
+    flags = [flag for flag in given.flags if flag not in ("-m", "--multirun")]
+    flags += ["--multirun"] if what.multirun else []
     sys.argv = ["calib", *flags, "--", *what.overrides]
     launch = hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")(task)
-    if what.multirun and not given.shows:
+    if what.multirun:
         return run_sweep(launch, what)
     launch()
     return 0

@@ -6,11 +6,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from calib.activations.replay import cores
 from calib.config import build, check_writable
 from calib.errors import ConfigError, suggest
+from calib.models.memory import device_memory, nbytes
 from calib.pipeline import precheck
 from calib.settings import Settings
-from calib.sweeps import in_short, job_name, jobs_of, missing_launcher, side_by_side, with_params
+from calib.sweeps import (
+    in_short,
+    is_joblib,
+    job_name,
+    jobs_of,
+    missing_launcher,
+    sensible_jobs,
+    side_by_side,
+    with_params,
+)
 
 from hydra import compose, initialize_config_dir
 from hydra._internal.utils import get_args_parser
@@ -138,27 +149,35 @@ def _planned_sweep(
     swept = [o.key_or_group for o in overrides if o.is_sweep_override()]
     given = [*(o.input_line or "" for o in overrides), f"swept=[{','.join(swept)}]"]
     jobs = jobs_of(_parse(given), config)
-    paths = []
+    paths, transformer = [], 0
     for job in jobs:
         try:
-            sweep_dir = _check_job([*search, *job], True, arguments.shows)
+            sweep_dir, settings = _check_job([*search, *job], True, arguments.shows)
         except ConfigError as error:
             which = job_name([o for o in job if not o.startswith("hydra")], swept)
             raise ConfigError(f"{error} (job {which}, of {len(jobs)}; none was started)") from None
         paths.append(sweep_dir)
+        if settings.skeleton is not None:
+            transformer = max(transformer, nbytes(settings.skeleton()))
+    launcher = dict(config.hydra.launcher)
+    if is_joblib(launcher) and "hydra.launcher.n_jobs" not in [o.key_or_group for o in parsed]:
+        launcher["n_jobs"] = sensible_jobs(len(jobs), cores(), device_memory(), transformer)
+        given.append(f"hydra.launcher.n_jobs={launcher['n_jobs']}")
+    if arguments.shows:  # of a sweep the first job: Hydra shows one
+        return Planned(jobs[0], False, [])
     basic = str(config.hydra.sweeper.get("_target_")).endswith(".BasicSweeper")
-    return Planned(given, True, paths if basic else [], side_by_side(config.hydra.launcher, len(jobs)))
+    return Planned(given, True, paths if basic else [], side_by_side(launcher, len(jobs)))
 
 
-def _check_job(overrides: list[str], multirun: bool, shows: bool) -> Path:
-    """Raise unless this job can be run, as far as can be known; its folder."""
+def _check_job(overrides: list[str], multirun: bool, shows: bool) -> tuple[Path, Settings]:
+    """Raise unless this job can be run, as far as can be known; its folder and what it was asked."""
     config = _compose(overrides)
     settings = build(plain(config), multirun)
     if not shows:
         _check_folders(config, settings, multirun)
         precheck(settings)
     section = config.hydra["sweep" if multirun else "run"]
-    return Path(str(section.dir), str(section.subdir)) if multirun else Path(str(section.dir))
+    return Path(str(section.dir), *([str(section.subdir)] if multirun else [])), settings
 
 
 def _compose(overrides: list[str]) -> DictConfig:

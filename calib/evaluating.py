@@ -15,9 +15,9 @@ from calib.errors import CalibError, ConfigError
 from calib.evaluation.metrics import Fidelity
 from calib.evaluation.paired import Paired, Reference, rounded_to_bfloat16
 from calib.evaluation.report import fidelity_text, picture_grid, plot_error
-from calib.files import read_json, short_hash, write_json, write_text
+from calib.files import locked, read_json, short_hash, write_json, write_text
 from calib.models.model import DiffusionModel
-from calib.progress import note, readable_bytes
+from calib.progress import note, readable_bytes, say
 from calib.quantization.apply import applied, runs_dense
 from calib.quantization.checkpoint import CONFIG, load
 from calib.quantizing import FOLDER
@@ -112,11 +112,12 @@ def control_of(settings: Settings, model: DiffusionModel, reference: Reference, 
     version = 2  # of the way of measuring
     key = short_hash([version, model.fingerprint, images, list(reference.steps), *device], digits=16)
     path = settings.cache_dir / "evaluation" / f"control_{key}.json"
-    if path.exists():
-        with suppress(CalibError, KeyError, TypeError, ValueError):  # a damaged one is measured again
-            return _from_json(read_json(path))
-    found = paired.compare(partial(rounded_to_bfloat16, model), "control").fidelity
-    write_json(path, _to_json(found))
+    with locked(path.with_suffix(".lock"), lambda: say(f"waiting for the process that measures the control ({path})")):
+        if path.exists():
+            with suppress(CalibError, KeyError, TypeError, ValueError):  # a damaged one is measured again
+                return _from_json(read_json(path))
+        found = paired.compare(partial(rounded_to_bfloat16, model), "control").fidelity
+        write_json(path, _to_json(found))
     return found
 
 

@@ -131,13 +131,26 @@ def missing_launcher(option: str) -> str:
     return f" It is in a package of its own: pip install {package}{also}"
 
 
+def is_joblib(launcher: Mapping[str, Any]) -> bool:
+    """Whether jobs run side by side in processes of this machine."""
+    return str(launcher.get("_target_")).endswith(".JoblibLauncher")
+
+
 def side_by_side(launcher: Mapping[str, Any], jobs: int) -> int:
     """How many jobs of a sweep the launcher runs at once on this machine."""
-    if not str(launcher.get("_target_")).endswith(".JoblibLauncher"):
+    if not is_joblib(launcher):
         return 1
     import joblib
 
     return int(max(1, min(joblib.effective_n_jobs(launcher["n_jobs"]), jobs)))
+
+
+def sensible_jobs(jobs: int, processors: int, memory: int, transformer: int) -> int:
+    """How many jobs to run side by side where nobody says it: no more than there are processors, and than fit.
+
+    A job is taken to need four times its transformer's bytes (SD3-medium with T5: 3.7 times) and half a gigabyte.
+    """
+    return max(1, min(jobs, processors, memory // (4 * transformer + 500_000_000)))
 
 
 def jobs_in_all() -> int:

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import cast
 
 from calib.errors import CalibError
-from calib.files import read_json, write_json
-from calib.progress import Progress
+from calib.files import locked, read_json, write_json
+from calib.progress import Progress, say
 
 import mlx.core as mx
 from mlx import nn
@@ -51,19 +51,12 @@ def cached_weight_sqnr(
         layers: every linear layer by name; called only if one is not known yet.
     """
     path = cache_dir / "weights" / f"{fingerprint}.json"
-    known: dict[str, dict[str, float | None]] = {}
-    # A lost or damaged file is measured again, one of damaged content too.
-    with suppress(CalibError, AttributeError, TypeError):
-        known = {name: dict(sqnr.items()) for name, sqnr in read_json(path).items()}
-    missing = [name for name in names if name not in known]
-    if missing:
-        modules = layers()
-        with Progress("measure weights", len(missing), "layer", delay=2) as progress:
-            for name in missing:
-                found = weight_sqnr(modules[name]) if name in modules else {}
-                known[name] = {str(bits): value if math.isfinite(value) else None for bits, value in found.items()}
-                progress.advance()
-        write_json(path, known)
+    known = _known(path)
+    if not set(names) <= set(known):
+        with locked(path.with_suffix(".lock"), lambda: say(f"waiting for the process that measures weights ({path})")):
+            known = _known(path)
+            _measure([name for name in names if name not in known], layers, known)
+            write_json(path, known)
     try:
         return {
             name: {int(bits): math.inf if value is None else float(value) for bits, value in known[name].items()}
@@ -73,3 +66,25 @@ def cached_weight_sqnr(
     except (ValueError, TypeError):
         path.unlink(missing_ok=True)
         return cached_weight_sqnr(cache_dir, fingerprint, names, layers)
+
+
+def _known(path: Path) -> dict[str, dict[str, float | None]]:
+    """What was measured before; a lost or damaged file is measured again, one of damaged content too."""
+    with suppress(CalibError, AttributeError, TypeError):
+        return {name: dict(sqnr.items()) for name, sqnr in read_json(path).items()}
+    return {}
+
+
+def _measure(
+    missing: Sequence[str],
+    layers: Callable[[], Mapping[str, nn.Module]],
+    known: dict[str, dict[str, float | None]],
+) -> None:
+    if not missing:
+        return
+    modules = layers()
+    with Progress("measure weights", len(missing), "layer", delay=2) as progress:
+        for name in missing:
+            found = weight_sqnr(modules[name]) if name in modules else {}
+            known[name] = {str(bits): value if math.isfinite(value) else None for bits, value in found.items()}
+            progress.advance()
