@@ -26,6 +26,8 @@ from omegaconf import OmegaConf
 #: What a job prints that runs beside others, in its run directory.
 CONSOLE = "console.txt"
 
+#: The process that runs the sweep, for those that it starts.
+PARENT_VARIABLE = "CALIB_SWEEP_PROCESS"
 #: How jobs of a sweep may stand at its end.
 STATES = ("complete", "failed", "running", "incomplete")
 
@@ -115,10 +117,10 @@ def _end_with_parent() -> None:
         return
     _watching = True
     interrupts.install()
-    parent = os.getppid()
+    parent = os.environ.get(PARENT_VARIABLE)
 
     def watch() -> None:
-        while os.getppid() == parent:
+        while str(os.getppid()) == parent:
             time.sleep(0.5)
         os._exit(1)  # locks die with the process; what is half-written is a temporary file
 
@@ -128,6 +130,7 @@ def _end_with_parent() -> None:
 def run_sweep(launch: Callable[[], object], what: Planned) -> int:
     """Run a sweep's jobs and say how each ended; the exit status."""
     os.environ[JOBS_VARIABLE] = str(len(what.folders) or 1)
+    os.environ[PARENT_VARIABLE] = str(os.getpid())
     if what.side_by_side > 1:
         say(f"{what.side_by_side} jobs side by side, each with its share of processors and memory")
     start, error = time.monotonic(), None

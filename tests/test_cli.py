@@ -3,7 +3,6 @@
 import fcntl
 import json
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -221,42 +220,6 @@ def test_the_block_view_names_the_blocks(data_dir: Path, folder: Path, capsys: p
     assert list(plan) == ["mm_block_0", "mm_block_1", "mm_block_2", "mm_block_3"]
 
 
-def test_a_multirun_gives_a_run_directory_a_job_and_one_dataset(tmp_path: Path) -> None:
-    outcome = run_process(
-        tmp_path,
-        "-m",
-        "timestep_schedule=key,quarters,uniform",
-        "analysis=range,uniform",
-        *("num_images=2", "sampler.num_steps=16", "sampler.batch_size=2", "taps.include=['*.fc2']"),
-        *("evaluation.num_images=2", "evaluation.steps=2"),
-    )
-    assert outcome.status == 0, outcome.err
-    (sweep,) = tmp_path.glob("multirun/*/*")
-    jobs = [path for path in sweep.iterdir() if path.is_dir()]
-    assert len(jobs) == 6
-    dataset, evaluation = sorted((tmp_path / "calibration_data").iterdir())
-    assert dataset.name.startswith("emoji-emoji-") and evaluation.name.startswith("emoji-evaluation-")
-    assert sorted(load_manifest(dataset).images) == sorted(load_manifest(evaluation).images) == [0, 1]
-    assert outcome.err.count("\ndraw control: ") == 2, "drawn and compared once, begin and end of it"
-    assert not (tmp_path / "outputs").exists()
-    plans, steps, drawn = {}, set(), []
-    for job in jobs:
-        check_files_of(job)
-        assert json.loads((job / "status.json").read_text())["state"] == "complete"
-        plans[job.name] = json.loads((job / "quantization_config.json").read_text())
-        with ActivationFile(job / "activations.h5") as file:
-            steps.add(tuple(file.steps))
-        drawn.append(json.loads((job / "metrics.json").read_text())["images_generated"])
-    assert sorted(drawn) == [0, 0, 0, 0, 0, 2], "drawn once, by the first job"
-    assert len(steps) == 3
-    for schedule in ("key", "quarters", "uniform"):
-        names = [name for name in plans if f"timestep_schedule={schedule}" in name]
-        assert len(names) == 2, "the folders' names say what varies"
-        bits = {name: {e["suggested_weight_bits"] for e in plans[name].values()} for name in names}
-        assert {4} in bits.values()
-    assert outcome.out.count("Layer Statistics Summary:") == outcome.out.count("Quantized model: ") == 6
-
-
 @pytest.mark.parametrize("stage", [None, "run", "generate", "collect", "analyze", "quantize", "evaluate"])
 @pytest.mark.parametrize("flag", ["--help", "-h"])
 def test_help_is_worth_reading(folder: Path, capsys: pytest.CaptureFixture[str], stage: str | None, flag: str) -> None:
@@ -350,20 +313,3 @@ def test_a_second_process_in_the_same_run_directory_ends_with_a_clear_line(
     assert outcome.err.endswith("run: another process is running in this directory\n")
     assert not (folder / "calibration_data").exists()
     assert not (folder / "run" / "status.json").exists()
-
-
-def test_a_job_of_a_sweep_that_fails_does_not_stop_the_others(
-    data_dir: Path, folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    shutil.copytree(data_dir, folder / "damaged")
-    (folder / "damaged" / "samples" / "0000.h5").write_bytes(b"")
-    shutil.copytree(data_dir, folder / "sound")
-    given = ["collect", "-m", "data_dir=damaged,sound", "sampler.num_steps=8", "timestep_schedule=quarters"]
-    outcome = run_here([*given, "generate_missing=false", "hydra.sweep.dir=sweep"], capsys)
-    assert outcome.status == 1
-    lines = [line for line in outcome.err.splitlines() if line.startswith("calib: ")]
-    assert len(lines) == 2 and "0000.h5" in lines[0] and "1 of the sweep's jobs failed (data_dir=damaged" in lines[1]
-    states = {
-        path.parent.name[:13]: json.loads(path.read_text())["state"] for path in folder.glob("sweep/*/status.json")
-    }
-    assert states == {"data_dir=dama": "failed", "data_dir=soun": "complete"}

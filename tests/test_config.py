@@ -1,14 +1,12 @@
 """Configuration: every option works by name alone, and every bad value is caught before anything is loaded."""
 
 import copy
-import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from calib.analysis.ranges import static
-from calib.compose import CONF, job_name
+from calib.compose import CONF
 from calib.config import build, check_writable
 from calib.dataset.shards import Shard
 from calib.dataset.store import StateDtype, StorageFormat
@@ -22,8 +20,6 @@ from calib.typed import typed
 import numpy as np
 import pytest
 from hydra import compose, initialize_config_dir
-from hypothesis import example, given
-from hypothesis import strategies as st
 from numpy.typing import NDArray
 from omegaconf import OmegaConf
 
@@ -69,7 +65,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_the_groups_are_those_of_the_issue() -> None:
     wanted = {"model", "prompts", "sampler", "dataset", "timestep_schedule", "subset", "taps", "storage", "analysis"}
     wanted |= {"ranges", "quantizer", "evaluation"}
-    assert wanted <= set(GROUPS) <= wanted | {"experiment"}
+    assert wanted <= set(GROUPS) <= wanted | {"experiment", "hparams_search"}
     options: dict[str, set[str]] = {group: {name for g, name in OPTIONS if g == group} for group in GROUPS}
     schedules = {"key", "all", "uniform", "stride", "quarters", "taqdit", "ndtc", "phases", "drift", "list"}
     assert schedules <= options["timestep_schedule"]
@@ -301,7 +297,7 @@ def one_line_or_settings(config: dict[str, Any], key: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("group", "option"), [(g, o) for g, o in OPTIONS if g not in ("model", "sampler", "experiment")]
+    ("group", "option"), [(g, o) for g, o in OPTIONS if g not in ("model", "sampler", "experiment", "hparams_search")]
 )
 def test_no_odd_value_of_an_option_ends_in_a_traceback(folder: Path, group: str, option: str) -> None:
     config = composed(f"{group}={option}", *NEEDS.get((group, option), []))
@@ -499,51 +495,3 @@ def test_a_folder_that_cannot_be_made_is_refused_and_one_that_can_is_left_unmade
     check_writable("data_dir", tmp_path / "new" / "deep")
     check_writable("data_dir", tmp_path)
     assert list(tmp_path.iterdir()) == [tmp_path / "file"]
-
-
-# Names of a sweep's folders
-
-WORDS = st.text(st.characters(codec="utf-8", exclude_characters=",\n\r\0"), min_size=1, max_size=120)
-VALUES = (
-    WORDS | st.lists(WORDS, max_size=3).map(lambda words: f"[{','.join(words)}]") | WORDS.map(lambda w: f"'{w},{w}'")
-)
-KEYS = st.sampled_from(["analysis", "taps.include", "seed", "prompts.path", "data_dir", "sampler.cfg_weight"])
-OVERRIDES = st.dictionaries(KEYS, VALUES, min_size=0, max_size=4).map(
-    lambda chosen: [f"{k}={v}" for k, v in chosen.items()]
-)
-
-
-@given(overrides=OVERRIDES, data=st.data())
-@example(overrides=["prompts.path=" + "𝒜" * 200], data=None)
-@example(overrides=["prompts.path=../../etc/passwd"], data=None)
-@example(overrides=["taps.include=['*.fc2','x_embedder']", "seed=" + "9" * 300], data=None)
-def test_a_jobs_folder_name_is_safe_and_stable(overrides: list[str], data: st.DataObject | None) -> None:
-    swept = [] if data is None else data.draw(st.lists(KEYS, unique=True, max_size=3))
-    name = job_name(overrides, swept)
-    assert name
-    assert name not in (".", "..")
-    assert not set(name) & set("/\\\0\n\t '\"*?[]{}()<>|&;$`!~:")
-    assert len(os.fsencode(name)) <= 255
-    reordered = list(reversed(overrides)) if data is None else data.draw(st.permutations(overrides))
-    assert job_name(reordered, swept) == name
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / name).mkdir()
-
-
-@given(one=OVERRIDES, other=OVERRIDES, data=st.data())
-@example(one=["a=1/2"], other=["a=1_2"], data=None)
-@example(one=["a=[1,2]"], other=["a=_1,2_"], data=None)
-@example(one=["a=" + "x" * 100], other=["a=" + "x" * 101], data=None)
-def test_different_jobs_have_different_folder_names(
-    one: list[str], other: list[str], data: st.DataObject | None
-) -> None:
-    swept = [] if data is None else data.draw(st.lists(KEYS, unique=True, max_size=3))
-    if sorted(one) != sorted(other):
-        assert job_name(one, swept) != job_name(other, swept)
-
-
-def test_a_readable_name_stays_readable() -> None:
-    assert (
-        job_name(["stage=run", "timestep_schedule=key", "analysis=range"], []) == "analysis=range,timestep_schedule=key"
-    )
-    assert job_name([], []) == job_name(["stage=run"], [])

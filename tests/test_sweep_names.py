@@ -1,0 +1,196 @@
+"""Names of a sweep's folders, and what is known of its jobs before one is run."""
+
+import os
+import tempfile
+from pathlib import Path
+
+from calib.compose import CONF, planned, take_apart
+from calib.config import build
+from calib.errors import ConfigError
+from calib.sweeps import job_name, sensible_jobs, sweep_name
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hypothesis import example, given
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+
+WORDS = st.text(st.characters(codec="utf-8", exclude_characters=",\n\r\0"), min_size=1, max_size=120)
+VALUES = (
+    WORDS | st.lists(WORDS, max_size=3).map(lambda words: f"[{','.join(words)}]") | WORDS.map(lambda w: f"'{w},{w}'")
+)
+KEYS = st.sampled_from(["analysis", "taps.include", "seed", "prompts.path", "data_dir", "sampler.cfg_weight"])
+OVERRIDES = st.dictionaries(KEYS, VALUES, min_size=0, max_size=4).map(
+    lambda chosen: [f"{k}={v}" for k, v in chosen.items()]
+)
+
+
+@given(overrides=OVERRIDES, data=st.data())
+@example(overrides=["prompts.path=" + "𝒜" * 200], data=None)
+@example(overrides=["prompts.path=../../etc/passwd"], data=None)
+@example(overrides=["taps.include=['*.fc2','x_embedder']", "seed=" + "9" * 300], data=None)
+def test_a_jobs_folder_name_is_safe_and_stable(overrides: list[str], data: st.DataObject | None) -> None:
+    swept = [] if data is None else data.draw(st.lists(KEYS, unique=True, max_size=3))
+    name = job_name(overrides, swept)
+    assert name
+    assert name not in (".", "..")
+    assert not set(name) & set("/\\\0\n\t '\"*?[]{}()<>|&;$`!~:")
+    assert len(os.fsencode(name)) <= 255
+    reordered = list(reversed(overrides)) if data is None else data.draw(st.permutations(overrides))
+    assert job_name(reordered, swept) == name
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / name).mkdir()
+
+
+@given(one=OVERRIDES, other=OVERRIDES, data=st.data())
+@example(one=["a=1/2"], other=["a=1_2"], data=None)
+@example(one=["a=[1,2]"], other=["a=_1,2_"], data=None)
+@example(one=["prompts.path=A.txt"], other=["prompts.path=a.txt"], data=None)
+@example(one=["a=" + "x" * 100], other=["a=" + "x" * 101], data=None)
+def test_different_jobs_have_different_folder_names(
+    one: list[str], other: list[str], data: st.DataObject | None
+) -> None:
+    swept = [] if data is None else data.draw(st.lists(KEYS, unique=True, max_size=3))
+    if sorted(one) != sorted(other):
+        # Some file systems, most Macs' among them, do not tell A from a.
+        assert job_name(one, swept).lower() != job_name(other, swept).lower()
+
+
+def test_a_readable_name_stays_readable() -> None:
+    assert (
+        job_name(["stage=run", "timestep_schedule=key", "analysis=range"], []) == "analysis=range,timestep_schedule=key"
+    )
+    assert job_name([], []) == job_name(["stage=run"], [])
+
+
+def test_values_of_a_repeated_key_keep_their_order() -> None:
+    assert job_name(["seed=1", "seed=2"]) != job_name(["seed=2", "seed=1"])
+
+
+def test_the_stage_is_in_the_name() -> None:
+    names = [job_name([f"stage={stage}", "seed=1"], ["seed"]) for stage in ("run", "generate", "collect")]
+    assert names == ["seed=1", "generate,seed=1", "collect,seed=1"]
+
+
+def test_what_no_result_depends_on_is_in_no_name() -> None:
+    plain = ["seed=1", "num_images=3"]
+    besides = [*plain, "cache_dir=elsewhere", "keep_awake=true", "swept=[seed]"]
+    assert job_name(besides, ["seed"]) == job_name(plain, ["seed"])
+    assert sweep_name(besides, ["seed"]) == sweep_name(plain, ["seed"])
+
+
+def test_a_sweep_has_one_folder_whatever_its_values_and_another_for_another_sweep() -> None:
+    assert sweep_name(["seed=1,2", "analysis=range,cv"], ["seed", "analysis"]) == "analysis,seed"
+    fixed = sweep_name(["seed=1,2", "num_images=3"], ["seed"])
+    assert fixed == sweep_name(["num_images=3", "seed=7"], ["seed"]), "the same for the sweep and in each of its jobs"
+    assert fixed.startswith("seed-") and fixed != sweep_name(["seed=1,2", "num_images=4"], ["seed"])
+    assert sweep_name(["stage=collect", "seed=1,2"], ["seed"]) == "collect,seed"
+    assert sweep_name(["seed=1,2"], ["seed"]) != sweep_name(["seed=1,2", "num_images=3"], ["seed"])
+
+
+# What is planned
+
+
+@pytest.fixture
+def resolvers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working folder, and the resolvers that the command line registers."""
+    monkeypatch.chdir(tmp_path)
+    OmegaConf.register_new_resolver("calib_job", job_name, replace=True)
+    OmegaConf.register_new_resolver("calib_sweep", sweep_name, replace=True)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("search", "jobs"), [("timesteps", 5), ("heuristics", 7), ("budgets", 7), ("timesteps_and_heuristics", 12)]
+)
+def test_every_ready_sweep_is_as_many_jobs_each_with_a_folder_of_its_own(
+    resolvers: Path, search: str, jobs: int
+) -> None:
+    what = planned(take_apart([f"hparams_search={search}"]))
+    assert what.multirun, "a ready sweep needs no -m"
+    assert len({folder.name.lower() for folder in what.folders}) == len(what.folders) == jobs
+    assert len({folder.parent for folder in what.folders}) == 1
+    assert not list(resolvers.iterdir())
+
+
+def test_all_ready_sweeps_are_tried() -> None:
+    found = {path.stem for path in (CONF / "hparams_search").glob("*.yaml")}
+    assert found == {"timesteps", "heuristics", "budgets", "timesteps_and_heuristics"}
+
+
+def test_the_command_line_has_the_last_word_on_a_ready_sweep(resolvers: Path) -> None:
+    what = planned(take_apart(["hparams_search=timesteps_and_heuristics", "analysis=cv", "timestep_schedule=key,all"]))
+    names = [folder.name.rpartition("-")[0] for folder in what.folders]
+    assert names == ["timestep_schedule=key", "timestep_schedule=all"]
+
+
+@pytest.mark.parametrize(
+    ("sweep", "values"),
+    [
+        ("seed=range(0,8)", [f"seed={i}" for i in range(8)]),
+        ("analysis=glob(s*)", ["analysis=sensitivity", "analysis=sqnr"]),
+        ("seed=sort(3,1,2)", ["seed=1", "seed=2", "seed=3"]),
+        ("+experiment=quick,origin", ["+experiment=quick", "+experiment=origin"]),
+    ],
+)
+def test_what_hydra_can_express_is_a_sweep(resolvers: Path, sweep: str, values: list[str]) -> None:
+    if sweep.startswith("+"):
+        sweep, values = sweep[1:], [value[1:] for value in values]
+    what = planned(take_apart(["-m", sweep]))
+    assert [folder.name for folder in what.folders] == values
+
+
+@pytest.mark.parametrize(
+    ("experiment", "images", "steps", "collected", "guidance"),
+    [("quick", 4, 10, 5, 3.0), ("origin", 1000, 50, 17, 3.0), ("taqdit", 256, 100, 25, 1.5)],
+)
+def test_every_ready_experiment_is_the_recipe_it_is_named_after(
+    experiment: str, images: int, steps: int, collected: int, guidance: float
+) -> None:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = OmegaConf.to_container(compose("config", overrides=[f"experiment={experiment}"]), resolve=True)
+    assert isinstance(config, dict)
+    settings = build({str(name): value for name, value in config.items()})
+    assert settings.num_images == images and settings.sampler.num_steps == steps
+    assert isinstance(settings.steps, tuple) and len(settings.steps) == collected
+    assert settings.sampler.cfg_weight == guidance
+    chosen = settings.choose_images(range(images), None)
+    assert len(chosen) == {"origin": 100}.get(experiment, images)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["-m", "seed=1,2", "analysis=range,nope"], ["analysis=nope", "no such option", "of 4; none was started"]),
+        (["-m", "num_images=3,-1"], ["num_images=-1", "must be 1 or more", "job num_images=-1", "of 2"]),
+        (["-m", "seed=interval(0,1)"], ["seed=interval(0,1)", "range("]),
+        (["-m", "seed=1,2", "hydra/launcher=ray"], ["hydra/launcher=ray", "pip install hydra-ray-launcher"]),
+        (["-m", "seed=1,2", "hydra/launcher=nobodys"], ["hydra/launcher=nobodys", "no such launcher"]),
+        (["hparams_search=nope"], ["hparams_search=nope", "budgets"]),
+        (["seed=1,2"], ["seed=1,2", "-m"]),
+        (["-m", "seed=1,(2"], ["seed=1,(2", "not a valid override"]),
+    ],
+)
+def test_a_sweep_that_cannot_be_is_one_clear_line_before_a_folder_is_made(
+    resolvers: Path, arguments: list[str], words: list[str]
+) -> None:
+    with pytest.raises(ConfigError) as error:
+        planned(take_apart(arguments))
+    message = str(error.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+    assert not list(resolvers.iterdir())
+
+
+@given(
+    jobs=st.integers(1, 500),
+    processors=st.integers(1, 256),
+    memory=st.integers(0, 2**40),
+    transformer=st.integers(0, 2**36),
+)
+def test_jobs_side_by_side_are_no_more_than_fit(jobs: int, processors: int, memory: int, transformer: int) -> None:
+    count = sensible_jobs(jobs, processors, memory, transformer)
+    assert 1 <= count <= min(jobs, processors)
+    assert count == 1 or count * 4 * transformer <= memory
+    assert sensible_jobs(jobs, processors, 2 * memory, transformer) >= count

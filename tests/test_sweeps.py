@@ -1,0 +1,220 @@
+"""Sweeps as people run them: jobs that share, fail, are killed, run side by side, and go on."""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+from calib.activations.reader import ActivationFile
+from calib.dataset.load import load_manifest
+from calib.files import is_locked
+
+import pytest
+from helpers import TINY, contents, end, run_here, run_process, run_without_rights, start_process, wait_until
+
+#: A job in a second: nothing is drawn again.
+SMALL = (*TINY[:4], "evaluation=none", "taps.include=['*.fc2']")
+
+BROKEN = '''
+"""A heuristic that is broken, until a file says that it was mended."""
+from pathlib import Path
+from calib.analysis.layers import LayerSummary
+from calib.analysis.plan import LayerPlan
+
+def plan_layer(layer: LayerSummary) -> LayerPlan:
+    if layer.num_samples > 1 and not Path("mended").exists():
+        raise ZeroDivisionError("a mistake of the user's own")
+    return LayerPlan(4, 8)
+'''
+
+
+def states(sweep: Path) -> dict[str, str]:
+    """State of each job by its folder's name, without the hash."""
+    found = {path.parent.name: json.loads(path.read_text())["state"] for path in sweep.glob("*/status.json")}
+    return {name.rpartition("-")[0]: state for name, state in found.items()}
+
+
+def the_sweep(folder: Path) -> Path:
+    (sweep,) = folder.glob("multirun/*")
+    return sweep
+
+
+def times(run: Path) -> dict[Path, int]:
+    """When each file of a run directory was written."""
+    return {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file() and path.name != ".lock"}
+
+
+@pytest.fixture
+def own_heuristic(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A user's own analysis=broken beside calib's options."""
+    (folder / "own" / "analysis").mkdir(parents=True)
+    (folder / "own" / "analysis" / "broken.yaml").write_text("_target_: broken_heuristic.plan_layer\n")
+    (folder / "broken_heuristic.py").write_text(BROKEN)
+    monkeypatch.syspath_prepend(str(folder))
+    return folder
+
+
+def test_a_job_that_fails_in_any_way_is_recorded_and_the_others_run(
+    own_heuristic: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["-m", *SMALL, "analysis=range,broken,uniform", "--config-dir=own"]
+    outcome = run_here(given, capsys)
+    assert outcome.status == 1
+    sweep = the_sweep(own_heuristic)
+    assert states(sweep) == {"analysis=range": "complete", "analysis=broken": "failed", "analysis=uniform": "complete"}
+    (failed,) = sweep.glob("analysis=broken-*")
+    status = json.loads((failed / "status.json").read_text())
+    assert status["error"] == "ZeroDivisionError: a mistake of the user's own"
+    log = (failed / "run.log").read_text()
+    assert "Traceback" in log and "broken_heuristic.py" in log
+    assert "Traceback" not in outcome.err
+    assert f"job 2 of 3 failed after 0 s, {failed.name}: ZeroDivisionError" in " ".join(outcome.err.split()) or (
+        f"{failed.name}: ZeroDivisionError: a mistake of the user's own" in outcome.err
+    )
+    assert "3 jobs, 2 complete, 1 failed" in outcome.out
+    assert f"1 of the sweep's 3 jobs failed ({failed.name})" in outcome.err
+
+    # Mended, the same sweep runs what is missing, and nothing else.
+    before = {run: times(run) for run in sweep.iterdir() if run.is_dir() and run != failed}
+    (own_heuristic / "mended").touch()
+    outcome = run_here(given, capsys)
+    assert outcome.status == 0, outcome.err
+    assert outcome.out.count("Already complete: ") == 2
+    assert set(states(sweep).values()) == {"complete"}
+    assert len(states(sweep)) == 3
+    assert json.loads((failed / "status.json").read_text())["error"] is None
+    after = {run: times(run) for run in before}
+    assert {run: {p: t for p, t in at.items() if ".hydra" not in p.parts} for run, at in after.items()} == {
+        run: {p: t for p, t in at.items() if ".hydra" not in p.parts} for run, at in before.items()
+    }
+
+
+def test_a_job_that_cannot_begin_is_recorded_too(
+    data_dir: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The second job asks for images that the dataset loses to the first: known only when it begins."""
+    (folder / "own" / "analysis").mkdir(parents=True)
+    (folder / "damaged").mkdir()
+    (folder / "damaged" / "manifest.json").write_text((data_dir / "manifest.json").read_text())
+    given = ["collect", "-m", f"data_dir=damaged,{data_dir}", "sampler.num_steps=8", "timestep_schedule=quarters"]
+    outcome = run_here([*given, "generate_missing=false", "taps.include=['*.fc2']", "hydra.sweep.dir=sweep"], capsys)
+    assert outcome.status == 1
+    found = {path.parent.name: json.loads(path.read_text()) for path in folder.glob("sweep/*/status.json")}
+    assert sorted(status["state"] for status in found.values()) == ["complete", "failed"]
+    (failed,) = (name for name, status in found.items() if status["state"] == "failed")
+    assert "damaged" in failed and "samples" in found[failed]["error"]
+    assert "Traceback" in (folder / "sweep" / failed / "run.log").read_text()
+
+
+def test_more_values_go_on_in_the_same_folder(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_here(["-m", *SMALL, "analysis=range,uniform"], capsys).status == 0
+    outcome = run_here(["-m", "analysis=uniform,range,sqnr", *reversed(SMALL)], capsys)
+    assert outcome.status == 0, outcome.err
+    assert outcome.out.count("Already complete: ") == 2
+    assert len(states(the_sweep(folder))) == 3
+    outcome = run_here(["-m", *SMALL, "analysis=range,uniform", "seed=1"], capsys)
+    assert outcome.status == 0 and "Already complete" not in outcome.out
+    assert len(list(folder.glob("multirun/*"))) == 2, "another sweep, another folder"
+
+
+def test_a_killed_sweep_goes_on_where_it_was(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["-m", *SMALL, "analysis=range,uniform,sqnr"]
+    process = start_process(folder, *given)
+
+    def one_is_complete() -> bool:
+        return any(json.loads(path.read_text())["state"] == "complete" for path in folder.rglob("status.json"))
+
+    wait_until(one_is_complete, process)
+    process.kill()
+    end(process)
+    sweep = the_sweep(folder)
+    complete = {name for name, state in states(sweep).items() if state == "complete"}
+    assert complete and complete < {"analysis=range", "analysis=uniform", "analysis=sqnr"}
+    outcome = run_here(given, capsys)
+    assert outcome.status == 0, outcome.err
+    assert outcome.out.count("Already complete: ") == len(complete)
+    assert set(states(sweep)) == {"analysis=range", "analysis=uniform", "analysis=sqnr"}
+    assert "3 jobs, 3 complete" in outcome.out
+    metrics = [json.loads(path.read_text()) for path in sweep.glob("*/metrics.json")]
+    assert sum(found["images_generated"] for found in metrics) == 2, "drawn once"
+
+
+@pytest.fixture(scope="module")
+def two_ways(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
+    """The same sweep one after the other and side by side; what the latter said."""
+    one, other = (tmp_path_factory.mktemp(name) for name in ("serial", "joblib"))
+    given = ["-m", *TINY, "taps.include=['*.fc2']", "timestep_schedule=quarters,all", "analysis=range,uniform"]
+    outcome = run_process(one, *given)
+    assert outcome.status == 0, outcome.err
+    outcome = run_process(other, *given, "hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
+    assert outcome.status == 0, outcome.err
+    return one, other, outcome.err
+
+
+def test_jobs_share_one_dataset_and_what_is_collected(two_ways: tuple[Path, Path, str]) -> None:
+    one, other, _ = two_ways
+    for folder in (one, other):
+        runs = [path for path in the_sweep(folder).iterdir() if path.is_dir()]
+        assert len(runs) == 4
+        dataset, evaluation = sorted((folder / "calibration_data").iterdir())
+        assert sorted(load_manifest(dataset).images) == sorted(load_manifest(evaluation).images) == [0, 1]
+        metrics = [json.loads((run / "metrics.json").read_text()) for run in runs]
+        assert sorted(found["images_generated"] for found in metrics) == [0, 0, 0, 2], "drawn once"
+        assert len(list((folder / "calibration_cache").glob("evaluation/*.json"))) == 1
+        assert len(list((folder / "calibration_cache").glob("activations/*/step_*.npz"))) == 5
+        assert not list(folder.rglob("*.tmp"))
+
+
+def test_side_by_side_gives_what_one_after_the_other_gives(two_ways: tuple[Path, Path, str]) -> None:
+    one, other, said = two_ways
+    assert "2 jobs side by side" in said
+    assert said.count(" done in ") == 4
+    assert "collect 2 images" not in said, "progress of jobs side by side goes to files of their own"
+    for run in (path for path in the_sweep(one).iterdir() if path.is_dir()):
+        twin = the_sweep(other) / run.name
+        assert "Layer Statistics Summary:" in (twin / "console.txt").read_text()
+        for name in ("quantization_config.json", "layer_statistics.json", "timestep_config.json"):
+            assert (run / name).read_bytes() == (twin / name).read_bytes(), name
+        with ActivationFile(run / "activations.h5") as a, ActivationFile(twin / "activations.h5") as b:
+            assert a.steps == b.steps
+        assert {f for f in contents(run) if "hydra" not in f} == {
+            f for f in contents(twin) if "hydra" not in f and f != "console.txt"
+        }
+
+
+def held(folder: Path) -> list[Path]:
+    """Run directories that a living process works in."""
+    return [lock for lock in folder.rglob("multirun/*/*/.lock") if is_locked(lock)]
+
+
+def test_killed_side_by_side_it_leaves_no_process_and_goes_on(folder: Path) -> None:
+    given = ["-m", *SMALL, "analysis=range,uniform,sqnr", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
+    process = start_process(folder, *given)
+    wait_until(lambda: any(folder.rglob("status.json")), process)
+    os.kill(process.pid, signal.SIGKILL)
+    end_of_all = time.monotonic() + 20
+    process.wait()
+    while held(folder) and time.monotonic() < end_of_all:
+        time.sleep(0.1)
+    assert not held(folder), "workers end with the process that started them"
+    outcome = run_process(folder, *given)
+    assert outcome.status == 0, outcome.err
+    assert set(states(the_sweep(folder))) == {"analysis=range", "analysis=uniform", "analysis=sqnr"}
+    assert "3 jobs, 3 complete" in outcome.out
+
+
+def test_a_multirun_folder_that_cannot_be_written_is_one_clear_line(folder: Path) -> None:
+    (folder / "multirun").mkdir(mode=0o555)
+    outcome = run_without_rights(folder, "-m", *SMALL, "seed=1,2", f"data_dir={folder}/d", f"cache_dir={folder}/c")
+    assert outcome.status == 2
+    assert "hydra.sweep.dir=multirun/" in outcome.err and "cannot be written" in outcome.err
+    assert len(outcome.err.strip().splitlines()) == 1
+    assert not list((folder / "multirun").iterdir())
+
+
+def test_of_a_sweep_the_first_jobs_configuration_can_be_shown(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    outcome = run_here(["-m", "seed=3,4", "--cfg", "job"], capsys)
+    assert outcome.status == 0, outcome.err
+    assert "\nseed: 3\n" in outcome.out
+    assert not list(folder.iterdir())
