@@ -89,7 +89,7 @@ def test_every_option_composes_and_builds(folder: Path, group: str, option: str)
     settings = build(config)
     assert settings.prompts
     assert settings.steps
-    assert settings.choose_images(range(10), no_latents)
+    assert settings.choose_images(range(settings.num_images), no_latents)
     if group == "sampler":
         chosen = OmegaConf.load(CONF / "sampler" / f"{option}.yaml")
         assert settings.sampler.num_steps == chosen.num_steps
@@ -119,7 +119,7 @@ def test_the_defaults_are_those_of_the_design() -> None:
     assert str(settings.data_dir).startswith("calibration_data/emoji-emoji-50steps-")
     assert not built("stage=collect").generate_missing
     assert built("stage=collect", multirun=True).generate_missing
-    assert settings.choose_images(range(10), no_latents) == list(range(10))
+    assert settings.choose_images(range(settings.num_images), no_latents) == list(range(10))
     assert not settings.heuristic.measures and settings.phase_bits
     assert settings.ranges.func is static
     assert settings.quantizer.func is rtn.quantize
