@@ -4,11 +4,15 @@ import sys
 
 
 def main() -> None:
-    """Hand over to the doctor or to the stages; the doctor must run where importing the rest fails."""
+    """Hand over: the doctor must run where importing the rest fails, and a comparison need not wait for it."""
     if sys.argv[1:2] == ["doctor"]:
         from calib import doctor
 
         sys.exit(doctor.main(sys.argv[2:]))
+    if sys.argv[1:2] == ["compare"]:
+        from calib import comparing
+
+        sys.exit(comparing.main(sys.argv[2:]))
     try:
         from calib import cli
     except KeyboardInterrupt:

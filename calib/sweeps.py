@@ -9,7 +9,7 @@ from typing import Any
 
 from calib.errors import CalibError, ConfigError
 from calib.files import is_locked, read_json, short_hash
-from calib.runs.directory import LOCK, STATUS
+from calib.runs.layout import LOCK, STATUS
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.types import Override

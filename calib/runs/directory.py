@@ -16,13 +16,10 @@ from typing import Any
 from calib import blas
 from calib.errors import CalibError
 from calib.files import read_json, remove_abandoned, write_json, write_text
+from calib.runs.layout import CONFIG, ENVIRONMENT, LOCK, LOG, METRICS, STATUS
 from calib.versions import versions
 
 import mlx.core as mx
-
-STATUS, ENVIRONMENT, CONFIG, LOG, METRICS = "status.json", "env.json", "config.resolved.yaml", "run.log", "metrics.json"
-#: Held by the process that works in the directory.
-LOCK = ".lock"
 
 logger = logging.getLogger("calib")
 

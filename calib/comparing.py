@@ -1,0 +1,128 @@
+"""``calib compare``: runs by their directories alone. It starts fast: neither MLX nor Hydra is loaded."""
+
+import argparse
+import os
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from calib.errors import CalibError, ConfigError
+from calib.files import write_text
+from calib.runs.comparison import DEFAULT_PARETO, Comparison, compare
+from calib.runs.find import read_runs
+from calib.runs.plans import compare_plans, plans_csv, plans_json, plans_markdown, plans_text
+from calib.runs.tables import csv_text, json_text, markdown_text, terminal_table
+
+HELP = """Compares run directories: what differs in configuration, and what came out.
+
+DIR is a run's folder, a sweep's folder or a pattern; everything is read from the directories themselves. Runs that
+failed or are incomplete are listed as such, with the reason.
+"""
+END = """exit status: 0 done, 1 files cannot be read or written, 2 wrong arguments
+
+examples
+  calib compare multirun/analysis                                     a sweep, as a table
+  calib compare 'multirun/*' --sort -psnr --where 'average_weight_bits<=4.6'
+  calib compare multirun/analysis --baseline analysis=range --html comparison.html
+  calib compare RUN1 RUN2 --layers                                    where two plans differ
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"compare: {message}; see calib compare --help")
+
+
+def _parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = _Parser("calib compare", description=HELP, epilog=END, formatter_class=raw, allow_abbrev=False)
+    parser.add_argument("runs", metavar="DIR", nargs="+", help="a run's folder, a sweep's, or a pattern")
+    parser.add_argument("--sort", action="append", default=[], metavar="KEY", help="by a column; -KEY for descending")
+    parser.add_argument(
+        "--where", action="append", default=[], metavar="COND", help="only runs with e.g. 'psnr>30', 'state=failed'"
+    )
+    parser.add_argument("--baseline", metavar="RUN", help="show differences to this one")
+    parser.add_argument(
+        "--pareto",
+        default=",".join(DEFAULT_PARETO),
+        metavar="X,Y",
+        help=f"metrics of the Pareto front ({','.join(DEFAULT_PARETO)})",
+    )
+    parser.add_argument("--all", action="store_true", help="every metric and setting; with --layers every layer")
+    parser.add_argument("--layers", action="store_true", help="of two runs: where their plans differ")
+    for form in ("csv", "json", "markdown"):
+        parser.add_argument(f"--{form}", nargs="?", const="-", metavar="PATH", help=f"as {form}; without PATH printed")
+    parser.add_argument("--html", metavar="PATH", help="as a page of its own, with plots and pictures")
+    return parser
+
+
+def _joined(arguments: Sequence[str]) -> list[str]:
+    """``--sort -psnr`` as argparse reads it: it takes what begins with a dash for a flag."""
+    joined: list[str] = []
+    rest = list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        if argument == "--sort" and rest and rest[0].startswith("-") and not rest[0].startswith("--"):
+            argument = f"--sort={rest.pop(0)}"
+        joined.append(argument)
+    return joined
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command; the exit status."""
+    try:
+        given = _parser().parse_args(_joined(arguments))
+        runs = read_runs(given.runs)
+        if given.layers:
+            if given.html:
+                raise ConfigError("--html: is a page of whole runs; with --layers use --csv, --json or --markdown")
+            found = compare_plans(runs, given.all)
+            _write(given, found, {"csv": plans_csv, "json": plans_json, "markdown": plans_markdown}, plans_text)
+            return 0
+        axes = given.pareto.split(",")
+        if len(axes) != 2:
+            raise ConfigError(f"--pareto {given.pareto}: must be two metrics, e.g. quantized_bytes,psnr")
+        options = {"where": given.where, "sort": given.sort, "baseline": given.baseline, "every": given.all}
+        comparison = compare(runs, pareto=(axes[0], axes[1]), **options)
+        if given.html:
+            from calib.report.comparison import comparison_page  # slow to import, and needed here alone
+
+            write_text(Path(given.html), comparison_page(comparison, Path(given.html).absolute().parent))
+            print(f"page: {given.html}", file=sys.stderr)
+        tables = {"csv": csv_text, "json": json_text, "markdown": markdown_text}
+        _write(given, comparison, tables, _for_terminal)
+        return 0
+    except CalibError as error:
+        print(f"calib: {error}", file=sys.stderr)
+        return error.exit_status
+    except BrokenPipeError:  # `calib compare … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        print(f"calib: {error.filename or 'files'}: {error.strerror or error}", file=sys.stderr)
+        return 1
+
+
+def _for_terminal(comparison: Comparison) -> str:
+    colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    return terminal_table(comparison, shutil.get_terminal_size((120, 24)).columns, colour)
+
+
+def _write(
+    given: argparse.Namespace, found: object, forms: dict[str, Callable[..., str]], plain: Callable[..., str]
+) -> None:
+    """In the forms that are asked for; a table for people unless one of them is printed."""
+    printed = False
+    for form, make in forms.items():
+        where = getattr(given, form)
+        if where == "-":
+            print(make(found), end="")
+            printed = True
+        elif where is not None:
+            write_text(Path(where), make(found))
+            print(f"{form}: {where}", file=sys.stderr)
+    if not printed:
+        print(plain(found), end="")
+    sys.stdout.flush()

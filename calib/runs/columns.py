@@ -1,0 +1,72 @@
+"""Columns of a comparison: what figures are called, their units, and which way is better."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from calib.runs.record import Scalar
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How a figure is told: its title, its unit, which way is better ('higher', 'lower'), its format."""
+
+    title: str
+    unit: str = ""
+    better: str | None = None
+    form: str = "{:.4g}"
+    scale: float = 1.0
+
+
+#: What people ask first, in this order.
+METRICS: Mapping[str, Metric] = {
+    "psnr": Metric("PSNR", "dB", "higher", "{:.2f}"),
+    "ssim": Metric("SSIM", "", "higher", "{:.4f}"),
+    "output_error": Metric("output error", "", "lower", "{:.2e}"),
+    "average_weight_bits": Metric("bits a weight", "bits", "lower", "{:.2f}"),
+    "mean_activation_bits": Metric("activation bits", "bits", "lower", "{:.2f}"),
+    "quantized_bytes": Metric("size", "MB", "lower", "{:.2f}", 1e-6),
+    "images": Metric("images collected", "", None, "{:.0f}"),
+    "steps": Metric("steps collected", "", None, "{:.0f}"),
+}
+#: The others that have a unit or a better side.
+FURTHER: Mapping[str, Metric] = {
+    "control_psnr": Metric("control's PSNR", "dB", None, "{:.2f}"),
+    "control_ssim": Metric("control's SSIM", "", None, "{:.4f}"),
+    "control_output_error": Metric("control's output error", "", None, "{:.2e}"),
+    "mean_weight_bits": Metric("mean weight bits", "bits", "lower", "{:.2f}"),
+    "bits_per_weight": Metric("bits a weight over all", "bits", "lower", "{:.2f}"),
+    "unquantized_bytes": Metric("size at 16 bits", "MB", None, "{:.2f}", 1e-6),
+}
+
+
+def metric_of(key: str) -> Metric:
+    """How the figure ``key`` is told; what nobody knows is told as it is."""
+    known = METRICS.get(key) or FURTHER.get(key)
+    if known is not None:
+        return known
+    if key.endswith("_seconds"):
+        return Metric(key.removesuffix("_seconds").replace("_", " "), "s", "lower", "{:.1f}")
+    if key.endswith("_bytes"):
+        return Metric(key.removesuffix("_bytes").replace("_", " "), "MB", "lower", "{:.1f}", 1e-6)
+    return Metric(key.replace("_", " "))
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column: ``kind`` is 'config' or 'metric'."""
+
+    key: str
+    title: str
+    unit: str
+    kind: str
+    better: str | None = None
+
+    def text(self, value: Scalar, signed: bool = False) -> str:
+        """A value for people, in the column's unit."""
+        if value is None:
+            return "–"
+        if self.kind == "config" or isinstance(value, str | bool):
+            return str(value)
+        told = metric_of(self.key)
+        form = told.form.replace("{:", "{:+") if signed else told.form
+        return form.format(value * told.scale)

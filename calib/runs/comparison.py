@@ -1,0 +1,251 @@
+"""Runs beside each other: what differs in what they were asked and in what came out."""
+
+import math
+import operator
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from calib.errors import ConfigError, suggest
+from calib.runs.columns import METRICS, Column, metric_of
+from calib.runs.record import RunRecord, Scalar, State
+
+DEFAULT_PARETO = ("quantized_bytes", "output_error")
+#: Of a run's configuration these say where things lie and not what was asked.
+HIDDEN = ("swept", "data_dir", "cache_dir", "keep_awake", "export_config", "stats", "plan", "hparams_search")
+_OPERATORS: Mapping[str, Callable[[float, float], bool]] = {
+    ">=": operator.ge,
+    "<=": operator.le,
+    "!=": operator.ne,
+    "=": operator.eq,
+    ">": operator.gt,
+    "<": operator.lt,
+}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Runs and columns, in the order of the table.
+
+    Attributes:
+        pareto: names of the runs that no other one beats in both of ``pareto_axes``, two metrics.
+        notes: what must be known to read the table.
+    """
+
+    runs: tuple[RunRecord, ...]
+    columns: tuple[Column, ...]
+    baseline: RunRecord | None = None
+    best: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    pareto: frozenset[str] = frozenset()
+    pareto_axes: tuple[str, str] = DEFAULT_PARETO
+    notes: tuple[str, ...] = ()
+
+    def value(self, run: RunRecord, column: Column) -> Scalar:
+        """What ``run`` has in ``column``; None where it has nothing there."""
+        return value_of(run, column.key)
+
+    def delta(self, run: RunRecord, column: Column) -> float | None:
+        """How much more than the baseline; None where one of the two has no number there."""
+        if self.baseline is None or column.kind != "metric":
+            return None
+        own, base = run.metrics.get(column.key), self.baseline.metrics.get(column.key)
+        return None if own is None or base is None else own - base
+
+
+def value_of(run: RunRecord, key: str) -> Scalar:
+    """A run's figure, setting, state or stage by key."""
+    if key == "state":
+        return run.state.value
+    if key in ("name", "stage", "error", "start", "end"):
+        found: Scalar = getattr(run, key)
+        return found
+    return run.metrics[key] if key in run.metrics else run.config.get(key)
+
+
+def compare(
+    runs: Sequence[RunRecord],
+    *,
+    where: Sequence[str] = (),
+    sort: Sequence[str] = (),
+    baseline: str | None = None,
+    pareto: tuple[str, str] = DEFAULT_PARETO,
+    every: bool = False,
+) -> Comparison:
+    """Compare ``runs``.
+
+    Args:
+        where: conditions such as 'psnr>30' or 'analysis=allocate', all of which a run must meet.
+        sort: keys, a leading '-' for descending; runs without a number come last.
+        baseline: name or path of the run that the others' differences are to.
+        pareto: the two metrics of the front.
+        every: all metrics and every setting that differs.
+    """
+    known = sorted({key for run in runs for key in (*run.metrics, *run.config)} | {"state", "stage", "name", "start"})
+    base = None if baseline is None else _named(runs, baseline)
+    for key in pareto:
+        if key != DEFAULT_PARETO[0] and key != DEFAULT_PARETO[1]:
+            _check_key(key, known)
+    kept = [run for run in runs if all(_meets(run, condition, known) for condition in where)]
+    if not kept:
+        raise ConfigError(f"--where {' '.join(where)}: none of the {len(runs)} runs is left")
+    ordered = _sorted(kept, sort, known)
+    columns = (*_config_columns(ordered, every), *_metric_columns(ordered, every))
+    front = pareto_front([(r.name, [_cost(r, key) for key in pareto]) for r in ordered if r.state is State.COMPLETE])
+    return Comparison(
+        runs=tuple(ordered),
+        columns=columns,
+        baseline=base,
+        best={column.key: _best(ordered, column) for column in columns if column.better},
+        pareto=front,
+        pareto_axes=pareto,
+        notes=tuple(_notes(ordered)),
+    )
+
+
+def _check_key(key: str, known: Sequence[str]) -> None:
+    if key not in known:
+        raise ConfigError(f"{key}: no such column in these runs.{suggest(key, known)}")
+
+
+def _named(runs: Sequence[RunRecord], wanted: str) -> RunRecord:
+    found = [run for run in runs if wanted in (run.name, str(run.path), run.path.name)]
+    found = found or [run for run in runs if Path(wanted).resolve() == run.path.resolve()]
+    found = found or [run for run in runs if run.name.startswith(wanted)]
+    if len(found) != 1:
+        what = "names no run" if not found else f"names {len(found)} runs"
+        raise ConfigError(f"--baseline {wanted}: {what}.{suggest(wanted, [run.name for run in runs])}")
+    return found[0]
+
+
+def _meets(run: RunRecord, condition: str, known: Sequence[str]) -> bool:
+    match = re.fullmatch(r"\s*([^<>=!\s]+)\s*(>=|<=|!=|=|>|<)\s*(.*?)\s*", condition)
+    if match is None:
+        raise ConfigError(f"--where {condition}: is no condition; write e.g. 'psnr>30' or 'analysis=allocate'")
+    key, sign, wanted = match.groups()
+    _check_key(key, known)
+    value = value_of(run, key)
+    number = _number(wanted)
+    if number is not None and isinstance(value, int | float) and not isinstance(value, bool):
+        return _OPERATORS[sign](value, number)
+    if sign in ("=", "!="):
+        return (_plain(value) == wanted) == (sign == "=")
+    if number is None:
+        raise ConfigError(f"--where {condition}: {wanted!r} is no number; {sign} compares numbers")
+    return False
+
+
+def _plain(value: Scalar) -> str:
+    """As it is written on the command line."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return str(value)
+
+
+def _number(text: str) -> float | None:
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _sorted(runs: Sequence[RunRecord], sort: Sequence[str], known: Sequence[str]) -> list[RunRecord]:
+    ordered = list(runs)
+    for key in reversed(sort):
+        descending, name = key.startswith("-"), key.removeprefix("-")
+        _check_key(name, known)
+        ordered = _by(ordered, name, descending)
+    return sorted(ordered, key=lambda run: run.state is not State.COMPLETE)
+
+
+def _by(runs: Sequence[RunRecord], key: str, descending: bool) -> list[RunRecord]:
+    """Numbers before texts, and what has nothing there last, whichever way."""
+    numbers, texts, rest = [], [], []
+    for run in runs:
+        value = value_of(run, key)
+        if value is None:
+            rest.append(run)
+        elif isinstance(value, int | float):
+            numbers.append((float(value), run))
+        else:
+            texts.append((value, run))
+    ordered = [run for _, run in sorted(numbers, key=lambda item: item[0], reverse=descending)]
+    return [*ordered, *(run for _, run in sorted(texts, key=lambda item: item[0], reverse=descending)), *rest]
+
+
+def _config_columns(runs: Sequence[RunRecord], every: bool) -> list[Column]:
+    """Settings of which two runs that have them have different ones."""
+    keys = dict.fromkeys(key for run in runs for key in run.config)
+    found = []
+    for key in keys:
+        if key in HIDDEN and not every:
+            continue
+        if len({_plain(run.config[key]) for run in runs if key in run.config}) > 1:
+            found.append(key)
+    groups = {key for key in found if "." not in key}
+    # A model's own parameters follow from its name; so do a sampler's from the model.
+    follow = [key for key in found if key.partition(".")[0] == "model" and "model" in groups]
+    shown = [key for key in found if every or key not in follow]
+    return [
+        Column(key, key, "", "config") for key in sorted(shown, key=lambda key: ("." in key, list(keys).index(key)))
+    ]
+
+
+def _metric_columns(runs: Sequence[RunRecord], every: bool) -> list[Column]:
+    there = dict.fromkeys(key for run in runs for key in run.metrics)
+    wanted = [key for key in METRICS if key in there]
+    if every:
+        wanted += [key for key in there if key not in METRICS]
+    else:
+        alike = ("images", "steps")  # told where they differ
+        wanted = [k for k in wanted if k not in alike or len({run.metrics.get(k) for run in runs} - {None}) > 1]
+    columns = []
+    for key in wanted:
+        told = metric_of(key)
+        columns.append(Column(key, told.title, told.unit, "metric", told.better))
+    return columns
+
+
+def _cost(run: RunRecord, key: str) -> float | None:
+    value = run.metrics.get(key)
+    return None if value is None else -value if metric_of(key).better == "higher" else value
+
+
+def pareto_front(costs: Sequence[tuple[str, Sequence[float | None]]]) -> frozenset[str]:
+    """Names of those that none beats: no other costs as little in all, and less in one. Gaps take no part."""
+    whole = [(name, [c for c in own if c is not None]) for name, own in costs if None not in own]
+
+    def beaten(own: Sequence[float]) -> bool:
+        return any(
+            all(o <= c for o, c in zip(other, own, strict=True)) and any(o < c for o, c in zip(other, own, strict=True))
+            for _, other in whole
+        )
+
+    return frozenset(name for name, own in whole if not beaten(own))
+
+
+def _best(runs: Sequence[RunRecord], column: Column) -> frozenset[str]:
+    values = {r.name: r.metrics[column.key] for r in runs if column.key in r.metrics and r.state is State.COMPLETE}
+    if len(set(values.values())) < 2:
+        return frozenset()
+    best = max(values.values()) if column.better == "higher" else min(values.values())
+    return frozenset(name for name, value in values.items() if value == best)
+
+
+def _notes(runs: Sequence[RunRecord]) -> list[str]:
+    notes = []
+    models = dict.fromkeys(str(run.config["model.name"]) for run in runs if "model.name" in run.config)
+    if len(models) > 1:
+        notes.append(f"these are runs of different models ({', '.join(models)}): their figures do not compare")
+    measured = {
+        tuple(_plain(run.config.get(k)) for k in ("evaluation.num_images", "evaluation.seed", "sampler.num_steps"))
+        for run in runs
+        if "psnr" in run.metrics
+    }
+    if len(measured) > 1 and len(models) <= 1:
+        notes.append("they were evaluated on different pictures or steps: compare their errors with care")
+    lacking = [run.name for run in runs if run.state is State.COMPLETE and "psnr" not in run.metrics]
+    if lacking and len(lacking) < sum(run.state is State.COMPLETE for run in runs):
+        notes.append(f"not evaluated, so without PSNR and errors: {len(lacking)} of {len(runs)} runs")
+    return notes

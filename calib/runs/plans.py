@@ -1,0 +1,164 @@
+"""Two runs' plans beside each other, layer by layer."""
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from calib.errors import CalibError, ConfigError
+from calib.files import read_json
+from calib.progress import counted
+from calib.runs.layout import PLAN, STEPS
+from calib.runs.record import RunRecord
+
+
+@dataclass(frozen=True)
+class LayerChoice:
+    """What a plan says of one layer.
+
+    Attributes:
+        low, high: of the range of its inputs over all steps; None where the plan has no ranges.
+        drift: 1 - narrowest / widest range over the steps, 0 … 1.
+    """
+
+    weight_bits: int
+    group_size: int
+    activation_bits: int
+    low: float | None = None
+    high: float | None = None
+    drift: float | None = None
+
+    def differs(self, other: "LayerChoice") -> bool:
+        """By more than the rounding of a range."""
+        own, its = asdict(self), asdict(other)
+        return any(not _alike(own[name], its[name]) for name in own)
+
+
+def _alike(one: float | None, other: float | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return abs(one - other) <= 1e-6 * max(abs(one), abs(other))
+
+
+def read_choices(run: Path) -> dict[str, LayerChoice]:
+    """The plan in the run directory ``run``, with the ranges beside it if there are any."""
+    if not (run / PLAN).exists():
+        raise ConfigError(f"{run}: no {PLAN} there; calib analyze writes one")
+    layers, steps = read_json(run / PLAN), read_json(run / STEPS) if (run / STEPS).exists() else {}
+    try:
+        ranges = dict(steps.get("activation_ranges") or {})
+        return {str(name): _choice(entry, ranges.get(name)) for name, entry in layers.items()}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CalibError(f"{run}: its plan lacks or garbles {error}; calib analyze writes it anew") from None
+
+
+def _choice(entry: Mapping[str, Any], observed: Mapping[str, Any] | None) -> LayerChoice:
+    bits = int(entry["suggested_weight_bits"]), int(entry.get("group_size", 64))
+    choice = LayerChoice(*bits, int(entry["suggested_activation_bits"]))
+    if not observed or not observed["low"]:
+        return choice
+    lows, highs = [float(x) for x in observed["low"]], [float(x) for x in observed["high"]]
+    widths = [high - low for low, high in zip(lows, highs, strict=True)]
+    drift = 1 - min(widths) / max(widths) if max(widths) > 0 else 0.0
+    return LayerChoice(*bits, choice.activation_bits, min(lows), max(highs), drift)
+
+
+@dataclass(frozen=True)
+class PlanDifference:
+    """Layers of two plans: those that differ, or all; and how many agree."""
+
+    names: tuple[str, str]
+    layers: Mapping[str, tuple[LayerChoice, LayerChoice]]
+    agreeing: int
+
+
+def compare_plans(runs: Sequence[RunRecord], every: bool = False) -> PlanDifference:
+    """Where the plans of two runs differ.
+
+    Raises:
+        ConfigError: they are not two, one has no plan, or they are of different layers.
+    """
+    if len(runs) != 2:
+        raise ConfigError(f"--layers: compares two runs, and {counted(len(runs), 'run')} are named")
+    one, other = (read_choices(run.path) for run in runs)
+    if set(one) != set(other):
+        lacking = sorted(set(one) ^ set(other))
+        raise ConfigError(
+            f"--layers: the plans are of different layers, of two models or other taps: {lacking[0]} "
+            f"and {len(lacking) - 1} more are in one of them only"
+        )
+    pairs = {name: (one[name], other[name]) for name in one}
+    differing = {name: pair for name, pair in pairs.items() if pair[0].differs(pair[1])}
+    shown = pairs if every else differing
+    return PlanDifference((runs[0].name, runs[1].name), shown, len(pairs) - len(differing))
+
+
+COLUMNS = {
+    "weight_bits": "W bits",
+    "group_size": "group",
+    "activation_bits": "A bits",
+    "low": "low",
+    "high": "high",
+    "drift": "drift",
+}
+
+
+def _told(name: str, value: float | None) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.0%}" if name == "drift" else f"{value:.3g}"
+
+
+def _cell(name: str, pair: tuple[LayerChoice, LayerChoice]) -> str:
+    one, other = (getattr(choice, name) for choice in pair)
+    return _told(name, one) if _alike(one, other) else f"{_told(name, one)} → {_told(name, other)}"
+
+
+def _rows(found: PlanDifference) -> list[list[str]]:
+    rows = [["layer", *COLUMNS.values()]]
+    return rows + [[layer, *(_cell(name, pair) for name in COLUMNS)] for layer, pair in found.layers.items()]
+
+
+def _verdict(found: PlanDifference) -> list[str]:
+    differ = sum(one.differs(other) for one, other in found.layers.values())
+    return [
+        f"{found.names[0]} → {found.names[1]}: {counted(differ, 'layer')} differ, {found.agreeing} agree",
+        "drift: how much narrower a layer's range is at its narrowest step than at its widest",
+    ]
+
+
+def plans_text(found: PlanDifference) -> str:
+    """For the terminal."""
+    rows = _rows(found)
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(f"{text:<{w}}" for text, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join([*(lines if found.layers else []), *([""] if found.layers else []), *_verdict(found)]) + "\n"
+
+
+def plans_markdown(found: PlanDifference) -> str:
+    """A table in Markdown."""
+    head, *rows = _rows(found)
+    lines = ["| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows]]
+    return "\n".join([*lines, "", *_verdict(found)]) + "\n"
+
+
+def plans_csv(found: PlanDifference) -> str:
+    """Raw numbers, both runs' beside each other."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    names = [field.name for field in fields(LayerChoice)]
+    writer.writerow(["layer", *(f"{name}_{side}" for name in names for side in ("a", "b"))])
+    for layer, pair in found.layers.items():
+        values = [getattr(choice, name) for name in names for choice in pair]
+        writer.writerow([layer, *("" if value is None else value for value in values)])
+    return out.getvalue()
+
+
+def plans_json(found: PlanDifference) -> str:
+    """One document."""
+    layers = {layer: {"a": asdict(one), "b": asdict(other)} for layer, (one, other) in found.layers.items()}
+    document = {"a": found.names[0], "b": found.names[1], "agreeing": found.agreeing, "layers": layers}
+    return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
