@@ -1,6 +1,7 @@
 """The stage that says what a quantized model has lost: the same seeds drawn again, and compared."""
 
 import logging
+import shutil
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -14,7 +15,7 @@ from calib.dataset.store import StateDtype
 from calib.errors import CalibError, ConfigError
 from calib.evaluation.metrics import Fidelity
 from calib.evaluation.paired import Paired, Reference, rounded_to_bfloat16
-from calib.evaluation.report import fidelity_text, picture_grid, plot_error
+from calib.evaluation.report import fidelity_text, picture_grid, plot_error, save_pictures
 from calib.files import locked, read_json, short_hash, write_json, write_text
 from calib.models.model import DiffusionModel
 from calib.progress import note, readable_bytes, say
@@ -30,6 +31,9 @@ import mlx.core as mx
 import numpy as np
 
 DETAILS, REPORT, PLOT, GRID = "evaluation.json", "evaluation.txt", "images/output_error.png", "images/pictures.png"
+
+#: The pictures one by one, 0000.png …, in the order of the prompts.
+FULL, QUANTIZED = "images/full", "images/quantized"
 
 logger = logging.getLogger("calib")
 
@@ -50,6 +54,8 @@ def forget_evaluation(run: Path) -> None:
     """Remove what an earlier job in this directory measured: a new quantized model is not what it speaks of."""
     for name in (DETAILS, REPORT, PLOT, GRID):
         (run / name).unlink(missing_ok=True)
+    for folder in (FULL, QUANTIZED):
+        shutil.rmtree(run / folder, ignore_errors=True)
 
 
 def run_evaluate(settings: Settings, run: RunDirectory, model: Callable[[], DiffusionModel]) -> None:
@@ -72,6 +78,8 @@ def run_evaluate(settings: Settings, run: RunDirectory, model: Callable[[], Diff
     write_json(run.path / DETAILS, details)
     plot_error(run.path / PLOT, {"quantized": found, "control: weights and states in bfloat16": control})
     picture_grid(run.path / GRID, paired.pictures, outcome.pictures, reference.prompts)
+    save_pictures(run.path / FULL, paired.pictures)
+    save_pictures(run.path / QUANTIZED, outcome.pictures)
     seconds = time.monotonic() - start
     run.add_metrics({**found.summary(), **control.summary("control_")})
     run.add_metrics({"evaluate_seconds": seconds, "evaluate_peak_bytes": peak})

@@ -17,6 +17,7 @@ from calib.errors import CalibError
 from calib.models.memory import divide_memory
 from calib.pipeline import content_fingerprint, run_stage
 from calib.progress import counted, readable_duration, say
+from calib.report.run import REPORT, write_report
 from calib.runs.directory import RunDirectory
 from calib.sweeps import JOBS_VARIABLE, Ended, ended, jobs_in_all, side_by_side
 
@@ -53,11 +54,20 @@ def run_job(values: Mapping[str, Any], path: Path, multirun: bool) -> None:
     settings = build(values, multirun)
     run = RunDirectory(path, settings.stage.value, content_fingerprint(settings))
     if run.is_complete():
+        if not (path / REPORT).exists():
+            write_report(path)
         print(f"Already complete: {short(run.path)}")
         return
-    with run.job(OmegaConf.to_yaml(OmegaConf.create(dict(values)))):
-        run_stage(settings, run, values)
-    print(f"Run directory: {short(run.path)}")
+    try:
+        with run.job(OmegaConf.to_yaml(OmegaConf.create(dict(values)))):
+            (path / REPORT).unlink(missing_ok=True)  # it would speak of an earlier job
+            run_stage(settings, run, values)
+    except Exception:
+        if ended(path).state == "failed":
+            with suppress(Exception):  # the first error is the one to tell
+                write_report(path)
+        raise
+    print(f"Run directory: {short(run.path)}; open {short(write_report(path))}")
 
 
 @contextmanager

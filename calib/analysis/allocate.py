@@ -152,6 +152,7 @@ def _layer_plans(
             reason += "; " + ", ".join(f"{phase} {b}" for phase, b in zip(phases, bits, strict=True)) + " bits"
         figure = f"S = {o.cost[i]:.1e}"
         plan = LayerPlan(max(bits), activation_bits, reason=reason, group_size=group_size, figure=figure)
+        plan = replace(plan, sensitivity=float(o.cost[i]), nbytes=int(o.nbytes[i]))
         plans[name] = judged(plan, average)
     return plans
 

@@ -32,6 +32,8 @@ class LayerPlan:
         sensitive: needs careful handling; aggressive: may have 4 bits or fewer.
         group_size: weights of a row that share a scale and a bias.
         figure: the number behind the reason, with its name: 'r = 12.4'.
+        sensitivity: S of the layer's weights as planned, where it was measured: mean ‖v - v_q‖² / ‖v‖² of the output.
+        nbytes: that these weights then take, where it was counted.
     """
 
     weight_bits: int
@@ -42,6 +44,8 @@ class LayerPlan:
     aggressive: bool = False
     group_size: int = DEFAULT_GROUP_SIZE
     figure: str = ""
+    sensitivity: float | None = None
+    nbytes: int | None = None
 
     @property
     def clips(self) -> bool:
@@ -58,6 +62,8 @@ class LayerPlan:
             "figure": self.figure,
             "sensitive": self.sensitive,
             "aggressive": self.aggressive,
+            **({} if self.sensitivity is None else {"sensitivity": self.sensitivity}),
+            **({} if self.nbytes is None else {"bytes": self.nbytes}),
         }
 
 

@@ -69,7 +69,8 @@ def plan_layers(
     for name in layers:
         bits = _activation_bits(sensitivities.activations.get(name, {}), activation_tolerance)
         if name in chosen:
-            plans[name] = _layer_plan(chosen[name], bits, s[name], tolerance, 8 * nbytes / weights)
+            plan = _layer_plan(chosen[name], bits, s[name], tolerance, 8 * nbytes / weights)
+            plans[name] = replace(plan, nbytes=sizes[name])
         else:
             plans[name] = LayerPlan(DEFAULT_WEIGHT_BITS, bits, reason=KEPT)
     notes = [predicted(math.fsum(s.values()), nbytes, weights), *kept_note(layers, sensitivities)]
@@ -101,7 +102,8 @@ def _activation_bits(measured: Mapping[int, NDArray[np.float64]], tolerance: flo
 
 def _layer_plan(option: tuple[int, int], activation_bits: int, s: float, tolerance: float, average: float) -> LayerPlan:
     bits, group_size = option
-    plan = judged(LayerPlan(bits, activation_bits, group_size=group_size, figure=f"S = {s:.1e}"), average)
+    plan = LayerPlan(bits, activation_bits, group_size=group_size, figure=f"S = {s:.1e}", sensitivity=s)
+    plan = judged(plan, average)
     if s > tolerance:
         return replace(plan, reason=f"fragile: no option has S ≤ {tolerance:g}", sensitive=True, aggressive=False)
     return replace(plan, reason=f"fragile: fewer bits have S > {tolerance:g}" if plan.sensitive else f"{bits} bits do")

@@ -1,6 +1,7 @@
 """What :mod:`calib.evaluation.metrics` found: a table for the terminal, a plot of errors, pictures side by side."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -164,6 +165,15 @@ def _write(path: Path, save: Callable[[Path], object]) -> None:
             save(temporary)
     except OSError as error:
         raise CalibError(f"{path}: the picture cannot be written ({error.strerror or error})") from None
+
+
+def save_pictures(folder: Path, pictures: NDArray[Any]) -> None:
+    """A PNG for each of ``pictures`` (n, height, width, 3) in [0, 1]: 0000.png …; those that were there go."""
+    for old in folder.glob("[0-9]*.png"):
+        old.unlink()
+    for number, picture in enumerate(pictures):
+        image = Image.fromarray(np.rint(255 * np.clip(picture, 0, 1)).astype(np.uint8))
+        _write(folder / f"{number:04d}.png", partial(image.save, format="PNG"))
 
 
 def picture_grid(

@@ -1,0 +1,1 @@
+"""Pages for people: a run's and a comparison's, each one file that opens offline."""
