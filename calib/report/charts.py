@@ -3,14 +3,14 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from calib.report.svg import GRID, INK, MUTED, SERIES, new_figure, styled, svg_of
+from calib.report.svg import GRID, INK, MUTED, SEQUENCE, SERIES, new_figure, styled, svg_of
 
 import numpy as np
 from numpy.typing import NDArray
 
 #: Layers in a heat map that are named one by one; of more every so many is.
 MOST_NAMED = 70
-WIDTH = 7.6
+WIDTH = 9.8
 
 
 @dataclass(frozen=True)
@@ -89,19 +89,17 @@ class Shape:
 
 def histogram_charts(name: str, shapes: Sequence[Shape]) -> str:
     """Small multiples: a panel for each layer, a line for each step, the clip marked."""
-    columns = 2
+    columns = 3
     rows = -(-len(shapes) // columns)
-    from matplotlib import colormaps
-
     with styled():
-        figure = new_figure(WIDTH, 0.5 + 1.9 * rows)
+        figure = new_figure(WIDTH, 0.5 + 2.0 * rows)
         panels = figure.subplots(rows, columns, squeeze=False)
         handles = {}
         for panel, shape in zip(panels.flat, shapes, strict=False):
             panel.set_yscale("log")
             centres = (shape.edges[1:] + shape.edges[:-1]) / 2
             for number, (step, shares) in enumerate(shape.shares.items()):
-                colour = colormaps["viridis"](0.85 * number / max(1, len(shape.shares) - 1))
+                colour = SEQUENCE[number * (len(SEQUENCE) - 1) // max(1, len(shape.shares) - 1)]
                 seen = np.where(shares > 0, shares, np.nan)
                 (line,) = panel.plot(centres, seen, color=colour, lw=1.2, drawstyle="steps-mid")
                 handles[f"step {step}"] = line

@@ -273,8 +273,8 @@ def _sensitivity_part(plan: Mapping[str, Any]) -> list[Part]:
     if not dots:
         return []
     note = (
-        "What each layer's weights take as planned, and what they alone do to the model's output: S = ‖v − v_q‖² / ‖v‖². "
-        "Hover a dot for its layer."
+        "What each layer's weights take as planned, and what they alone do to the model's output: "
+        "S = ‖v − v_q‖² / ‖v‖². Hover a dot for its layer."
     )
     labels = ("kB of the layer as planned", "S, measured")
     return [

@@ -13,8 +13,12 @@ if TYPE_CHECKING:
 #: Colours that stand for the page's own: it has two sets of them. None occurs in a figure by itself.
 INK, MUTED, GRID, SURFACE = "#010101", "#020202", "#030303", "#040404"
 SERIES = ("#0a0101", "#0a0102", "#0a0103", "#0a0104", "#0a0105", "#0a0106", "#0a0107", "#0a0108")
+#: Early to late.
+SEQUENCE = ("#0b0101", "#0b0102", "#0b0103", "#0b0104", "#0b0105")
 _VARIABLES = {INK: "ink", MUTED: "muted", GRID: "grid", SURFACE: "surface"} | {
-    colour: f"series-{number}" for number, colour in enumerate(SERIES)
+    colour: f"{name}-{number}"
+    for name, colours in (("series", SERIES), ("step", SEQUENCE))
+    for number, colour in enumerate(colours)
 }
 _STYLE: Mapping[str, Any] = {
     "svg.fonttype": "none",
