@@ -1,5 +1,11 @@
 """What tests share: the loaded emoji model, one small dataset, and statistics collected from it."""
 
+import os
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the processors; a BLAS reads this when it is loaded
+    for _name in ("MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"):
+        os.environ.setdefault(_name, "1")
+
 import calib  # isort: skip  (its BLAS must be loaded before mlx)
 
 import shutil

@@ -2,11 +2,15 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from calib.report.svg import GRID, INK, MUTED, SEQUENCE, SERIES, new_figure, styled, svg_of
 
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 #: Layers in a heat map that are named one by one; of more every so many is.
 MOST_NAMED = 70
@@ -130,6 +134,18 @@ class Dot:
     marked: bool = False
 
 
+def _name(axes: "Axes", dots: Sequence[Dot], most: int) -> None:
+    """Label the marked dots, then the highest, where no label stands already."""
+    taken: list[NDArray[np.float64]] = []
+    for dot in sorted(dots, key=lambda d: (not d.marked, -d.y)):
+        place = axes.transData.transform((dot.x, dot.y))
+        near = any(abs(place[1] - other[1]) < 12 and abs(place[0] - other[0]) < 190 for other in taken)
+        if len(taken) < most and not near:
+            taken.append(place)
+            options = {"textcoords": "offset points", "fontsize": 7.5, "color": INK}
+            axes.annotate(dot.label, (dot.x, dot.y), (6, 4), **options)
+
+
 def scatter(
     name: str,
     dots: Sequence[Dot],
@@ -140,6 +156,8 @@ def scatter(
     logarithmic: tuple[bool, bool] = (True, True),
 ) -> str:
     """Dots with tooltips, of each series a colour; the ``named`` highest are labelled, the ``front`` is a line."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
     with styled():
         figure = new_figure(WIDTH, 3.8)
         axes = figure.subplots()
@@ -156,13 +174,15 @@ def scatter(
         if front:
             x, y = zip(*sorted(front), strict=True)
             axes.step(x, y, where="post", color=MUTED, lw=1, ls=(0, (4, 2)), zorder=0)
-        for dot in sorted(dots, key=lambda d: (not d.marked, -d.y))[:named]:
-            axes.annotate(
-                dot.label, (dot.x, dot.y), (6, 4), textcoords="offset points", fontsize=7.5, color=INK, clip_on=False
-            )
+        for axis, wanted in ((axes.xaxis, logarithmic[0]), (axes.yaxis, logarithmic[1])):
+            if wanted:
+                axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                axis.set_minor_locator(NullLocator())
+                axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.set_xlabel(axes_labels[0])
         axes.set_ylabel(axes_labels[1])
         axes.margins(x=0.12, y=0.12)
+        _name(axes, dots, named)
         for key, title in series.items():
             axes.plot([], [], "o", color=SERIES[key % len(SERIES)], ms=6, label=title)
         if series:

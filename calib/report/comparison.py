@@ -126,7 +126,7 @@ def _front(comparison: Comparison, done: Sequence[RunRecord]) -> list[Part]:
         logarithmic=(False, logarithmic),
     )
     note = "Ringed: no other run is better in both. Hover a dot for its figures."
-    return [Part("front", f"{up.title} against {across.title}", note, trusted(svg))]
+    return [Part("front", f"{up.title[:1].upper()}{up.title[1:]} against {across.title}", note, trusted(svg))]
 
 
 def _told(metric: Metric, value: float) -> str:
