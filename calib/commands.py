@@ -16,6 +16,7 @@ from calib.dataset.report import findings_table, report_json, report_text
 from calib.dataset.verify import verify
 from calib.errors import CalibError, ConfigError
 from calib.progress import counted
+from calib.runs.find import run_directories
 
 VERIFY_HELP = """Reads every file of the dataset in DIR and says whether it is sound.
 
@@ -167,11 +168,19 @@ def _convergence(arguments: Sequence[str]) -> int:
 
 def _merge(arguments: Sequence[str]) -> int:
     parser = _Parser("merge", MERGE_HELP, MERGE_END)
-    parser.add_argument("runs", metavar="DIR", type=Path, nargs="+", help="run directories of the shards, all of them")
+    parser.add_argument(
+        "runs",
+        metavar="DIR",
+        type=Path,
+        nargs="+",
+        help="run directories of the shards, all of them, or the folder of their sweep",
+    )
     parser.add_argument("--into", metavar="INTO", type=Path, required=True, help="a new folder")
     given = parser.parse_args(arguments)
-    images = merge(given.runs, given.into)
-    print(f"{given.into}: {counted(images, 'image')} of {counted(len(given.runs), 'shard')}")
+    # A sweep's folder stands for the run directories in it.
+    runs = [run for given_run in given.runs for run in (list(run_directories(given_run)) or [given_run])]
+    images = merge(runs, given.into)
+    print(f"{given.into}: {counted(images, 'image')} of {counted(len(runs), 'shard')}")
     return 0
 
 

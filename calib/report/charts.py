@@ -142,8 +142,7 @@ def _name(axes: "Axes", dots: Sequence[Dot], most: int) -> None:
         near = any(abs(place[1] - other[1]) < 12 and abs(place[0] - other[0]) < 190 for other in taken)
         if len(taken) < most and not near:
             taken.append(place)
-            options = {"textcoords": "offset points", "fontsize": 7.5, "color": INK}
-            axes.annotate(dot.label, (dot.x, dot.y), (6, 4), **options)
+            axes.annotate(dot.label, (dot.x, dot.y), (6, 4), textcoords="offset points", fontsize=7.5, color=INK)
 
 
 def scatter(
@@ -161,9 +160,9 @@ def scatter(
     with styled():
         figure = new_figure(WIDTH, 3.8)
         axes = figure.subplots()
-        for axis, wanted in zip("xy", logarithmic, strict=True):
+        for set_scale, wanted in zip((axes.set_xscale, axes.set_yscale), logarithmic, strict=True):
             if wanted:
-                (axes.set_xscale if axis == "x" else axes.set_yscale)("log")
+                set_scale("log")
         tips = {}
         for number, dot in enumerate(dots):
             (point,) = axes.plot(dot.x, dot.y, "o", color=SERIES[dot.series % len(SERIES)], ms=6.5, alpha=0.85, mew=0)

@@ -43,6 +43,8 @@ def run_directories(folder: Path) -> Iterator[Path]:
     if any((folder / mark).is_file() for mark in _MARKS):
         yield folder
         return
+    if not folder.is_dir():
+        return
     try:
         below = sorted(e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith("."))
     except OSError as error:
