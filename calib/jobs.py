@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 import threading
 import time
 import traceback
@@ -14,11 +15,16 @@ from calib import interrupts
 from calib.compose import Planned
 from calib.config import build
 from calib.errors import CalibError
+from calib.files import write_text
 from calib.models.memory import divide_memory
 from calib.pipeline import content_fingerprint, run_stage
 from calib.progress import counted, readable_duration, say
+from calib.report.comparison import comparison_page
 from calib.report.run import REPORT, write_report
+from calib.runs.comparison import compare
 from calib.runs.directory import RunDirectory
+from calib.runs.find import read_runs
+from calib.runs.tables import terminal_table
 from calib.sweeps import JOBS_VARIABLE, Ended, ended, jobs_in_all, side_by_side
 
 from hydra.conf import HydraConf
@@ -26,6 +32,8 @@ from omegaconf import OmegaConf
 
 #: What a job prints that runs beside others, in its run directory.
 CONSOLE = "console.txt"
+#: The page of a sweep, in its folder.
+COMPARISON = "comparison.html"
 
 #: The process that runs the sweep, for those that it starts.
 PARENT_VARIABLE = "CALIB_SWEEP_PROCESS"
@@ -154,6 +162,9 @@ def run_sweep(launch: Callable[[], object], what: Planned) -> int:
     lacking = [job for job in jobs if job.state != "complete"]
     for line in _summary(jobs, time.monotonic() - start):
         print(line)
+    with suppress(CalibError, OSError):  # of a disk that is full, say: the runs themselves tell
+        for line in _compared(what.folders[0].parent) if what.folders else ():
+            print(line)
     if error is not None and (lacking or not jobs):
         raise CalibError(f"{_launcher_failed(error)}; the same command goes on from what is finished") from error
     if lacking:
@@ -178,4 +189,16 @@ def _summary(jobs: Sequence[Ended], seconds: float) -> list[str]:
     for job in jobs:
         if job.state != "complete":
             lines.append(f"  {job.state:10} {job.path.name}: {' '.join((job.error or '').split())}")
-    return [*lines, f"Compare them: calib compare {folder}"]
+    return lines
+
+
+def _compared(folder: Path) -> list[str]:
+    """The sweep's outcome as one table, and as a page in its folder."""
+    runs = read_runs([str(folder)])
+    if not any(run.metrics for run in runs):
+        return []
+    comparison = compare(runs)
+    page = folder / COMPARISON
+    write_text(page, comparison_page(comparison, folder.absolute()))
+    table = terminal_table(comparison, shutil.get_terminal_size((120, 24)).columns)
+    return ["", table.rstrip(), f"The page: {short(page.absolute())}. More: calib compare {short(folder.absolute())}"]

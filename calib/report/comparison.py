@@ -45,8 +45,13 @@ def comparison_page(comparison: Comparison, folder: Path) -> str:
         picture_columns=["full precision", *(run.name for run, _ in measured[:MOST_RUNS])],
         picture_note=_picture_note(measured),
         small=small,
-        command=shlex.join(["calib", *sys.argv[1:]]),
+        command=_command(),
     )
+
+
+def _command() -> str:
+    """What was typed; the sweep's own additions are left out."""
+    return shlex.join(["calib", *(w for w in sys.argv[1:] if w != "--" and not w.startswith("swept="))])
 
 
 def _facts(comparison: Comparison) -> list[str]:
