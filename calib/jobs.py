@@ -63,7 +63,7 @@ def run_job(values: Mapping[str, Any], path: Path, multirun: bool) -> None:
     run = RunDirectory(path, settings.stage.value, content_fingerprint(settings))
     if run.is_complete():
         if not (path / REPORT).exists():
-            write_report(path)
+            _report(path)
         print(f"Already complete: {short(run.path)}")
         return
     try:
@@ -72,10 +72,19 @@ def run_job(values: Mapping[str, Any], path: Path, multirun: bool) -> None:
             run_stage(settings, run, values)
     except Exception:
         if ended(path).state == "failed":
-            with suppress(Exception):  # the first error is the one to tell
-                write_report(path)
+            _report(path)
         raise
-    print(f"Run directory: {short(run.path)}; open {short(write_report(path))}")
+    print(f"Run directory: {short(run.path)}{_report(path)}")
+
+
+def _report(path: Path) -> str:
+    """Write the page of a run; what there is to say of it. It is for people: a run is as good without it."""
+    try:
+        return f"; open {short(write_report(path))}"
+    except Exception as error:  # of a full disk, say
+        logger.warning("%s: %s", REPORT, traceback.format_exc())
+        say(f"calib: note: {path / REPORT}: could not be written ({in_a_line(error, path)})")
+        return ""
 
 
 @contextmanager

@@ -37,13 +37,18 @@ RUN_FILES = {
     "env.json",
     "evaluation.json",
     "evaluation.txt",
+    "images/full/0000.png",
+    "images/full/0001.png",
     "images/output_error.png",
     "images/pictures.png",
+    "images/quantized/0000.png",
+    "images/quantized/0001.png",
     "layer_statistics.json",
     "metrics.json",
     "quantization_config.json",
     "quantized/config.json",
     "quantized/model.safetensors",
+    "report.html",
     "run.log",
     "status.json",
     "timestep_config.json",
@@ -85,7 +90,7 @@ def test_the_whole_job_prints_the_summary_and_the_run_directory(tiny_run: Path) 
     assert (tiny_run / "analysis.txt").read_text() in out
     assert (tiny_run / "evaluation.txt").read_text() in out
     assert "Quantized model: " in out and " bits a weight over all: " in out
-    assert out.splitlines()[-1] == "Run directory: run"
+    assert out.splitlines()[-1] == "Run directory: run; open run/report.html"
     err = (tiny_run.parent / "stderr.txt").read_text()
     assert "\r" not in err, "plain lines where output is not a terminal"
     lines = err.splitlines()

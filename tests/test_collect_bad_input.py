@@ -36,7 +36,7 @@ def check_failed_run(work: Path, message: str) -> None:
     assert status["state"] == "failed"
     assert message in status["error"]
     made = {path.name for path in (work / "run").iterdir() if not path.name.startswith(".")}
-    assert made == {"config.resolved.yaml", "env.json", "run.log", "status.json"}
+    assert made == {"config.resolved.yaml", "env.json", "report.html", "run.log", "status.json"}
     assert list(work.rglob("step_*")) == []
     assert temporaries(work) == set()
 

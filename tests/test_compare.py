@@ -68,6 +68,12 @@ def sweep(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return sweep_of_copies(tiny_run, tmp_path_factory.mktemp("sweeps") / "analysis")
 
 
+@pytest.fixture(autouse=True)
+def wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A terminal with room for every column."""
+    monkeypatch.setenv("COLUMNS", "160")
+
+
 def told(arguments: Sequence[str], capsys: pytest.CaptureFixture[str]) -> Outcome:
     status = main(arguments)
     captured = capsys.readouterr()

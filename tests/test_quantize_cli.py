@@ -106,7 +106,7 @@ def check_failed_run(run: Path, message: str) -> None:
     assert status["state"] == "failed"
     assert message in status["error"]
     assert {path.name for path in run.iterdir()} == {
-        *(".hydra", ".lock", "config.resolved.yaml", "env.json", "run.log", "status.json")
+        *(".hydra", ".lock", "config.resolved.yaml", "env.json", "report.html", "run.log", "status.json")
     }
 
 
