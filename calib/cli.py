@@ -40,6 +40,7 @@ on datasets, with ordinary arguments: calib COMMAND --help
 on run directories, likewise
   merge DIR… --into DIR  join the run directories of calib collect's shards; as if it had not been split
   convergence DIR        do ranges still move with more images? a table and a plot; --layers, --json, --plot
+  compare DIR…           a sweep, or any runs, as one table: what differs, what is best; --html, --layers for two plans
 
 on this machine
   doctor     report device, BLAS, versions; `calib doctor --selftest` checks this device's numerics

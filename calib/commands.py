@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 from calib.analysis.convergence import convergence, read_image_ranges
 from calib.analysis.convergence_report import convergence_json, convergence_text, write_plot
 from calib.collecting import merge
+from calib.comparing import main as compare_main
 from calib.dataset.manifest import FILE
 from calib.dataset.rebuild import Rebuilt, rebuild_manifest
 from calib.dataset.repair import Repair, repair
@@ -202,4 +203,5 @@ COMMANDS: Mapping[str, Callable[[Sequence[str]], int]] = {
     "rebuild-manifest": _rebuild_manifest,
     "merge": _merge,
     "convergence": _convergence,
+    "compare": compare_main,
 }

@@ -1,6 +1,7 @@
 """``calib compare``: runs by their directories alone. It starts fast: neither MLX nor Hydra is loaded."""
 
 import argparse
+import io
 import os
 import shutil
 import sys
@@ -97,6 +98,9 @@ def main(arguments: Sequence[str]) -> int:
     except CalibError as error:
         print(f"calib: {error}", file=sys.stderr)
         return error.exit_status
+    except KeyboardInterrupt:
+        print("calib: interrupted", file=sys.stderr)
+        return 130
     except BrokenPipeError:  # `calib compare … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -114,12 +118,16 @@ def _write(
     given: argparse.Namespace, found: object, forms: dict[str, Callable[..., str]], plain: Callable[..., str]
 ) -> None:
     """In the forms that are asked for; a table for people unless one of them is printed."""
-    printed = False
+    if len(both := [f"--{form}" for form in forms if getattr(given, form) == "-"]) > 1:
+        raise ConfigError(f"{' '.join(both)}: only one of them can be printed; give the others a PATH")
+    printed = any(getattr(given, form) == "-" for form in forms)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Documents are UTF-8 wherever they go; a terminal that lacks a sign shows another.
+        sys.stdout.reconfigure(encoding="utf-8") if printed else sys.stdout.reconfigure(errors="replace")
     for form, make in forms.items():
         where = getattr(given, form)
         if where == "-":
             print(make(found), end="")
-            printed = True
         elif where is not None:
             write_text(Path(where), make(found))
             print(f"{form}: {where}", file=sys.stderr)

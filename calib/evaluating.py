@@ -23,6 +23,7 @@ from calib.quantization.apply import applied, runs_dense
 from calib.quantization.checkpoint import CONFIG, load
 from calib.quantizing import FOLDER
 from calib.runs.directory import RunDirectory
+from calib.runs.layout import DETAILS, FULL, QUANTIZED
 from calib.settings import Settings, Stage
 from calib.timesteps import evenly
 from calib.versions import versions
@@ -30,10 +31,7 @@ from calib.versions import versions
 import mlx.core as mx
 import numpy as np
 
-DETAILS, REPORT, PLOT, GRID = "evaluation.json", "evaluation.txt", "images/output_error.png", "images/pictures.png"
-
-#: The pictures one by one, 0000.png …, in the order of the prompts.
-FULL, QUANTIZED = "images/full", "images/quantized"
+REPORT, PLOT, GRID = "evaluation.txt", "images/output_error.png", "images/pictures.png"
 
 logger = logging.getLogger("calib")
 

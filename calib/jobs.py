@@ -3,6 +3,8 @@
 import logging
 import os
 import shutil
+import signal
+import subprocess
 import threading
 import time
 import traceback
@@ -20,10 +22,11 @@ from calib.models.memory import divide_memory
 from calib.pipeline import content_fingerprint, run_stage
 from calib.progress import counted, readable_duration, say
 from calib.report.comparison import comparison_page
-from calib.report.run import REPORT, write_report
+from calib.report.run import write_report
 from calib.runs.comparison import compare
 from calib.runs.directory import RunDirectory
 from calib.runs.find import read_runs
+from calib.runs.layout import COMPARISON, REPORT
 from calib.runs.tables import terminal_table
 from calib.sweeps import JOBS_VARIABLE, Ended, ended, jobs_in_all, side_by_side
 
@@ -32,8 +35,6 @@ from omegaconf import OmegaConf
 
 #: What a job prints that runs beside others, in its run directory.
 CONSOLE = "console.txt"
-#: The page of a sweep, in its folder.
-COMPARISON = "comparison.html"
 
 #: The process that runs the sweep, for those that it starts.
 PARENT_VARIABLE = "CALIB_SWEEP_PROCESS"
@@ -72,18 +73,19 @@ def run_job(values: Mapping[str, Any], path: Path, multirun: bool) -> None:
             run_stage(settings, run, values)
     except Exception:
         if ended(path).state == "failed":
-            _report(path)
+            _report(path, told=False)  # the first error is the one to tell
         raise
     print(f"Run directory: {short(run.path)}{_report(path)}")
 
 
-def _report(path: Path) -> str:
+def _report(path: Path, told: bool = True) -> str:
     """Write the page of a run; what there is to say of it. It is for people: a run is as good without it."""
     try:
         return f"; open {short(write_report(path))}"
     except Exception as error:  # of a full disk, say
         logger.warning("%s: %s", REPORT, traceback.format_exc())
-        say(f"calib: note: {path / REPORT}: could not be written ({in_a_line(error, path)})")
+        if told:
+            say(f"calib: note: {path / REPORT}: could not be written ({in_a_line(error, path)})")
         return ""
 
 
@@ -99,6 +101,8 @@ def job_of_sweep(hydra_config: HydraConf, path: Path) -> Iterator[None]:
         with _beside(path, beside):
             yield
     except Exception as raised:  # whatever it is, the other jobs are none the worse
+        if _is_requeued(raised):
+            raise SystemExit(128 + signal.SIGTERM) from raised
         error = raised
         _record(path, raised)
     took = readable_duration(time.monotonic() - start)
@@ -106,6 +110,15 @@ def job_of_sweep(hydra_config: HydraConf, path: Path) -> Iterator[None]:
         say(f"calib: job {number} of {jobs} failed after {took}, {path.name}: {in_a_line(error, path)}")
     elif beside > 1:
         say(f"job {number} of {jobs} done in {took}: {path.name}")
+
+
+def _is_requeued(error: Exception) -> bool:
+    """Whether SLURM will start this job again: asked to by submitit, it ends all its processes, even the asking one."""
+    return (
+        isinstance(error, subprocess.CalledProcessError)
+        and error.cmd[:2] == ["scontrol", "requeue"]
+        and error.returncode == -signal.SIGTERM
+    )
 
 
 def _record(path: Path, error: Exception) -> None:

@@ -106,7 +106,9 @@ def writing(data_dir: Path, manifest: Manifest, total: int) -> Iterator[Writer]:
             raise
         except _WriteError as error:
             raise _explained(error.__cause__, writer) from error.__cause__
-        except RuntimeError as error:  # MLX's, when the device fails or its memory is full
+        except RuntimeError as error:
+            if type(error) is not RuntimeError:  # what MLX raises when the device fails or its memory is full
+                raise
             reason = " ".join(str(error).split()) or type(error).__name__
             raise CalibError(
                 f"the device failed ({reason}); {writer.kept()}. If its memory was full: another data_dir with a "

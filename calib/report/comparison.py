@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from calib.errors import CalibError
-from calib.evaluating import DETAILS
 from calib.files import read_json
 from calib.progress import counted
 from calib.report.charts import Dot, error_chart, scatter
 from calib.report.page import render, trusted
+from calib.report.parts import Part, curve_of
 from calib.report.pictures import LOSSLESS, data_address, pictures_of
-from calib.report.run import REPORT, Part, curve_of
 from calib.runs.columns import Column, Metric, metric_of
 from calib.runs.comparison import Comparison
+from calib.runs.layout import DETAILS, REPORT
 from calib.runs.record import RunRecord, State
 from calib.runs.tables import heading, legend
 

@@ -5,7 +5,7 @@ import io
 from dataclasses import dataclass
 from pathlib import Path
 
-from calib.evaluating import FULL, QUANTIZED
+from calib.runs.layout import FULL, QUANTIZED
 
 from PIL import Image
 

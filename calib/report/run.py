@@ -10,11 +10,9 @@ from typing import Any
 
 from calib.activations.store import FILE as ACTIVATIONS
 from calib.errors import CalibError
-from calib.evaluating import DETAILS
-from calib.evaluation.metrics import bootstrap_columns
 from calib.files import read_json, write_text
 from calib.progress import readable_duration
-from calib.report.charts import Curve, error_chart, heat_map, histogram_charts, scatter
+from calib.report.charts import error_chart, heat_map, histogram_charts, scatter
 from calib.report.layers import (
     BitTable,
     Ranges,
@@ -26,29 +24,18 @@ from calib.report.layers import (
     shape_of,
 )
 from calib.report.page import embedded, render, trusted
+from calib.report.parts import Part, curve_of
 from calib.report.pictures import LOSSLESS, Pair, pairs, pictures_of
 from calib.runs.columns import metric_of
-from calib.runs.layout import ENVIRONMENT, HYDRA, LOG, PLAN, STEPS
+from calib.runs.layout import DETAILS, ENVIRONMENT, HYDRA, LOG, PLAN, REPORT, STEPS
 from calib.runs.record import RunRecord, read_run
 
 import numpy as np
 import yaml
 
-REPORT = "report.html"
 ANALYSIS = "analysis.txt"
 #: Lines of a failed run's log that are shown.
 TRACE_LINES = 60
-
-
-@dataclass(frozen=True)
-class Part:
-    """A section with a figure: its markup, and the numbers that the page reads out."""
-
-    name: str
-    title: str
-    note: str
-    svg: Any
-    data: Any = ""
 
 
 @dataclass
@@ -220,17 +207,6 @@ def _error_part(details: Mapping[str, Any]) -> Part:
     curves = [curve_of(details["quantized"], "quantized"), curve_of(details["control"], "control, all in bfloat16")]
     note = "The model's output on the same states, mean and 95% interval over prompts. The control is the noise floor."
     return Part("error", "Error against step", note, trusted(error_chart("error", curves)))
-
-
-def curve_of(fidelity: Mapping[str, Any], label: str, intervals: bool = True) -> Curve:
-    """Output error against step of an ``evaluation.json``'s entry."""
-    steps, error = np.array(fidelity["steps"], np.int64), np.array(fidelity["error"], np.float64)
-    if not intervals:
-        return Curve(label, steps, error.mean(axis=0))
-    mean, low, high = (
-        np.array([getattr(i, name) for i in bootstrap_columns(error)]) for name in ("mean", "low", "high")
-    )
-    return Curve(label, steps, mean, low, high)
 
 
 def _heat_part(

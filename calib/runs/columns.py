@@ -61,6 +61,11 @@ class Column:
     kind: str
     better: str | None = None
 
+    @property
+    def raw_unit(self) -> str:
+        """Of the value as it is stored, before it is scaled for people."""
+        return "bytes" if self.unit == "MB" else self.unit
+
     def text(self, value: Scalar, signed: bool = False) -> str:
         """A value for people, in the column's unit."""
         if value is None:

@@ -13,7 +13,13 @@ from calib.runs.record import RunRecord, Scalar, State
 
 DEFAULT_PARETO = ("quantized_bytes", "output_error")
 #: Of a run's configuration these say where things lie and not what was asked.
-HIDDEN = ("swept", "data_dir", "cache_dir", "keep_awake", "export_config", "stats", "plan", "hparams_search")
+HIDDEN = ("swept", "data_dir", "cache_dir", "keep_awake", "export_config", "hparams_search")
+#: What a run tells of itself besides its settings and figures.
+_FACTS = ("name", "state", "stage", "start", "end", "error")
+#: Settings of what is drawn and measured, and those among them that change neither.
+_MEASURED, _UNMEASURED = ("evaluation.", "prompts", "sampler."), ("evaluation.dequantize", "sampler.batch_size")
+#: Runs that are named in a note.
+_MOST_TOLD = 3
 _OPERATORS: Mapping[str, Callable[[float, float], bool]] = {
     ">=": operator.ge,
     "<=": operator.le,
@@ -57,7 +63,7 @@ def value_of(run: RunRecord, key: str) -> Scalar:
     """A run's figure, setting, state or stage by key."""
     if key == "state":
         return run.state.value
-    if key in ("name", "stage", "error", "start", "end"):
+    if key in _FACTS:
         found: Scalar = getattr(run, key)
         return found
     return run.metrics[key] if key in run.metrics else run.config.get(key)
@@ -75,37 +81,54 @@ def compare(
     """Compare ``runs``.
 
     Args:
-        where: conditions such as 'psnr>30' or 'analysis=allocate', all of which a run must meet.
+        where: conditions such as 'psnr>30' or 'analysis=allocate', all of which a run must meet; the baseline stays.
         sort: keys, a leading '-' for descending; runs without a number come last.
         baseline: name or path of the run that the others' differences are to.
         pareto: the two metrics of the front.
         every: all metrics and every setting that differs.
     """
-    known = sorted({key for run in runs for key in (*run.metrics, *run.config)} | {"state", "stage", "name", "start"})
+    known = sorted({key for run in runs for key in (*run.metrics, *run.config)} | set(_FACTS))
     base = None if baseline is None else _named(runs, baseline)
-    for key in pareto:
-        if key != DEFAULT_PARETO[0] and key != DEFAULT_PARETO[1]:
-            _check_key(key, known)
-    kept = [run for run in runs if all(_meets(run, condition, known) for condition in where)]
-    if not kept:
+    axes = _axes(runs, pareto, known)
+    met = [run for run in runs if all(_meets(run, condition, known) for condition in where)]
+    if not met:
         raise ConfigError(f"--where {' '.join(where)}: none of the {len(runs)} runs is left")
+    kept = [run for run in runs if run in met or run is base]
     ordered = _sorted(kept, sort, known)
     columns = (*_config_columns(ordered, every), *_metric_columns(ordered, every))
-    front = pareto_front([(r.name, [_cost(r, key) for key in pareto]) for r in ordered if r.state is State.COMPLETE])
+    # Errors of one model say nothing of another's.
+    ranked = [run for run in ordered if run.state is State.COMPLETE] if len(_models(ordered)) <= 1 else []
+    front = pareto_front([(run.name, [_cost(run, key) for key in axes]) for run in ranked])
     return Comparison(
         runs=tuple(ordered),
         columns=columns,
         baseline=base,
-        best={column.key: _best(ordered, column) for column in columns if column.better},
+        best={column.key: _best(ranked, column) for column in columns if column.better},
         pareto=front,
-        pareto_axes=pareto,
-        notes=tuple(_notes(ordered)),
+        pareto_axes=axes,
+        notes=tuple(_notes(ordered, base)),
     )
 
 
-def _check_key(key: str, known: Sequence[str]) -> None:
-    if key not in known:
-        raise ConfigError(f"{key}: no such column in these runs.{suggest(key, known)}")
+def _key(wanted: str, known: Sequence[str]) -> str:
+    """The key that ``wanted`` names: itself, in whatever case, or the title that the table shows."""
+    if wanted in known:
+        return wanted
+    for key in known:
+        if wanted.casefold() in (key.casefold(), metric_of(key).title.casefold()):
+            return key
+    raise ConfigError(f"{wanted}: no such column in these runs.{suggest(wanted, known)}")
+
+
+def _axes(runs: Sequence[RunRecord], wanted: tuple[str, str], known: Sequence[str]) -> tuple[str, str]:
+    """The metrics of the front; the default ones may be missing: then there is none."""
+    x, y = (key if key in DEFAULT_PARETO else _key(key, known) for key in wanted)
+    figures = {key for run in runs for key in run.metrics}
+    for key in (x, y):
+        if key not in DEFAULT_PARETO and (key not in figures or metric_of(key).better is None):
+            ranked = ", ".join(sorted(figure for figure in figures if metric_of(figure).better))
+            raise ConfigError(f"--pareto {','.join(wanted)}: {key} has no better side; these have one: {ranked}")
+    return x, y
 
 
 def _named(runs: Sequence[RunRecord], wanted: str) -> RunRecord:
@@ -123,8 +146,7 @@ def _meets(run: RunRecord, condition: str, known: Sequence[str]) -> bool:
     if match is None:
         raise ConfigError(f"--where {condition}: is no condition; write e.g. 'psnr>30' or 'analysis=allocate'")
     key, sign, wanted = match.groups()
-    _check_key(key, known)
-    value = value_of(run, key)
+    value = value_of(run, _key(key, known))
     number = _number(wanted)
     if number is not None and isinstance(value, int | float) and not isinstance(value, bool):
         return _OPERATORS[sign](value, number)
@@ -153,9 +175,7 @@ def _number(text: str) -> float | None:
 def _sorted(runs: Sequence[RunRecord], sort: Sequence[str], known: Sequence[str]) -> list[RunRecord]:
     ordered = list(runs)
     for key in reversed(sort):
-        descending, name = key.startswith("-"), key.removeprefix("-")
-        _check_key(name, known)
-        ordered = _by(ordered, name, descending)
+        ordered = _by(ordered, _key(key.removeprefix("-"), known), descending=key.startswith("-"))
     return sorted(ordered, key=lambda run: run.state is not State.COMPLETE)
 
 
@@ -175,21 +195,26 @@ def _by(runs: Sequence[RunRecord], key: str, descending: bool) -> list[RunRecord
 
 
 def _config_columns(runs: Sequence[RunRecord], every: bool) -> list[Column]:
-    """Settings of which two runs that have them have different ones."""
+    """Settings that differ."""
     keys = dict.fromkeys(key for run in runs for key in run.config)
-    found = []
-    for key in keys:
-        if key in HIDDEN and not every:
-            continue
-        if len({_plain(run.config[key]) for run in runs if key in run.config}) > 1:
-            found.append(key)
-    groups = {key for key in found if "." not in key}
-    # A model's own parameters follow from its name; so do a sampler's from the model.
-    follow = [key for key in found if key.partition(".")[0] == "model" and "model" in groups]
-    shown = [key for key in found if every or key not in follow]
-    return [
-        Column(key, key, "", "config") for key in sorted(shown, key=lambda key: ("." in key, list(keys).index(key)))
-    ]
+    shown = [key for key in keys if (every or key not in HIDDEN) and _differs(runs, key, every)]
+    if not every and all(run.config.get("sampler") == run.config.get("model") for run in runs):
+        shown = [key for key in shown if key != "sampler"]  # chosen with the model
+    # Groups first: their parameters say more about them.
+    return [Column(key, key, "", "config") for key in sorted(shown, key=lambda key: "." in key)]
+
+
+def _differs(runs: Sequence[RunRecord], key: str, every: bool) -> bool:
+    """Whether two runs have different values of a setting.
+
+    The defaults of different options follow from the options, whose own column says it all: a group's parameter
+    differs if two runs of one option have different values of it, or if somebody set it.
+    """
+    if every or "." not in key or any(key in run.asked for run in runs):
+        return len({_plain(run.config[key]) if key in run.config else None for run in runs if run.config}) > 1
+    group = key.partition(".")[0]
+    values = {(run.config.get(group), _plain(run.config[key])) for run in runs if key in run.config}
+    return len(values) > len({option for option, _ in values})
 
 
 def _metric_columns(runs: Sequence[RunRecord], every: bool) -> list[Column]:
@@ -233,19 +258,33 @@ def _best(runs: Sequence[RunRecord], column: Column) -> frozenset[str]:
     return frozenset(name for name, value in values.items() if value == best)
 
 
-def _notes(runs: Sequence[RunRecord]) -> list[str]:
+def _models(runs: Sequence[RunRecord]) -> list[str]:
+    return list(dict.fromkeys(str(run.config["model.name"]) for run in runs if "model.name" in run.config))
+
+
+def _notes(runs: Sequence[RunRecord], base: RunRecord | None) -> list[str]:
     notes = []
-    models = dict.fromkeys(str(run.config["model.name"]) for run in runs if "model.name" in run.config)
+    models, done = _models(runs), [run for run in runs if run.state is State.COMPLETE]
     if len(models) > 1:
-        notes.append(f"these are runs of different models ({', '.join(models)}): their figures do not compare")
-    measured = {
-        tuple(_plain(run.config.get(k)) for k in ("evaluation.num_images", "evaluation.seed", "sampler.num_steps"))
-        for run in runs
-        if "psnr" in run.metrics
-    }
-    if len(measured) > 1 and len(models) <= 1:
-        notes.append("they were evaluated on different pictures or steps: compare their errors with care")
-    lacking = [run.name for run in runs if run.state is State.COMPLETE and "psnr" not in run.metrics]
-    if lacking and len(lacking) < sum(run.state is State.COMPLETE for run in runs):
-        notes.append(f"not evaluated, so without PSNR and errors: {len(lacking)} of {len(runs)} runs")
-    return notes
+        alone = "so none is marked as the best; --where model=… leaves those of one"
+        notes.append(f"these are runs of different models ({', '.join(models)}): their figures do not compare, {alone}")
+    elif differing := _measured_otherwise([run for run in runs if "psnr" in run.metrics and run.config]):
+        notes.append(
+            f"they were evaluated on different pictures or steps ({', '.join(differing)}): compare errors with care"
+        )
+    if base is not None and not base.metrics:
+        notes.append(f"the baseline, {base.name}, has no figures")
+    lacking = sum("psnr" not in run.metrics for run in done)
+    if 0 < lacking < len(done):
+        notes.append(f"not evaluated, so without PSNR and errors: {lacking} of {len(runs)} runs")
+    # Of the others the table says what is wrong.
+    spoilt = [f"{run.name}: {run.why}" for run in done if run.why]
+    more = [f"{len(spoilt) - _MOST_TOLD} more runs have files that cannot be read"] if len(spoilt) > _MOST_TOLD else []
+    return [*notes, *spoilt[:_MOST_TOLD], *more]
+
+
+def _measured_otherwise(runs: Sequence[RunRecord]) -> list[str]:
+    """The settings of what is drawn and measured that differ."""
+    keys = dict.fromkeys(key for run in runs for key in run.config if key.startswith(_MEASURED))
+    differing = [k for k in keys if k not in _UNMEASURED and len({_plain(run.config.get(k)) for run in runs}) > 1]
+    return differing

@@ -2,15 +2,16 @@
 
 import glob
 import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from calib.errors import ConfigError
-from calib.runs.layout import CONFIG, METRICS, STATUS
+from calib.runs.layout import CONFIG, ENVIRONMENT, HYDRA, METRICS, PLAN, STATUS
 from calib.runs.record import RunRecord, read_run
 
 #: A folder is a run directory if one of these is in it; a half deleted one may have lost any of them.
-_MARKS = (STATUS, CONFIG, METRICS)
+_MARKS = {STATUS, CONFIG, METRICS, ENVIRONMENT, PLAN, HYDRA}
 
 
 def read_runs(arguments: Sequence[str]) -> list[RunRecord]:
@@ -19,8 +20,10 @@ def read_runs(arguments: Sequence[str]) -> list[RunRecord]:
     Raises:
         ConfigError: an argument names no folder, or none that holds a run directory.
     """
+    # A shell's `sweep/*` names the files beside the jobs too.
+    folders = [argument for argument in arguments if not Path(argument).is_file()]
     found: dict[Path, Path] = {}
-    for argument in arguments:
+    for argument in folders or arguments:
         runs = [run for folder in _folders(argument) for run in run_directories(folder)]
         if not runs:
             raise ConfigError(f"{argument}: holds no run directory; name a run's folder, a sweep's, or a pattern")
@@ -32,25 +35,39 @@ def read_runs(arguments: Sequence[str]) -> list[RunRecord]:
 def _folders(argument: str) -> list[Path]:
     if Path(argument).is_dir():
         return [Path(argument)]
-    matches = [Path(name) for name in sorted(glob.glob(argument, recursive=True)) if Path(name).is_dir()]
+    matches = [Path(name) for name in sorted(glob.glob(argument, recursive=True), key=_natural) if Path(name).is_dir()]
     if not matches:
         raise ConfigError(f"{argument}: no such folder; name a run's folder, a sweep's, or a pattern")
     return matches
 
 
-def run_directories(folder: Path) -> Iterator[Path]:
-    """``folder``, if it is one, or all below it; what is hidden is not looked into."""
-    if any((folder / mark).is_file() for mark in _MARKS):
-        yield folder
+def _natural(name: str) -> list[tuple[int, int, str]]:
+    """Numbers within names in their order: 4.5 before 10."""
+    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d+)", name)]
+
+
+def run_directories(folder: Path, above: frozenset[str] = frozenset()) -> Iterator[Path]:
+    """``folder``, if it is one, or all below it, ``above`` being the folders on the way; hidden ones are left out.
+
+    A folder that cannot be looked into may be one: it is told as such, and the others are not lost.
+    """
+    if not folder.is_dir():
         return
     if not folder.is_dir():
         return
     try:
-        below = sorted(e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith("."))
-    except OSError as error:
-        raise ConfigError(f"{folder}: cannot be read ({error.strerror})") from None
-    for name in below:
-        yield from run_directories(folder / name)
+        entries = list(os.scandir(folder))
+    except OSError:
+        yield folder
+        return
+    if _MARKS & {entry.name for entry in entries}:
+        yield folder
+        return
+    real = os.path.realpath(folder)
+    if real in above:  # a link to a folder that it lies in
+        return
+    for name in sorted((e.name for e in entries if not e.name.startswith(".") and e.is_dir()), key=_natural):
+        yield from run_directories(folder / name, above | {real})
 
 
 def short_names(paths: Sequence[Path]) -> list[str]:

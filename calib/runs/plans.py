@@ -4,7 +4,7 @@ import csv
 import io
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,18 @@ class LayerChoice:
     """What a plan says of one layer.
 
     Attributes:
-        low, high: of the range of its inputs over all steps; None where the plan has no ranges.
+        weight_phases, activation_phases: bits by phase (early, mid, late), where they are others than those for all.
+        clip: percentiles at which the range of its inputs is cut.
+        low, high: of that range over all steps; None where the plan has no ranges.
         drift: 1 - narrowest / widest range over the steps, 0 … 1.
     """
 
     weight_bits: int
     group_size: int
     activation_bits: int
+    weight_phases: Mapping[str, int] = field(default_factory=dict)
+    activation_phases: Mapping[str, int] = field(default_factory=dict)
+    clip: tuple[float, float] = (0.0, 100.0)
     low: float | None = None
     high: float | None = None
     drift: float | None = None
@@ -37,9 +42,9 @@ class LayerChoice:
         return any(not _alike(own[name], its[name]) for name in own)
 
 
-def _alike(one: float | None, other: float | None) -> bool:
-    if one is None or other is None:
-        return one is other
+def _alike(one: Any, other: Any) -> bool:
+    if not isinstance(one, float) or not isinstance(other, float):
+        return bool(one == other)
     return abs(one - other) <= 1e-6 * max(abs(one), abs(other))
 
 
@@ -49,21 +54,35 @@ def read_choices(run: Path) -> dict[str, LayerChoice]:
         raise ConfigError(f"{run}: no {PLAN} there; calib analyze writes one")
     layers, steps = read_json(run / PLAN), read_json(run / STEPS) if (run / STEPS).exists() else {}
     try:
-        ranges = dict(steps.get("activation_ranges") or {})
-        return {str(name): _choice(entry, ranges.get(name)) for name, entry in layers.items()}
+        ranges, phases = dict(steps.get("activation_ranges") or {}), dict(steps.get("phases") or {})
+        return {str(name): _choice(str(name), entry, ranges.get(name), phases) for name, entry in layers.items()}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CalibError(f"{run}: its plan lacks or garbles {error}; calib analyze writes it anew") from None
 
 
-def _choice(entry: Mapping[str, Any], observed: Mapping[str, Any] | None) -> LayerChoice:
-    bits = int(entry["suggested_weight_bits"]), int(entry.get("group_size", 64))
-    choice = LayerChoice(*bits, int(entry["suggested_activation_bits"]))
+def _choice(
+    name: str, entry: Mapping[str, Any], observed: Mapping[str, Any] | None, phases: Mapping[str, Mapping[str, Any]]
+) -> LayerChoice:
+    bits = {key: int(entry[f"suggested_{key}"]) for key in ("weight_bits", "activation_bits")}
+    own = {
+        key: {phase: int(said[key][name]) for phase, said in phases.items() if said.get(key, {}).get(name, b) != b}
+        for key, b in bits.items()
+    }
+    low, high = entry["clip_percentile"] if entry["use_percentile_clipping"] else (0, 100)
+    choice = LayerChoice(
+        weight_bits=bits["weight_bits"],
+        group_size=int(entry.get("group_size", 64)),
+        activation_bits=bits["activation_bits"],
+        weight_phases=own["weight_bits"],
+        activation_phases=own["activation_bits"],
+        clip=(float(low), float(high)),
+    )
     if not observed or not observed["low"]:
         return choice
     lows, highs = [float(x) for x in observed["low"]], [float(x) for x in observed["high"]]
     widths = [high - low for low, high in zip(lows, highs, strict=True)]
     drift = 1 - min(widths) / max(widths) if max(widths) > 0 else 0.0
-    return LayerChoice(*bits, choice.activation_bits, min(lows), max(highs), drift)
+    return replace(choice, low=min(lows), high=max(highs), drift=drift)
 
 
 @dataclass(frozen=True)
@@ -100,21 +119,31 @@ COLUMNS = {
     "weight_bits": "W bits",
     "group_size": "group",
     "activation_bits": "A bits",
+    "clip": "clip",
     "low": "low",
     "high": "high",
     "drift": "drift",
 }
+#: Bits that vary with the phase are told with those that do not.
+_PHASES = {"weight_bits": "weight_phases", "activation_bits": "activation_phases"}
 
 
-def _told(name: str, value: float | None) -> str:
+def _told(choice: LayerChoice, name: str) -> str:
+    value = getattr(choice, name)
     if value is None:
         return "–"
-    return f"{value:.0%}" if name == "drift" else f"{value:.3g}"
+    if name == "clip":
+        return "none" if value == (0, 100) else f"{value[0]:g}–{value[1]:g}%"
+    phases = getattr(choice, _PHASES[name]) if name in _PHASES else {}
+    apart = f" ({', '.join(f'{phase} {bits}' for phase, bits in phases.items())})" if phases else ""
+    return f"{value:.0%}" if name == "drift" else f"{value:.3g}{apart}"
 
 
 def _cell(name: str, pair: tuple[LayerChoice, LayerChoice]) -> str:
-    one, other = (getattr(choice, name) for choice in pair)
-    return _told(name, one) if _alike(one, other) else f"{_told(name, one)} → {_told(name, other)}"
+    keys = [name, _PHASES[name]] if name in _PHASES else [name]
+    one, other = (_told(choice, name) for choice in pair)
+    alike = all(_alike(*(getattr(choice, key) for choice in pair)) for key in keys)
+    return one if alike else f"{one} → {other}"
 
 
 def _rows(found: PlanDifference) -> list[list[str]]:
@@ -153,8 +182,17 @@ def plans_csv(found: PlanDifference) -> str:
     writer.writerow(["layer", *(f"{name}_{side}" for name in names for side in ("a", "b"))])
     for layer, pair in found.layers.items():
         values = [getattr(choice, name) for name in names for choice in pair]
-        writer.writerow([layer, *("" if value is None else value for value in values)])
+        writer.writerow([layer, *map(_raw, values)])
     return out.getvalue()
+
+
+def _raw(value: Any) -> Any:
+    """A value in a table of numbers: 1-99 for a pair, early=4 for a phase's."""
+    if isinstance(value, Mapping):
+        return " ".join(f"{phase}={bits}" for phase, bits in value.items())
+    if isinstance(value, tuple):
+        return "-".join(f"{part:g}" for part in value)
+    return "" if value is None else value
 
 
 def plans_json(found: PlanDifference) -> str:

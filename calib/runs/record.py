@@ -1,6 +1,7 @@
 """What a run directory says of itself, read without MLX or Hydra; whatever is damaged there is told, never raised."""
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -39,6 +40,7 @@ class RunRecord:
         name: what tells it from the others that are looked at, the end of its path.
         error: of a failed run, why.
         config: by dotted key, lists as text; a group's chosen option under the group's own name.
+        asked: keys of the configuration that the command line set.
         metrics: finite numbers by key.
         command: the command line that made it.
         problems: files that could not be read, a line each.
@@ -52,6 +54,7 @@ class RunRecord:
     start: str | None = None
     end: str | None = None
     config: Mapping[str, Scalar] = field(default_factory=dict)
+    asked: frozenset[str] = frozenset()
     metrics: Mapping[str, float] = field(default_factory=dict)
     command: tuple[str, ...] = ()
     problems: tuple[str, ...] = ()
@@ -59,15 +62,16 @@ class RunRecord:
     @property
     def why(self) -> str:
         """What is wrong with it, in one line; '' where nothing is."""
-        return " ".join("; ".join(filter(None, [self.error, *self.problems])).split())
+        line = " ".join("; ".join(filter(None, [self.error, *self.problems])).split())
+        return "".join(character for character in line if character.isprintable())
 
 
 def read_run(path: Path, name: str) -> RunRecord:
     """The run directory ``path``."""
     problems: list[str] = []
     status = _mapping(path / STATUS, problems, _json)
-    config = _config(path, problems)
-    metrics = _mapping(path / METRICS, problems, _json) if (path / METRICS).exists() else {}
+    config, asked = _config(path, problems)
+    metrics = _metrics(path, problems)
     surroundings = _mapping(path / ENVIRONMENT, [], _json)
     state = _state(path, status)
     if state is State.INCOMPLETE and not problems:
@@ -82,14 +86,15 @@ def read_run(path: Path, name: str) -> RunRecord:
         start=_text(status.get("start")),
         end=_text(status.get("end")),
         config=config,
-        metrics={key: float(value) for key, value in metrics.items() if _is_number(value)},
+        asked=asked,
+        metrics=metrics,
         command=tuple(map(str, command)) if isinstance(command, list) else (),
         problems=tuple(problems),
     )
 
 
 def _state(path: Path, status: Mapping[str, Any]) -> State:
-    if not (path / STATUS).exists():
+    if not _is_there(path / STATUS):
         return State.INCOMPLETE
     state = status.get("state")
     if state == "running":
@@ -97,16 +102,38 @@ def _state(path: Path, status: Mapping[str, Any]) -> State:
     return State(state) if state in ("complete", "failed") else State.DAMAGED
 
 
-def _config(path: Path, problems: list[str]) -> dict[str, Scalar]:
-    """Flat, a group's option under the group's name: as Hydra recorded it, or by the function that it names."""
+def _is_there(path: Path) -> bool:
+    """Whether there is such a file, be it one that cannot be reached."""
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _metrics(path: Path, problems: list[str]) -> dict[str, float]:
+    """Finite numbers; other values are told, but for null, which says that there is none."""
+    found = _mapping(path / METRICS, problems, _json) if _is_there(path / METRICS) else {}
+    if strange := [key for key, value in found.items() if value is not None and not _is_number(value)]:
+        more = f" and {len(strange) - 1} more" if len(strange) > 1 else ""
+        problems.append(f"{METRICS}: {strange[0]}{more}: no finite number")
+    return {key: float(value) for key, value in found.items() if _is_number(value)}
+
+
+def _config(path: Path, problems: list[str]) -> tuple[dict[str, Scalar], frozenset[str]]:
+    """Flat, a group's option under the group's name, as Hydra recorded it or by the function that it names.
+
+    Beside it the keys that the command line set.
+    """
     document = _mapping(path / CONFIG, problems, _yaml)
     hydra = path / HYDRA / "hydra.yaml"
-    choices: Any = {}
-    if hydra.exists():
-        found: Any = _mapping(hydra, [], _yaml)
-        for key in ("hydra", "runtime", "choices"):
-            found = found.get(key) if isinstance(found, dict) else None
-        choices = found if isinstance(found, dict) else {}
+    recorded = _mapping(hydra, [], _yaml) if _is_there(hydra) else {}
+    choices, task = _within(recorded, "runtime", "choices"), _within(recorded, "overrides", "task")
+    choices = choices if isinstance(choices, dict) else {}
+    overrides = task if isinstance(task, list) else []
+    asked = frozenset(str(override).lstrip("+~").partition("=")[0] for override in overrides)
     flat: dict[str, Scalar] = {}
     for key, value in document.items():
         if not isinstance(value, dict):
@@ -116,7 +143,14 @@ def _config(path: Path, problems: list[str]) -> dict[str, Scalar]:
         if option:
             flat[str(key)] = str(option)
         flat |= {f"{key}.{inner}": v for inner, v in _flat(value).items() if inner not in ("_target_", "skeleton")}
-    return flat
+    return flat, asked
+
+
+def _within(recorded: Any, *keys: str) -> Any:
+    """An entry of Hydra's own configuration; None where it is not there."""
+    for key in ("hydra", *keys):
+        recorded = recorded.get(key) if isinstance(recorded, dict) else None
+    return recorded
 
 
 def _option(target: Any) -> str | None:
@@ -154,7 +188,10 @@ def _mapping(path: Path, problems: list[str], read: Any) -> dict[str, Any]:
 
 
 def _json(path: Path) -> Any:
-    return read_json(path)
+    try:
+        return read_json(path)
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, brackets in thousands
+        raise CalibError(f"{path}: not valid JSON ({' '.join(str(error).split())[:80]})") from None
 
 
 def _yaml(path: Path) -> Any:
@@ -164,7 +201,7 @@ def _yaml(path: Path) -> Any:
         raise CalibError(f"{path}: no such file") from None
     except OSError as error:
         raise CalibError(f"{path}: cannot be read ({error.strerror})") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a 13th month, say
         raise CalibError(f"{path}: not valid YAML ({' '.join(str(error).split())[:80]})") from None
 
 
@@ -173,4 +210,9 @@ def _text(value: Any) -> str | None:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer that no float holds
+        return False

@@ -12,6 +12,8 @@ from calib.runs.comparison import Comparison
 from calib.runs.record import RunRecord, State
 
 BEST, FRONT = "*", "◆"
+#: Figures that outlast settings where there is no room for both.
+_FIRST = 3
 _BOLD, _DIM, _PLAIN = "\x1b[1m", "\x1b[2m", "\x1b[0m"
 
 
@@ -32,19 +34,26 @@ def cell(comparison: Comparison, run: RunRecord, column: Column) -> str:
 
 
 def terminal_table(comparison: Comparison, width: int, colour: bool = False) -> str:
-    """The table, as many columns as ``width`` characters hold, and under it what it does not say."""
+    """The table, as many columns as ``width`` characters hold, and under it what it does not say.
+
+    Names that would leave no room for figures stand on lines of their own.
+    """
     done = [run for run in comparison.runs if run.state is State.COMPLETE]
     others = [run for run in comparison.runs if run.state is not State.COMPLETE]
-    columns, left_out = _fitting(comparison, done, width)
+    columns, left_out, folded = _layout(comparison, done, width)
     lines = []
     if done:
         rows = [["", "run", *map(heading, columns)]]
         for run in done:
             mark = FRONT if run.name in comparison.pareto else " "
             rows.append([mark, run.name, *(cell(comparison, run, column) for column in columns)])
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        widths[1] = len(rows[0][1]) if folded else widths[1]
         right = [False, False, *(column.kind == "metric" for column in columns)]
         for number, row in enumerate(rows):
+            if folded and number > 0:
+                lines.append(f"{row[0]}  {row[1]}")
+                row[:2] = ["", ""]
             line = "  ".join(
                 f"{text:>{w}}" if r else f"{text:<{w}}" for text, w, r in zip(row, widths, right, strict=True)
             )
@@ -63,22 +72,36 @@ def _styled(text: str, style: str, colour: bool) -> str:
     return f"{style}{text}{_PLAIN}" if colour and style and text else text
 
 
-def _fitting(comparison: Comparison, runs: Sequence[RunRecord], width: int) -> tuple[list[Column], list[Column]]:
-    """Columns that fit, and the others; settings go first, as a job's name says them, then the last figures."""
-    columns = list(comparison.columns)
-    left_out: list[Column] = []
+def _layout(comparison: Comparison, runs: Sequence[RunRecord], width: int) -> tuple[list[Column], list[Column], bool]:
+    """Columns that fit, those that do not, and whether names stand on lines of their own: where that saves columns."""
+    head = len(f"{FRONT}  run")
+    beside = _fitting(comparison, runs, width, head - 3 + max((len(run.name) for run in runs), default=3))
+    apart = _fitting(comparison, runs, width, head)
+    lost = [sum(not _named(column, runs) for column in left_out) for _, left_out in (beside, apart)]
+    return (*apart, True) if lost[1] < lost[0] else (*beside, False)
 
-    def needed() -> int:
-        named = 3 + max((len(run.name) for run in runs), default=3)
-        own = (max(len(heading(c)), *(len(cell(comparison, r, c)) for r in runs)) for c in columns)
-        return named + sum(2 + length for length in own)
 
-    while runs and len(columns) > 1 and needed() > width:
-        settings = [column for column in columns if column.kind == "config"]
-        last = settings[-1] if settings else columns[-1]
-        columns.remove(last)
-        left_out.insert(0, last)
-    return columns, left_out
+def _named(column: Column, runs: Sequence[RunRecord]) -> bool:
+    """Whether the runs' names say a setting, as a sweep's do."""
+    return column.kind == "config" and all(f"{column.key}=" in run.name for run in runs)
+
+
+def _fitting(
+    comparison: Comparison, runs: Sequence[RunRecord], width: int, named: int
+) -> tuple[list[Column], list[Column]]:
+    """Columns that fit beside ``named`` characters, and the others.
+
+    First go settings that the names say, then the last figures, then other settings, then the first figures.
+    """
+    figures = [column for column in comparison.columns if column.kind == "metric"]
+    settings = [column for column in comparison.columns if column.kind == "config"]
+    said, told = ([c for c in settings if _named(c, runs) == whether] for whether in (True, False))
+    going = [*reversed(said), *reversed(figures[_FIRST:]), *reversed(told), *reversed(figures[:_FIRST])]
+    space = {c.key: 2 + max(len(heading(c)), *(len(cell(comparison, r, c)) for r in runs)) for c in going if runs}
+    gone: list[Column] = []
+    while runs and len(going) > 1 and named + sum(space[column.key] for column in going) > width:
+        gone.append(going.pop(0))
+    return [c for c in comparison.columns if c in going], [c for c in comparison.columns if c in gone]
 
 
 def legend(comparison: Comparison) -> list[str]:
@@ -125,7 +148,10 @@ def _row(comparison: Comparison, run: RunRecord) -> dict[str, Any]:
 def json_text(comparison: Comparison) -> str:
     """One document: columns with their units, a row for each run, and all its settings and figures."""
     document = {
-        "columns": [{"key": c.key, "title": c.title, "kind": c.kind, "better": c.better} for c in comparison.columns],
+        "columns": [
+            {"key": c.key, "title": c.title, "unit": c.raw_unit, "kind": c.kind, "better": c.better}
+            for c in comparison.columns
+        ],
         "baseline": None if comparison.baseline is None else comparison.baseline.name,
         "pareto_axes": list(comparison.pareto_axes),
         "best": {key: sorted(names) for key, names in comparison.best.items()},
