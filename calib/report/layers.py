@@ -69,7 +69,7 @@ class Ranges:
     def drift(self) -> NDArray[np.float64]:
         """Width relative to the layer's widest, 0 … 1."""
         with np.errstate(invalid="ignore", divide="ignore"):
-            found: NDArray[np.float64] = self.widths / np.nanmax(self.widths, axis=1, keepdims=True)
+            found: NDArray[np.float64] = self.widths / np.fmax.reduce(self.widths, axis=1, keepdims=True)
         return found
 
 
@@ -96,9 +96,9 @@ def chosen_layers(ranges: Ranges, plan: Mapping[str, Mapping[str, Any]]) -> list
 
     Where one is named for two reasons the next takes its place.
     """
-    drift = 1 - np.nanmin(ranges.drift, axis=1)
+    drift = 1 - np.fmin.reduce(ranges.drift, axis=1)
     by_drift = [ranges.layers[i] for i in np.argsort(-np.nan_to_num(drift))]
-    by_width = [ranges.layers[i] for i in np.argsort(-np.nan_to_num(np.nanmax(ranges.widths, axis=1)))]
+    by_width = [ranges.layers[i] for i in np.argsort(-np.nan_to_num(np.fmax.reduce(ranges.widths, axis=1)))]
     entries = {layer: plan.get(_own(layer), {}) for layer in ranges.layers}
     fragile = sorted(
         ranges.layers,
