@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from calib.config import BESIDES
 from calib.errors import CalibError, ConfigError
 from calib.files import is_locked, read_json, short_hash
 from calib.runs.layout import LOCK, STATUS
@@ -16,8 +17,6 @@ from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig
 
 LONGEST_NAME = 80
-#: What a job's result, and so its folder's name, does not depend on.
-BESIDES = ("swept", "cache_dir", "keep_awake")
 #: Launchers that are packages of their own, by option of hydra/launcher.
 LAUNCHERS = {
     "joblib": ("hydra-joblib-launcher", "calib[joblib]"),
@@ -35,7 +34,7 @@ def _key(override: str) -> str:
 
 
 def _own(overrides: Sequence[str]) -> list[str]:
-    """What a name depends on, by key; overrides of the same key stay in their order, as the last one wins."""
+    """What results, and so a name, depend on, by key; overrides of the same key stay in their order, as the last one wins."""
     return sorted((o for o in overrides if _key(o) not in BESIDES), key=_key)
 
 
