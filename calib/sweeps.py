@@ -34,7 +34,7 @@ def _key(override: str) -> str:
 
 
 def _own(overrides: Sequence[str]) -> list[str]:
-    """What results, and so a name, depend on, by key; overrides of the same key stay in their order, as the last one wins."""
+    """What a name depends on, by key; those of the same key stay in their order, as the last one wins."""
     return sorted((o for o in overrides if _key(o) not in BESIDES), key=_key)
 
 
