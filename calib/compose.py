@@ -30,7 +30,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 PACKAGE = Path(__file__).parent
@@ -148,15 +148,21 @@ def _planned_sweep(
     overrides = _parse(with_params([in_short(o) for o in parsed], keys, config))
     swept = [o.key_or_group for o in overrides if o.is_sweep_override()]
     given = [*(o.input_line or "" for o in overrides), f"swept=[{','.join(swept)}]"]
+    if "calib_sweep" not in str(OmegaConf.to_container(config.hydra.sweep, resolve=False)):
+        # A folder of the user's own, named by the time, say: it is named once, as each composition would see another.
+        given = [o for o in given if not o.startswith("hydra.sweep.dir=")]
+        given.append(f"hydra.sweep.dir='{_folder(config, 'sweep', 'dir')}'")
     jobs = jobs_of(_parse(given), config)
     paths, transformer = [], 0
-    for job in jobs:
+    for number, job in enumerate(jobs):
         try:
-            sweep_dir, settings = _check_job([*search, *job], True, arguments.shows)
+            folder, settings = _check_job([*search, *job], True, arguments.shows, number)
         except ConfigError as error:
             which = job_name([o for o in job if not o.startswith("hydra")], swept)
             raise ConfigError(f"{error} (job {which}, of {len(jobs)}; none was started)") from None
-        paths.append(sweep_dir)
+        if folder in paths:
+            raise ConfigError(f"hydra.sweep.subdir: gives two jobs the folder {folder.name}; leave it out")
+        paths.append(folder)
         if settings.skeleton is not None:
             transformer = max(transformer, nbytes(settings.skeleton()))
     launcher = dict(config.hydra.launcher)
@@ -169,15 +175,25 @@ def _planned_sweep(
     return Planned(given, True, paths if basic else [], side_by_side(launcher, len(jobs)))
 
 
-def _check_job(overrides: list[str], multirun: bool, shows: bool) -> tuple[Path, Settings]:
+def _check_job(overrides: list[str], multirun: bool, shows: bool, number: int = 0) -> tuple[Path, Settings]:
     """Raise unless this job can be run, as far as can be known; its folder and what it was asked."""
     config = _compose(overrides)
     settings = build(plain(config), multirun)
     if not shows:
         _check_folders(config, settings, multirun)
         precheck(settings)
-    section = config.hydra["sweep" if multirun else "run"]
-    return Path(str(section.dir), *([str(section.subdir)] if multirun else [])), settings
+    if not multirun:
+        return Path(_folder(config, "run", "dir")), settings
+    with open_dict(config):
+        config.hydra.job.num, config.hydra.job.id = number, str(number)  # as Hydra will
+    return Path(_folder(config, "sweep", "dir"), _folder(config, "sweep", "subdir")), settings
+
+
+def _folder(config: DictConfig, section: str, key: str) -> str:
+    try:
+        return str(config.hydra[section][key])
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"hydra.{section}.{key}: {_first_line(error)}") from None
 
 
 def _compose(overrides: list[str]) -> DictConfig:
@@ -245,7 +261,7 @@ def plain(config: DictConfig) -> dict[str, Any]:
 
 def _check_folders(config: DictConfig, settings: Settings, multirun: bool) -> None:
     section = "sweep" if multirun else "run"
-    check_writable(f"hydra.{section}.dir", Path(str(config.hydra[section].dir)))
+    check_writable(f"hydra.{section}.dir", Path(_folder(config, section, "dir")))
     if settings.export_config is not None:
         if settings.export_config.is_dir():
             raise ConfigError.bad_value("export_config", settings.export_config, "is a folder; name a file")

@@ -140,6 +140,19 @@ def test_what_hydra_can_express_is_a_sweep(resolvers: Path, sweep: str, values: 
     assert [folder.name for folder in what.folders] == values
 
 
+def test_folders_of_the_users_own_are_known_beforehand(resolvers: Path) -> None:
+    given = ["-m", "seed=1,2", "hydra.sweep.dir=sweeps/${now:%f}", "hydra.sweep.subdir=job${hydra.job.num}"]
+    what = planned(take_apart(given))
+    assert [folder.name for folder in what.folders] == ["job0", "job1"]
+    (sweep_dir,) = [o for o in what.overrides if o.startswith("hydra.sweep.dir=")]
+    assert sweep_dir == f"hydra.sweep.dir='{what.folders[0].parent}'", "named once, for all that composes it again"
+
+
+def test_two_jobs_never_share_a_folder(resolvers: Path) -> None:
+    with pytest.raises(ConfigError, match="gives two jobs the folder same"):
+        planned(take_apart(["-m", "seed=1,2", "hydra.sweep.subdir=same"]))
+
+
 @pytest.mark.parametrize(
     ("experiment", "images", "steps", "collected", "guidance"),
     [("quick", 4, 10, 5, 3.0), ("origin", 1000, 50, 17, 3.0), ("taqdit", 256, 100, 25, 1.5)],

@@ -102,30 +102,30 @@ class StepCache:
 
     def join_parts(self, step: int, parts: int) -> None:
         """Merge the ``parts`` of a step into its record, and remove them."""
-        records = []
-        for part in range(parts):
+        merged: StepRecord | None = None
+        tables = []
+        for part in range(parts):  # one at a time: of a hundred thousand images there are hundreds
             record = self.load(step, part)
             if record is None:
                 raise CalibError(f"{self.path(step, part)}: was damaged just now; run the same command again")
-            records.append(record)
-        merged = records[0]
-        for record in records[1:]:
-            merged = merged.merge(record)
-        if records[0].samples:
-            merged.samples = self._join_samples(step, records)
+            tables.append(record.samples)
+            merged = record if merged is None else merged.merge(record)
+        assert merged is not None
+        if tables[0]:
+            merged.samples = self._join_samples(step, tables)
         self.save(merged)
         for part in range(parts):
             self.path(step, part).unlink(missing_ok=True)
             self.samples_path(step, part).unlink(missing_ok=True)
 
-    def _join_samples(self, step: int, records: Sequence[StepRecord]) -> dict[str, Any]:
-        tables = []
+    def _join_samples(self, step: int, tables: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        moved = []
         with replacing(self.samples_path(step)) as temporary, open(temporary, "wb") as whole:
-            for part, record in enumerate(records):
-                tables.append(shifted(record.samples, whole.tell()))
+            for part, table in enumerate(tables):
+                moved.append(shifted(table, whole.tell()))
                 with open(self.samples_path(step, part), "rb") as file:
                     shutil.copyfileobj(file, whole, 1 << 24)
-        return joined(tables)
+        return joined(moved)
 
     @contextmanager
     def lock(self) -> Iterator[None]:
