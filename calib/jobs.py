@@ -1,6 +1,5 @@
 """One job in its run directory, and many of them: a sweep that survives what happens to its jobs."""
 
-import logging
 import os
 import shutil
 import signal
@@ -40,8 +39,6 @@ CONSOLE = "console.txt"
 PARENT_VARIABLE = "CALIB_SWEEP_PROCESS"
 #: How jobs of a sweep may stand at its end.
 STATES = ("complete", "failed", "running", "incomplete")
-
-logger = logging.getLogger("calib")
 
 
 def short(path: Path) -> Path:
@@ -83,7 +80,6 @@ def _report(path: Path, told: bool = True) -> str:
     try:
         return f"; open {short(write_report(path))}"
     except Exception as error:  # of a full disk, say
-        logger.warning("%s: %s", REPORT, traceback.format_exc())
         if told:
             say(f"calib: note: {path / REPORT}: could not be written ({in_a_line(error, path)})")
         return ""
