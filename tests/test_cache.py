@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -278,6 +279,31 @@ def test_parts_that_were_finished_are_kept_and_damaged_ones_collected_again(
     left = {path.name for path in collection.cache.folder.iterdir() if not path.name.startswith(".")}
     steps = [f"step_{step:04d}" for step in (0, 3)]
     assert left == {"about.json", *(f"{step}.npz" for step in steps), *(f"{step}.samples" for step in steps)}
+
+
+def test_parts_are_joined_one_at_a_time(whole: Whole, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hundred thousand images are collected in hundreds of parts: together they do not fit into memory."""
+    cache = StepCache(tmp_path, {})
+    for part in range(6):
+        cache.save(whole.records[3], part)
+    loaded: list[weakref.ref[StepRecord]] = []
+    most = 0
+    load = StepCache.load
+
+    def counting(cache: StepCache, step: int, part: int | None = None) -> StepRecord | None:
+        nonlocal most
+        record = load(cache, step, part)
+        assert record is not None
+        loaded.append(weakref.ref(record))
+        most = max(most, sum(one() is not None for one in loaded))
+        return record
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StepCache, "load", counting)
+        cache.join_parts(3, 6)
+    assert len(loaded) == 6 and most <= 2
+    joined = cache.load(3)
+    assert joined is not None and joined.images == whole.records[3].images * 6
 
 
 def test_parts_of_other_images_are_collected_again(

@@ -489,6 +489,21 @@ def test_a_device_that_fails_ends_with_one_line_that_says_what_is_done(model: Di
     assert sorted(load_manifest(tmp_path).images) == [0, 1]
 
 
+def test_what_is_no_failure_of_the_device_is_not_called_one(model: DiffusionModel, tmp_path: Path) -> None:
+    """A time limit, say: submitit ends a job with an error that is a RuntimeError by descent."""
+
+    class TimedOut(RuntimeError): ...
+
+    class Ending(DiffusionModel):
+        def denoise(self, *arguments: mx.array, **named: mx.array) -> mx.array:
+            raise TimedOut("timed-out too many times")
+
+    ending = Ending.__new__(Ending)
+    vars(ending).update(vars(model))
+    with pytest.raises(TimedOut):
+        make(ending, tmp_path, 2)
+
+
 def test_a_slow_manifest_is_written_less_often_and_complete_in_the_end(
     model: DiffusionModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

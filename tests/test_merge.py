@@ -69,6 +69,18 @@ def test_shards_in_any_order_merge_to_the_whole_bit_for_bit(
     assert metadata["shard"] == {"index": 0, "count": 1}
 
 
+def test_the_folder_of_a_sweep_stands_for_its_run_directories(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    outcome = merge(capsys, runs / "shards", "--into", tmp_path / "joined")
+    assert outcome.status == 0, outcome.err
+    assert outcome.out == f"{tmp_path / 'joined'}: 5 images of 3 shards\n"
+    statistics = "layer_statistics.json"
+    assert (tmp_path / "joined" / statistics).read_bytes() == (runs / "whole" / statistics).read_bytes()
+    from_json = json.loads((tmp_path / "joined" / "collection_metadata.json").read_text())
+    assert from_json["merged_from"] == [str(runs / "shards" / str(i)) for i in range(3)]
+
+
 def test_what_was_merged_can_be_analysed(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     into = tmp_path / "joined"
     assert merge(capsys, *(runs / "shards" / str(i) for i in range(3)), "--into", into).status == 0
