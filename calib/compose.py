@@ -161,7 +161,7 @@ def _planned_sweep(
             which = job_name([o for o in job if not o.startswith("hydra")], swept)
             raise ConfigError(f"{error} (job {which}, of {len(jobs)}; none was started)") from None
         if folder in paths:
-            raise ConfigError(f"hydra.sweep.subdir: gives two jobs the folder {folder.name}; leave it out")
+            raise ConfigError(_shared(folder, job, jobs[paths.index(folder)]))
         paths.append(folder)
         if settings.skeleton is not None:
             transformer = max(transformer, nbytes(settings.skeleton()))
@@ -173,6 +173,13 @@ def _planned_sweep(
         return Planned(jobs[0], False, [])
     basic = str(config.hydra.sweeper.get("_target_")).endswith(".BasicSweeper")
     return Planned(given, True, paths if basic else [], side_by_side(launcher, len(jobs)))
+
+
+def _shared(folder: Path, job: Sequence[str], earlier: Sequence[str]) -> str:
+    """Why two jobs of a sweep would have one folder."""
+    if job == earlier:
+        return f"{' '.join(o for o in job if not o.startswith(('hydra', 'swept=')))}: this job twice; name it once"
+    return f"hydra.sweep.subdir: gives two jobs the folder {folder.name}; leave it out"
 
 
 def _check_job(overrides: list[str], multirun: bool, shows: bool, number: int = 0) -> tuple[Path, Settings]:

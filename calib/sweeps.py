@@ -33,9 +33,12 @@ def _key(override: str) -> str:
     return override.partition("=")[0].lstrip("+~")
 
 
-def _own(overrides: Sequence[str]) -> list[str]:
-    """What a name depends on, by key; those of the same key stay in their order, as the last one wins."""
-    return sorted((o for o in overrides if _key(o) not in BESIDES), key=_key)
+def _own(overrides: Sequence[str], swept: Sequence[str]) -> list[str]:
+    """What a name depends on, by key; those of the same key stay in their order, as the last one wins.
+
+    What no result depends on is left out, unless it varies: two jobs never share a folder.
+    """
+    return sorted((o for o in overrides if _key(o) in swept or _key(o) not in BESIDES), key=_key)
 
 
 def _name(words: Sequence[str], everything: Sequence[str], leaves_out: bool) -> str:
@@ -53,7 +56,7 @@ def job_name(overrides: Sequence[str], swept: Sequence[str] = ()) -> str:
 
     The stage, the overrides that vary, and a hash of all where that leaves anything out.
     """
-    own = _own(overrides)
+    own = _own(overrides, swept)
     stage = [o.partition("=")[2] for o in own if _key(o) == "stage" and o != "stage=run"]
     rest = [o for o in own if _key(o) != "stage"]
     varied = [o for o in rest if _key(o) in swept] or rest
@@ -65,7 +68,7 @@ def sweep_name(overrides: Sequence[str], swept: Sequence[str] = ()) -> str:
 
     The values are not in it: the same sweep with more of them goes on in the same folder.
     """
-    own = _own(overrides)
+    own = _own(overrides, swept)
     stage = [o.partition("=")[2] for o in own if _key(o) == "stage" and o != "stage=run"]
     fixed = [o for o in own if _key(o) not in (*swept, "stage")]
     return _name([*stage, *sorted(swept)] or ["default"], [*stage, *sorted(swept), *fixed], bool(fixed))

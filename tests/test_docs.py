@@ -5,12 +5,14 @@ import os
 import re
 import shlex
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from calib.__main__ import main
 
 import pytest
 from helpers import CHECKOUT
+from joblib.externals.loky import get_reusable_executor
 
 GUIDES = ("QUICKSTART_CALIBRATION.md", "README_CALIBRATION.md")
 #: What makes a job of minutes one of seconds; the same for all, as stages must find what earlier ones made.
@@ -51,6 +53,13 @@ def smaller(line: str) -> list[str]:
         for part in [word] if "analysis.average_bits=4,5" in given else SMALLER.get(word, word).split(" "):
             words += sorted(glob.glob(part)) if "*" in part and "=" not in part else [part]
     return words if given and given[0] in WITHOUT_HYDRA else [*words, *SMALL]
+
+
+@pytest.fixture
+def folder(folder: Path) -> Iterator[Path]:
+    """An empty working folder, and none of joblib's idle workers afterwards: they keep the folder they started in."""
+    yield folder
+    get_reusable_executor().shutdown(wait=True)
 
 
 @pytest.mark.parametrize("guide", GUIDES)

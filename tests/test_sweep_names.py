@@ -79,6 +79,11 @@ def test_what_no_result_depends_on_is_in_no_name() -> None:
     assert sweep_name(besides, ["seed"]) == sweep_name(plain, ["seed"])
 
 
+def test_what_no_result_depends_on_is_in_the_name_where_it_varies() -> None:
+    names = [job_name(["seed=1", f"keep_awake={awake}"], ["keep_awake"]) for awake in ("false", "true")]
+    assert len(set(names)) == 2 and names[1].startswith("keep_awake=true-")
+
+
 def test_a_sweep_has_one_folder_whatever_its_values_and_another_for_another_sweep() -> None:
     assert sweep_name(["seed=1,2", "analysis=range,cv"], ["seed", "analysis"]) == "analysis,seed"
     fixed = sweep_name(["seed=1,2", "num_images=3"], ["seed"])
@@ -151,6 +156,11 @@ def test_folders_of_the_users_own_are_known_beforehand(resolvers: Path) -> None:
 def test_two_jobs_never_share_a_folder(resolvers: Path) -> None:
     with pytest.raises(ConfigError, match="gives two jobs the folder same"):
         planned(take_apart(["-m", "seed=1,2", "hydra.sweep.subdir=same"]))
+
+
+def test_a_value_named_twice_is_said_to_be() -> None:
+    with pytest.raises(ConfigError, match="^seed=1: this job twice; name it once$"):
+        planned(take_apart(["-m", "seed=1,2,1"]))
 
 
 @pytest.mark.parametrize(
