@@ -159,7 +159,7 @@ def test_two_jobs_never_share_a_folder(resolvers: Path) -> None:
 
 
 def test_a_value_named_twice_is_said_to_be() -> None:
-    with pytest.raises(ConfigError, match="^seed=1: this job twice; name it once$"):
+    with pytest.raises(ConfigError, match=r"^seed=1: this job twice; name it once$"):
         planned(take_apart(["-m", "seed=1,2,1"]))
 
 
