@@ -42,7 +42,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("runs", metavar="DIR", nargs="+", help="a run's folder, a sweep's, or a pattern")
     parser.add_argument("--sort", action="append", default=[], metavar="KEY", help="by a column; -KEY for descending")
     parser.add_argument(
-        "--where", action="append", default=[], metavar="COND", help="only runs with e.g. 'psnr>30', 'state=failed'"
+        "--where",
+        action="append",
+        default=[],
+        metavar="COND",
+        help="only runs with e.g. 'psnr>30', 'size<5.5', 'state=failed'",
     )
     parser.add_argument("--baseline", metavar="RUN", help="show differences to this one")
     parser.add_argument(
@@ -79,6 +83,10 @@ def main(arguments: Sequence[str]) -> int:
         if given.layers:
             if given.html:
                 raise ConfigError("--html: is a page of whole runs; with --layers use --csv, --json or --markdown")
+            if useless := [flag for flag in ("sort", "where", "baseline") if getattr(given, flag)]:
+                raise ConfigError(
+                    f"--{useless[0]}: is for a table of runs; --layers compares two plans, layer by layer"
+                )
             found = compare_plans(runs, given.all)
             _write(given, found, {"csv": plans_csv, "json": plans_json, "markdown": plans_markdown}, plans_text)
             return 0

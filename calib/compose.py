@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from calib.activations.replay import cores
 from calib.config import build, check_writable
-from calib.errors import ConfigError, suggest
+from calib.errors import CalibError, ConfigError, suggest
 from calib.models.memory import device_memory, nbytes
 from calib.pipeline import precheck
 from calib.settings import Settings
@@ -153,7 +153,8 @@ def _planned_sweep(
         given = [o for o in given if not o.startswith("hydra.sweep.dir=")]
         given.append(f"hydra.sweep.dir='{_folder(config, 'sweep', 'dir')}'")
     jobs = jobs_of(_parse(given), config)
-    paths, transformer = [], 0
+    paths: list[Path] = []
+    transformer = 0
     for number, job in enumerate(jobs):
         try:
             folder, settings = _check_job([*search, *job], True, arguments.shows, number)
@@ -166,6 +167,8 @@ def _planned_sweep(
         if settings.skeleton is not None:
             transformer = max(transformer, nbytes(settings.skeleton()))
     launcher = dict(config.hydra.launcher)
+    if is_joblib(launcher) and launcher["n_jobs"] == 0:
+        raise ConfigError.bad_value("hydra.launcher.n_jobs", 0, "must be 1 or more, or -1 for one a processor")
     if is_joblib(launcher) and "hydra.launcher.n_jobs" not in [o.key_or_group for o in parsed]:
         launcher["n_jobs"] = sensible_jobs(len(jobs), cores(), device_memory(), transformer)
         given.append(f"hydra.launcher.n_jobs={launcher['n_jobs']}")
@@ -188,7 +191,11 @@ def _check_job(overrides: list[str], multirun: bool, shows: bool, number: int = 
     settings = build(plain(config), multirun)
     if not shows:
         _check_folders(config, settings, multirun)
-        precheck(settings)
+        try:
+            precheck(settings)
+        except CalibError as error:  # damaged files, say: of a sweep's job they are its own failure, found when it runs
+            if not multirun or isinstance(error, ConfigError):
+                raise
     if not multirun:
         return Path(_folder(config, "run", "dir")), settings
     with open_dict(config):

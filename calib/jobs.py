@@ -16,7 +16,7 @@ from calib import interrupts
 from calib.compose import Planned
 from calib.config import build
 from calib.errors import CalibError
-from calib.files import write_text
+from calib.files import write_json, write_text
 from calib.models.memory import divide_memory
 from calib.pipeline import content_fingerprint, run_stage
 from calib.progress import counted, readable_duration, say
@@ -25,7 +25,7 @@ from calib.report.run import write_report
 from calib.runs.comparison import compare
 from calib.runs.directory import RunDirectory
 from calib.runs.find import read_runs
-from calib.runs.layout import COMPARISON, REPORT
+from calib.runs.layout import COMPARISON, REPORT, SWEEP
 from calib.runs.tables import terminal_table
 from calib.sweeps import JOBS_VARIABLE, Ended, ended, jobs_in_all, side_by_side
 
@@ -169,6 +169,7 @@ def run_sweep(launch: Callable[[], object], what: Planned) -> int:
     os.environ[PARENT_VARIABLE] = str(os.getpid())
     if what.side_by_side > 1:
         say(f"{what.side_by_side} jobs side by side, each with its share of processors and memory")
+    _announce(what.folders)
     start, error = time.monotonic(), None
     try:
         launch()
@@ -186,10 +187,29 @@ def run_sweep(launch: Callable[[], object], what: Planned) -> int:
     if error is not None and (lacking or not jobs):
         raise CalibError(f"{_launcher_failed(error)}; the same command goes on from what is finished") from error
     if lacking:
-        names = ", ".join(job.path.name for job in lacking)
-        more = "their run.log says why; the same command runs them again"
-        raise CalibError(f"{len(lacking)} of the sweep's {counted(len(jobs), 'job')} failed ({names}); {more}")
+        raise CalibError(_lacking(lacking, len(jobs)))
     return 0
+
+
+def _announce(folders: Sequence[Path]) -> None:
+    """Write down which jobs there will be: killed, the sweep could not say which it had not begun."""
+    if folders:
+        sweep = folders[0].parent
+        sweep.mkdir(parents=True, exist_ok=True)
+        write_json(sweep / SWEEP, {"jobs": [f.name for f in folders if f.parent == sweep]})
+
+
+def _lacking(lacking: Sequence[Ended], jobs: int) -> str:
+    """Which jobs of a sweep are not complete, each kind with what to do."""
+    told = []
+    for states, what, todo in (
+        (("failed",), "failed", "their run.log says why; the same command runs them again"),
+        (("incomplete",), "ended without a word", "the same command goes on with them"),
+        (("running",), "are run by another process", "wait for it"),
+    ):
+        if names := [job.path.name for job in lacking if job.state in states]:
+            told.append(f"{len(names)} of the sweep's {counted(jobs, 'job')} {what} ({', '.join(names)}); {todo}")
+    return ". ".join(told)
 
 
 def _launcher_failed(error: Exception) -> str:

@@ -278,6 +278,9 @@ def test_plans_are_compared_layer_by_layer(sweep: Path, tmp_path: Path, capsys: 
     (other / "quantization_config.json").write_text(json.dumps(plan))
     steps = json.loads((other / "timestep_config.json").read_text())
     steps["activation_ranges"]["final_layer.linear"] = {"from_step": [0, 2], "low": [-1, -2], "high": [1, 6]}
+    seen = steps["drift"]["final_layer.linear"]
+    assert 0 < seen < 1, "of what was seen, also where one range serves all steps"
+    steps["drift"]["final_layer.linear"] = 0.75
     (other / "timestep_config.json").write_text(json.dumps(steps))
     given = [str(sweep / "analysis=range"), str(other), "--layers"]
     outcome = told(given, capsys)
@@ -286,7 +289,8 @@ def test_plans_are_compared_layer_by_layer(sweep: Path, tmp_path: Path, capsys: 
     assert "2 layers differ, 59 agree" in outcome.out
     document = json.loads(told([*given, "--json"], capsys).out)
     assert set(document["layers"]) == {"x_embedder", "final_layer.linear"}
-    assert document["layers"]["final_layer.linear"]["b"]["drift"] == pytest.approx(1 - 2 / 8)
+    drifts = [document["layers"]["final_layer.linear"][side]["drift"] for side in ("a", "b")]
+    assert drifts == [pytest.approx(seen), 0.75]
     rows = list(csv.DictReader(io.StringIO(told([*given, "--csv", "--all"], capsys).out)))
     assert len(rows) == 61
     assert told([*given, "--markdown"], capsys).out.count("\n| ") == 3

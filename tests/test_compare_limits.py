@@ -122,6 +122,39 @@ def test_damaged_files_of_a_complete_run_are_told_in_a_note(
     assert "42.00" in outcome.out
 
 
+def test_figures_that_are_lost_are_not_called_unmeasured(sweep: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(sweep / "analysis=range", tmp_path / "lost"))
+    (run / "metrics.json").unlink()
+    (found,) = read_runs([str(run)])
+    assert found.state is State.COMPLETE and "metrics.json is lost" in found.why
+    notes = compare([*read_runs([str(sweep)]), found]).notes
+    assert any("metrics.json is lost" in note for note in notes)
+    assert not any("not evaluated" in note for note in notes)
+
+
+def test_jobs_that_a_sweep_did_not_come_to_are_listed(sweep: Path, tmp_path: Path) -> None:
+    killed = tmp_path / "killed"
+    shutil.copytree(sweep / "analysis=range", killed / "seed=1")
+    (killed / "sweep.json").write_text(json.dumps({"jobs": ["seed=1", "seed=2", "seed=10", "../elsewhere"]}))
+    runs = read_runs([str(killed)])
+    assert [run.name for run in runs] == ["seed=1", "seed=2", "seed=10"]
+    assert [run.state for run in runs] == [State.COMPLETE, State.INCOMPLETE, State.INCOMPLETE]
+    assert "was not begun" in runs[1].why
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", '{"jobs": 3}', '{"jobs": [{}]}'])
+def test_a_damaged_list_of_jobs_hides_no_run(sweep: Path, tmp_path: Path, content: str) -> None:
+    shutil.copytree(sweep / "analysis=range", tmp_path / "sweep" / "seed=1")
+    (tmp_path / "sweep" / "sweep.json").write_text(content)
+    assert "seed=1" in [run.name for run in read_runs([str(tmp_path / "sweep")])]
+
+
+@pytest.mark.parametrize("flag", ["--sort=psnr", "--where=psnr>3", "--baseline=x"])
+def test_what_is_for_tables_is_refused_with_layers(sweep: Path, capsys: pytest.CaptureFixture[str], flag: str) -> None:
+    outcome = told([str(sweep / "analysis=range"), str(sweep / "analysis=sqnr"), "--layers", flag], capsys)
+    assert outcome.status == 2 and outcome.err.count("\n") == 1 and flag.partition("=")[0] in outcome.err
+
+
 def test_an_error_cannot_speak_to_the_terminal(sweep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = Path(shutil.copytree(sweep / "analysis=range", tmp_path / "run"))
     changed(run / "status.json", state="failed", error="\x1b[2J gone\r\nand more")
@@ -183,8 +216,17 @@ def test_figures_of_other_pictures_are_told(key: str, other: float) -> None:
 
 
 def test_keys_may_be_written_as_the_table_shows_them(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    outcome = told([str(sweep), "--sort", "PSNR", "--where", "Size<7e6", "--where", "state=complete", "--csv"], capsys)
+    outcome = told([str(sweep), "--sort", "PSNR", "--where", "Size<7", "--where", "state=complete", "--csv"], capsys)
     assert [line.partition(",")[0] for line in outcome.out.splitlines()[1:]] == ["analysis=range", "analysis=uniform"]
+
+
+def test_figures_are_compared_in_the_unit_of_the_word_that_names_them(sweep: Path) -> None:
+    runs = read_runs([str(sweep)])
+    for condition in ("quantized_bytes<7e6", "size<7", "size < 7", "output error>0.05", "output_error>0.05"):
+        assert {run.name for run in compare(runs, where=[condition, "state=complete"]).runs} == {
+            "analysis=range",
+            "analysis=uniform",
+        }
 
 
 @pytest.mark.parametrize("axes", [("state", "psnr"), ("control_psnr", "psnr"), ("analysis", "psnr")])

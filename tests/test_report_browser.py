@@ -168,7 +168,7 @@ def test_dots_have_tooltips(browser: Chrome, run_page: Path) -> None:
     opened(browser, run_page)
     script = "return [...document.querySelectorAll('svg g > title')].map((t) => t.textContent)"
     tips = browser.execute_script(script)
-    assert len(tips) == 61 and all("S = " in tip and "kB" in tip for tip in tips)
+    assert len(tips) == 2 * 61 and all("S = " in tip and "kB" in tip for tip in tips)
 
 
 def names(browser: Chrome) -> list[str]:
@@ -190,7 +190,7 @@ def test_the_table_is_sorted_narrowed_and_shows_differences(browser: Chrome, com
         assert values == sorted(values, reverse=direction == "descending") and len(values) >= 3
     box = browser.find_element(By.CSS_SELECTOR, "input[data-filter=runs]")
     box.send_keys("sqnr")
-    assert names(browser) == ["analysis=sqnr"]
+    assert names(browser) == ["sqnr"]
     box.clear()
     box.send_keys(" ")
     assert len(names(browser)) == 3
@@ -198,6 +198,31 @@ def test_the_table_is_sorted_narrowed_and_shows_differences(browser: Chrome, com
     assert any(delta.is_displayed() for delta in deltas)
     browser.find_element(By.CSS_SELECTOR, "[data-deltas]").click()
     assert not any(delta.is_displayed() for delta in deltas)
+
+
+@pytest.mark.parametrize("which", ["run_page", "comparison"])
+def test_a_phone_gets_figures_of_its_own_width(browser: Chrome, which: str, request: pytest.FixtureRequest) -> None:
+    for width, other in ((375, ".wide"), (1200, ".narrow")):
+        opened(browser, request.getfixturevalue(which), width)
+        figures = browser.find_elements(By.CSS_SELECTOR, "figure svg")
+        shown = [figure for figure in figures if figure.is_displayed()]
+        assert len(shown) * 2 == len(figures)
+        assert not any(figure.is_displayed() for figure in browser.find_elements(By.CSS_SELECTOR, other))
+        for figure in shown:
+            assert figure.rect["x"] >= 0 and figure.rect["x"] + figure.rect["width"] <= width
+            script = "return arguments[0].getBoundingClientRect().width / arguments[0].viewBox.baseVal.width"
+            assert browser.execute_script(script, figure) > 0.9, "letters of seven points stay legible"
+
+
+def test_on_paper_everything_is_open(browser: Chrome, run_page: Path) -> None:
+    opened(browser, run_page)
+    closed = "return document.querySelectorAll('details:not([open])').length"
+    before = browser.execute_script(closed)
+    assert before >= 2
+    browser.execute_script("dispatchEvent(new Event('beforeprint'))")
+    assert browser.execute_script(closed) == 0
+    browser.execute_script("dispatchEvent(new Event('afterprint'))")
+    assert browser.execute_script(closed) == before
 
 
 def test_pages_print_in_light_without_controls(browser: Chrome, run_page: Path) -> None:

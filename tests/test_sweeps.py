@@ -9,9 +9,21 @@ from pathlib import Path
 from calib.activations.reader import ActivationFile
 from calib.dataset.load import load_manifest
 from calib.files import is_locked
+from calib.jobs import _lacking
+from calib.sweeps import Ended
 
 import pytest
-from helpers import TINY, contents, end, run_here, run_process, run_without_rights, start_process, wait_until
+from helpers import (
+    TINY,
+    contents,
+    end,
+    is_one_clear_line,
+    run_here,
+    run_process,
+    run_without_rights,
+    start_process,
+    wait_until,
+)
 
 #: A job in a second: nothing is drawn again.
 SMALL = (*TINY[:4], "evaluation=none", "taps.include=['*.fc2']")
@@ -105,6 +117,32 @@ def test_a_job_that_cannot_begin_is_recorded_too(
     (failed,) = (name for name, status in found.items() if status["state"] == "failed")
     assert "damaged" in failed and "samples" in found[failed]["error"]
     assert "Traceback" in (folder / "sweep" / failed / "run.log").read_text()
+
+
+def test_a_damaged_dataset_fails_its_own_job_alone(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "damaged").mkdir()
+    (folder / "damaged" / "manifest.json").write_text("{")
+    outcome = run_here(["-m", *SMALL, "data_dir=damaged,whole", "hydra.sweep.dir=sweep"], capsys)
+    assert outcome.status == 1
+    found = {path.parent.name: json.loads(path.read_text()) for path in folder.glob("sweep/*/status.json")}
+    assert sorted(status["state"] for status in found.values()) == ["complete", "failed"]
+    (error,) = (status["error"] for status in found.values() if status["error"])
+    assert error.startswith("damaged/manifest.json: not valid JSON"), "said without the name of a class"
+
+
+def test_no_jobs_at_once_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["-m", *SMALL, "seed=1,2", "hydra/launcher=joblib", "hydra.launcher.n_jobs=0"]
+    outcome = run_here(given, capsys)
+    assert "hydra.launcher.n_jobs=0: must be 1 or more" in is_one_clear_line(outcome)
+    assert not list(folder.iterdir())
+
+
+def test_jobs_that_another_process_runs_are_not_called_failed() -> None:
+    lacking = [Ended(Path("a"), "running"), Ended(Path("b"), "failed", "x"), Ended(Path("c"), "incomplete")]
+    told = _lacking(lacking, 4)
+    assert "1 of the sweep's 4 jobs failed (b)" in told
+    assert "1 of the sweep's 4 jobs are run by another process (a); wait for it" in told
+    assert "1 of the sweep's 4 jobs ended without a word (c)" in told
 
 
 def test_more_values_go_on_in_the_same_folder(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

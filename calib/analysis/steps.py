@@ -7,7 +7,7 @@ from typing import Any
 
 from calib.activations.reader import ActivationFile
 from calib.activations.store import METADATA
-from calib.analysis.drift import observe
+from calib.analysis.drift import drift, observe
 from calib.analysis.plan import WEIGHT_BITS, LayerPlan, Plan
 from calib.analysis.range_files import from_json, to_json
 from calib.analysis.ranges import Observed, RangeRule, StepRanges
@@ -31,6 +31,7 @@ class StepPlan:
         origin: where the statistics come from, where known: model, fingerprint, path.
         plan: hash of the plan that this belongs to, see :func:`plan_hash`; empty where that is not known.
         rule: the function that made the ranges, and its parameters, as an option of the config group names them.
+        drift: how far what each layer was seen to span moves over the steps, 0 … 1, see :func:`drift.drift`.
     """
 
     timesteps: tuple[float, ...] = ()
@@ -41,6 +42,7 @@ class StepPlan:
     origin: dict[str, str] = field(default_factory=dict)
     plan: str = ""
     rule: dict[str, Any] = field(default_factory=dict)
+    drift: dict[str, float] = field(default_factory=dict)
 
     def bits_by_step(self, name: str, default: int) -> tuple[int, ...]:
         """Activation bits of a layer at every step; ``default`` outside the phases that were collected."""
@@ -64,6 +66,7 @@ class StepPlan:
             "ranges": self.rule,
             "phases": phases,
             "activation_ranges": to_json(self.ranges),
+            "drift": self.drift,
         }
 
 
@@ -117,6 +120,7 @@ def plan_steps(
         },
         plan=plan_hash(plan.layers),
         rule=rule_document(rule),
+        drift={name: drift(seen) for name, seen in observed.items()},
     )
 
 
@@ -157,6 +161,7 @@ def read_steps(path: Path) -> StepPlan:
             {key: str(document[key]) for key in ("model", "fingerprint", "statistics") if key in document},
             str(document.get("plan", "")),
             dict(document.get("ranges", {})),
+            {name: float(drift) for name, drift in document.get("drift", {}).items()},
         )
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise CalibError(f"{path}: lacks or garbles {error}; run calib analyze again") from None

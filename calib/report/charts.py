@@ -1,6 +1,6 @@
 """Figures of a run's page, each from plain numbers to an ``<svg>`` element."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,10 +11,19 @@ from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
 
 #: Layers in a heat map that are named one by one; of more every so many is.
 MOST_NAMED = 70
-WIDTH = 9.8
+#: Inches: across the page, and across a phone.
+WIDTH, NARROW = 9.8, 3.6
+#: Characters of a legend's label beyond which labels stand one below the other.
+LONG_LABEL = 26
+
+
+def for_both(name: str, draw: Callable[[str, float], str]) -> str:
+    """What ``draw`` makes of a name and a width, for wide pages and for phones; the page shows the one that fits."""
+    return f'<div class="wide">{draw(name, WIDTH)}</div><div class="narrow">{draw(f"{name}-narrow", NARROW)}</div>'
 
 
 @dataclass(frozen=True)
@@ -28,47 +37,86 @@ class Curve:
     high: NDArray[np.float64] | None = None
 
 
-def error_chart(name: str, curves: Sequence[Curve]) -> str:
-    """Relative output error against step, on a logarithmic axis."""
+def error_chart(name: str, curves: Sequence[Curve], width: float = WIDTH) -> str:
+    """Relative output error against step, on a logarithmic axis; the legend below, where it hides no curve."""
     from matplotlib.ticker import MaxNLocator
 
     with styled():
-        figure = new_figure(WIDTH, 3.4)
+        long = width < WIDTH or max(len(curve.label) for curve in curves) > LONG_LABEL
+        columns = 1 if long else 4
+        figure = new_figure(width, 3.2 + 0.18 * -(-len(curves) // columns))
         axes = figure.subplots()
         axes.set_yscale("log")
         for number, curve in enumerate(curves):
             colour = SERIES[number % len(SERIES)]
             shown = curve.mean > 0
-            axes.plot(curve.steps[shown], curve.mean[shown], "o-", color=colour, lw=1.6, ms=3.5, label=curve.label)
+            # Where curves coincide the lower ones still show beside the upper ones.
+            thick = 1.6 + 0.4 * (len(curves) - 1 - number if len(curves) > 2 else 0)
+            axes.plot(
+                curve.steps[shown],
+                curve.mean[shown],
+                "o-",
+                color=colour,
+                lw=thick,
+                ms=thick + 2,
+                label=curve.label,
+            )
             if curve.low is not None and curve.high is not None:
                 low = np.where(curve.low > 0, curve.low, curve.mean / 10)
                 axes.fill_between(curve.steps, low, curve.high, where=shown.tolist(), color=colour, alpha=0.18, lw=0)
         axes.set_xlabel("denoising step (0: pure noise)")
-        axes.set_ylabel("relative output error ‖v − v_q‖² / ‖v‖²")
+        axes.set_ylabel("relative output error ‖Δv‖² / ‖v‖²")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
-        axes.legend(loc="best", fontsize=8)
+        figure.legend(loc="outside lower left", fontsize=8, ncols=columns)
         return svg_of(figure, name, "Relative output error against denoising step")
 
 
-def heat_map(name: str, rows: Sequence[str], steps: Sequence[int], values: NDArray[np.float64], label: str) -> str:
+def heat_map(
+    name: str,
+    rows: Sequence[str],
+    steps: Sequence[int],
+    values: NDArray[np.float64],
+    label: str,
+    logarithmic: bool = False,
+    width: float = WIDTH,
+) -> str:
     """``values`` (rows, steps) as colours; NaN is left empty. The page reads single values out on hovering."""
+    from matplotlib.colors import LogNorm
+
+    wide = width >= WIDTH
+    norm = LogNorm() if logarithmic and (values > 0).any() else None
     step = 1 if len(rows) <= MOST_NAMED else -(-len(rows) // MOST_NAMED)
     with styled():
-        figure = new_figure(WIDTH, max(1.6, 0.9 + 0.135 * min(len(rows), MOST_NAMED)))
+        figure = new_figure(width, max(1.6, 0.9 + 0.135 * min(len(rows), MOST_NAMED)) + (0 if wide else 0.5))
         axes = figure.subplots()
         axes.grid(False)
-        image = axes.imshow(np.ma.masked_invalid(values), aspect="auto", interpolation="none", cmap="viridis")
-        axes.set_yticks(range(0, len(rows), step), [_short(rows[i]) for i in range(0, len(rows), step)], fontsize=7)
+        shown = np.ma.masked_invalid(np.where(values > 0, values, np.nan) if norm else values)
+        image = axes.imshow(shown, aspect="auto", interpolation="none", cmap="viridis", norm=norm)
+        axes.set_yticks(
+            range(0, len(rows), step), [_short(rows[i]) for i in range(0, len(rows), step)], fontsize=7 if wide else 6
+        )
         axes.set_xticks(range(len(steps)), [str(s) for s in steps], fontsize=7)
-        if len(steps) > 20:
+        if len(steps) > (20 if wide else 10):
             axes.set_xticks(range(0, len(steps), 5), [str(s) for s in steps[::5]], fontsize=7)
         axes.tick_params(length=0)
         axes.set_xlabel("denoising step")
-        bar = figure.colorbar(image, ax=axes, shrink=min(1.0, 2.4 / figure.get_figheight()), pad=0.02, aspect=14)
+        place = {"shrink": min(1.0, 2.4 / figure.get_figheight()), "pad": 0.02} if wide else {"location": "top"}
+        bar = figure.colorbar(image, ax=axes, aspect=14, **place)
         bar.set_label(label)
+        if norm is not None:
+            _plain_decades(bar.ax.yaxis if wide else bar.ax.xaxis)
         bar.outline.set_visible(False)
         bar.ax.tick_params(labelsize=7)
         return svg_of(figure, name, label)
+
+
+def _plain_decades(axis: "Axis") -> None:
+    """Ticks of a logarithmic axis at 1, 2, 5, 10 …, written as numbers."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
 def _short(layer: str) -> str:
@@ -91,12 +139,12 @@ class Shape:
     clip: tuple[float, float] | None
 
 
-def histogram_charts(name: str, shapes: Sequence[Shape]) -> str:
+def histogram_charts(name: str, shapes: Sequence[Shape], width: float = WIDTH) -> str:
     """Small multiples: a panel for each layer, a line for each step, the clip marked."""
-    columns = 3
+    columns = 3 if width >= WIDTH else 1
     rows = -(-len(shapes) // columns)
     with styled():
-        figure = new_figure(WIDTH, 0.5 + 2.0 * rows)
+        figure = new_figure(width, 0.5 + (2.0 if columns > 1 else 1.6) * rows)
         panels = figure.subplots(rows, columns, squeeze=False)
         handles = {}
         for panel, shape in zip(panels.flat, shapes, strict=False):
@@ -114,10 +162,11 @@ def histogram_charts(name: str, shapes: Sequence[Shape]) -> str:
             panel.tick_params(labelsize=7)
         for panel in panels.flat[len(shapes) :]:
             panel.set_visible(False)
-        figure.supxlabel("input of the layer (dashed: where the plan cuts)", fontsize=8, color=MUTED)
+        figure.supxlabel("input of the layer (dashed: the plan's clip)", fontsize=8, color=MUTED)
         figure.supylabel("share of values", fontsize=8, color=MUTED)
+        ncols = len(handles) if columns > 1 else 3
         figure.legend(
-            handles.values(), handles.keys(), loc="outside upper left", ncols=len(handles), fontsize=8, handlelength=1.4
+            handles.values(), handles.keys(), loc="outside upper left", ncols=ncols, fontsize=8, handlelength=1.4
         )
         return svg_of(figure, name, "Histograms of inputs of chosen layers at several steps")
 
@@ -134,15 +183,34 @@ class Dot:
     marked: bool = False
 
 
+#: Of a label's letters in 7.5 points, at 100 dots an inch: how wide one is, how high a line.
+LETTER, LINE = 5.6, 13
+
+
 def _name(axes: "Axes", dots: Sequence[Dot], most: int) -> None:
-    """Label the marked dots, then the highest, where no label stands already."""
-    taken: list[NDArray[np.float64]] = []
+    """Label the marked dots, then the highest, where no label stands already; to the left where the right ends."""
+    axes.figure.draw_without_rendering()  # type: ignore[union-attr]
+    end = axes.get_window_extent().x1
+    taken: list[tuple[float, float, float]] = []
     for dot in sorted(dots, key=lambda d: (not d.marked, -d.y)):
-        place = axes.transData.transform((dot.x, dot.y))
-        near = any(abs(place[1] - other[1]) < 12 and abs(place[0] - other[0]) < 190 for other in taken)
+        x, y = axes.transData.transform((dot.x, dot.y))
+        wide = LETTER * len(dot.label)
+        left = x + 8 + wide > end
+        start = x - 8 - wide if left else x + 8
+        near = any(abs(y - other) < LINE and start < last and first < start + wide for first, last, other in taken)
         if len(taken) < most and not near:
-            taken.append(place)
-            axes.annotate(dot.label, (dot.x, dot.y), (6, 4), textcoords="offset points", fontsize=7.5, color=INK)
+            taken.append((start, start + wide, y))
+            side, align = (-6, "right") if left else (6, "left")
+            note = axes.annotate(
+                dot.label,
+                (dot.x, dot.y),
+                (side, 4),
+                textcoords="offset points",
+                ha=align,
+                fontsize=7.5,
+                color=INK,
+            )
+            note.set_in_layout(False)
 
 
 def scatter(
@@ -153,12 +221,11 @@ def scatter(
     named: int = 5,
     front: Sequence[tuple[float, float]] = (),
     logarithmic: tuple[bool, bool] = (True, True),
+    width: float = WIDTH,
 ) -> str:
     """Dots with tooltips, of each series a colour; the ``named`` highest are labelled, the ``front`` is a line."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
-
     with styled():
-        figure = new_figure(WIDTH, 3.8)
+        figure = new_figure(width, 3.8)
         axes = figure.subplots()
         for set_scale, wanted in zip((axes.set_xscale, axes.set_yscale), logarithmic, strict=True):
             if wanted:
@@ -175,9 +242,7 @@ def scatter(
             axes.step(x, y, where="post", color=MUTED, lw=1, ls=(0, (4, 2)), zorder=0)
         for axis, wanted in ((axes.xaxis, logarithmic[0]), (axes.yaxis, logarithmic[1])):
             if wanted:
-                axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-                axis.set_minor_locator(NullLocator())
-                axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+                _plain_decades(axis)
         axes.set_xlabel(axes_labels[0])
         axes.set_ylabel(axes_labels[1])
         axes.margins(x=0.12, y=0.12)
@@ -185,6 +250,12 @@ def scatter(
         for key, title in series.items():
             axes.plot([], [], "o", color=SERIES[key % len(SERIES)], ms=6, label=title)
         if series:
-            axes.legend(fontsize=8, ncols=min(len(series), 6), loc="lower left", bbox_to_anchor=(0, 1.0), borderpad=0)
+            axes.legend(
+                fontsize=8,
+                ncols=min(len(series), 6 if width >= WIDTH else 3),
+                loc="lower left",
+                bbox_to_anchor=(0, 1.0),
+                borderpad=0,
+            )
         axes.grid(color=GRID, which="major")
         return svg_of(figure, name, f"{axes_labels[1]} against {axes_labels[0]}", tips)

@@ -1,18 +1,20 @@
 """The page of a comparison: the table, what is best for its bytes, errors and pictures side by side."""
 
+import math
 import os
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from calib.errors import CalibError
 from calib.files import read_json
 from calib.progress import counted
-from calib.report.charts import Dot, error_chart, scatter
+from calib.report.charts import WIDTH, Curve, Dot, error_chart, for_both, scatter
 from calib.report.page import render, trusted
-from calib.report.parts import Part, curve_of
+from calib.report.parts import Part, curve_of, labels
 from calib.report.pictures import LOSSLESS, data_address, pictures_of
 from calib.runs.columns import Column, Metric, metric_of
 from calib.runs.comparison import Comparison
@@ -20,33 +22,39 @@ from calib.runs.layout import DETAILS, REPORT
 from calib.runs.record import RunRecord, State
 from calib.runs.tables import heading, legend
 
-#: Curves in one figure, runs and prompts in the grid of pictures.
-MOST_CURVES, MOST_RUNS, MOST_PROMPTS = 8, 8, 6
+#: Runs whose curves and pictures are shown, prompts in the grid of pictures.
+MOST_RUNS, MOST_PROMPTS = 8, 6
 
 
 def comparison_page(comparison: Comparison, folder: Path) -> str:
     """The page; links to the runs' own reports are relative to ``folder``, where the page will lie."""
     done = [run for run in comparison.runs if run.state is State.COMPLETE]
-    measured = _measured(comparison, done)
-    columns = [{"heading": heading(column), "kind": column.kind} for column in comparison.columns]
-    rows, small = _pictures(measured)
+    names = dict(zip([run.name for run in done], labels([run.name for run in done]), strict=True))
+    shown = _shown(comparison, done, names)
+    columns = [{"heading": heading(column), "kind": column.kind} for column in _columns(comparison)]
+    rows, small = _pictures(shown)
     return render(
         "comparison.html",
         title=f"Comparison of {counted(len(comparison.runs), 'run')}",
         facts=_facts(comparison),
         notes=comparison.notes,
-        baseline=comparison.baseline.name if comparison.baseline else "",
+        baseline=_baseline(comparison, names),
         columns=columns,
-        rows=[_row(comparison, run, folder) for run in done],
+        rows=[_row(comparison, run, folder, names[run.name]) for run in done],
         others=[run for run in comparison.runs if run.state is not State.COMPLETE],
         legend=legend(comparison),
-        parts=[*_front(comparison, done), *_errors(measured)],
+        parts=[*_front(comparison, done, names), *_errors(shown)],
         pictures=rows,
-        picture_columns=["full precision", *(run.name for run, _ in measured[:MOST_RUNS])],
-        picture_note=_picture_note(measured),
+        picture_columns=["full precision", *shown.labels],
+        picture_note=f"The same prompts and seeds, drawn by each run's model.{shown.note}",
         small=small,
         command=_command(),
     )
+
+
+def _columns(comparison: Comparison) -> list[Column]:
+    """Figures first: what runs were asked their names say already."""
+    return sorted(comparison.columns, key=lambda column: column.kind == "config")
 
 
 def _command() -> str:
@@ -61,13 +69,19 @@ def _facts(comparison: Comparison) -> list[str]:
     return [*told, *models]
 
 
-def _row(comparison: Comparison, run: RunRecord, folder: Path) -> dict[str, Any]:
+def _baseline(comparison: Comparison, names: Mapping[str, str]) -> str:
+    base = comparison.baseline
+    return "" if base is None else names.get(base.name, base.name)
+
+
+def _row(comparison: Comparison, run: RunRecord, folder: Path, label: str) -> dict[str, Any]:
     page = run.path / REPORT
     return {
         "name": run.name,
+        "label": label,
         "front": run.name in comparison.pareto,
         "link": Path(os.path.relpath(page.resolve(), folder)).as_posix() if page.exists() else "",
-        "cells": [_cell(comparison, run, column) for column in comparison.columns],
+        "cells": [_cell(comparison, run, column) for column in _columns(comparison)],
     }
 
 
@@ -83,8 +97,23 @@ def _cell(comparison: Comparison, run: RunRecord, column: Column) -> dict[str, A
     }
 
 
-def _measured(comparison: Comparison, done: Sequence[RunRecord]) -> list[tuple[RunRecord, Mapping[str, Any]]]:
-    """Complete runs with an evaluation, the Pareto-optimal ones first where not all can be shown."""
+@dataclass(frozen=True)
+class Shown:
+    """Runs with an evaluation whose curves and pictures are shown, of ``whole`` that have one."""
+
+    runs: tuple[tuple[RunRecord, Mapping[str, Any]], ...]
+    labels: tuple[str, ...]
+    whole: int
+
+    @property
+    def note(self) -> str:
+        """Which are shown, where not all are."""
+        if len(self.runs) == self.whole:
+            return ""
+        return f" {len(self.runs)} of {self.whole} runs: of the Pareto-optimal first, from the smallest to the largest."
+
+
+def _shown(comparison: Comparison, done: Sequence[RunRecord], names: Mapping[str, str]) -> Shown:
     found = []
     for run in done:
         try:
@@ -93,44 +122,51 @@ def _measured(comparison: Comparison, done: Sequence[RunRecord]) -> list[tuple[R
             found.append((run, document))
         except (CalibError, KeyError, TypeError, ValueError):
             continue
-    if len(found) > MOST_CURVES:
-        found.sort(key=lambda item: item[0].name not in comparison.pareto)
-    return found
+    chosen = _chosen(comparison, [run for run, _ in found])
+    kept = tuple((run, document) for run, document in found if run.name in chosen)
+    return Shown(kept, tuple(names[run.name] for run, _ in kept), len(found))
 
 
-def _front(comparison: Comparison, done: Sequence[RunRecord]) -> list[Part]:
+def _chosen(comparison: Comparison, runs: Sequence[RunRecord]) -> set[str]:
+    """Names of the runs to show: of the front, or all of it and others, evenly from the least to the most bytes."""
+    size = comparison.pareto_axes[0]
+    ordered = sorted(runs, key=lambda run: run.metrics.get(size, math.inf))
+    front = [run.name for run in ordered if run.name in comparison.pareto]
+    others = [run.name for run in ordered if run.name not in comparison.pareto]
+    chosen = _spread(front, MOST_RUNS)
+    return {*chosen, *_spread(others, MOST_RUNS - len(chosen))}
+
+
+def _spread(names: Sequence[str], most: int) -> list[str]:
+    """At most so many of ``names``, the ends among them."""
+    if len(names) <= most:
+        return list(names)
+    return [names[round(i * (len(names) - 1) / max(1, most - 1))] for i in range(most)]
+
+
+def _front(comparison: Comparison, done: Sequence[RunRecord], names: Mapping[str, str]) -> list[Part]:
     x, y = comparison.pareto_axes
-    there = [run for run in done if x in run.metrics and y in run.metrics]
-    if len(there) < 2:
-        return []
+    there: dict[tuple[float, float], list[RunRecord]] = {}
     across, up = metric_of(x), metric_of(y)
-
-    def place(run: RunRecord) -> tuple[float, float]:
-        return run.metrics[x] * across.scale, run.metrics[y] * up.scale
-
-    dots = [
-        Dot(
-            label=run.name,
-            x=place(run)[0],
-            y=place(run)[1],
-            series=0,
-            tip=": ".join([run.name, ", ".join(_told(m, v) for m, v in zip((across, up), place(run), strict=True))]),
-            marked=run.name in comparison.pareto,
-        )
-        for run in there
-    ]
-    labels = (_axis(across.title, across.unit), _axis(up.title, up.unit))
-    logarithmic = y == "output_error" and all(place(run)[1] > 0 for run in there)
-    svg = scatter(
+    for run in done:
+        if x in run.metrics and y in run.metrics:
+            there.setdefault((run.metrics[x] * across.scale, run.metrics[y] * up.scale), []).append(run)
+    if sum(map(len, there.values())) < 2:
+        return []
+    dots, front = [], []
+    for place, runs in there.items():
+        label = " = ".join(names[run.name] for run in runs)
+        marked = any(run.name in comparison.pareto for run in runs)
+        tip = f"{label}: {', '.join(_told(m, v) for m, v in zip((across, up), place, strict=True))}"
+        dots.append(Dot(label, *place, series=0, tip=tip, marked=marked))
+        front += [place] if marked else []
+    titles = (_axis(across.title, across.unit), _axis(up.title, up.unit))
+    scales = (False, y == "output_error" and all(value > 0 for _, value in there))
+    svg = for_both(
         "front",
-        dots,
-        labels,
-        {},
-        named=8,
-        front=[place(run) for run in there if run.name in comparison.pareto],
-        logarithmic=(False, logarithmic),
+        lambda n, w: scatter(n, dots, titles, {}, 8 if w >= WIDTH else 4, front, scales, w),
     )
-    note = "Ringed: no other run is better in both. Hover a dot for its figures."
+    note = "Ringed: no other run is as good in both, and better in one. Hover a dot for its figures."
     return [Part("front", f"{up.title[:1].upper()}{up.title[1:]} against {across.title}", note, trusted(svg))]
 
 
@@ -142,35 +178,40 @@ def _axis(title: str, unit: str) -> str:
     return f"{title} ({unit})" if unit else title
 
 
-def _errors(measured: Sequence[tuple[RunRecord, Mapping[str, Any]]]) -> list[Part]:
-    if not measured:
+def _errors(shown: Shown) -> list[Part]:
+    alike: dict[bytes, tuple[list[str], Curve]] = {}
+    for (run, document), label in zip(shown.runs, shown.labels, strict=True):
+        curve = curve_of(document["quantized"], run.name, intervals=False)
+        alike.setdefault(curve.steps.tobytes() + curve.mean.tobytes(), ([], curve))[0].append(label)
+    curves = [replace(curve, label=" = ".join(names)) for names, curve in alike.values()]
+    if not curves:
         return []
-    curves = [curve_of(document["quantized"], run.name, intervals=False) for run, document in measured[:MOST_CURVES]]
-    note = "The model's output on the same states, mean over prompts."
-    if len(measured) > MOST_CURVES:
-        note += f" {MOST_CURVES} of {len(measured)} runs, the Pareto-optimal first."
-    return [Part("errors", "Error against step", note, trusted(error_chart("errors", curves)))]
+    note = f"The model's output on the same states, mean over prompts.{shown.note}"
+    svg = for_both("errors", lambda n, w: error_chart(n, curves, w))
+    return [Part("errors", "Error against step", note, trusted(svg))]
 
 
-def _picture_note(measured: Sequence[tuple[RunRecord, Mapping[str, Any]]]) -> str:
-    more = f" {MOST_RUNS} of {len(measured)} runs, the Pareto-optimal first." if len(measured) > MOST_RUNS else ""
-    return f"The same prompts and seeds, drawn by each run's model.{more}"
-
-
-def _pictures(measured: Sequence[tuple[RunRecord, Mapping[str, Any]]]) -> tuple[list[dict[str, Any]], bool]:
+def _pictures(shown: Shown) -> tuple[list[dict[str, Any]], bool]:
     """Rows of the grid: the prompts of the first run, each with its picture at full precision and of every run.
 
     A run whose prompts are others has none in a row that is not its own.
     """
-    shown = [(list(document["prompts"]), pictures_of(run.path)) for run, document in measured[:MOST_RUNS]]
-    prompts, own = next((entry for entry in shown if entry[1]), ([], []))
+    there = [(list(document["prompts"]), pictures_of(run.path), _psnrs(document)) for run, document in shown.runs]
+    prompts, own, _ = next((entry for entry in there if entry[1]), ([], [], []))
     rows, small = [], True
     for number in range(min(MOST_PROMPTS, len(own))):
         full, size = data_address(own[number][0])
         small = small and max(size) <= LOSSLESS
-        addresses = [full]
-        for its, pictures in shown:
+        cells = [(full, "")]
+        for its, pictures, psnrs in there:
             same = number < len(pictures) and its[number : number + 1] == prompts[number : number + 1]
-            addresses.append(data_address(pictures[number][1])[0] if same else "")
-        rows.append({"prompt": prompts[number], "addresses": addresses})
+            address = data_address(pictures[number][1])[0] if same else ""
+            cells.append((address, psnrs[number] if same and number < len(psnrs) else ""))
+        rows.append({"prompt": prompts[number], "cells": cells})
     return rows, small
+
+
+def _psnrs(document: Mapping[str, Any]) -> list[str]:
+    """Of each picture; null is that of equal ones."""
+    found = document["quantized"].get("psnr") or []
+    return ["equal" if value is None else f"{value:.1f} dB" for value in found]

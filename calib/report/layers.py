@@ -92,7 +92,7 @@ def _width(found: Statistics) -> float:
 
 
 def chosen_layers(ranges: Ranges, plan: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str]]:
-    """The layers that tell most, each with why: two that drift most, two of most bits or least safe, two of the widest.
+    """The layers that tell most, each with why: two sensitive ones, two that drift most, the rest of the widest range.
 
     Where one is named for two reasons the next takes its place.
     """
@@ -101,12 +101,17 @@ def chosen_layers(ranges: Ranges, plan: Mapping[str, Mapping[str, Any]]) -> list
     by_width = [ranges.layers[i] for i in np.argsort(-np.nan_to_num(np.fmax.reduce(ranges.widths, axis=1)))]
     entries = {layer: plan.get(_own(layer), {}) for layer in ranges.layers}
     fragile = sorted(
-        ranges.layers,
+        (layer for layer in ranges.layers if entries[layer].get("sensitive") or entries[layer].get("sensitivity")),
         key=lambda layer: (not entries[layer].get("sensitive"), -(entries[layer].get("sensitivity") or 0)),
     )
     chosen: dict[str, str] = {}
-    for layers, why in ((by_drift, "drifts most"), (fragile, "sensitive"), (by_width, "widest range")):
-        chosen |= dict.fromkeys([layer for layer in layers if layer not in chosen][: CHOSEN // 3], why)
+    for layers, why, most in (
+        (fragile, "sensitive", CHOSEN // 3),
+        (by_drift, "drifts most", CHOSEN // 3),
+        (by_width, "widest range", CHOSEN),
+    ):
+        room = min(most, CHOSEN - len(chosen))
+        chosen |= dict.fromkeys([layer for layer in layers if layer not in chosen][:room], why)
     return list(chosen.items())
 
 

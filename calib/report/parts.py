@@ -1,6 +1,7 @@
 """What the pages of a run and of a comparison have in common."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,29 @@ class Part:
     note: str
     svg: Any
     data: Any = ""
+
+
+#: What tells names of folders apart that look alike, at their end.
+_HASH = re.compile(r"-[0-9a-f]{8}$")
+
+
+def labels(names: Sequence[str]) -> list[str]:
+    """Names of jobs in short, for figures: the values of what differs, without the hash; what would clash stays.
+
+    ``analysis=range,seed=1-0123abcd`` and ``analysis=sqnr,seed=1-4567cdef`` are 'range' and 'sqnr'.
+    """
+    bare = [_HASH.sub("", name) for name in names]
+    pairs = [[word.partition("=") for word in name.split(",")] for name in bare]
+    short = bare
+    if len(names) > 1 and len({tuple(key for key, _, _ in own) for own in pairs}) == 1 and all(p[0][1] for p in pairs):
+        values = [[value for _, _, value in own] for own in pairs]
+        differing = [i for i in range(len(values[0])) if len({own[i] for own in values}) > 1]
+        short = [" · ".join(own[i] for i in differing) for own in values]
+    alone = [own if bare.count(own) == 1 else name for own, name in zip(bare, names, strict=True)]
+    for found in (short, alone):
+        if len(set(found)) == len(found) and all(found):
+            return found
+    return list(names)
 
 
 def curve_of(fidelity: Mapping[str, Any], label: str, intervals: bool = True) -> Curve:

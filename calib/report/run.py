@@ -1,7 +1,7 @@
 """The page of one run: what it was asked, what came out, and what it looks like."""
 
 import shlex
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -12,7 +12,7 @@ from calib.activations.store import FILE as ACTIVATIONS
 from calib.errors import CalibError
 from calib.files import read_json, write_text
 from calib.progress import readable_duration
-from calib.report.charts import error_chart, heat_map, histogram_charts, scatter
+from calib.report.charts import error_chart, for_both, heat_map, histogram_charts, scatter
 from calib.report.layers import (
     BitTable,
     Ranges,
@@ -164,17 +164,22 @@ def _trace(path: Path) -> str:
     return "\n".join(lines[-TRACE_LINES:])
 
 
+def _alone(form: str) -> str:
+    """A number that stands in no column needs no power of ten in common with others."""
+    return "{:.3g}" if "e" in form else form
+
+
 def _tiles(metrics: Mapping[str, float]) -> list[dict[str, str]]:
     tiles = []
 
     def tile(key: str, note: str = "") -> None:
         if key in metrics:
             told = metric_of(key)
-            value = told.form.format(metrics[key] * told.scale)
+            value = _alone(told.form).format(metrics[key] * told.scale)
             tiles.append({"title": told.title, "value": value, "unit": told.unit, "note": note})
 
     for key in ("psnr", "ssim", "output_error"):
-        form, note = metric_of(key).form, ""
+        form, note = _alone(metric_of(key).form), ""
         if f"{key}_low" in metrics and f"{key}_high" in metrics:
             note = f"95%: {form.format(metrics[f'{key}_low'])} to {form.format(metrics[f'{key}_high'])}"
         if f"control_{key}" in metrics:
@@ -186,9 +191,9 @@ def _tiles(metrics: Mapping[str, float]) -> list[dict[str, str]]:
         tile("quantized_bytes", f"of {whole / 1e6:.1f} MB at 16 bits ({metrics['quantized_bytes'] / whole:.0%})")
     tile("mean_activation_bits", "mean over layers")
     if "images" in metrics and "steps" in metrics:
-        layers = f"{metrics['layers']:.0f} layers, " if "layers" in metrics else ""
+        layers = f"of {metrics['layers']:.0f} layers" if "layers" in metrics else ""
         value = f"{metrics['images']:.0f} × {metrics['steps']:.0f}"
-        tiles.append({"title": "images × steps observed", "value": value, "unit": "", "note": f"{layers}statistics"})
+        tiles.append({"title": "images × steps observed", "value": value, "unit": "", "note": layers})
     seconds = {k.removesuffix("_seconds"): v for k, v in metrics.items() if k.endswith("_seconds")}
     if seconds:
         longest = max(seconds, key=lambda key: seconds[key])
@@ -200,37 +205,33 @@ def _tiles(metrics: Mapping[str, float]) -> list[dict[str, str]]:
 
 def _notes(plan: Mapping[str, Any]) -> list[str]:
     sensitive = sum(bool(entry.get("sensitive")) for entry in plan.values())
-    return [f"{sensitive} of {len(plan)} layers are marked sensitive"] if plan else []
+    told = f"{sensitive} of {len(plan)} layers are sensitive: ringed" if sensitive else "no layer is marked sensitive"
+    return [told] if plan else []
 
 
 def _error_part(details: Mapping[str, Any]) -> Part:
     curves = [curve_of(details["quantized"], "quantized"), curve_of(details["control"], "control, all in bfloat16")]
     note = "The model's output on the same states, mean and 95% interval over prompts. The control is the noise floor."
-    return Part("error", "Error against step", note, trusted(error_chart("error", curves)))
+    return Part("error", "Error against step", note, trusted(for_both("error", lambda n, w: error_chart(n, curves, w))))
 
 
-def _heat_part(
-    name: str, title: str, note: str, ranges: Ranges, values: Any, label: str, shown: Callable[[Any], Any]
-) -> Part:
-    svg = heat_map(name, ranges.layers, ranges.steps, shown(values), label)
+def _heat_part(name: str, title: str, note: str, ranges: Ranges, values: Any, label: str, logarithmic: bool) -> Part:
+    def draw(own: str, width: float) -> str:
+        return heat_map(own, ranges.layers, ranges.steps, values, label, logarithmic, width)
+
     rounded = [[None if not np.isfinite(v) else float(f"{v:.3g}") for v in row] for row in values]
     data = embedded({"rows": ranges.layers, "steps": ranges.steps, "values": rounded})
-    return Part(name, title, note, trusted(svg), data)
+    return Part(name, title, note, trusted(for_both(name, draw)), data)
 
 
 def _range_part(ranges: Ranges) -> Part:
     note = "How wide each layer's input is, largest minus smallest value, on a logarithmic scale. (+n): n more read it."
-
-    def decades(values: Any) -> Any:
-        with np.errstate(divide="ignore"):
-            return np.where(values > 0, np.log10(values), np.nan)
-
-    return _heat_part("range", "Range", note, ranges, ranges.widths, "log₁₀ of the range", decades)
+    return _heat_part("range", "Range", note, ranges, ranges.widths, "width of the range", True)
 
 
 def _drift_part(ranges: Ranges) -> Part:
     note = "The same, each layer relative to its widest step: what one range for all steps would miss."
-    return _heat_part("drift", "Drift", note, ranges, ranges.drift, "share of the layer's widest range", lambda v: v)
+    return _heat_part("drift", "Drift", note, ranges, ranges.drift, "share of the layer's widest range", False)
 
 
 def _histogram_part(ranges: Ranges, plan: Mapping[str, Any], path: Path) -> list[Part]:
@@ -240,8 +241,15 @@ def _histogram_part(ranges: Ranges, plan: Mapping[str, Any], path: Path) -> list
     there = [shape for shape in shapes if shape is not None]
     if not there:
         return []
-    note = "Two layers that drift most, two sensitive ones, two of the widest range."
-    return [Part("histograms", "Inputs by step", note, trusted(histogram_charts("histograms", there)))]
+    note = "A few layers that tell most; over each, why it was chosen."
+    return [
+        Part(
+            "histograms",
+            "Inputs by step",
+            note,
+            trusted(for_both("histograms", lambda n, w: histogram_charts(n, there, w))),
+        )
+    ]
 
 
 def _sensitivity_part(plan: Mapping[str, Any]) -> list[Part]:
@@ -250,9 +258,8 @@ def _sensitivity_part(plan: Mapping[str, Any]) -> list[Part]:
         return []
     note = (
         "What each layer's weights take as planned, and what they alone do to the model's output: "
-        "S = ‖v − v_q‖² / ‖v‖². Hover a dot for its layer."
+        "S = ‖Δv‖² / ‖v‖². Hover a dot for its layer."
     )
     labels = ("kB of the layer as planned", "S, measured")
-    return [
-        Part("sensitivity", "Sensitivity against bytes", note, trusted(scatter("sensitivity", dots, labels, series)))
-    ]
+    svg = for_both("sensitivity", lambda n, w: scatter(n, dots, labels, series, width=w))
+    return [Part("sensitivity", "Sensitivity against bytes", note, trusted(svg))]

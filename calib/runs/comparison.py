@@ -82,6 +82,7 @@ def compare(
 
     Args:
         where: conditions such as 'psnr>30' or 'analysis=allocate', all of which a run must meet; the baseline stays.
+            A figure by its key is in its own unit, as JSON has it; by its title, 'size<5.5', as the table shows it.
         sort: keys, a leading '-' for descending; runs without a number come last.
         baseline: name or path of the run that the others' differences are to.
         pareto: the two metrics of the front.
@@ -142,12 +143,14 @@ def _named(runs: Sequence[RunRecord], wanted: str) -> RunRecord:
 
 
 def _meets(run: RunRecord, condition: str, known: Sequence[str]) -> bool:
-    match = re.fullmatch(r"\s*([^<>=!\s]+)\s*(>=|<=|!=|=|>|<)\s*(.*?)\s*", condition)
+    match = re.fullmatch(r"\s*([^<>=!]*[^<>=!\s])\s*(>=|<=|!=|=|>|<)\s*(.*?)\s*", condition)
     if match is None:
         raise ConfigError(f"--where {condition}: is no condition; write e.g. 'psnr>30' or 'analysis=allocate'")
-    key, sign, wanted = match.groups()
-    value = value_of(run, _key(key, known))
-    number = _number(wanted)
+    given, sign, wanted = match.groups()
+    key = _key(given, known)
+    value, number = value_of(run, key), _number(wanted)
+    if number is not None and given.casefold() != key.casefold():
+        number /= metric_of(key).scale  # by its title, in the unit that the table shows
     if number is not None and isinstance(value, int | float) and not isinstance(value, bool):
         return _OPERATORS[sign](value, number)
     if sign in ("=", "!="):
@@ -274,7 +277,7 @@ def _notes(runs: Sequence[RunRecord], base: RunRecord | None) -> list[str]:
         )
     if base is not None and not base.metrics:
         notes.append(f"the baseline, {base.name}, has no figures")
-    lacking = sum("psnr" not in run.metrics for run in done)
+    lacking = sum(bool(run.metrics) and "psnr" not in run.metrics for run in done)
     if 0 < lacking < len(done):
         notes.append(f"not evaluated, so without PSNR and errors: {lacking} of {len(runs)} runs")
     # Of the others the table says what is wrong.

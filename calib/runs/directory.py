@@ -24,6 +24,11 @@ import mlx.core as mx
 logger = logging.getLogger("calib")
 
 
+def _told(error: BaseException) -> str:
+    """For people: what can be mended is said without the name of a class."""
+    return str(error) if isinstance(error, CalibError) else f"{type(error).__name__}: {error}"
+
+
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
@@ -71,7 +76,7 @@ class RunDirectory:
                 except BaseException as error:
                     logger.error("%s", traceback.format_exc())
                     with suppress(OSError):  # of a full disk, say: the first error is the one to tell
-                        self.write_status("failed", f"{type(error).__name__}: {error}")
+                        self.write_status("failed", _told(error))
                     raise
             self.write_status("complete")
 
@@ -80,7 +85,7 @@ class RunDirectory:
         self.path.mkdir(parents=True, exist_ok=True)
         with _logging_to(self.path / LOG):
             logger.error("%s", trace)
-        self.write_status("failed", f"{type(error).__name__}: {error}")
+        self.write_status("failed", _told(error))
 
     def _forget_other_job(self) -> None:
         """Remove the figures of a job of another configuration: those that this one does not replace would mislead."""

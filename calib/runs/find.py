@@ -6,8 +6,9 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from calib.errors import ConfigError
-from calib.runs.layout import CONFIG, ENVIRONMENT, HYDRA, METRICS, PLAN, STATUS
+from calib.errors import CalibError, ConfigError
+from calib.files import read_json
+from calib.runs.layout import CONFIG, ENVIRONMENT, HYDRA, METRICS, PLAN, STATUS, SWEEP
 from calib.runs.record import RunRecord, read_run
 
 #: A folder is a run directory if one of these is in it; a half deleted one may have lost any of them.
@@ -37,7 +38,8 @@ def _folders(argument: str) -> list[Path]:
         return [Path(argument)]
     matches = [Path(name) for name in sorted(glob.glob(argument, recursive=True), key=_natural) if Path(name).is_dir()]
     if not matches:
-        raise ConfigError(f"{argument}: no such folder; name a run's folder, a sweep's, or a pattern")
+        what = "is a file, not a folder" if Path(argument).exists() else "no such folder"
+        raise ConfigError(f"{argument}: {what}; name a run's folder, a sweep's, or a pattern")
     return matches
 
 
@@ -53,8 +55,6 @@ def run_directories(folder: Path, above: frozenset[str] = frozenset()) -> Iterat
     """
     if not folder.is_dir():
         return
-    if not folder.is_dir():
-        return
     try:
         entries = list(os.scandir(folder))
     except OSError:
@@ -68,6 +68,20 @@ def run_directories(folder: Path, above: frozenset[str] = frozenset()) -> Iterat
         return
     for name in sorted((e.name for e in entries if not e.name.startswith(".") and e.is_dir()), key=_natural):
         yield from run_directories(folder / name, above | {real})
+    yield from _not_begun(folder)
+
+
+def _not_begun(sweep: Path) -> list[Path]:
+    """Folders of jobs that a sweep was to make, and did not come to."""
+    try:
+        jobs = read_json(sweep / SWEEP)["jobs"]
+        return [
+            sweep / name
+            for name in sorted(map(str, jobs), key=_natural)
+            if Path(name).name == name and not (sweep / name).exists()
+        ]
+    except (CalibError, OSError, KeyError, TypeError, ValueError):
+        return []  # a folder of other things, or a sweep of an older version
 
 
 def short_names(paths: Sequence[Path]) -> list[str]:

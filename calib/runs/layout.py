@@ -6,6 +6,8 @@ PLAN, STEPS = "quantization_config.json", "timestep_config.json"
 DETAILS, FULL, QUANTIZED = "evaluation.json", "images/full", "images/quantized"
 #: Pages: of a run, of a sweep.
 REPORT, COMPARISON = "report.html", "comparison.html"
+#: In a sweep's folder: the names of its jobs' folders, of those too that were not begun.
+SWEEP = "sweep.json"
 #: Hydra's own record of a job.
 HYDRA = ".hydra"
 #: Held by the process that works in the directory.

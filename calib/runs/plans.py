@@ -23,7 +23,7 @@ class LayerChoice:
         weight_phases, activation_phases: bits by phase (early, mid, late), where they are others than those for all.
         clip: percentiles at which the range of its inputs is cut.
         low, high: of that range over all steps; None where the plan has no ranges.
-        drift: 1 - narrowest / widest range over the steps, 0 … 1.
+        drift: 1 - narrowest / widest range that was seen at a step, 0 … 1; None where the plan does not say.
     """
 
     weight_bits: int
@@ -55,13 +55,21 @@ def read_choices(run: Path) -> dict[str, LayerChoice]:
     layers, steps = read_json(run / PLAN), read_json(run / STEPS) if (run / STEPS).exists() else {}
     try:
         ranges, phases = dict(steps.get("activation_ranges") or {}), dict(steps.get("phases") or {})
-        return {str(name): _choice(str(name), entry, ranges.get(name), phases) for name, entry in layers.items()}
+        drifts = dict(steps.get("drift") or {})
+        return {
+            str(name): _choice(str(name), entry, ranges.get(name), phases, drifts.get(name))
+            for name, entry in layers.items()
+        }
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CalibError(f"{run}: its plan lacks or garbles {error}; calib analyze writes it anew") from None
 
 
 def _choice(
-    name: str, entry: Mapping[str, Any], observed: Mapping[str, Any] | None, phases: Mapping[str, Mapping[str, Any]]
+    name: str,
+    entry: Mapping[str, Any],
+    ranges: Mapping[str, Any] | None,
+    phases: Mapping[str, Mapping[str, Any]],
+    drift: Any,
 ) -> LayerChoice:
     bits = {key: int(entry[f"suggested_{key}"]) for key in ("weight_bits", "activation_bits")}
     own = {
@@ -76,13 +84,11 @@ def _choice(
         weight_phases=own["weight_bits"],
         activation_phases=own["activation_bits"],
         clip=(float(low), float(high)),
+        drift=None if drift is None else float(drift),
     )
-    if not observed or not observed["low"]:
+    if not ranges or not ranges["low"]:
         return choice
-    lows, highs = [float(x) for x in observed["low"]], [float(x) for x in observed["high"]]
-    widths = [high - low for low, high in zip(lows, highs, strict=True)]
-    drift = 1 - min(widths) / max(widths) if max(widths) > 0 else 0.0
-    return replace(choice, low=min(lows), high=max(highs), drift=drift)
+    return replace(choice, low=min(map(float, ranges["low"])), high=max(map(float, ranges["high"])))
 
 
 @dataclass(frozen=True)
@@ -101,7 +107,7 @@ def compare_plans(runs: Sequence[RunRecord], every: bool = False) -> PlanDiffere
         ConfigError: they are not two, one has no plan, or they are of different layers.
     """
     if len(runs) != 2:
-        raise ConfigError(f"--layers: compares two runs, and {counted(len(runs), 'run')} are named")
+        raise ConfigError(f"--layers: compares two runs; named: {counted(len(runs), 'run')}")
     one, other = (read_choices(run.path) for run in runs)
     if set(one) != set(other):
         lacking = sorted(set(one) ^ set(other))
@@ -128,7 +134,7 @@ COLUMNS = {
 _PHASES = {"weight_bits": "weight_phases", "activation_bits": "activation_phases"}
 
 
-def _told(choice: LayerChoice, name: str) -> str:
+def _told(choice: LayerChoice, name: str, digits: int = 3) -> str:
     value = getattr(choice, name)
     if value is None:
         return "–"
@@ -136,14 +142,18 @@ def _told(choice: LayerChoice, name: str) -> str:
         return "none" if value == (0, 100) else f"{value[0]:g}–{value[1]:g}%"
     phases = getattr(choice, _PHASES[name]) if name in _PHASES else {}
     apart = f" ({', '.join(f'{phase} {bits}' for phase, bits in phases.items())})" if phases else ""
-    return f"{value:.0%}" if name == "drift" else f"{value:.3g}{apart}"
+    return f"{value:.{digits - 3}%}" if name == "drift" else f"{value:.{digits}g}{apart}"
 
 
 def _cell(name: str, pair: tuple[LayerChoice, LayerChoice]) -> str:
     keys = [name, _PHASES[name]] if name in _PHASES else [name]
-    one, other = (_told(choice, name) for choice in pair)
-    alike = all(_alike(*(getattr(choice, key) for choice in pair)) for key in keys)
-    return one if alike else f"{one} → {other}"
+    if all(_alike(*(getattr(choice, key) for choice in pair)) for key in keys):
+        return _told(pair[0], name)
+    for digits in range(3, 8):  # as many as tell them apart
+        one, other = (_told(choice, name, digits) for choice in pair)
+        if one != other:
+            break
+    return f"{one} → {other}"
 
 
 def _rows(found: PlanDifference) -> list[list[str]]:

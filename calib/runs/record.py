@@ -68,12 +68,16 @@ class RunRecord:
 
 def read_run(path: Path, name: str) -> RunRecord:
     """The run directory ``path``."""
+    if not _is_there(path):
+        return RunRecord(path, name, State.INCOMPLETE, problems=("was not begun; the same command runs it",))
     problems: list[str] = []
     status = _mapping(path / STATUS, problems, _json)
     config, asked = _config(path, problems)
     metrics = _metrics(path, problems)
     surroundings = _mapping(path / ENVIRONMENT, [], _json)
     state = _state(path, status)
+    if state is State.COMPLETE and not _is_there(path / METRICS):
+        problems.append(f"{METRICS} is lost, and with it the run's figures")
     if state is State.INCOMPLETE and not problems:
         problems.append("its process ended without a word; the same command goes on")
     command = surroundings.get("command")

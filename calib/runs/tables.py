@@ -111,7 +111,7 @@ def legend(comparison: Comparison) -> list[str]:
     if any(comparison.best.values()):
         lines.append(f"{BEST} best of its column")
     if comparison.pareto:
-        lines.append(f"{FRONT} Pareto-optimal: no run here is better in both {x} and {y}")
+        lines.append(f"{FRONT} Pareto-optimal: no run here is as good in both {x} and {y}, and better in one")
     if comparison.baseline is not None:
         lines.append(f"(±) difference to {comparison.baseline.name}")
     return [*lines, *(f"note: {note}" for note in comparison.notes)]

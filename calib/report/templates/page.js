@@ -36,7 +36,7 @@
     all(".bits td span").forEach((cell) => {
       const bits = cell.dataset[button.dataset.bits];
       cell.textContent = bits;
-      cell.className = `b${bits}`;
+      cell.className = cell.className.replace(/\bb\d+/, `b${bits}`);
     });
   }));
 
@@ -47,8 +47,9 @@
   document.body.append(readout);
   all("figure[data-heat]").forEach((figure) => {
     const heat = JSON.parse(document.getElementById(figure.dataset.heat).textContent);
-    const image = figure.querySelector("svg image");
     figure.addEventListener("pointermove", (event) => {
+      const shown = all("svg", figure).find((svg) => svg.getBoundingClientRect().width > 0);
+      const image = shown.querySelector("image");
       const box = image.getBoundingClientRect();
       const column = Math.floor((event.clientX - box.left) / box.width * heat.steps.length);
       const row = Math.floor((event.clientY - box.top) / box.height * heat.rows.length);
@@ -96,6 +97,14 @@
     const on = document.getElementById(button.dataset.deltas).classList.toggle("deltas");
     button.setAttribute("aria-pressed", String(on));
   }));
+
+  // On paper everything is open.
+  let closed = [];
+  addEventListener("beforeprint", () => {
+    closed = all("details:not([open])");
+    closed.forEach((details) => { details.open = true; });
+  });
+  addEventListener("afterprint", () => closed.forEach((details) => { details.open = false; }));
 
   all("[data-copy]").forEach((button) => button.addEventListener("click", async () => {
     const text = document.getElementById(button.dataset.copy).textContent;
