@@ -146,6 +146,8 @@ def _planned_sweep(
 ) -> Planned:
     keys = [o.get_key_element() for o in parsed]
     overrides = _parse(with_params([in_short(o) for o in parsed], keys, config))
+    if twice := [o for o in overrides if o.is_sweep_override() and keys.count(o.get_key_element()) > 1]:
+        raise ConfigError(f"{twice[0].input_line}: this key is given twice; name all its values once")
     swept = [o.key_or_group for o in overrides if o.is_sweep_override()]
     given = [*(o.input_line or "" for o in overrides), f"swept=[{','.join(swept)}]"]
     if "calib_sweep" not in str(OmegaConf.to_container(config.hydra.sweep, resolve=False)):
@@ -215,11 +217,12 @@ def _compose(overrides: list[str]) -> DictConfig:
     try:
         return compose("config", overrides=overrides, return_hydra_config=True)
     except (HydraException, OmegaConfBaseException, ValueError) as error:
-        raise ConfigError(_explain(str(error), overrides)) from None
+        cause = f": {_first_line(error.__cause__)}" if isinstance(error.__cause__, OmegaConfBaseException) else ""
+        raise ConfigError(_explain(str(error), overrides, cause)) from None
 
 
-def _explain(message: str, overrides: Sequence[str]) -> str:
-    """Hydra's message in one line, with the nearest valid name."""
+def _explain(message: str, overrides: Sequence[str], cause: str = "") -> str:
+    """Hydra's message in one line, with the nearest valid name, or with ``cause``, what OmegaConf said of a value."""
     if match := re.match(r"(?:In '.*': )?Could not find '(.+)/(.+)'", message):
         group, option = match.groups()
         if group == "hydra/launcher":
@@ -238,6 +241,8 @@ def _explain(message: str, overrides: Sequence[str]) -> str:
             hint = f" {named} takes it." if others else suggest(key, parameters, list_all=False)
             return f"{given}: the chosen {group} takes {takes}.{hint}"
         return f"{given}: no such key.{suggest(key, known_keys(chosen))}"
+    if match := re.match(r"Error merging override (\S+)", message):
+        return f"{match.group(1)}: not possible{cause}"
     return f"{' '.join(overrides)}: {message.strip().splitlines()[0] if message.strip() else 'not possible'}"
 
 

@@ -53,7 +53,11 @@ def replacing(path: Path) -> Iterator[Path]:
 def _locked_temporary(path: Path) -> tuple[int, Path]:
     """A new temporary file, locked; made again where another process cleaned it away before the lock was held."""
     while True:
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=TEMPORARY_SUFFIX, dir=path.parent)
+        try:
+            handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=TEMPORARY_SUFFIX, dir=path.parent)
+        except OSError as error:
+            error.filename = str(path)
+            raise
         with suppress(OSError):  # a file system without locks: nothing is cleaned there either
             fcntl.flock(handle, fcntl.LOCK_EX)
         if os.path.exists(name):

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
     ("names", "short"),
     [
         (["analysis=range,seed=1-0123abcd", "analysis=sqnr,seed=1-4567cdef"], ["range", "sqnr"]),
-        (["a=1,b=2", "a=1,b=3", "a=2,b=3"], ["1 · 2", "1 · 3", "2 · 3"]),
+        (["a.x=1,b=two", "a.x=1,b=true", "a.x=2,b=true"], ["x 1 · two", "x 1 · b true", "x 2 · b true"]),
         (["s/a=1-00000000", "t/b=1-00000000"], ["s/a=1", "t/b=1"]),
         (["a=1-00000000", "a=1-11111111"], ["a=1-00000000", "a=1-11111111"]),
         (["one-00000000", "one-11111111", "two-22222222"], ["one-00000000", "one-11111111", "two"]),

@@ -1,5 +1,6 @@
 """Figures of a run's page, each from plain numbers to an ``<svg>`` element."""
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -37,6 +38,11 @@ class Curve:
     high: NDArray[np.float64] | None = None
 
 
+def _coincide(one: Curve, other: Curve) -> bool:
+    """Whether two curves lie on one another to the eye."""
+    return np.array_equal(one.steps, other.steps) and np.allclose(one.mean, other.mean, rtol=0.08, atol=0)
+
+
 def error_chart(name: str, curves: Sequence[Curve], width: float = WIDTH) -> str:
     """Relative output error against step, on a logarithmic axis; the legend below, where it hides no curve."""
     from matplotlib.ticker import MaxNLocator
@@ -47,11 +53,12 @@ def error_chart(name: str, curves: Sequence[Curve], width: float = WIDTH) -> str
         figure = new_figure(width, 3.2 + 0.18 * -(-len(curves) // columns))
         axes = figure.subplots()
         axes.set_yscale("log")
+        coinciding = any(_coincide(one, other) for one, other in itertools.combinations(curves, 2))
         for number, curve in enumerate(curves):
             colour = SERIES[number % len(SERIES)]
             shown = curve.mean > 0
             # Where curves coincide the lower ones still show beside the upper ones.
-            thick = 1.6 + 0.4 * (len(curves) - 1 - number if len(curves) > 2 else 0)
+            thick = 1.6 + (0.5 * (len(curves) - 1 - number) if coinciding else 0)
             axes.plot(
                 curve.steps[shown],
                 curve.mean[shown],

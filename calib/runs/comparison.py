@@ -111,19 +111,19 @@ def compare(
     )
 
 
-def _key(wanted: str, known: Sequence[str]) -> str:
-    """The key that ``wanted`` names: itself, in whatever case, or the title that the table shows."""
+def _key(wanted: str, known: Sequence[str], given: str) -> str:
+    """The key that ``wanted``, of the option ``given``, names: itself, in any case, or the title in the table."""
     if wanted in known:
         return wanted
     for key in known:
         if wanted.casefold() in (key.casefold(), metric_of(key).title.casefold()):
             return key
-    raise ConfigError(f"{wanted}: no such column in these runs.{suggest(wanted, known)}")
+    raise ConfigError(f"{given}: no such column in these runs.{suggest(wanted, known)}")
 
 
 def _axes(runs: Sequence[RunRecord], wanted: tuple[str, str], known: Sequence[str]) -> tuple[str, str]:
     """The metrics of the front; the default ones may be missing: then there is none."""
-    x, y = (key if key in DEFAULT_PARETO else _key(key, known) for key in wanted)
+    x, y = (key if key in DEFAULT_PARETO else _key(key, known, f"--pareto {','.join(wanted)}") for key in wanted)
     figures = {key for run in runs for key in run.metrics}
     for key in (x, y):
         if key not in DEFAULT_PARETO and (key not in figures or metric_of(key).better is None):
@@ -147,7 +147,7 @@ def _meets(run: RunRecord, condition: str, known: Sequence[str]) -> bool:
     if match is None:
         raise ConfigError(f"--where {condition}: is no condition; write e.g. 'psnr>30' or 'analysis=allocate'")
     given, sign, wanted = match.groups()
-    key = _key(given, known)
+    key = _key(given, known, f"--where {condition}")
     value, number = value_of(run, key), _number(wanted)
     if number is not None and given.casefold() != key.casefold():
         number /= metric_of(key).scale  # by its title, in the unit that the table shows
@@ -178,7 +178,7 @@ def _number(text: str) -> float | None:
 def _sorted(runs: Sequence[RunRecord], sort: Sequence[str], known: Sequence[str]) -> list[RunRecord]:
     ordered = list(runs)
     for key in reversed(sort):
-        ordered = _by(ordered, _key(key.removeprefix("-"), known), descending=key.startswith("-"))
+        ordered = _by(ordered, _key(key.removeprefix("-"), known, f"--sort {key}"), descending=key.startswith("-"))
     return sorted(ordered, key=lambda run: run.state is not State.COMPLETE)
 
 
