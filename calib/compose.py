@@ -146,9 +146,9 @@ def _planned_sweep(
 ) -> Planned:
     keys = [o.get_key_element() for o in parsed]
     overrides = _parse(with_params([in_short(o) for o in parsed], keys, config))
-    if twice := [o for o in overrides if o.is_sweep_override() and keys.count(o.get_key_element()) > 1]:
-        raise ConfigError(f"{twice[0].input_line}: this key is given twice; name all its values once")
     swept = [o.key_or_group for o in overrides if o.is_sweep_override()]
+    if twice := [key for key in swept if swept.count(key) > 1]:
+        raise ConfigError(f"{twice[0]}: two lists of values; name them all in one")
     given = [*(o.input_line or "" for o in overrides), f"swept=[{','.join(swept)}]"]
     if "calib_sweep" not in str(OmegaConf.to_container(config.hydra.sweep, resolve=False)):
         # A folder of the user's own, named by the time, say: it is named once, as each composition would see another.

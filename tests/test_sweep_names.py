@@ -158,7 +158,13 @@ def test_two_jobs_never_share_a_folder(resolvers: Path) -> None:
         planned(take_apart(["-m", "seed=1,2", "hydra.sweep.subdir=same"]))
 
 
-def test_a_value_named_twice_is_said_to_be() -> None:
+def test_two_lists_of_one_key_are_refused_and_a_list_replaces_a_single_value(resolvers: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^seed: two lists of values; name them all in one$"):
+        planned(take_apart(["-m", "seed=1,2", "seed=3,4"]))
+    assert len(planned(take_apart(["-m", "seed=5", "seed=1,2"])).folders) == 2
+
+
+def test_a_value_named_twice_is_said_to_be(resolvers: Path) -> None:
     with pytest.raises(ConfigError, match=r"^seed=1: this job twice; name it once$"):
         planned(take_apart(["-m", "seed=1,2,1"]))
 
