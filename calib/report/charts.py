@@ -45,7 +45,7 @@ def _coincide(one: Curve, other: Curve) -> bool:
 
 def error_chart(name: str, curves: Sequence[Curve], width: float = WIDTH) -> str:
     """Relative output error against step, on a logarithmic axis; the legend below, where it hides no curve."""
-    from matplotlib.ticker import MaxNLocator
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     with styled():
         long = width < WIDTH or max(len(curve.label) for curve in curves) > LONG_LABEL
@@ -73,6 +73,8 @@ def error_chart(name: str, curves: Sequence[Curve], width: float = WIDTH) -> str
                 axes.fill_between(curve.steps, low, curve.high, where=shown.tolist(), color=colour, alpha=0.18, lw=0)
         axes.set_xlabel("denoising step (0: pure noise)")
         axes.set_ylabel("relative output error ‖Δv‖² / ‖v‖²")
+        # Numbers as they are: powers of ten would be set as formulas, which takes longer than all the rest.
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
         figure.legend(loc="outside lower left", fontsize=8, ncols=columns)
         return svg_of(figure, name, "Relative output error against denoising step")
@@ -196,7 +198,7 @@ LETTER, LINE = 5.6, 13
 
 def _name(axes: "Axes", dots: Sequence[Dot], most: int) -> None:
     """Label the marked dots, then the highest, where no label stands already; to the left where the right ends."""
-    axes.figure.draw_without_rendering()  # type: ignore[union-attr]
+    axes.autoscale_view()  # places are near enough before the layout, which only makes room
     end = axes.get_window_extent().x1
     taken: list[tuple[float, float, float]] = []
     for dot in sorted(dots, key=lambda d: (not d.marked, -d.y)):

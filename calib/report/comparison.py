@@ -15,7 +15,7 @@ from calib.progress import counted
 from calib.report.charts import WIDTH, Curve, Dot, error_chart, for_both, scatter
 from calib.report.page import render, trusted
 from calib.report.parts import Part, curve_of, labels
-from calib.report.pictures import LOSSLESS, data_address, pictures_of
+from calib.report.pictures import LOSSLESS, data_address, decibels, pictures_of
 from calib.runs.columns import Column, Metric, metric_of
 from calib.runs.comparison import Comparison
 from calib.runs.layout import DETAILS, REPORT
@@ -196,7 +196,10 @@ def _pictures(shown: Shown) -> tuple[list[dict[str, Any]], bool]:
 
     A run whose prompts are others has none in a row that is not its own.
     """
-    there = [(list(document["prompts"]), pictures_of(run.path), _psnrs(document)) for run, document in shown.runs]
+    there = [
+        (list(document["prompts"]), pictures_of(run.path), document["quantized"].get("psnr") or [])
+        for run, document in shown.runs
+    ]
     prompts, own, _ = next((entry for entry in there if entry[1]), ([], [], []))
     rows, small = [], True
     for number in range(min(MOST_PROMPTS, len(own))):
@@ -206,12 +209,6 @@ def _pictures(shown: Shown) -> tuple[list[dict[str, Any]], bool]:
         for its, pictures, psnrs in there:
             same = number < len(pictures) and its[number : number + 1] == prompts[number : number + 1]
             address = data_address(pictures[number][1])[0] if same else ""
-            cells.append((address, psnrs[number] if same and number < len(psnrs) else ""))
+            cells.append((address, decibels(psnrs, number) if same else ""))
         rows.append({"prompt": prompts[number], "cells": cells})
     return rows, small
-
-
-def _psnrs(document: Mapping[str, Any]) -> list[str]:
-    """Of each picture; null is that of equal ones."""
-    found = document["quantized"].get("psnr") or []
-    return ["equal" if value is None else f"{value:.1f} dB" for value in found]

@@ -2,6 +2,7 @@
 
 import base64
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,13 +48,20 @@ def pictures_of(run: Path) -> list[tuple[Path, Path]]:
     return [(path, run / QUANTIZED / path.name) for path in full if (run / QUANTIZED / path.name).exists()]
 
 
+def decibels(psnrs: Sequence[float | None], number: int) -> str:
+    """PSNR of a picture for people: none of it is that of equal ones; '' where it is not known."""
+    if number >= len(psnrs):
+        return ""
+    value = psnrs[number]
+    return "equal" if value is None else f"{value:.1f} dB"
+
+
 def pairs(run: Path, prompts: list[str], psnrs: list[float | None]) -> list[Pair]:
     """The first :data:`MOST` pictures of a run, for its page."""
     found = []
     for number, (full, quantized) in enumerate(pictures_of(run)[:MOST]):
         one, size = data_address(full)
         other, _ = data_address(quantized)
-        value = psnrs[number] if number < len(psnrs) else None
-        told = "equal" if number < len(psnrs) and value is None else "" if value is None else f"{value:.1f} dB"
-        found.append(Pair(prompts[number] if number < len(prompts) else "", one, other, told, size))
+        prompt = prompts[number] if number < len(prompts) else ""
+        found.append(Pair(prompt, one, other, decibels(psnrs, number), size))
     return found

@@ -68,7 +68,8 @@ def run_directories(folder: Path, above: frozenset[str] = frozenset()) -> Iterat
         return
     for name in sorted((e.name for e in entries if not e.name.startswith(".") and e.is_dir()), key=_natural):
         yield from run_directories(folder / name, above | {real})
-    yield from _not_begun(folder)
+    if any(entry.name == SWEEP for entry in entries):
+        yield from _not_begun(folder)
 
 
 def _not_begun(sweep: Path) -> list[Path]:
@@ -81,7 +82,7 @@ def _not_begun(sweep: Path) -> list[Path]:
             if Path(name).name == name and not (sweep / name).exists()
         ]
     except (CalibError, OSError, KeyError, TypeError, ValueError):
-        return []  # a folder of other things, or a sweep of an older version
+        return []  # damaged: the jobs that are there are found without it
 
 
 def short_names(paths: Sequence[Path]) -> list[str]:
