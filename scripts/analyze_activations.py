@@ -2,7 +2,7 @@
 
 import sys
 
-from calib.cli import main
+from calib.cli.main import main
 
 if __name__ == "__main__":
     main(["analyze", *sys.argv[1:]])

@@ -23,26 +23,28 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
-from calib import timesteps
-from calib.activations.collect import Collection, CollectSettings
+from calib.activations.collect import Collection
 from calib.activations.observer import Observer, Seen
-from calib.activations.plain import PlainObserver
+from calib.activations.observer_mlx import PlainObserver
 from calib.activations.replay import Replay, new_observer, shared_cores
-from calib.activations.store import FILE as ACTIVATIONS
+from calib.activations.step import CollectSettings
 from calib.activations.store import write_activations
 from calib.activations.taps import TapPoint, TapSelection, tap_points
-from calib.collecting import write_statistics
+from calib.base.device import device_name
+from calib.base.files import checksum
+from calib.base.layout import ACTIVATIONS
+from calib.dataset import timesteps
 from calib.dataset.generate import generate
 from calib.dataset.load import load_manifest
 from calib.dataset.manifest import ImageEntry
 from calib.dataset.settings import SamplerSettings, planned_dataset
 from calib.dataset.store import StateDtype, StorageFormat, write_trajectory
-from calib.files import checksum
 from calib.models import emoji
+from calib.models.architecture import Conditioning
 from calib.models.diffusionkit import sd3_config
-from calib.models.model import Conditioning, DiffusionModel, ModelDtype
-from calib.models.modulation import velocity
-from calib.runs.directory import device_name
+from calib.models.mmdit.modulation import velocity
+from calib.models.model import DiffusionModel, ModelDtype
+from calib.stages.collect import write_statistics
 
 import mlx.core as mx
 import numpy as np
@@ -130,7 +132,7 @@ def emoji_case(batch: int) -> Case:
     x = mx.random.normal((batch, *model.latent_shape))
     timestep = mx.array(500.0)
     mx.eval(x, text.tokens, text.pooled, timestep)
-    return Case(Bare(model.transformer, model.dtype), tap_points(model.transformer, TapSelection()), x, text, timestep)
+    return Case(Bare(model.transformer, model.dtype), tap_points(model.architecture, TapSelection()), x, text, timestep)
 
 
 def plain(case: Case, steps: int, forwards: int) -> None:
@@ -231,7 +233,7 @@ def show_schedules(images: int) -> None:
         data_dir = Path(folder) / "dataset"
         names = (emoji.FOLDER / "names.txt").read_text().splitlines()
         generate(model, names, images, data_dir, SamplerSettings(num_steps=50, cfg_weight=3.0, batch_size=10))
-        manifest, points = load_manifest(data_dir), tap_points(model.transformer, TapSelection())
+        manifest, points = load_manifest(data_dir), tap_points(model.architecture, TapSelection())
 
         def collect(cache: str, steps: Sequence[int]) -> float:
             start = time.perf_counter()
@@ -301,7 +303,7 @@ def show_whole(latent: int, images: int, batch: int) -> None:
             samples = write_trajectory(data_dir, i, states, manifest, {})
             checksums = {name: checksum(data_dir / name) for name in samples}
             manifest.images[i] = ImageEntry(i, f"{i:0{i + 1}}", i, 5.0, 16, "", "", samples, checksums)
-        points = tap_points(model.transformer, TapSelection())
+        points = tap_points(model.architecture, TapSelection())
         place = (data_dir, manifest, range(images), points, CollectSettings(), Path(folder) / "cache")
         plain(sd3_case(24, latent, ModelDtype.BFLOAT16, 2 * batch), 1, 3)
         for label in ("first", "again, from the cache"):

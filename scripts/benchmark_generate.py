@@ -22,16 +22,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from calib.compose import CONF, plain
-from calib.config import build
+from calib.base.device import device_name
+from calib.base.seeds import image_seed
+from calib.cli.compose import plain
+from calib.cli.help import CONF
 from calib.dataset.generate import generate, trajectory
+from calib.dataset.sampling import initial_noise, initial_state, noise_levels
 from calib.dataset.store import StateDtype
+from calib.models.mmdit.modulation import velocity
 from calib.models.model import DiffusionModel, weights
-from calib.models.modulation import velocity
-from calib.runs.directory import device_name
-from calib.sampling import initial_noise, initial_state, noise_levels
-from calib.seeds import image_seed
-from calib.settings import Settings
+from calib.stages.build import build
+from calib.stages.settings import Settings
 
 import mlx.core as mx
 import numpy as np

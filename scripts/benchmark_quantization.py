@@ -18,31 +18,35 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 
-from calib.activations.store import FILE
-from calib.activations.taps import linear_layers
-from calib.analysis import allocate, cv, mse, ranges, sensitivity, sqnr, uniform
-from calib.analysis import range as range_heuristic
+from calib.analysis import ranges
 from calib.analysis.heuristic import Heuristic
+from calib.analysis.heuristics import allocate, cv, mse, sensitivity, sqnr, uniform
+from calib.analysis.heuristics import range as range_heuristic
 from calib.analysis.layers import read_summaries
+from calib.analysis.observed import observed_ranges, plan_steps
 from calib.analysis.plan import LayerPlan, Plan
 from calib.analysis.ranges import RangeRule
-from calib.analysis.steps import observed_ranges, plan_steps
-from calib.analyzing import sensitivities_of
-from calib.collecting import run_collect
-from calib.compose import CONF, plain
-from calib.config import build as build_settings
-from calib.evaluating import control_of, reference_of
+from calib.base.device import device_name
+from calib.base.layout import ACTIVATIONS
+from calib.cli.compose import plain
+from calib.cli.help import CONF
 from calib.evaluation.metrics import Fidelity, bootstrap, bootstrap_difference
 from calib.evaluation.paired import Paired
+from calib.evaluation.reference import control_of
+from calib.models.architecture import Source
 from calib.models.model import DiffusionModel
-from calib.pipeline import run_generate
 from calib.quantization import gptq, percentile, rtn, smooth
 from calib.quantization.apply import applied
-from calib.quantization.build import Source, build
 from calib.quantization.quantizer import Quantizer
-from calib.runs.directory import RunDirectory, device_name
-from calib.settings import Settings
-from calib.sources import collected
+from calib.runs.directory import RunDirectory
+from calib.stages.analyze import sensitivities_of
+from calib.stages.build import build
+from calib.stages.build import build as build_settings
+from calib.stages.collect import run_collect
+from calib.stages.evaluate import reference_of
+from calib.stages.origin import collected
+from calib.stages.settings import Settings
+from calib.stages.stages import run_generate
 
 import numpy as np
 from hydra import compose, initialize_config_dir
@@ -105,7 +109,7 @@ def kept_adaln(bits: int) -> Callable[[Setup], Plan]:
 
 def average_bits(plan: Plan, setup: Setup) -> float:
     """Bits a weight of ``plan``, scales and biases counted."""
-    layers = linear_layers(setup.model.transformer)
+    layers = setup.model.architecture.layers()
     found = [(plan.layers[name], layer.weight) for name, layer in layers.items() if layer.weight.ndim == 2]
     bits = sum(w.size * (layer.weight_bits + 32 / layer.group_size) for layer, w in found)
     return bits / sum(w.size for _, w in found)
@@ -248,7 +252,7 @@ def prepared(arguments, overrides: Sequence[str]) -> Setup:
     model = settings.load_model()
     run = RunDirectory(arguments.out / "run", "run", settings.fingerprint)
     run.path.mkdir(parents=True, exist_ok=True)
-    if not (run.path / FILE).exists():
+    if not (run.path / ACTIVATIONS).exists():
         run_generate(settings, run, lambda: model)
         run_collect(settings, run, lambda: model, {})
     return Setup(settings, model, run.path)
@@ -260,7 +264,7 @@ def measure(setup: Setup, row: Row, references, results) -> None:
     if row.activation_bits is not None:
         layers = {n: replace(layer, activation_bits=row.activation_bits) for n, layer in plan.layers.items()}
         plan = replace(plan, layers=layers)
-    path = setup.run / FILE
+    path = setup.run / ACTIVATIONS
     bits = None
     if row.phase_bits:
         bits = Heuristic(by_layer=range_heuristic.plan_layer).phase_bits(setup.layers, plan)

@@ -23,7 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import calib  # noqa: F401  (loads the BLAS before MLX)
-from calib.dataset.generate import SamplerSettings, trajectory
+from calib.dataset.generate import trajectory
+from calib.dataset.settings import SamplerSettings
 from calib.models import emoji
 from calib.models.model import DiffusionModel
 

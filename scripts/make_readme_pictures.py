@@ -9,10 +9,10 @@
 import argparse
 from pathlib import Path
 
-from calib.activations.store import ActivationFile
+from calib.activations.reader import ActivationFile
 from calib.analysis.layers import reported_layers
+from calib.base.files import read_json
 from calib.dataset.load import load_manifest
-from calib.files import read_json
 
 import matplotlib.pyplot as plt
 import numpy as np

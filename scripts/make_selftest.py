@@ -6,7 +6,7 @@ Run it on a CPU (float32 throughout) after the weights have changed::
 """
 
 import calib.models.emoji
-from calib import selftest
+from calib.cli.main import selftest
 
 import mlx.core as mx
 import numpy as np

@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import Any
 
 import calib  # its BLAS must be loaded before mlx
+from calib.dataset.prompts import builtin
 from calib.models.text import REPOSITORY as TEXT_REPOSITORY
 from calib.models.text import T5_REPOSITORY
 from calib.models.tokens import BYTE_LETTERS
-from calib.prompts import builtin
 
 import mlx.core as mx
 import original_naming as original
@@ -232,7 +232,7 @@ def write_standin(cache: Path, name: str, use_t5: bool, text: TextShapes) -> Non
 def flux_code(blocks: tuple[int, int]) -> str:
     """Python that starts calib with ``blocks`` in place of FLUX's number of multimodal and unified blocks."""
     return (
-        "from calib.cli import main; from diffusionkit.mlx.config import FLUX_SCHNELL; "
+        "from calib.cli.main import main; from diffusionkit.mlx.config import FLUX_SCHNELL; "
         f"FLUX_SCHNELL.depth_multimodal, FLUX_SCHNELL.depth_unified = {blocks[0]}, {blocks[1]}; main()"
     )
 

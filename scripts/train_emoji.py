@@ -41,7 +41,7 @@ from calib.models.emoji.architecture import (
     build_text_encoder,
     build_transformer,
 )
-from calib.models.modulation import modulation
+from calib.models.mmdit.modulation import modulation
 
 import mlx.core as mx
 import mlx.nn as nn

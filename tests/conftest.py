@@ -16,9 +16,10 @@ from pathlib import Path
 from calib.activations.collect import Collection
 from calib.activations.record import StepRecord
 from calib.activations.taps import TapKind, TapSelection
-from calib.dataset.generate import SamplerSettings, generate
+from calib.dataset.generate import generate
 from calib.dataset.load import load_manifest
 from calib.dataset.manifest import Manifest
+from calib.dataset.settings import SamplerSettings
 from calib.dataset.store import StorageFormat
 from calib.models import emoji
 from calib.models.model import DiffusionModel

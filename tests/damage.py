@@ -5,9 +5,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from calib.dataset.generate import SamplerSettings
+from calib.base.files import checksum
+from calib.dataset.settings import SamplerSettings
 from calib.dataset.verify import Report, verify
-from calib.files import checksum
 
 import h5py
 import numpy as np

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from calib.activations.plain import is_sound, read, seen, summarize
+from calib.activations.observer_mlx import is_sound, read, seen, summarize
 from calib.activations.statistics import PERCENTILES, Statistics
-from calib.cli import main
+from calib.base.errors import ConfigError
+from calib.base.files import checksum
+from calib.cli.main import main
 from calib.dataset.load import load_manifest
 from calib.dataset.settings import SamplerSettings
-from calib.errors import ConfigError
-from calib.files import checksum
 from calib.models.model import DiffusionModel
 
 import mlx.core as mx
@@ -197,7 +197,7 @@ def start_process(folder: Path, *arguments: str) -> subprocess.Popen[str]:
 def run_without_rights(folder: Path, *arguments: str) -> Outcome:
     """``calib`` in ``folder`` as a user without special rights: root may write anywhere, so it gives its rights up."""
     drop = "os.setuid(65534); " if os.geteuid() == 0 else ""
-    code = f"import os, sys; from calib.cli import main; {drop}main(sys.argv[1:])"
+    code = f"import os, sys; from calib.cli.main import main; {drop}main(sys.argv[1:])"
     for part in folder.parents[:-1] if drop else ():
         if not part.stat().st_mode & 0o001:
             part.chmod(part.stat().st_mode | 0o011)
@@ -277,3 +277,8 @@ def fill(disk: Path, room: int = 0) -> Path:
     ballast.write_bytes(bytes(take))
     assert shutil.disk_usage(disk).free <= room
     return ballast
+
+
+def velocity(transformer: MMDiT, x: mx.array, tokens: mx.array, pooled: mx.array, timestep: mx.array) -> mx.array:
+    """The output of a DiffusionKit MMDiT."""
+    return MMDiTArchitecture(transformer).velocity(x, Conditioning(tokens, pooled), timestep)

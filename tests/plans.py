@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from calib.analysis.layers import LayerSummary
 from calib.analysis.plan import GROUP_SIZES, WEIGHT_BITS, Plan
-from calib.analysis.sensitivity import Sensitivities
+from calib.analysis.sensitivities import Sensitivities
 
 import numpy as np
 from hypothesis import strategies as st

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import calib
 from calib.activations.taps import TapKind, TapSelection, linear_layers, tap_points, tapped
-from calib.errors import CalibError, ConfigError
+from calib.base.errors import CalibError, ConfigError
 from calib.models import compat
 from calib.models.diffusionkit import (
     FLUX_UNUSED,
@@ -16,9 +16,9 @@ from calib.models.diffusionkit import (
     load_vae_decoder,
     sd3_skeleton,
 )
+from helpers import velocity
+from calib.models.mmdit.names import layer_name, module_path
 from calib.models.model import weights, weights_fingerprint
-from calib.models.modulation import velocity
-from calib.models.names import layer_name, module_path
 
 import mlx.core as mx
 import numpy as np

@@ -9,13 +9,12 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from calib.analysis import allocate, sensitivity
-from calib.analysis.allocate import plan_layers
+from calib.analysis.heuristics import allocate, sensitivity
+from calib.analysis.heuristics.allocate import plan_layers
 from calib.analysis.options import Options
 from calib.analysis.plan import WEIGHT_BITS, Plan
-from calib.analysis.sensitivity import Sensitivities
-from calib.errors import CalibError, ConfigError
-from calib.typed import bind
+from calib.analysis.sensitivities import Sensitivities
+from calib.base.errors import CalibError, ConfigError
 
 import numpy as np
 import pytest
@@ -451,7 +450,7 @@ def test_the_configuration_names_every_parameter_with_its_default(module: Any) -
     node = OmegaConf.to_container(OmegaConf.create(text))
     assert isinstance(node, dict)
     assert text.startswith(f"# analysis={name}")
-    bound = bind("analysis", node, given=("layers", "sensitivities"))
+    bound = bind_target("analysis", node, given=("layers", "sensitivities"))
     found = measured(typical())
     assert bound(layers_of(found), found) == module.plan_layers(layers_of(found), found)
     parameters = [p for p in inspect.signature(module.plan_layers).parameters if p not in ("layers", "sensitivities")]

@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from calib.activations.reader import ActivationFile
-from calib.analysis import range as range_heuristic
-from calib.analysis import uniform
+from calib.analysis.heuristic import make_plan, outlier_channels, outlier_layers
+from calib.analysis.heuristics import range as range_heuristic
+from calib.analysis.heuristics import uniform
 from calib.analysis.layers import LayerSummary, read_summaries
-from calib.analysis.plan import LayerPlan, Plan, make_plan, outlier_channels, outlier_layers, phase_bits
+from calib.analysis.plan import LayerPlan, Plan, phase_bits
 from calib.analysis.steps import read_steps
 from calib.analysis.summary import summary_text
-from calib.errors import CalibError, ConfigError
-from calib.timesteps import phase_bounds
+from calib.base.errors import CalibError, ConfigError
+from calib.dataset.timesteps import phase_bounds
 
 import numpy as np
 import pytest

@@ -6,8 +6,7 @@ import sys
 import time
 from pathlib import Path
 
-from calib import progress
-from calib.awake import awake
+from calib.base import progress
 
 import pytest
 
@@ -52,7 +51,7 @@ def test_the_helper_lives_exactly_as_long_as_the_work(
     monkeypatch.setattr(sys, "platform", platform)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     try:
-        with awake():
+        with keep_awake():
             helper, child, *arguments = wait_for(tmp_path / "started")
             assert alive(int(helper)) and alive(int(child))
             if error is not None:
@@ -75,7 +74,7 @@ def test_a_machine_without_a_helper_is_told(
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     done = False
-    with awake():
+    with keep_awake():
         done = True
     assert done
     error = capsys.readouterr().err
@@ -88,6 +87,6 @@ def test_a_helper_that_fails_is_told_and_the_work_goes_on(
     fake(tmp_path, "systemd-inhibit", "exit 1")
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    with awake():
+    with keep_awake():
         pass
     assert "systemd-inhibit ended with status 1" in capsys.readouterr().err

@@ -13,10 +13,10 @@ from calib.activations.collect import Collection
 from calib.activations.record import StepRecord, pack, unpack
 from calib.activations.samples import Samples, SampleSettings
 from calib.activations.taps import Halves, TapKind, TapSelection
+from calib.base.errors import CalibError
+from calib.base.progress import note
 from calib.dataset.shards import Shard
-from calib.errors import CalibError
 from calib.models.model import DiffusionModel
-from calib.progress import note
 
 import numpy as np
 import pytest

@@ -8,8 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from calib import prompts
 from calib.activations.reader import ActivationFile
+from calib.dataset import prompts
 from calib.dataset.generate import generate
 from calib.dataset.load import load_manifest
 from calib.dataset.settings import SamplerSettings
@@ -249,7 +249,7 @@ def test_the_configuration_can_be_shown(folder: Path, capsys: pytest.CaptureFixt
     outcome = run_here(["--cfg", "job", "num_images=7"], capsys)
     assert outcome.status == 0
     assert "num_images: 7" in outcome.out
-    assert "calib.timesteps.key" in outcome.out
+    assert "calib.dataset.timesteps.key" in outcome.out
     assert everything(folder) == []
 
 

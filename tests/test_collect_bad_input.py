@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from calib.activations.reader import ActivationFile
+from calib.base.progress import note
 from calib.dataset.generate import generate
 from calib.models.model import DiffusionModel
-from calib.progress import note
 
 import h5py
 import numpy as np

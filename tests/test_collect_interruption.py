@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from calib.activations.plain import PlainObserver
+from calib.activations.observer_mlx import PlainObserver
 from calib.models.model import DiffusionModel, weights_fingerprint
 
 import pytest

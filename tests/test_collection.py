@@ -3,20 +3,20 @@
 import ctypes
 from pathlib import Path
 
-from calib import blas
 from calib.activations import collect, replay
 from calib.activations.collect import histogram_stride
+from calib.activations.format import HALVES
 from calib.activations.histogram import BINS, Histogram
-from calib.activations.plain import PHASES, first_sampled, pick_stride
-from calib.activations.record import HALVES
+from calib.activations.observer_mlx import PHASES, first_sampled, pick_stride
 from calib.activations.statistics import Statistics
-from calib.activations.taps import Halves, TapKind, TapSelection, linear_layers, tapped
+from calib.activations.taps import Halves, TapKind, TapSelection, tapped
+from calib.base import blas
+from calib.base.seeds import generator
 from calib.dataset.manifest import Manifest
 from calib.dataset.shards import Shard
 from calib.dataset.store import read_state
 from calib.models import emoji
 from calib.models.model import DiffusionModel, ModelDtype
-from calib.seeds import generator
 
 import mlx.core as mx
 import numpy as np
@@ -59,7 +59,7 @@ def check_same_but_rounding(found: Statistics, expected: Statistics) -> None:
 
 def test_statistics_of_every_tap_are_numpys_of_what_went_by(whole: Whole, model: DiffusionModel) -> None:
     covered = {name for point in whole.collection.points for name in point.names if point.kind != "block"}
-    assert covered == set(linear_layers(model.transformer))
+    assert covered == set(model.architecture.layers())
     blocks = {point.name for point in whole.collection.points if point.kind == "block"}
     for step in STEPS:
         record, activations = whole.records[step], whole.activations[step]
@@ -110,7 +110,7 @@ def test_what_goes_by_is_what_a_plain_forward_computes(
         text = model.encode([str(manifest.images[image].prompt) for image in (0, 1)], manifest.cfg_weight)
         x = mx.array(np.stack([read_state(data_dir, manifest, image, step) for image in (0, 1)]).astype(np.float32))
         seen: dict[str, mx.array] = {}
-        with tapped(model.transformer, whole.collection.points, keep(seen)):
+        with tapped(model.architecture, whole.collection.points, keep(seen)):
             timestep, sigma = mx.array(manifest.timesteps[step]), mx.array(manifest.sigmas[step])
             mx.eval(model.denoise(x, timestep, sigma, text, manifest.cfg_weight))
         assert set(seen) == set(whole.activations[step])

@@ -11,11 +11,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from calib.comparing import main
-from calib.errors import ConfigError
-from calib.runs.comparison import compare, pareto_front, value_of
+from calib.base.errors import ConfigError
+from calib.cli.main import main
+from calib.dataset.sampling import State
+from calib.runs.compare.comparison import compare, pareto_front, value_of
 from calib.runs.find import read_runs, short_names
-from calib.runs.record import RunRecord, State
+from calib.runs.record import RunRecord
 
 import pytest
 import yaml

@@ -8,11 +8,12 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from calib.errors import ConfigError
-from calib.runs.comparison import compare
+from calib.base.errors import ConfigError
+from calib.dataset.sampling import State
+from calib.runs.compare.comparison import compare
+from calib.runs.compare.tables import json_text, terminal_table
 from calib.runs.find import read_runs
-from calib.runs.record import RunRecord, Scalar, State
-from calib.runs.tables import json_text, terminal_table
+from calib.runs.record import RunRecord, Scalar
 
 import pytest
 import yaml
@@ -77,7 +78,7 @@ def test_a_folder_that_may_not_be_read_does_not_hide_the_others(sweep: Path, tmp
         if not folder.stat().st_mode & 0o001:
             folder.chmod(folder.stat().st_mode | 0o011)
     drop = "os.setuid(65534); " if os.geteuid() == 0 else ""
-    code = f"import os, sys; from calib.comparing import main; {drop}sys.exit(main(sys.argv[1:]))"
+    code = f"import os, sys; from calib.cli.compare import main; {drop}sys.exit(main(sys.argv[1:]))"
     done = subprocess.run(
         [sys.executable, "-c", code, str(jobs), "--json"], env=environment(), capture_output=True, text=True
     )
@@ -300,7 +301,7 @@ def test_exit_status_and_closed_pipes_of_a_process(sweep: Path) -> None:
         done = subprocess.run(command("compare", *arguments), env=environment(), capture_output=True, text=True)
         assert done.returncode == status, done.stderr
         assert len(done.stderr.splitlines()) == (status > 0)
-    code = f"from calib.comparing import main; import sys; sys.exit(main([{str(sweep)!r}, '--json']))"
+    code = f"from calib.cli.compare import main; import sys; sys.exit(main([{str(sweep)!r}, '--json']))"
     piped = subprocess.Popen([sys.executable, "-c", code], env=environment(), stdout=subprocess.PIPE, stderr=-1)
     assert piped.stdout is not None and piped.stderr is not None
     piped.stdout.close()

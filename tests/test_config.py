@@ -6,16 +6,18 @@ from pathlib import Path
 from typing import Any
 
 from calib.analysis.ranges import static
-from calib.compose import CONF
-from calib.config import build, check_writable
+from calib.base.errors import ConfigError
+from calib.base.files import check_writable
+from calib.base.seeds import image_seed
+from calib.cli.help import CONF
 from calib.dataset.shards import Shard
 from calib.dataset.store import StateDtype, StorageFormat
-from calib.errors import ConfigError
 from calib.models.model import ModelDtype
 from calib.quantization import rtn
-from calib.seeds import image_seed
-from calib.settings import CalibrationSettings, EvaluationSettings, SensitivitySettings, Settings, Stage
-from calib.typed import typed
+from calib.stages import Stage
+from calib.stages.build import build
+from calib.stages.settings import CalibrationSettings, EvaluationSettings, SensitivitySettings, Settings
+from calib.stages.values import typed
 
 import numpy as np
 import pytest
@@ -392,7 +394,7 @@ def test_a_seed_of_any_size_is_used_or_refused(key: str, seed: int) -> None:
         (["evaluation.seed=-1"], ("evaluation.seed=-1", "0 or more")),
         (["ranges=grouped", "ranges.groups=0"], ("ranges.groups=0", "1 or more")),
         (["ranges=polynomial", "ranges.degree=9"], ("ranges.degree=9", "1 to 8")),
-        (["ranges._target_=calib.timesteps.key"], ("ranges.",)),
+        (["ranges._target_=calib.dataset.timesteps.key"], ("ranges.",)),
         (["quantizer=gptq", "+quantizer.dampening=1"], ("quantizer.dampening", "'damping'")),
         (["timestep_schedule=drift", "timestep_schedule.count=51"], ("timestep_schedule.count=51", "1 to 50")),
         (["timestep_schedule=drift", "timestep_schedule.images=0"], ("timestep_schedule.images=0", "1 or more")),
@@ -418,7 +420,7 @@ def test_a_seed_of_any_size_is_used_or_refused(key: str, seed: int) -> None:
         (["generate_missing=maybe"], ("generate_missing=maybe", "true or false")),
         (["stage=colect"], ("stage=colect", "'collect'")),
         (["analysis._target_=calib.analysis.rang.plan_layer"], ("analysis._target_", "names no function")),
-        (["analysis._target_=calib.timesteps.key"], ("analysis.",)),
+        (["analysis._target_=calib.dataset.timesteps.key"], ("analysis.",)),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

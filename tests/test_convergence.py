@@ -11,9 +11,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from calib import collecting
 from calib.analysis.convergence import (
-    METADATA,
     ImageRanges,
     Movement,
     Quantity,
@@ -27,7 +25,9 @@ from calib.analysis.convergence import (
     resample,
 )
 from calib.analysis.convergence_report import convergence_json, convergence_text, write_plot
-from calib.commands import COMMANDS
+from calib.base.layout import METADATA
+from calib.cli.main import COMMANDS
+from calib.stages import collect as collecting
 
 import h5py
 import numpy as np
@@ -540,5 +540,5 @@ def test_the_command_is_in_the_help_and_loads_matplotlib_only_to_draw(capsys: py
     assert own.status == 0
     for word in ("--layers N", "--json", "--plot PATH", "bootstrap over prompts", "exit status"):
         assert word in own.out
-    code = "import sys, calib.cli; sys.exit('matplotlib' in sys.modules)"
+    code = "import sys, calib.cli.main; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], env=environment(), check=False).returncode == 0

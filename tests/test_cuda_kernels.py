@@ -6,11 +6,11 @@ On a machine with an NVIDIA GPU ``calib doctor --selftest`` checks them as they 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from calib import selftest
-from calib.activations import cuda
-from calib.activations.cuda import CudaObserver
+from calib.activations import observer_cuda as cuda
 from calib.activations.observer import Observer
-from calib.activations.plain import PlainObserver
+from calib.activations.observer_cuda import CudaObserver
+from calib.activations.observer_mlx import PlainObserver
+from calib.cli.main import selftest
 
 import cuda_emulator
 import mlx.core as mx

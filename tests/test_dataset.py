@@ -6,16 +6,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from calib.base.errors import CalibError
+from calib.base.files import checksum
+from calib.base.seeds import image_seed
 from calib.dataset.generate import generate, trajectory
 from calib.dataset.load import load_manifest
 from calib.dataset.manifest import Manifest
 from calib.dataset.settings import SamplerSettings
 from calib.dataset.store import StateDtype, StorageFormat, read_state
-from calib.errors import CalibError
-from calib.files import checksum
 from calib.models import emoji
 from calib.models.model import DiffusionModel
-from calib.seeds import image_seed
 
 import h5py
 import mlx.core as mx

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from calib.__main__ import main
+from calib.cli.main import main
 
 import pytest
 from helpers import CHECKOUT

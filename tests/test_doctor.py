@@ -5,16 +5,17 @@ import os
 import subprocess
 import sys
 
-from calib import blas, doctor, selftest
-from calib.activations import plain
-from calib.models.memory import on_cuda
-from calib.versions import versions
+from calib.activations import observer_mlx as plain
+from calib.base import blas
+from calib.base.device import on_cuda
+from calib.base.versions import versions
+from calib.cli.main import doctor, selftest
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
-CODE = "import sys; from calib.doctor import main; sys.exit(main(sys.argv[1:]))"
+CODE = "import sys; from calib.cli.doctor import main; sys.exit(main(sys.argv[1:]))"
 
 
 def run_doctor(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -7,15 +7,15 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from calib import subsets, timesteps
-from calib.activations.drift import choose_steps, distances, farthest_first
+from calib.activations.choose_steps import choose_steps, distances, farthest_first
 from calib.activations.histogram import Histogram
 from calib.activations.record import StepRecord
 from calib.activations.statistics import Moments, Statistics
+from calib.base.errors import CalibError
+from calib.base.seeds import generator
+from calib.dataset import subsets, timesteps
 from calib.dataset.latents import LARGEST_SIDE, features
 from calib.dataset.manifest import Manifest
-from calib.errors import CalibError
-from calib.seeds import generator
 
 import numpy as np
 import pytest

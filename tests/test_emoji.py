@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from calib.dataset.generate import SamplerSettings, trajectory
+from calib.dataset.generate import trajectory
+from calib.dataset.settings import SamplerSettings
 from calib.models import emoji
 from calib.models.emoji.architecture import END, EmojiConfig, EmojiTokenizer
 from calib.models.model import DiffusionModel

@@ -8,7 +8,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from calib.errors import CalibError
+from calib.base.errors import CalibError
+from calib.base.files import write_json
 from calib.evaluation.metrics import (
     MOST_PSNR,
     NO_ERROR,
@@ -22,7 +23,6 @@ from calib.evaluation.metrics import (
     ssim,
 )
 from calib.evaluation.report import fidelity_text, picture_grid, plot_error
-from calib.files import write_json
 
 import numpy as np
 import pytest

@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from calib.errors import CalibError
-from calib.files import (
+from calib.base.errors import CalibError
+from calib.base.files import (
     abandoned_temporaries,
     checksum,
     free_bytes,
@@ -66,7 +66,7 @@ def test_a_process_killed_while_writing_leaves_the_old_file(tmp_path: Path) -> N
     path = tmp_path / "file.txt"
     write_text(path, "old")
     code = (
-        "import os, signal\nfrom pathlib import Path\nfrom calib.files import replacing\n"
+        "import os, signal\nfrom pathlib import Path\nfrom calib.base.files import replacing\n"
         "with replacing(Path('file.txt')) as temporary:\n"
         "    temporary.write_text('half of the ne')\n    os.kill(os.getpid(), signal.SIGKILL)\n"
     )
@@ -80,7 +80,7 @@ def test_a_process_killed_while_writing_leaves_the_old_file(tmp_path: Path) -> N
 
 def test_what_a_living_writer_has_half_written_is_not_abandoned(tmp_path: Path) -> None:
     code = (
-        "import sys\nfrom pathlib import Path\nfrom calib.files import replacing\n"
+        "import sys\nfrom pathlib import Path\nfrom calib.base.files import replacing\n"
         "with replacing(Path('file.txt')) as temporary:\n"
         "    temporary.write_text('half of the ne')\n    print('written', flush=True)\n    sys.stdin.read()\n"
     )

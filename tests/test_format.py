@@ -11,12 +11,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from calib.activations.format import Block
 from calib.activations.histogram import Histogram
 from calib.activations.observer import Seen
-from calib.activations.record import Block, StepRecord
+from calib.activations.record import StepRecord
 from calib.activations.statistics import Moments, Statistics
-from calib.activations.store import Source, write_activations
+from calib.activations.store import write_activations
 from calib.activations.taps import TapPoint
+from calib.models.architecture import Source
 
 import h5py
 import numpy as np

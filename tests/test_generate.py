@@ -14,6 +14,10 @@ import calib.dataset.generate
 import calib.dataset.writer
 import calib.models.model
 from calib.activations.taps import TapSelection
+from calib.base.device import on_gpu
+from calib.base.errors import CalibError
+from calib.base.progress import note
+from calib.base.seeds import image_seed
 from calib.dataset.generate import generate, trajectory
 from calib.dataset.images import DrawnImage, bytes_per_image, write_image
 from calib.dataset.load import load_manifest
@@ -21,11 +25,9 @@ from calib.dataset.manifest import ImageEntry, Manifest
 from calib.dataset.settings import SamplerSettings
 from calib.dataset.shards import Shard, add_entries
 from calib.dataset.store import SAMPLES, StateDtype, StorageFormat, read_state, write_trajectory
-from calib.errors import CalibError
-from calib.models.memory import MemoryPlan, on_gpu, plan_memory
-from calib.models.model import ROWS_KEPT, Conditioning, DiffusionModel
-from calib.progress import note
-from calib.seeds import image_seed
+from calib.models.architecture import Conditioning
+from calib.models.memory import MemoryPlan, plan_memory
+from calib.models.model import ROWS_KEPT, DiffusionModel
 
 import h5py
 import mlx.core as mx

@@ -8,15 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from calib.activations.histogram import Histogram
-from calib.analysis import cv, mse, sqnr, uniform
-from calib.analysis import range as range_heuristic
 from calib.analysis.grid import Grid
+from calib.analysis.heuristics import cv, mse, sqnr, uniform
+from calib.analysis.heuristics import range as range_heuristic
 from calib.analysis.layers import LayerSummary, read_summaries
 from calib.analysis.plan import GROUP_SIZES, NO_CLIP, WEIGHT_BITS, LayerPlan
 from calib.analysis.rounding import Clip, best_clip, best_clip_of, percentile_at, rounding_error
 from calib.analysis.rounding import sqnr as sqnr_of
-from calib.errors import CalibError
-from calib.typed import bind
+from calib.base.errors import CalibError
 
 import numpy as np
 import pytest
@@ -411,7 +410,7 @@ def option(name: str) -> dict[str, Any]:
 
 def planned(name: str, layer: LayerSummary, **given_values: Any) -> LayerPlan:
     """By an option of the command line and values given to it there."""
-    plan: LayerPlan = bind("analysis", option(name) | given_values, given=("layer",))(layer)
+    plan: LayerPlan = bind_target("analysis", option(name) | given_values, given=("layer",))(layer)
     return plan
 
 

@@ -2,15 +2,8 @@
 
 from typing import Any
 
-from calib.activations.histogram import (
-    BINS,
-    Histogram,
-    count_bits,
-    key_values,
-    merge_histograms,
-    ordered_keys,
-    top_bits,
-)
+from calib.activations.bits import count_bits, top_bits
+from calib.activations.histogram import BINS, Histogram, key_values, merge_histograms, ordered_keys
 
 import mlx.core as mx
 import numpy as np

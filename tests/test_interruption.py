@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from calib import prompts
+from calib.dataset import prompts
 from calib.dataset.generate import generate
 from calib.dataset.settings import SamplerSettings
 from calib.dataset.store import StorageFormat
@@ -236,7 +236,7 @@ def test_an_interruption_that_python_swallows_is_not_lost(tmp_path: Path) -> Non
     code = """
 import gc, os, signal, sys
 from pathlib import Path
-from calib.cli import main
+from calib.cli.main import main
 
 def callback(phase, info):
     if Path("dataset/manifest.json").exists():

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from calib.analysis import knapsack
-from calib.errors import CalibError
+from calib.base.errors import CalibError
 
 import numpy as np
 import pytest

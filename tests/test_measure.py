@@ -10,19 +10,20 @@ from typing import Any
 
 from calib.activations.batches import StoredStates
 from calib.activations.states import read_states
-from calib.activations.taps import TapPoint, TapSelection, linear_layers, tap_points, tapped
+from calib.activations.taps import TapPoint, TapSelection, tap_points, tapped
 from calib.analysis.measure import measure
-from calib.analysis.sensitivity import Sensitivities
+from calib.analysis.sensitivities import Sensitivities
+from calib.base.errors import CalibError
+from calib.base.progress import note
 from calib.dataset.generate import generate
 from calib.dataset.load import load_manifest
 from calib.dataset.manifest import Manifest
 from calib.dataset.settings import SamplerSettings
 from calib.dataset.store import StateDtype
-from calib.errors import CalibError
+from calib.models.mmdit.modulation import modulated
+from helpers import velocity
+from calib.models.mmdit.resume import Output, block_count, block_of, keeping, resumed
 from calib.models.model import DiffusionModel, weights_fingerprint
-from calib.models.modulation import modulated, velocity
-from calib.models.resume import Output, block_count, block_of, keeping, resumed
-from calib.progress import note
 
 import mlx.core as mx
 import numpy as np
@@ -65,12 +66,12 @@ FLUX_RANGES: Ranges = {
 
 
 def chosen(model: DiffusionModel, names: Sequence[str]) -> dict[str, nn.Module]:
-    layers = linear_layers(model.transformer)
+    layers = model.architecture.layers()
     return {name: layers[name] for name in layers if name in names}
 
 
 def points_of(model: DiffusionModel, ranges: Ranges) -> list[TapPoint]:
-    return [point for point in tap_points(model.transformer, TapSelection()) if point.name in ranges]
+    return [point for point in tap_points(model.architecture, TapSelection()) if point.name in ranges]
 
 
 def states_of(data_dir: Path, images: Sequence[int] = (0, 1), steps: Sequence[int] = (0, 5)) -> StoredStates:
@@ -114,7 +115,7 @@ class Slow:
         return found
 
     def weights(self, name: str, bits: int, group_size: int) -> list[float]:
-        layer = linear_layers(self._model.transformer)[name]
+        layer = self._model.architecture.layers()[name]
         own = layer.weight
         packed, scales, biases = mx.quantize(own.astype(mx.float16), group_size=group_size, bits=bits)
         try:
@@ -132,7 +133,7 @@ class Slow:
         def quantized(name: str, x: mx.array) -> mx.array:
             return (mx.clip(mx.round(x / scale) + zero, 0, 2**bits - 1) - zero) * scale
 
-        with tapped(self._model.transformer, [TapPoint(name, "") for name in names], quantized):
+        with tapped(self._model.architecture, [TapPoint(name, "") for name in names], quantized):
             return self._changed()
 
 
@@ -148,7 +149,7 @@ def check_against_whole_forwards(
     assert set(found.weights) == set(found.shapes) == set(layers)
     slow = Slow(model, states)
     for name in layers:
-        assert found.shapes[name] == linear_layers(model.transformer)[name].weight.shape
+        assert found.shapes[name] == model.architecture.layers()[name].weight.shape
         assert set(found.weights[name]) == {(bits, size) for bits in (2, 3, 4, 5, 6, 8)}
         for option in ((2, size), (8, size)):
             expected = slow.weights(name, *option)
@@ -243,7 +244,7 @@ def test_blocks_are_numbered_through(begun: Begun) -> None:
     config = begun.transformer.config
     multimodal = config.depth_multimodal
     assert begun.blocks == multimodal + config.depth_unified
-    for name in linear_layers(begun.transformer):
+    for name in begun.architecture.layers():
         kind, _, number = name.split(".")[0].rpartition("_")
         first = {"mm_block": 0, "unified_block": multimodal}.get(kind)
         if name.startswith("final_layer"):
@@ -271,12 +272,12 @@ def test_outputs_of_later_blocks_are_those_kept_in_the_whole_forward(begun: Begu
 
 
 def test_what_lies_before_is_not_run(begun: Begun) -> None:
-    points = tap_points(begun.transformer, TapSelection())
+    points = tap_points(begun.architecture, TapSelection())
     place = {point.name: block_of(point.name, begun.transformer) for point in points}
     for block in range(begun.blocks):
         output = begun.kept(block)
         seen: dict[str, mx.array] = {}
-        with tapped(begun.transformer, points, keep(seen)):
+        with tapped(begun.architecture, points, keep(seen)):
             begun.forward(block, output)
         # Embedders and modulations come ahead of all blocks.
         ahead = {name for name, own in place.items() if own is None or name.endswith(".adaln")}

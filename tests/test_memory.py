@@ -19,8 +19,8 @@ from calib.models.memory import (
     tokens_of,
     useful_batch,
 )
+from helpers import velocity
 from calib.models.model import DiffusionModel
-from calib.models.modulation import velocity
 
 import make_standin_checkpoint as standin
 import mlx.core as mx

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from fractions import Fraction
 
-from calib.activations import doubled
+from calib.activations import double_double as doubled
 from calib.activations.statistics import Moments
 
 import numpy as np

@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
-from calib.activations import plain
+from calib.activations import observer_mlx as plain
 from calib.activations.histogram import BINS, Histogram
 from calib.activations.observer import Seen
-from calib.activations.plain import PICKED, PlainObserver, first_sampled, pick_stride
+from calib.activations.observer_mlx import PICKED, PlainObserver, first_sampled, pick_stride
 
 import mlx.core as mx
 import numpy as np

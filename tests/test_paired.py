@@ -6,16 +6,16 @@ from dataclasses import replace
 from pathlib import Path
 
 from calib.activations.states import read_states
-from calib.activations.taps import TapPoint, linear_layers, tapped
+from calib.activations.taps import TapPoint, tapped
+from calib.base.errors import CalibError
 from calib.dataset.generate import generate
 from calib.dataset.load import load_manifest
 from calib.dataset.settings import SamplerSettings
 from calib.dataset.store import StateDtype
-from calib.errors import CalibError
 from calib.evaluation.metrics import ssim
 from calib.evaluation.paired import Paired, Reference, rounded_to_bfloat16
+from helpers import velocity
 from calib.models.model import DiffusionModel, weights, weights_fingerprint
-from calib.models.modulation import velocity
 
 import mlx.core as mx
 import numpy as np
@@ -47,7 +47,7 @@ def rounding(model: DiffusionModel, digits: int = 2) -> Change:
 
     @contextmanager
     def change() -> Iterator[None]:
-        layer = linear_layers(model.transformer)["mm_block_1.image.mlp.fc2"]
+        layer = model.architecture.layers()["mm_block_1.image.mlp.fc2"]
         own = layer.weight
         try:
             layer.weight = mx.round(own, digits)
@@ -153,7 +153,7 @@ def test_the_control_is_the_model_in_bfloat16_and_gives_it_back(drawn: tuple[Dif
     state = mx.array(read_states(reference.data_dir, reference.manifest, [0], 2))
     text = model.encode([PROMPTS[0]], 0)
     # The control's rounding is put around the tap: it sees what the layer reads.
-    with tapped(model.transformer, [TapPoint("x_embedder", "")], keep(seen)), rounded_to_bfloat16(model):
+    with tapped(model.architecture, [TapPoint("x_embedder", "")], keep(seen)), rounded_to_bfloat16(model):
         mx.eval(velocity(model.transformer, state, text.tokens, text.pooled, mx.array([500.0])))
     x = seen["x_embedder"]
     assert mx.array_equal(x.astype(mx.bfloat16).astype(mx.float32), x)

@@ -11,8 +11,8 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from calib.progress import note
-from calib.prompts import PER_TEMPLATE, TEMPLATES, builtin, emoji, from_file, report_duplicates
+from calib.base.progress import note
+from calib.dataset.prompts import PER_TEMPLATE, TEMPLATES, builtin, emoji, from_file, report_duplicates
 
 import pytest
 from helpers import check_config_error, environment, everything, is_one_clear_line, run_process
@@ -250,7 +250,7 @@ def test_a_file_without_permission_is_one_clear_line(tmp_path: Path) -> None:
     tmp_path.chmod(0o755)
     Path(written(tmp_path, "secret.txt", "a cat")).chmod(0)
     code = (
-        "import os; from calib.prompts import from_file\n"
+        "import os; from calib.dataset.prompts import from_file\n"
         "if os.geteuid() == 0: os.setuid(65534)\n"
         "try: from_file('secret.txt')\n"
         "except Exception as error: print(type(error).__name__, error)"
@@ -270,7 +270,7 @@ def test_a_text_file_has_no_columns(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("source", [builtin, emoji])
 def test_a_source_is_the_same_in_another_process(source: Callable[[int], list[str]]) -> None:
-    code = f"import json; from calib.prompts import {source.__name__} as f; print(json.dumps([f(0), f(7)]))"
+    code = f"import json; from calib.dataset.prompts import {source.__name__} as f; print(json.dumps([f(0), f(7)]))"
     found = subprocess.run(
         [sys.executable, "-c", code],
         env=environment() | {"PYTHONHASHSEED": "1"},

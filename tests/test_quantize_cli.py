@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from calib.analysis.steps import read_steps
+from calib.base.progress import note
 from calib.dataset.load import load_manifest
-from calib.progress import note
 from calib.quantization.checkpoint import load
 
 import numpy as np

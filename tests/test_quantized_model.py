@@ -7,22 +7,24 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from calib.activations.taps import TapPoint, linear_layers, tapped
+from calib.activations.taps import TapPoint, tapped
 from calib.analysis.plan import GROUP_SIZES, LayerPlan
 from calib.analysis.ranges import StepRanges, static
 from calib.analysis.steps import StepPlan
-from calib.errors import CalibError
+from calib.base.errors import CalibError
+from calib.dataset.timesteps import phase_bounds
+from calib.models.architecture import Source
 from calib.models.clock import Clock
+from helpers import velocity
+from calib.models.mmdit.names import module_path
 from calib.models.model import DiffusionModel, weights, weights_fingerprint
-from calib.models.modulation import velocity
-from calib.models.names import module_path
 from calib.quantization import rtn
 from calib.quantization.apply import applied
-from calib.quantization.build import Source, build, fitting
+from calib.quantization.build import fitting
 from calib.quantization.checkpoint import load, save
 from calib.quantization.model import InputRule, QuantizedModel
 from calib.quantization.packed import Packed
-from calib.timesteps import phase_bounds
+from calib.stages.build import build
 
 import mlx.core as mx
 import numpy as np
@@ -43,7 +45,7 @@ LAYER = "mm_block_2.image.mlp.fc1"
 
 def plan_of(model: DiffusionModel) -> dict[str, LayerPlan]:
     """All layers of a model, with every kind of bits and groups that there is."""
-    bits, names = (2, 3, 4, 5, 6, 8), linear_layers(model.transformer)
+    bits, names = (2, 3, 4, 5, 6, 8), model.architecture.layers()
     return {
         name: LayerPlan(bits[i % 6], (4, 6, 8, 16)[i % 4], group_size=GROUP_SIZES[i % 3])
         for i, name in enumerate(names)
@@ -293,7 +295,7 @@ def test_dense_layers_with_the_same_weights_give_what_mlxs_kernels_do(
         found = []
         for dequantize in (True, False):
             with applied(own, weights_alone, dequantize):
-                kind = type(linear_layers(own.transformer)["context_embedder"])
+                kind = type(own.architecture.layers()["context_embedder"])
                 assert kind is (nn.Linear if dequantize else nn.QuantizedLinear)
                 found.append(output(own, one, timestep))
         assert loss(*found) < 1e-10
@@ -349,7 +351,7 @@ def test_copies_are_made_where_bits_differ_and_are_counted(own: DiffusionModel, 
         assert {name: layer.bits for name, layer in found.items()} == other
         for name, layer in found.items():
             nearest = Packed.nearest(
-                linear_layers(own.transformer)[name].weight, layer.bits, quantized.layers[name].group_size, mx.float16
+                own.architecture.layers()[name].weight, layer.bits, quantized.layers[name].group_size, mx.float16
             )
             check_same_packed(layer, nearest)
     one_copy = replace(quantized, copies={})
@@ -394,7 +396,7 @@ def test_sizes_are_those_of_the_arrays(own: DiffusionModel, quantized: Quantized
 
 
 def test_four_bits_in_groups_of_64_take_four_and_a_half(model: DiffusionModel) -> None:
-    plan = {name: LayerPlan(4, 16) for name in linear_layers(model.transformer)}
+    plan = {name: LayerPlan(4, 16) for name in model.architecture.layers()}
     size = built(model, plan)[0].size()
     assert size.average_bits == 4.5
     assert 4.5 < size.bits_per_weight < 5
@@ -413,7 +415,7 @@ class Seen:
         seen: dict[str, mx.array] = {}
         # The rule is put around the tap: what the tap sees is what the layer reads.
         point, quantized = TapPoint(self._name, ""), QuantizedModel({}, {}, dict(rules), TIMESTEPS)
-        with tapped(self._model.transformer, [point], keep(seen)), applied(self._model, quantized, True):
+        with tapped(self._model.architecture, [point], keep(seen)), applied(self._model, quantized, True):
             output(self._model, self._inputs, timestep)
         return np.array(seen[self._name]).astype(np.float64)
 
@@ -499,7 +501,7 @@ def test_a_plan_without_steps_says_that_inputs_stay_and_runs_at_any_timestep(
     own: DiffusionModel, inputs: Inputs, tmp_path: Path
 ) -> None:
     """As from a layer_statistics.json alone, which says nothing of steps."""
-    plan = {name: LayerPlan(8, 8) for name in linear_layers(own.transformer)}
+    plan = {name: LayerPlan(8, 8) for name in own.architecture.layers()}
     made, notes = built(own, plan, StepPlan())
     assert made.inputs == {}
     assert any(f"{len(plan)} layers have no activation ranges" in note for note in notes)
@@ -555,7 +557,7 @@ def test_a_model_whose_widths_do_not_fit_a_plan_is_quantized_all_the_same(
     model: DiffusionModel, inputs: Inputs
 ) -> None:
     small = flux_model(model)  # of 64 channels, and 256 where its MLP is
-    plan = {name: LayerPlan(8, 16, group_size=128) for name in linear_layers(small.transformer)}
+    plan = {name: LayerPlan(8, 16, group_size=128) for name in small.architecture.layers()}
     made, notes = built(small, plan)
     assert {layer.group_size for layer in made.layers.values()} == {64, 128}
     assert sum("64 instead" in note for note in notes) == sum(layer.group_size == 64 for layer in made.layers.values())
@@ -566,7 +568,7 @@ def test_a_model_whose_widths_do_not_fit_a_plan_is_quantized_all_the_same(
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_a_huge_weight_spoils_its_own_group_alone(model: DiffusionModel, inputs: Inputs, bits: int) -> None:
-    layer = linear_layers(model.transformer)[LAYER]
+    layer = model.architecture.layers()[LAYER]
     own, plan = layer.weight, {LAYER: LayerPlan(bits, 16)}
     plain = built(model, plan)[0].layers[LAYER]
     try:
@@ -588,7 +590,7 @@ def test_a_huge_weight_spoils_its_own_group_alone(model: DiffusionModel, inputs:
 
 def test_weights_that_16_bits_cannot_hold_are_refused(model: DiffusionModel) -> None:
     """They would be infinite, and the model's output would not be a number."""
-    layer = linear_layers(model.transformer)[LAYER]
+    layer = model.architecture.layers()[LAYER]
     own = layer.weight
     try:
         layer.weight = mx.array(own)
@@ -601,7 +603,7 @@ def test_weights_that_16_bits_cannot_hold_are_refused(model: DiffusionModel) -> 
 
 def test_a_bfloat16_model_keeps_its_type(model: DiffusionModel, inputs: Inputs) -> None:
     small = flux_model(model, dtype=mx.bfloat16)
-    made, _ = built(small, {name: LayerPlan(8, 16, group_size=32) for name in linear_layers(small.transformer)})
+    made, _ = built(small, {name: LayerPlan(8, 16, group_size=32) for name in small.architecture.layers()})
     assert {array.dtype for array in made.weights.values()} == {mx.bfloat16}
     assert {layer.scales.dtype for layer in made.layers.values()} == {mx.bfloat16}
     x = tuple(array.astype(mx.bfloat16) for array in inputs)

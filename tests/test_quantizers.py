@@ -9,16 +9,15 @@ from typing import Any, TypeAlias
 from calib.activations.taps import TapPoint, TapSelection, linear_layers, tap_points, tapped
 from calib.analysis.plan import GROUP_SIZES, WEIGHT_BITS, LayerPlan
 from calib.analysis.ranges import StepRanges
-from calib.compose import CONF
-from calib.errors import CalibError
+from calib.base.errors import CalibError
+from calib.cli.help import CONF
+from calib.dataset.sampling import initial_noise
+from helpers import velocity
+from calib.models.mmdit.names import module_path
 from calib.models.model import DiffusionModel, weights
-from calib.models.modulation import velocity
-from calib.models.names import module_path
 from calib.quantization import gptq, percentile, rtn, smooth
 from calib.quantization.packed import Packed
-from calib.quantization.quantizer import ChannelRange, Quantized, Work
-from calib.sampling import initial_noise
-from calib.typed import bind
+from calib.quantization.quantizer import ChannelRange, Quantized, QuantizerInput
 
 import mlx.core as mx
 import numpy as np
@@ -68,12 +67,12 @@ class States:
         pending: Callable[[], Sequence[mx.array]],
         replaced: Mapping[str, mx.array],
     ) -> None:
-        layers = linear_layers(self.transformer)
+        layers = self.architecture.layers()
         own = {name: layers[name].weight for name in replaced}
         try:
             for name, weight in replaced.items():
                 layers[name].weight = weight
-            with tapped(self.transformer, points, record):
+            with tapped(self.architecture, points, record):
                 for state in self.arguments:
                     velocity(self.transformer, *state)
                     mx.eval(pending())
@@ -84,7 +83,7 @@ class States:
 
 @dataclass
 class Asked:
-    """The statistics' side of :class:`Work`: answers of :class:`States`, and what was asked."""
+    """The statistics' side of :class:`QuantizerInput`: answers of :class:`States`, and what was asked."""
 
     states: States
     ranges_of: dict[str, tuple[tuple[float, float] | None, Array | None]] = field(default_factory=dict)
@@ -93,7 +92,7 @@ class Asked:
     def extremes(self) -> dict[str, ChannelRange]:
         found = {}
         inputs = self.states.inputs()
-        for point in tap_points(self.states.transformer, TapSelection()):
+        for point in tap_points(self.states.architecture, TapSelection()):
             seen = [x[point.name].reshape(-1, x[point.name].shape[-1]).astype(np.float64) for x in inputs]
             low, high = np.concatenate(seen).min(axis=0), np.concatenate(seen).max(axis=0)
             found.update(dict.fromkeys(point.names, ChannelRange(low, high)))
@@ -107,16 +106,18 @@ class Asked:
         return StepRanges((0,), (-float(len(name)),), (1.0,))
 
 
-def work_on(states: States, bits: int = 4, group_size: int = 64, asked: Asked | None = None) -> Work:
+def work_on(states: States, bits: int = 4, group_size: int = 64, asked: Asked | None = None) -> QuantizerInput:
     """Every linear layer whose width fits, with one plan for all."""
     layers = {
         name: layer
-        for name, layer in linear_layers(states.transformer).items()
+        for name, layer in states.architecture.layers().items()
         if isinstance(layer, nn.Linear) and layer.weight.shape[1] % group_size == 0
     }
-    plan = dict.fromkeys(linear_layers(states.transformer), LayerPlan(bits, 8, group_size=group_size))
+    plan = dict.fromkeys(states.architecture.layers(), LayerPlan(bits, 8, group_size=group_size))
     asked = asked or Asked(states)
-    return Work(states.transformer, layers, plan, mx.float16, states.replay, asked.channel_range, asked.ranges)
+    return QuantizerInput(
+        states.transformer, layers, plan, mx.float16, states.replay, asked.channel_range, asked.ranges
+    )
 
 
 def arguments(seed: int, shapes: Sequence[Sequence[int]], timesteps: Sequence[float]) -> list[tuple[mx.array, ...]]:
@@ -356,7 +357,7 @@ def test_groups_of_equal_weights_and_of_zeros(dtype: Any) -> None:
 # GPTQ: a model
 
 
-def fed(emoji: States, x: mx.array, bits: int = 4, **plan: Any) -> Work:
+def fed(emoji: States, x: mx.array, bits: int = 4, **plan: Any) -> QuantizerInput:
     """One layer of the model to be quantized, which is given ``x`` (vectors, channels) as its input."""
 
     def replay(points: Sequence[TapPoint], record: Any, pending: Any, replaced: Any) -> None:
@@ -414,7 +415,7 @@ def test_inputs_that_tell_nothing_leave_rounding_to_nearest(emoji: States, value
 Replays: TypeAlias = list[tuple[list[TapPoint], dict[str, mx.array]]]
 
 
-def watched(work: Work, **parameters: Any) -> tuple[Quantized, Replays]:
+def watched(work: QuantizerInput, **parameters: Any) -> tuple[Quantized, Replays]:
     """What GPTQ makes, and how."""
     replays: Replays = []
 
@@ -467,7 +468,7 @@ def test_memory_splits_blocks(emoji: States, whole: tuple[Quantized, Replays]) -
 
 def output_error(states: States, made: Quantized) -> float:
     """Mean of ‖v − v_q‖² / ‖v‖² over the states."""
-    layers = linear_layers(states.transformer)
+    layers = states.architecture.layers()
     plain, own = states.outputs(), {name: layers[name].weight for name in made.layers}
     try:
         for name, packed in made.layers.items():
@@ -543,7 +544,7 @@ def check_smoothing(states: States, alpha: float) -> dict[str, Array]:
 def test_a_smoothed_model_gives_the_same_output(emoji: States, alpha: float) -> None:
     divisors = check_smoothing(emoji, alpha)
     modulated = ("q_proj", "k_proj", "v_proj", "o_proj", "fc1", "final_layer.linear")
-    assert set(divisors) == {name for name in linear_layers(emoji.transformer) if name.endswith(modulated)}
+    assert set(divisors) == {name for name in emoji.architecture.layers() if name.endswith(modulated)}
     assert all(s.std() > 0.01 * s.mean() for s in divisors.values())
 
 
@@ -560,7 +561,7 @@ def test_a_smoothed_flux_gives_the_same_output(flux: States, alpha: float) -> No
 def test_divisors_are_those_of_the_paper(emoji: States) -> None:
     asked, alpha = Asked(emoji), 0.3
     smooth.quantize(work_on(emoji, asked=asked), alpha)
-    layers = linear_layers(emoji.transformer)
+    layers = emoji.architecture.layers()
     groups = [
         [f"mm_block_3.text.attn.{which}_proj" for which in "qkv"],
         ["mm_block_3.image.attn.o_proj"],
@@ -656,7 +657,7 @@ def test_percentiles_of_its_own_for_every_layer(emoji: States) -> None:
     work = work_on(emoji, asked=asked)
     block = replace(work, plan=work.plan | {"mm_block_1": LayerPlan(4, 8)})
     made = percentile.quantize(block, 1.0, 98.0)
-    assert asked.ranges_of == dict.fromkeys(linear_layers(emoji.transformer), ((1.0, 98.0), None))
+    assert asked.ranges_of == dict.fromkeys(emoji.architecture.layers(), ((1.0, 98.0), None))
     assert made.ranges == {name: StepRanges((0,), (-len(name),), (1.0,)) for name in asked.ranges_of}
     plain = rtn.quantize(work)
     assert list(made.layers) == list(plain.layers)
@@ -685,7 +686,7 @@ def test_impossible_percentiles(emoji: States, low: float, high: float, words: S
 def test_an_option_names_every_parameter_with_its_default(option: str) -> None:
     node = OmegaConf.to_container(OmegaConf.load(CONF / "quantizer" / f"{option}.yaml"))
     assert isinstance(node, dict)
-    bound = bind("quantizer", node, given=("work",))
+    bound = bind_target("quantizer", node, given=("work",))
     defaults = {
         name: parameter.default
         for name, parameter in inspect.signature(bound.func).parameters.items()

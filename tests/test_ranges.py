@@ -7,18 +7,27 @@ from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
 
-from calib.activations.plain import PlainObserver
+from calib.activations.format import Block, Levels
+from calib.activations.observer_mlx import PlainObserver
 from calib.activations.reader import ActivationFile
-from calib.activations.record import Block, StepRecord
-from calib.activations.store import Levels, Source, write_activations
+from calib.activations.record import StepRecord
+from calib.activations.store import write_activations
 from calib.activations.taps import TapPoint
 from calib.analysis import ranges
-from calib.analysis.drift import channel_extremes, drift, drift_text, observe
-from calib.analysis.range_files import from_json, to_json
-from calib.analysis.ranges import Observed, RangeRule, StepRanges, grouped, per_step, polynomial, static
+from calib.analysis.observed import channel_extremes, drift_text, observe
+from calib.analysis.ranges import (
+    Observed,
+    RangeRule,
+    StepRanges,
+    grouped,
+    per_step,
+    polynomial,
+    static,
+)
+from calib.base.errors import CalibError
 from calib.dataset.manifest import Manifest
-from calib.errors import CalibError
-from calib.typed import bind
+from calib.dataset.timesteps import drift
+from calib.models.architecture import Source
 
 import mlx.core as mx
 import numpy as np
@@ -266,7 +275,7 @@ def test_bad_parameters_are_named(rule: Callable[..., Any], parameters: dict[str
 @pytest.mark.parametrize("name", RULES)
 def test_the_options_file_names_every_parameter_with_its_default(name: str) -> None:
     node = OmegaConf.to_container(OmegaConf.load(CHECKOUT / f"conf/ranges/{name}.yaml"))
-    bound = bind("ranges", node, given=("observed",))
+    bound = bind_target("ranges", node, given=("observed",))
     assert bound.func is getattr(ranges, name)
     defaults = {key: p.default for key, p in inspect.signature(RULES[name]).parameters.items() if key != "observed"}
     assert bound.keywords == defaults
@@ -456,8 +465,8 @@ def test_where_nothing_drifts_that_is_told() -> None:
 @given(observed=observations(), rule=st.sampled_from(sorted(RULES)))
 def test_ranges_come_back_from_json_as_they_were(observed: Observed, rule: str) -> None:
     made_of = {"mm_block_0.image.mlp.fc2": RULES[rule](observed), "x_embedder": static(observed)}
-    document = json.loads(json.dumps(to_json(made_of), allow_nan=False))
-    assert from_json(document, PATH, observed.num_steps) == made_of
+    document = json.loads(json.dumps(ranges_to_json(made_of), allow_nan=False))
+    assert ranges_from_json(document, PATH, observed.num_steps) == made_of
     assert set(document["x_embedder"]) == {"from_step", "low", "high"}
 
 
@@ -465,10 +474,10 @@ SOUND = {"from_step": [0, 5, 9], "low": [-1.5, -2, 0], "high": [1, 2.5, 0]}
 
 
 def test_whole_numbers_of_json_are_numbers() -> None:
-    found = from_json({"a": SOUND}, PATH, 10)
+    found = ranges_from_json({"a": SOUND}, PATH, 10)
     assert found == {"a": StepRanges((0, 5, 9), (-1.5, -2.0, 0.0), (1.0, 2.5, 0.0))}
     assert all(type(value) is float for value in (*found["a"].low, *found["a"].high))
-    assert from_json({}, PATH, 10) == {}
+    assert ranges_from_json({}, PATH, 10) == {}
 
 
 @pytest.mark.parametrize(
@@ -500,7 +509,7 @@ def test_whole_numbers_of_json_are_numbers() -> None:
 def test_damaged_ranges_are_an_error_that_names_file_layer_and_fault(change: dict[str, Any], words: str) -> None:
     document = {"b": SOUND, "mm_block_0.image.mlp.fc2": SOUND | change}
     with pytest.raises(CalibError) as error:
-        from_json(document, PATH, 10)
+        ranges_from_json(document, PATH, 10)
     message = str(error.value)
     assert "\n" not in message
     for part in (str(PATH), "'mm_block_0.image.mlp.fc2'", words):
@@ -510,4 +519,4 @@ def test_damaged_ranges_are_an_error_that_names_file_layer_and_fault(change: dic
 @pytest.mark.parametrize("document", [None, [], 3, "x", {"a": None}, {"a": [0]}, {"a": {}}, {"a": {"step_index": [0]}}])
 def test_what_holds_no_ranges_at_all_is_an_error(document: Any) -> None:
     with pytest.raises(CalibError, match=r"timestep_config\.json.*must"):
-        from_json(document, PATH, 10)
+        ranges_from_json(document, PATH, 10)

@@ -11,18 +11,19 @@ from typing import Any
 
 from calib.activations.record import StepRecord
 from calib.activations.taps import TapKind, TapSelection
-from calib.dataset.generate import SamplerSettings, generate
+from calib.base.errors import CalibError
+from calib.base.seeds import image_seed
+from calib.dataset.generate import generate
 from calib.dataset.images import DrawnImage, write_image
 from calib.dataset.load import load_manifest
 from calib.dataset.manifest import Manifest
 from calib.dataset.rebuild import rebuild_manifest
 from calib.dataset.repair import repair
+from calib.dataset.settings import SamplerSettings
 from calib.dataset.shards import Shard, shard_lock
 from calib.dataset.store import StateDtype, StorageFormat, read_state
 from calib.dataset.verify import verify
-from calib.errors import CalibError
 from calib.models.model import DiffusionModel
-from calib.seeds import image_seed
 
 import numpy as np
 import pytest

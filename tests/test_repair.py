@@ -75,7 +75,7 @@ def test_a_repair_that_is_killed_is_finished_by_the_next(model: DiffusionModel, 
     before = contents(dataset)
     worsen(dataset)
     code = (
-        "import os, shutil, signal, sys; import calib.dataset.repair as r; from calib.cli import main\n"
+        "import os, shutil, signal, sys; import calib.dataset.repair as r; from calib.cli.main import main\n"
         "moved, move = [], shutil.move\n"
         "def killing(*names):\n"
         "    if len(moved) == int(sys.argv[1]): os.kill(os.getpid(), signal.SIGKILL)\n"
@@ -197,7 +197,7 @@ def test_a_read_only_dataset_is_verified_and_its_repair_refused(dataset: Path) -
     for part in dataset.parents[:-1]:
         part.chmod(part.stat().st_mode | 0o011)
     try:
-        code = "import os, sys; from calib.cli import main; os.geteuid() or os.setuid(65534); main(sys.argv[1:])"
+        code = "import os, sys; from calib.cli.main import main; os.geteuid() or os.setuid(65534); main(sys.argv[1:])"
 
         def run(*options: str) -> subprocess.CompletedProcess[str]:
             arguments = [sys.executable, "-c", code, "verify", str(dataset), *options]
@@ -217,7 +217,7 @@ def test_a_read_only_dataset_is_verified_and_its_repair_refused(dataset: Path) -
 
 def test_an_interrupted_verify_ends_at_once(dataset: Path) -> None:
     code = (
-        "import time, calib.dataset.verify as v; from calib.cli import main; import sys\n"
+        "import time, calib.dataset.verify as v; from calib.cli.main import main; import sys\n"
         "v.check_image = lambda *a: (print('at work', flush=True), time.sleep(0.5))\n"
         "main(sys.argv[1:])\n"
     )

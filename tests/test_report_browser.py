@@ -6,10 +6,9 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from calib.report.comparison import comparison_page
-from calib.report.run import write_report
-from calib.runs.comparison import compare
+from calib.runs.compare.comparison import compare
 from calib.runs.find import read_runs
+from calib.runs.pages.comparison import comparison_page
 
 import pytest
 from selenium.webdriver import Chrome, ChromeOptions, Keys
@@ -49,7 +48,7 @@ def run_page(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number, entry in enumerate(plan.values()):  # as analysis=allocate writes them
         entry |= {"sensitivity": 10.0 ** (-2 - number % 5), "bytes": 20_000 + 500 * number}
     (run / "quantization_config.json").write_text(json.dumps(plan))
-    return write_report(run)
+    return write_page(run)
 
 
 @pytest.fixture(scope="module")

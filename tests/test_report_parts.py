@@ -2,11 +2,12 @@
 
 from pathlib import Path
 
-from calib.report.comparison import MOST_RUNS, _chosen, _spread
-from calib.report.layers import CHOSEN, Ranges, chosen_layers
-from calib.report.parts import labels
-from calib.runs.comparison import compare
-from calib.runs.record import RunRecord, State
+from calib.dataset.sampling import State
+from calib.runs.compare.comparison import compare
+from calib.runs.pages.comparison import MOST_RUNS, _chosen, _spread
+from calib.runs.pages.layers import CHOSEN, Ranges, chosen_layers
+from calib.runs.pages.parts import labels
+from calib.runs.record import RunRecord
 
 import numpy as np
 import pytest

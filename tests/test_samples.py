@@ -9,10 +9,10 @@ from calib.activations.record import StepRecord
 from calib.activations.samples import RowIdentity, Samples, SampleSettings, SampleWriter, read_rows
 from calib.activations.store import write_activations
 from calib.activations.taps import Halves, TapKind, TapSelection
+from calib.base.errors import CalibError
+from calib.base.progress import readable_bytes
 from calib.dataset.store import StateDtype
-from calib.errors import CalibError
 from calib.models.model import DiffusionModel
-from calib.progress import readable_bytes
 
 import h5py
 import mlx.core as mx

@@ -9,10 +9,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from calib.dataset.generate import SamplerSettings, trajectory
+from calib.dataset.generate import trajectory
+from calib.dataset.sampling import initial_noise, initial_state, noise_levels
+from calib.dataset.settings import SamplerSettings
 from calib.models import emoji
 from calib.models.model import DiffusionModel, weights_fingerprint
-from calib.sampling import initial_noise, initial_state, noise_levels
 
 import mlx.core as mx
 import numpy as np

@@ -2,9 +2,9 @@
 
 import math
 
-from calib.analysis import sensitivity
-from calib.analysis.sensitivity import Sensitivities
-from calib.errors import ConfigError
+from calib.analysis.heuristics import sensitivity
+from calib.analysis.sensitivities import Sensitivities
+from calib.base.errors import ConfigError
 
 import numpy as np
 import pytest

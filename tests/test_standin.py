@@ -16,9 +16,9 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import calib
-from calib import progress
+from calib.base import progress
+from calib.base.errors import CalibError
 from calib.dataset.load import load_manifest
-from calib.errors import CalibError
 from calib.models import diffusionkit
 from calib.models.diffusionkit import (
     flux_config,

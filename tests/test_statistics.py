@@ -2,7 +2,7 @@
 
 import warnings
 
-from calib.activations.plain import PHASES, first_sampled
+from calib.activations.observer_mlx import PHASES, first_sampled
 
 import mlx.core as mx
 import numpy as np

@@ -5,15 +5,17 @@ import shutil
 from pathlib import Path
 
 from calib.activations.collect import Collection
-from calib.activations.plain import PlainObserver
+from calib.activations.format import Block
+from calib.activations.observer_mlx import PlainObserver
 from calib.activations.reader import ActivationFile
-from calib.activations.record import Block, StepRecord
+from calib.activations.record import StepRecord
 from calib.activations.statistics import Statistics
-from calib.activations.store import Source, write_activations
-from calib.activations.taps import Halves, TapPoint, TapSelection, linear_layers
+from calib.activations.store import write_activations
+from calib.activations.taps import Halves, TapPoint, TapSelection
 from calib.activations.weights import WEIGHT_BITS, weight_sqnr
+from calib.base.errors import CalibError
 from calib.dataset.manifest import Manifest
-from calib.errors import CalibError
+from calib.models.architecture import Source
 from calib.models.model import DiffusionModel
 
 import h5py
@@ -37,7 +39,7 @@ def stored(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
     path = tmp_path_factory.mktemp("store") / "activations.h5"
-    sqnr = {name: weight_sqnr(module) for name, module in linear_layers(model.transformer).items()}
+    sqnr = {name: weight_sqnr(module) for name, module in model.architecture.layers().items()}
     write_activations(path, collection.source(STEPS), collection.points, manifest, STEPS, sqnr, ATTRIBUTES)
     return path
 
@@ -58,7 +60,7 @@ def test_root_has_dimension_scales_and_what_lies_along_them(stored: Path, manife
 
 
 def test_every_layer_is_a_group_with_attributes_arrays_and_scales(stored: Path, model: DiffusionModel) -> None:
-    modules = linear_layers(model.transformer)
+    modules = model.architecture.layers()
     blocks = [f"mm_block_{i}{stream}" for i in range(4) for stream in ("", ".image", ".text")][:-1]
     with h5py.File(stored, "r") as file:
         assert set(file["layers"]) == {*modules, *blocks}
@@ -107,7 +109,7 @@ def test_layers_that_share_an_input_share_their_arrays_by_hard_link(stored: Path
 
 
 def test_weights_sqnr_is_that_of_each_layers_own_weights(stored: Path, model: DiffusionModel) -> None:
-    modules = linear_layers(model.transformer)
+    modules = model.architecture.layers()
     with h5py.File(stored, "r") as file:
         assert file["weight_bits"][:].tolist() == list(WEIGHT_BITS) == [2, 3, 4, 5, 6, 8]
         for name in ("mm_block_0.image.attn.q_proj", "mm_block_0.image.attn.k_proj", "mm_block_2.text.mlp.fc2"):

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from calib import subsets
+from calib.dataset import subsets
 
 import numpy as np
 import pytest

@@ -4,10 +4,13 @@ import os
 import tempfile
 from pathlib import Path
 
-from calib.compose import CONF, planned, take_apart
-from calib.config import build
-from calib.errors import ConfigError
-from calib.sweeps import job_name, sensible_jobs, sweep_name
+from calib.base.errors import ConfigError
+from calib.cli.compose import planned
+from calib.cli.help import CONF
+from calib.cli.launchers import sensible_jobs
+from calib.cli.names import job_name, sweep_name
+from calib.cli.overrides import take_apart
+from calib.stages.build import build
 
 import pytest
 from hydra import compose, initialize_config_dir

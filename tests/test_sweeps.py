@@ -7,10 +7,10 @@ import time
 from pathlib import Path
 
 from calib.activations.reader import ActivationFile
+from calib.base.files import is_locked
+from calib.cli.job import _lacking
+from calib.cli.names import Ended
 from calib.dataset.load import load_manifest
-from calib.files import is_locked
-from calib.jobs import _lacking
-from calib.sweeps import Ended
 
 import pytest
 from helpers import (

@@ -13,10 +13,10 @@ from calib.activations.taps import (
     tap_points,
     tapped,
 )
-from calib.errors import ConfigError
+from calib.base.errors import ConfigError
+from calib.dataset.sampling import initial_noise
+from calib.models.mmdit.names import layer_name, module_path
 from calib.models.model import DiffusionModel, weights_fingerprint
-from calib.models.names import layer_name, module_path
-from calib.sampling import initial_noise
 
 import mlx.core as mx
 import numpy as np
@@ -98,7 +98,7 @@ def test_names_are_those_of_the_design(name: str, path: str) -> None:
 
 
 def test_layers_are_listed_in_the_order_of_the_network(model: DiffusionModel, flux: MMDiT) -> None:
-    names = list(linear_layers(model.transformer))
+    names = list(model.architecture.layers())
     assert names[-1].startswith("final_layer")
     assert all("block" not in name for name in names[:6])
     first = [name for name in names if name.startswith("mm_block_0.image")]
@@ -139,9 +139,9 @@ def every_input(transformer: MMDiT, call: Any) -> dict[str, np.ndarray]:
 
 def test_layers_that_share_a_tap_really_read_equal_arrays(model: DiffusionModel, forward: Any) -> None:
     seen = every_input(model.transformer, forward)
-    assert set(seen) == set(linear_layers(model.transformer))
+    assert set(seen) == set(model.architecture.layers())
     shared = 0
-    for point in tap_points(model.transformer, TapSelection()):
+    for point in tap_points(model.architecture, TapSelection()):
         for alias in point.aliases:
             assert np.array_equal(seen[alias], seen[point.name]), alias
             shared += 1
@@ -158,7 +158,7 @@ def test_layers_that_share_a_tap_in_flux_really_read_equal_arrays(flux: MMDiT) -
 
 
 def flux_forward(transformer: MMDiT) -> np.ndarray:
-    from calib.models.modulation import velocity
+    from helpers import velocity
 
     random = np.random.RandomState(0)
     x, tokens, pooled = (mx.array(random.randn(*shape).astype(np.float32)) for shape in FLUX_SHAPES)
@@ -181,7 +181,7 @@ def test_the_input_of_a_layer_explains_its_output(model: DiffusionModel, forward
 @pytest.mark.parametrize("kind", list(TapKind))
 def test_a_tapped_model_gives_bit_identical_output(model: DiffusionModel, forward: Any, kind: TapKind) -> None:
     plain, seen = forward(), {}
-    with tapped(model.transformer, tap_points(model.transformer, TapSelection(kind)), keep(seen)):
+    with tapped(model.architecture, tap_points(model.architecture, TapSelection(kind)), keep(seen)):
         observed = forward()
     assert np.array_equal(plain, observed)
     assert len(seen) > 6
@@ -203,9 +203,9 @@ def test_a_tapped_flux_gives_bit_identical_output(flux: MMDiT, kind: TapKind) ->
 
 def test_block_taps_see_the_blocks_outputs_stream_by_stream(model: DiffusionModel, forward: Any) -> None:
     seen: dict[str, mx.array] = {}
-    points = tap_points(model.transformer, TapSelection(TapKind.BLOCK))
+    points = tap_points(model.architecture, TapSelection(TapKind.BLOCK))
     assert [point.name for point in points] == ["mm_block_0", "mm_block_1", "mm_block_2", "mm_block_3"]
-    with tapped(model.transformer, points, keep(seen)):
+    with tapped(model.architecture, points, keep(seen)):
         forward()
     streams = [f"mm_block_{i}.{stream}" for i in range(4) for stream in ("image", "text")]
     assert list(seen) == streams[:-1], "the last block has no text stream"
@@ -217,8 +217,8 @@ def test_the_layer_reads_what_the_recorder_returns(model: DiffusionModel, forwar
     """It may have tied the activation to other work: so the very array that it gives back must be passed on."""
     plain, blocks = forward(), ["mm_block_1", "mm_block_3"]
     for kind, include in ((TapKind.LINEAR, ["mm_block_1.image.mlp.fc2"]), (TapKind.BLOCK, blocks)):
-        points = tap_points(model.transformer, TapSelection(kind, include=include))
-        with tapped(model.transformer, points, lambda name, x: mx.zeros_like(x)):
+        points = tap_points(model.architecture, TapSelection(kind, include=include))
+        with tapped(model.architecture, points, lambda name, x: mx.zeros_like(x)):
             assert not np.array_equal(plain, forward())
         seen: dict[str, mx.array] = {}
 
@@ -227,7 +227,7 @@ def test_the_layer_reads_what_the_recorder_returns(model: DiffusionModel, forwar
             after: mx.array = mx.depends([x], [seen[name]])[0]
             return after
 
-        with tapped(model.transformer, points, tied):
+        with tapped(model.architecture, points, tied):
             assert np.array_equal(plain, forward())
         assert len(seen) == (1 if kind is TapKind.LINEAR else 3)
 
@@ -251,12 +251,12 @@ def test_the_model_is_the_loaded_one_again_however_the_context_ends(
             raise error
         return x
 
-    points = tap_points(model.transformer, TapSelection(kind))
+    points = tap_points(model.architecture, TapSelection(kind))
     if error is None:
-        with tapped(model.transformer, points, record):
+        with tapped(model.architecture, points, record):
             forward()
     else:
-        with pytest.raises(error), tapped(model.transformer, points, record):
+        with pytest.raises(error), tapped(model.architecture, points, record):
             forward()
         assert calls == 5, "thrown inside the forward"
     assert identities(model.transformer) == before
@@ -267,8 +267,8 @@ def test_the_model_is_the_loaded_one_again_however_the_context_ends(
 
 def test_the_model_is_restored_when_a_tap_cannot_be_placed(model: DiffusionModel) -> None:
     before = identities(model.transformer)
-    points = [*tap_points(model.transformer, TapSelection()), TapPoint("mm_block_9.image.attn.q_proj", "modulated")]
-    with pytest.raises(IndexError), tapped(model.transformer, points, lambda name, x: x):
+    points = [*tap_points(model.architecture, TapSelection()), TapPoint("mm_block_9.image.attn.q_proj", "modulated")]
+    with pytest.raises(IndexError), tapped(model.architecture, points, lambda name, x: x):
         pass
     assert identities(model.transformer) == before
 
@@ -292,7 +292,7 @@ def test_patterns_choose_layers(model: DiffusionModel) -> None:
 
 
 def test_a_chosen_alias_is_tapped_without_the_layer_it_shares_with(model: DiffusionModel) -> None:
-    points = tap_points(model.transformer, TapSelection(include=["*_2.image.attn.v_proj", "final_layer.adaln"]))
+    points = tap_points(model.architecture, TapSelection(include=["*_2.image.attn.v_proj", "final_layer.adaln"]))
     assert sorted((point.name, point.aliases, point.kind) for point in points) == [
         ("final_layer.adaln", (), "post-silu"),
         ("mm_block_2.image.attn.v_proj", (), "modulated"),
@@ -317,7 +317,7 @@ def test_a_pattern_that_fits_nothing_is_an_error_with_near_misses(
     model: DiffusionModel, selection: TapSelection, words: Sequence[str]
 ) -> None:
     with pytest.raises(ConfigError) as error:
-        tap_points(model.transformer, selection)
+        tap_points(model.architecture, selection)
     message = str(error.value)
     assert "\n" not in message
     for word in words:
@@ -326,7 +326,7 @@ def test_a_pattern_that_fits_nothing_is_an_error_with_near_misses(
 
 def test_what_each_layer_reads_is_named(model: DiffusionModel) -> None:
     kinds = {
-        name: point.kind for point in tap_points(model.transformer, TapSelection(TapKind.ALL)) for name in point.names
+        name: point.kind for point in tap_points(model.architecture, TapSelection(TapKind.ALL)) for name in point.names
     }
     assert kinds["mm_block_1.text.attn.k_proj"] == "modulated"
     assert kinds["mm_block_1.text.attn.o_proj"] == "post-attention"

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
-from calib import timesteps
+from calib.dataset import timesteps
 
 import numpy as np
 import pytest

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from calib.base.errors import CalibError
 from calib.dataset.checks import Kind
 from calib.dataset.generate import generate
 from calib.dataset.load import load_manifest
@@ -15,7 +16,6 @@ from calib.dataset.repair import repair
 from calib.dataset.shards import Shard, shard_lock
 from calib.dataset.store import StateDtype, StorageFormat
 from calib.dataset.verify import verify
-from calib.errors import CalibError
 from calib.models.model import DiffusionModel
 
 import h5py

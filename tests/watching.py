@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from calib.activations import step
-from calib.activations.collect import Collection, CollectSettings
+from calib.activations.collect import Collection
+from calib.activations.format import Block
 from calib.activations.observer import Observer, Seen
-from calib.activations.record import Block, StepRecord
+from calib.activations.record import StepRecord
 from calib.activations.statistics import Statistics, merge_all
+from calib.activations.step import CollectSettings
 from calib.activations.taps import Recorder, TapKind, TapSelection, tap_points
 from calib.dataset.load import load_manifest
 from calib.dataset.shards import Shard
@@ -69,7 +71,7 @@ def collection_of(
     **settings: Any,
 ) -> Collection:
     """Of ``image_ids``; ``settings`` are those of :class:`CollectSettings`, ``load`` gives the model where needed."""
-    points = tap_points(model.transformer, selection)
+    points = tap_points(model.architecture, selection)
     own = CollectSettings(**{"batch_size": 2, "cfg_halves": selection.cfg_halves} | settings)
     place = (data_dir, load_manifest(data_dir), image_ids, points, own, cache_dir, shard)
     return Collection(model.transformer, load or (lambda: model), *place)

@@ -10,8 +10,8 @@ from calib.activations.replay import parts_of, streams_of
 from calib.activations.states import check_states, read_states
 from calib.activations.step import prompt_of
 from calib.dataset.manifest import Manifest
-from calib.models.model import Conditioning, DiffusionModel
-from calib.models.modulation import velocity
+from calib.models.architecture import Conditioning
+from calib.models.model import DiffusionModel
 
 import mlx.core as mx
 import numpy as np
@@ -109,8 +109,6 @@ def output_of(model: DiffusionModel, batch: Batch, lazily: bool = False) -> mx.a
     """The transformer's output v for a batch, (rows, height, width, channels)."""
 
     def compute(part: slice) -> mx.array:
-        text = batch.text
-        times = timesteps_of_rows(batch, part)
-        return velocity(model.transformer, batch.x[part], text.tokens[part], text.pooled[part], times)
+        return model.velocity(batch.x[part], batch.text[part], timesteps_of_rows(batch, part))
 
     return by_parts(len(batch.x), compute, lazily)

@@ -16,9 +16,9 @@ from typing import Any
 
 from calib.activations.record import StepRecord, pack, unpack
 from calib.activations.samples import joined, shifted
-from calib.errors import CalibError
-from calib.files import locked, remove_abandoned, replacing, short_hash, write_bytes, write_json
-from calib.progress import note, say
+from calib.base.errors import CalibError
+from calib.base.files import locked, remove_abandoned, replacing, short_hash, write_bytes, write_json
+from calib.base.progress import note, say
 
 import numpy as np
 

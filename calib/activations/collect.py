@@ -13,25 +13,26 @@ from pathlib import Path
 from typing import Any
 
 from calib.activations.cache import StepCache
-from calib.activations.record import Block, StepRecord
+from calib.activations.format import Block
+from calib.activations.record import StepRecord
 from calib.activations.replay import traced_shapes
 from calib.activations.samples import Samples, SampleSettings, read_rows
 from calib.activations.states import check_states, identity_of
 from calib.activations.step import CollectSettings, Setup, replayed
-from calib.activations.store import Source
+from calib.activations.store import Records
 from calib.activations.taps import Halves, TapPoint
+from calib.base.errors import CalibError
+from calib.base.files import device_of, free_bytes
+from calib.base.progress import Progress, readable_bytes, say
+from calib.base.versions import versions
 from calib.dataset.manifest import Manifest
 from calib.dataset.shards import Shard
-from calib.errors import CalibError
-from calib.files import device_of, free_bytes
+from calib.models.architecture import Architecture
 from calib.models.memory import nbytes
 from calib.models.model import DiffusionModel
-from calib.progress import Progress, readable_bytes, say
-from calib.versions import versions
 
 import mlx.core as mx
 import numpy as np
-from diffusionkit.mlx.mmdit import MMDiT
 from numpy.typing import NDArray
 
 #: While all steps are replayed the prompts of so many images stay encoded as take this share of the weights' memory:
@@ -43,14 +44,14 @@ class Collection:
     """Statistics of one subset of a dataset's images, step by step, in the cache or yet to be collected.
 
     Args:
-        transformer: the model's, or one of its shape without weights.
+        architecture: the model's, or one of its shape without weights.
         model: loads the model; called only if a step is not in the cache.
         shard: the part of the blocks that is collected.
     """
 
     def __init__(
         self,
-        transformer: MMDiT,
+        architecture: Architecture,
         model: Callable[[], DiffusionModel],
         data_dir: Path,
         manifest: Manifest,
@@ -67,16 +68,17 @@ class Collection:
         self.data_dir, self.manifest, self.points, self.settings = data_dir, manifest, points, settings
         self._model = checked_model(data_dir, manifest, model)
         self.batch_size = settings.batch_size or manifest.batch_size or 1
-        self.stride = histogram_stride(transformer, manifest, self.batch_size, settings.histogram_rows)
+        self.stride = histogram_stride(architecture, manifest, self.batch_size, settings.histogram_rows)
         shard = shard or Shard()
         blocks = [Block(i, ids) for i, ids in enumerate(batched_ids(image_ids, self.batch_size))]
         self.blocks = [block for block in blocks if shard.owns(block.number)]
         self.images = [i for block in self.blocks for i in block.images]
-        self.cache = StepCache(cache_dir, self._identity(transformer))
+        self.cache = StepCache(cache_dir, self._identity(architecture))
+        streams = {point.name: architecture.streams(point.name) for point in points if point.kind == "block"}
         more = (self.batch_size, self.stride, self.cache.samples_path)
-        self._setup = Setup(data_dir, manifest, points, settings, *more)
+        self._setup = Setup(data_dir, manifest, points, streams, settings, *more)
 
-    def _identity(self, transformer: MMDiT) -> dict[str, Any]:
+    def _identity(self, architecture: Architecture) -> dict[str, Any]:
         """What the statistics of a step follow from."""
         manifest = self.manifest
         # An older dataset does not say what drew it: the model that replays it does.
@@ -98,7 +100,7 @@ class Collection:
                 for block in self.blocks
             ],
             "taps": [asdict(point) for point in self.points],
-            "depth": [transformer.config.depth_multimodal, transformer.config.depth_unified],
+            "depth": list(architecture.depth),
             "settings": {**asdict(self.settings), "batch_size": self.batch_size},
             "device": mx.default_device().type.name,
             "mlx": versions()["mlx"],
@@ -140,10 +142,10 @@ class Collection:
         """:meth:`records`, each read when it is asked for and not held."""
         return LazyRecords(self, steps)
 
-    def source(self, steps: Sequence[int]) -> Source:
+    def source(self, steps: Sequence[int]) -> Records:
         """What is in the cache of ``steps``, for a file of activations."""
         kept = self.settings.samples.kind is not Samples.NONE
-        return Source(
+        return Records(
             names=[tap["name"] for tap in self.cache.header(steps[0])["taps"]],
             load=lambda names: self.records(steps, names),
             nbytes=sum(self.cache.path(step).stat().st_size for step in steps),
@@ -191,7 +193,7 @@ class Collection:
     def _parts(self, model: DiffusionModel) -> list[list[Block]]:
         """Blocks whose prompts are encoded together."""
         halves = 2 if self.manifest.cfg_weight > 0 else 1
-        text = halves * model.text_length * model.transformer.config.token_level_text_embed_dim * model.dtype.size
+        text = halves * model.text_length * model.architecture.text_widths()[0] * model.dtype.size
         each = max(1, int(TEXT_SHARE * nbytes(model.transformer) / text) // self.batch_size)
         return [self.blocks[i : i + each] for i in range(0, len(self.blocks), each)]
 
@@ -275,15 +277,16 @@ def check_model(data_dir: Path, manifest: Manifest, model: DiffusionModel) -> No
         )
 
 
-def histogram_stride(transformer: MMDiT, manifest: Manifest, batch_size: int, histogram_rows: int | None) -> int:
+def histogram_stride(
+    architecture: Architecture, manifest: Manifest, batch_size: int, histogram_rows: int | None
+) -> int:
     """Every how many rows one is counted, so that a full forward's image stream gives ``histogram_rows``.
 
     Coprime to the number of tokens, or the same places of every image would be sampled.
     """
     if histogram_rows is None:
         return 1
-    height, width, _ = manifest.latent_shape
-    tokens = height * width // int(transformer.config.patch_size) ** 2
+    tokens = architecture.tokens(manifest.latent_shape[:2])
     rows = tokens * batch_size * (2 if manifest.cfg_weight > 0 else 1)
     stride = max(1, rows // histogram_rows)
     while math.gcd(stride, tokens) > 1:

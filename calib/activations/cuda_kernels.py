@@ -1,4 +1,4 @@
-"""CUDA sources of :mod:`calib.activations.cuda`: each reads an activation once, as it lies, many taps a launch.
+"""Sources of :mod:`calib.activations.observer_cuda`: each reads an activation once, as it lies, many taps a launch.
 
 ``{cases}`` is filled with the choice among a launch's inputs. Arrays of ``int`` describe the taps, a row of fields
 each.

@@ -5,17 +5,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
+from calib.activations.format import FORMAT, HALVES, READABLE, Block, Levels
 from calib.activations.histogram import Histogram
-from calib.activations.record import HALVES, Block
 from calib.activations.statistics import Moments, Statistics, merge_all
-from calib.activations.store import FILE, FORMAT, FORMAT_VERSION, Levels
-from calib.errors import CalibError, suggest
+from calib.base.errors import CalibError, suggest
+from calib.base.layout import ACTIVATIONS
+from calib.models.mmdit.names import network_order
 
 import h5py
 import numpy as np
 from numpy.typing import NDArray
-
-READABLE = (1, FORMAT_VERSION)
 
 _PER_STEP = ("channel_min", "channel_max", "channel_count", "nan_count", "inf_count")
 
@@ -33,7 +32,8 @@ class ActivationFile:
     Attributes:
         attributes: those of the file's root.
         steps: the step indices collected, ascending.
-        layers: the layers' names, and those of blocks and their streams.
+        layers: the layers' names, and those of blocks and their streams, in the order of the network.
+        order: the place of each in it.
         images: the ids of the images collected; empty in files of version 1.
     """
 
@@ -49,7 +49,8 @@ class ActivationFile:
                 self._check_version()
                 self.steps: list[int] = self._file["step_index"][:].tolist()
                 self.images: list[int] = self._file["image_id"][:].tolist() if "image_id" in self._file else []
-                self.layers: list[str] = list(self._file["layers"])
+                self.order: dict[str, int] = self._order()
+                self.layers: list[str] = list(self.order)
                 self._first_with: dict[int, str] = {}
                 for name in self.layers:
                     self._first_with.setdefault(_address(self._file["layers"][name]), name)
@@ -65,6 +66,13 @@ class ActivationFile:
             known = f"this calib reads {' and '.join(map(str, READABLE))}"
             raise CalibError(f"{self.path}: has format version {version}, {known}; update calib, or collect again")
 
+    def _order(self) -> dict[str, int]:
+        """Files of calib 0.1.0 do not say in which order their layers run; all were MMDiTs."""
+        places = {name: group.attrs.get("order") for name, group in self._file["layers"].items()}
+        if None in places.values():
+            return {name: place for place, name in enumerate(sorted(places, key=network_order))}
+        return {name: int(places[name]) for name in sorted(places, key=lambda name: (places[name], len(name), name))}
+
     @contextmanager
     def _reading(self) -> Iterator[None]:
         """Whatever a damaged file makes h5py raise becomes one line that names the file."""
@@ -72,7 +80,9 @@ class ActivationFile:
             yield
         except (OSError, KeyError, ValueError, TypeError, IndexError, RuntimeError) as error:
             reason = " ".join(str(error).split())
-            raise CalibError(f"{self.path}: damaged or not an {FILE} ({reason}); run calib collect again") from None
+            raise CalibError(
+                f"{self.path}: damaged or not an {ACTIVATIONS} ({reason}); run calib collect again"
+            ) from None
 
     def __enter__(self) -> Self:
         return self

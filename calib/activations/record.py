@@ -4,23 +4,13 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from calib.activations.format import HALVES
 from calib.activations.histogram import Histogram
 from calib.activations.observer import Seen
 from calib.activations.statistics import Moments, Statistics
 
 import numpy as np
 from numpy.typing import NDArray
-
-#: Statistics of one half of the guidance batch, kept beside those of both under ``<tap>/conditional``.
-HALVES = ("conditional", "unconditional")
-
-
-@dataclass(frozen=True)
-class Block:
-    """Images replayed side by side; ``number`` counts the blocks of the whole subset."""
-
-    number: int
-    images: tuple[int, ...]
 
 
 @dataclass

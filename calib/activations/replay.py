@@ -1,6 +1,5 @@
 """Forwards of the transformer over stored states, watched by an observer."""
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -8,16 +7,16 @@ from functools import cache
 from itertools import pairwise
 from typing import Any, Self
 
-from calib import blas
-from calib.activations.cuda import CudaObserver
+from calib.activations.format import HALVES
 from calib.activations.observer import Observer
-from calib.activations.plain import PlainObserver
-from calib.activations.record import HALVES
+from calib.activations.observer_cuda import CudaObserver
+from calib.activations.observer_mlx import PlainObserver
 from calib.activations.samples import SampleWriter
 from calib.activations.taps import TapPoint, tapped
-from calib.models.memory import on_cuda, on_gpu
-from calib.models.model import Conditioning, DiffusionModel
-from calib.models.modulation import velocity
+from calib.base import blas
+from calib.base.device import cores, on_cuda, on_gpu
+from calib.models.architecture import Conditioning
+from calib.models.model import DiffusionModel
 
 import mlx.core as mx
 
@@ -27,11 +26,6 @@ def new_observer(histogram_stride: int, finite_only: bool = False) -> Observer:
     if on_cuda() and not finite_only:
         return CudaObserver(histogram_stride)
     return PlainObserver(histogram_stride, finite_only)
-
-
-def cores() -> int:
-    """Processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @cache
@@ -71,13 +65,13 @@ def traced_shapes(model: DiffusionModel, points: Sequence[TapPoint]) -> dict[str
         found[name] = (activation.size // channels, channels)
         return activation
 
-    config = model.transformer.config
-    tokens = mx.zeros((1, model.text_length, config.token_level_text_embed_dim), dtype=model.dtype)
-    pooled = mx.zeros((1, config.pooled_text_embed_dim), dtype=model.dtype)
+    width, pooled_width = model.architecture.text_widths()
+    tokens = mx.zeros((1, model.text_length, width), dtype=model.dtype)
+    pooled = None if pooled_width is None else mx.zeros((1, pooled_width), dtype=model.dtype)
     timestep = mx.array(0.0).astype(model.dtype)
     mx.eval(timestep)
-    with tapped(model.transformer, points, record):
-        velocity(model.transformer, mx.zeros((1, *model.latent_shape), dtype=model.dtype), tokens, pooled, timestep)
+    with tapped(model.architecture, points, record):
+        model.velocity(mx.zeros((1, *model.latent_shape), dtype=model.dtype), Conditioning(tokens, pooled), timestep)
     return found
 
 
@@ -95,7 +89,7 @@ class Replay:
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
-        self._stack.enter_context(tapped(self._model.transformer, self._points, self._record))
+        self._stack.enter_context(tapped(self._model.architecture, self._points, self._record))
         return self
 
     def __exit__(self, *exception: Any) -> None:
@@ -131,8 +125,7 @@ class Replay:
             with mx.stream(stream):
                 observer.begin(phase)
                 self._watch = _Watch(observer, len(rows), half, part, sampler, owners[part])
-                tokens, pooled = text.tokens[part], text.pooled[part]
-                outputs.append(velocity(self._model.transformer, rows[part], tokens, pooled, timestep))
+                outputs.append(self._model.velocity(rows[part], text[part], timestep))
         finite = mx.stack([mx.all(mx.isfinite(output)) for output in outputs]).all()
         todo = observer.end_forward()
         todo.append([*outputs, finite, *(sampler.end_forward() if sampler is not None else [])])

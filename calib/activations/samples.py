@@ -15,11 +15,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any
 
-from calib.activations.histogram import DTYPES
+from calib.activations.bits import DTYPES
+from calib.base.errors import CalibError
+from calib.base.files import replacing
+from calib.base.seeds import generator
 from calib.dataset.store import StateDtype
-from calib.errors import CalibError
-from calib.files import replacing
-from calib.seeds import generator
 
 import mlx.core as mx
 import numpy as np

@@ -5,12 +5,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from calib.base.errors import CalibError
+from calib.base.files import checksum
+from calib.base.interrupts import in_threads
+from calib.base.progress import Progress
 from calib.dataset.manifest import ImageEntry, Manifest
 from calib.dataset.store import StorageFormat, read_state
-from calib.errors import CalibError
-from calib.files import checksum
-from calib.interrupts import in_threads
-from calib.progress import Progress
 
 import numpy as np
 from numpy.typing import NDArray

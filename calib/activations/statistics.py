@@ -1,16 +1,16 @@
 """Statistics of one layer's activations on the host: merged exactly, whatever the split.
 
 Counts, extremes and histograms are exact by nature. Moments are kept as Σx and Σx² in 106 bits (see
-:mod:`calib.activations.doubled`), so that images, steps, batches and shards merged in any order give the same mean and
-standard deviation; a device hands over shifted sums (Chan, Golub, LeVeque 1983, section 3), which lose no digits where
-the mean is large against the spread.
+:mod:`calib.activations.double_double`), so that images, steps, batches and shards merged in any order give the same
+mean and standard deviation; a device hands over shifted sums (Chan, Golub, LeVeque 1983, section 3), which lose no
+digits where the mean is large against the spread.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
-from calib.activations import doubled
+from calib.activations import double_double as doubled
 from calib.activations.histogram import Histogram, merge_histograms
 
 import numpy as np

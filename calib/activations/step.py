@@ -6,19 +6,21 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 
+from calib.activations.format import Block
 from calib.activations.observer import Observer, Seen
-from calib.activations.plain import PHASES
-from calib.activations.record import Block, StepRecord, merge_halves, over_rows
+from calib.activations.observer_mlx import PHASES
+from calib.activations.record import StepRecord, merge_halves, over_rows
 from calib.activations.replay import Replay, new_observer, shared_cores
 from calib.activations.samples import Samples, SampleSettings, SampleWriter
 from calib.activations.states import ahead, read_states
 from calib.activations.taps import Halves, TapPoint
-from calib.dataset.manifest import FILE, ImageEntry, Manifest
-from calib.errors import CalibError
+from calib.base.errors import CalibError
+from calib.base.progress import Progress, note
+from calib.base.seeds import generator
+from calib.dataset.manifest import MANIFEST, ImageEntry, Manifest
+from calib.models.architecture import Conditioning
 from calib.models.memory import plan_memory
-from calib.models.model import Conditioning, DiffusionModel
-from calib.progress import Progress, note
-from calib.seeds import generator
+from calib.models.model import DiffusionModel
 
 import mlx.core as mx
 import numpy as np
@@ -48,6 +50,7 @@ class Setup:
     """What all steps of a collection have in common.
 
     Attributes:
+        streams: of blocks that return several arrays, their names, by block.
         stride: every how many rows one enters the histogram.
         samples_path: where activations of a step, and of a part of its images, are kept.
     """
@@ -55,6 +58,7 @@ class Setup:
     data_dir: Path
     manifest: Manifest
     points: Sequence[TapPoint]
+    streams: Mapping[str, Sequence[str]]
     settings: CollectSettings
     batch_size: int
     stride: int
@@ -155,7 +159,7 @@ class Watched:
         halves = 2 if setup.manifest.cfg_weight > 0 else 1
         by_image = {name: _of_images(own, sizes, 1 if "/" in name else halves) for name, own in seen.items()}
         images = [i for block in self._blocks for i in block.images]
-        merged = _pooled_streams(merge_halves(by_image), setup.points)
+        merged = _pooled_streams(merge_halves(by_image), setup.streams)
         return StepRecord(step, images, merged, all(bool(finite.item()) for finite in self._finite), table)
 
 
@@ -180,24 +184,23 @@ def _of_images(seen: Seen, sizes: Sequence[int], halves: int) -> Seen:
     return Seen(seen.dtype, seen.statistics, np.concatenate(parts))
 
 
-def _pooled_streams(seen: dict[str, Seen], points: Sequence[TapPoint]) -> dict[str, Seen]:
-    """With blocks of an image and a text stream: both together, under the block's own name."""
+def _pooled_streams(seen: dict[str, Seen], blocks: Mapping[str, Sequence[str]]) -> dict[str, Seen]:
+    """With blocks of several ``streams``: all of a block's together, under the block's own name."""
     pooled = {}
-    for point in points:
+    for block, streams in blocks.items():
         for half in ("", "/conditional", "/unconditional"):
-            names = [f"{point.name}.{stream}{half}" for stream in ("image", "text")]
-            streams = [seen[name] for name in names if name in seen]
-            if point.kind == "block" and streams:
-                statistics = streams[0].statistics
-                for other in streams[1:]:
+            names = [f"{block}.{stream}{half}" for stream in streams]
+            if parts := [seen[name] for name in names if name in seen]:
+                statistics = parts[0].statistics
+                for other in parts[1:]:
                     statistics = statistics.merge(other.statistics)
-                ranges = over_rows(np.stack([stream.ranges for stream in streams]))
-                pooled[point.name + half] = Seen(streams[0].dtype, statistics, ranges)
+                ranges = over_rows(np.stack([part.ranges for part in parts]))
+                pooled[block + half] = Seen(parts[0].dtype, statistics, ranges)
     return seen | pooled
 
 
 def prompt_of(data_dir: Path, entry: ImageEntry) -> str:
     """The prompt of one image; an older dataset may not say."""
     if entry.prompt is None:
-        raise CalibError(f"{data_dir}: the prompt of image {entry.image_id} is unknown; write it into {FILE}")
+        raise CalibError(f"{data_dir}: the prompt of image {entry.image_id} is unknown; write it into {MANIFEST}")
     return entry.prompt

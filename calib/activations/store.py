@@ -6,63 +6,28 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from calib.activations.record import Block, StepRecord
+from calib.activations.format import AXES, ENCODINGS, FORMAT, FORMAT_VERSION, MOMENTS, RANGE_STATISTICS, Block, Levels
+from calib.activations.record import StepRecord
 from calib.activations.samples import RowIdentity, SampleSettings
 from calib.activations.statistics import stacked_moments
 from calib.activations.taps import TapPoint
 from calib.activations.weights import WEIGHT_BITS
+from calib.base.files import replacing, take_room
 from calib.dataset.manifest import Manifest
-from calib.files import replacing, take_room
 
 import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-FORMAT, FORMAT_VERSION = "calib-activations", 2
-FILE, METADATA = "activations.h5", "collection_metadata.json"
 CHUNK_BYTES = 1 << 20
-RANGE_STATISTICS = ("min", "max", "p01", "p99")
-MOMENTS = ("sum", "sum_remainder", "sum_of_squares", "sum_of_squares_remainder")
 #: What a layer's group takes beside its data, at most.
 GROUP_BYTES = 1 << 16
 #: Records of all steps are held for so many bytes' worth of taps at a time.
 HELD_BYTES = 256 << 20
-#: What lies along which dimension scales, in a group of a layer and at the root.
-AXES = {
-    "sigma": ("step_index",),
-    "timestep": ("step_index",),
-    "evaluated_by_sampler": ("step_index",),
-    "image_block": ("image_id",),
-    "channel_min": ("step_index", "channel"),
-    "channel_max": ("step_index", "channel"),
-    "channel_mean": ("step_index", "channel"),
-    "channel_std": ("step_index", "channel"),
-    "channel_count": ("step_index", "channel"),
-    "channel_sums": ("step_index", "moment", "channel"),
-    "histogram_counts": ("histogram_keys",),
-    "nan_count": ("step_index",),
-    "inf_count": ("step_index",),
-    "image_ranges": ("step_index", "image_id", "range_statistic"),
-    "weight_sqnr": ("weight_bits",),
-    "samples": ("step_index", "sample", "channel"),
-    "sample_image": ("sample",),
-    "sample_half": ("sample",),
-    "sample_token": ("step_index", "sample"),
-}
-ENCODINGS = {"float32": "ordered-bfloat16-midpoint", "float16": "ordered-float16", "bfloat16": "ordered-bfloat16"}
 
 
 @dataclass(frozen=True)
-class Levels:
-    """A trajectory's number of steps, and sigma and timestep by step index, where no manifest is at hand."""
-
-    num_steps: int
-    sigmas: Mapping[int, float]
-    timesteps: Mapping[int, float]
-
-
-@dataclass(frozen=True)
-class Source:
+class Records:
     """Where the statistics of a file come from.
 
     Attributes:
@@ -99,17 +64,21 @@ class Source:
 
 def write_activations(
     path: Path,
-    source: Source,
+    source: Records,
     points: Sequence[TapPoint],
     levels: Manifest | Levels,
     steps: Sequence[int],
     weight_sqnr: Mapping[str, Mapping[int, float]],
     attributes: Mapping[str, str | int | float],
+    order: Mapping[str, int],
     exact: bool = False,
 ) -> None:
-    """Write what was seen at ``steps``; ``attributes`` become root attributes beside format and version.
+    """Write what was seen at ``steps``.
 
-    ``exact`` keeps the moments in full precision too, so that files of shards merge to that of the whole.
+    Args:
+        attributes: root attributes beside format and version.
+        order: each layer's and block's place in the network.
+        exact: keep the moments in full precision too, so that files of shards merge to that of the whole.
     """
     by_name = {point.name: point for point in points}
     groups = len(source.names) + sum(len(point.aliases) for point in points)
@@ -125,9 +94,12 @@ def write_activations(
                     _write_samples(file, group, name, source, records)
                 tap, _, half = name.partition("/")
                 point = by_name.get(tap) or TapPoint(tap, "block")
-                group.attrs["kind"] = point.kind
+                # A block's stream stands with its block.
+                group.attrs.update(
+                    {"kind": point.kind, "order": order.get(tap, order.get(tap.rpartition(".")[0], len(order)))}
+                )
                 for alias in point.aliases:
-                    _link(file, f"{half or 'layers'}/{alias}", group)
+                    _link(file, f"{half or 'layers'}/{alias}", group).attrs["order"] = order[alias]
         for name, sqnr in weight_sqnr.items():
             if sqnr and f"layers/{name}" in file:
                 file[f"layers/{name}"]["weight_sqnr"] = np.asarray([sqnr[bits] for bits in WEIGHT_BITS])
@@ -154,7 +126,7 @@ def _end(path: Path) -> int:
     return int.from_bytes(head[start : start + 8], "little")
 
 
-def _write_axes(file: h5py.File, source: Source, levels: Manifest | Levels, steps: Sequence[int], exact: bool) -> None:
+def _write_axes(file: h5py.File, source: Records, levels: Manifest | Levels, steps: Sequence[int], exact: bool) -> None:
     """Dimension scales, and what lies along the steps."""
     blocks = source.blocks
     # A scale lists what lies along it in an attribute; only with creation order kept may that exceed 64 KiB.
@@ -208,13 +180,14 @@ def _even(rows: int, most: int) -> int:
     return -(-rows // max(1, -(-rows // max(1, most))))
 
 
-def _link(file: h5py.File, path: str, group: h5py.Group) -> None:
+def _link(file: h5py.File, path: str, group: h5py.Group) -> h5py.Group:
     """A layer that reads the same array: a group of its own with the same datasets."""
     alias = file.create_group(path)
     alias.attrs.update(group.attrs)
     for name, item in group.items():
         if isinstance(item, h5py.Dataset):
             alias[name] = item
+    return alias
 
 
 def _write_layer(file: h5py.File, name: str, records: Sequence[StepRecord], exact: bool) -> h5py.Group:
@@ -262,7 +235,7 @@ def _write_layer(file: h5py.File, name: str, records: Sequence[StepRecord], exac
 
 
 def _write_samples(
-    file: h5py.File, group: h5py.Group, name: str, source: Source, records: Mapping[int, StepRecord]
+    file: h5py.File, group: h5py.Group, name: str, source: Records, records: Mapping[int, StepRecord]
 ) -> None:
     """Rows that were kept, (steps, rows, channels), and what each is: image, guidance half and token."""
     assert source.samples is not None and source.rows is not None

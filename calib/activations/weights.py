@@ -6,9 +6,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import cast
 
-from calib.errors import CalibError
-from calib.files import locked, read_json, write_json
-from calib.progress import Progress, say
+from calib.base.errors import CalibError
+from calib.base.files import locked, read_json, write_json
+from calib.base.progress import Progress, say
 
 import mlx.core as mx
 from mlx import nn

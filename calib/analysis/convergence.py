@@ -29,13 +29,12 @@ from typing import Any
 
 from calib.activations.reader import ActivationFile
 from calib.activations.record import over_rows
-from calib.activations.store import FILE as ACTIVATIONS
-from calib.activations.store import METADATA
 from calib.analysis.layers import reported_layers
+from calib.base.errors import CalibError
+from calib.base.files import read_json
+from calib.base.layout import ACTIVATIONS, METADATA
+from calib.base.progress import Progress
 from calib.dataset.load import load_manifest
-from calib.errors import CalibError
-from calib.files import read_json
-from calib.progress import Progress
 
 import numpy as np
 from numpy.typing import NDArray

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calib.analysis.convergence import COVERAGE, Convergence, LayerConvergence, Quantity
-from calib.errors import CalibError
-from calib.files import replacing
-from calib.progress import counted
+from calib.base.errors import CalibError
+from calib.base.files import replacing
+from calib.base.progress import counted
 
 import numpy as np
 

@@ -10,9 +10,6 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-#: Bits of activations from which on they are left as they are: nothing finer than the 16-bit floats they come in.
-UNQUANTIZED = 16
-
 
 @dataclass(frozen=True)
 class Grid:

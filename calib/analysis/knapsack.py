@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from calib.errors import CalibError
+from calib.base.errors import CalibError
 
 import numpy as np
 from numpy.typing import NDArray

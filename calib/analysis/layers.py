@@ -8,16 +8,13 @@ from typing import Any
 from calib.activations.histogram import Histogram
 from calib.activations.reader import ActivationFile
 from calib.activations.statistics import PERCENTILES, Statistics, merge_all
-from calib.activations.store import FILE as ACTIVATIONS
-from calib.errors import CalibError, ConfigError
-from calib.files import read_json
-from calib.models.names import network_order
-from calib.timesteps import phase_bounds
+from calib.base.errors import CalibError, ConfigError
+from calib.base.files import read_json, write_json
+from calib.base.layout import ACTIVATIONS, STATISTICS
+from calib.dataset.timesteps import phase_bounds
 
 import numpy as np
 from numpy.typing import NDArray
-
-STATISTICS = "layer_statistics.json"
 
 
 @dataclass(frozen=True)
@@ -96,6 +93,16 @@ def read_summaries(stats: Path) -> tuple[dict[str, LayerSummary], int | None]:
     return {name: _from_json(stats, name, entry) for name, entry in _entries(stats)}, None
 
 
+def write_summaries(run: Path) -> list[str]:
+    """Write ``layer_statistics.json`` of a run directory from its ``activations.h5``.
+
+    Returns the layers that are left out, as they have not one finite value.
+    """
+    summaries, _ = read_summaries(run)
+    write_json(run / STATISTICS, {name: layer.to_json() for name, layer in summaries.items() if layer.num_samples})
+    return [name for name, layer in summaries.items() if not layer.num_samples]
+
+
 def _entries(path: Path) -> list[tuple[str, Any]]:
     document = read_json(path)
     if not isinstance(document, dict) or not document:
@@ -127,9 +134,8 @@ def _from_activations(path: Path) -> tuple[dict[str, LayerSummary], int]:
 
 def reported_layers(file: ActivationFile) -> list[str]:
     """Layers that are summarised, in network order: every linear layer, and blocks whole, not stream by stream."""
-    streams = {f"{name}.{stream}" for name in file.layers for stream in ("image", "text")}
-    names = [name for name in file.layers if file.kind(name) != "block" or name not in streams]
-    return sorted(names, key=network_order)
+    blocks = {name for name in file.layers if file.kind(name) == "block"}
+    return [name for name in file.layers if name not in blocks or name.rpartition(".")[0] not in blocks]
 
 
 def summarise_layer(file: ActivationFile, name: str, num_steps: int) -> LayerSummary:

@@ -4,8 +4,8 @@ METHODS: S = mean over steps of ‖v - v_q‖² / ‖v‖². What was measured i
 layer, so that an interrupted measurement goes on, and every later budget is instant.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -15,23 +15,26 @@ from typing import Any
 from calib.activations.batches import Batch, StoredStates, by_parts, timesteps_of_rows
 from calib.activations.replay import shared_cores
 from calib.activations.states import identity_of
-from calib.activations.taps import TapPoint, linear_layers, tapped
+from calib.activations.taps import TapPoint, TapSelection, tap_points, tapped
 from calib.analysis.grid import Grid
+from calib.analysis.layers import PROBE, LayerSummary
 from calib.analysis.plan import GROUP_SIZES, WEIGHT_BITS
-from calib.analysis.sensitivity import Sensitivities
-from calib.analysis.trials import Known, Trial
-from calib.errors import CalibError
-from calib.files import locked, short_hash
-from calib.models.memory import on_gpu, plan_memory
+from calib.analysis.sensitivities import Sensitivities
+from calib.analysis.trials import Trial, TrialCache
+from calib.base.device import on_gpu
+from calib.base.errors import CalibError
+from calib.base.files import locked, short_hash
+from calib.base.progress import Progress, say
+from calib.base.versions import versions
+from calib.dataset.timesteps import phase_bounds
+from calib.models.architecture import Architecture, Resumable
+from calib.models.memory import plan_memory
 from calib.models.model import DiffusionModel
-from calib.models.modulation import modulated
-from calib.models.resume import Output, block_of, keeping, resumed
-from calib.progress import Progress, say
-from calib.versions import versions
 
 import mlx.core as mx
 import numpy as np
 from mlx import nn
+from mlx.utils import tree_map
 from numpy.typing import NDArray
 
 #: Bits at which the input of a layer is tried.
@@ -77,7 +80,7 @@ def measure(
     trials = {name: [Trial(*pair) for pair in product(WEIGHT_BITS, own)] for name, own in sizes.items() if own}
     manifest = states.manifest
     identity = _identity(states, drawn_by or (str(manifest.fingerprint), str(manifest.text_encoders)))
-    known = Known(cache_dir / "sensitivity" / f"{short_hash(identity, digits=16)}.json", identity)
+    known = TrialCache(cache_dir / "sensitivity" / f"{short_hash(identity, digits=16)}.json", identity)
     waiting = f"waiting for the process that measures the same sensitivities ({known.path})"
     with locked(known.path.with_suffix(".lock"), lambda: say(waiting)):
         known.load()
@@ -100,6 +103,48 @@ def measure(
         },
         shapes={name: (layers[name].weight.shape[0], layers[name].weight.shape[-1]) for name in trials},
     )
+
+
+def sensitivities(
+    model: Callable[[], DiffusionModel],
+    architecture: Architecture,
+    layers: Mapping[str, LayerSummary],
+    states: StoredStates,
+    cache_dir: Path,
+    group_sizes: Sequence[int] = GROUP_SIZES,
+) -> Sensitivities:
+    """:func:`measure` of the layers that statistics have: inputs over the full range that was seen.
+
+    Args:
+        architecture: the model's, or one of its shape without weights.
+    """
+    points = []
+    for point in tap_points(architecture, TapSelection()):
+        if names := [name for name in point.names if name in layers]:
+            points.append(TapPoint(names[0], point.kind, tuple(names[1:])))
+    drawn_by = None if states.manifest.fingerprint else (model().fingerprint, model().text_encoders)
+    ranges = {point.name: (layers[point.name].minimum, layers[point.name].maximum) for point in points}
+    own = {name: layer for name, layer in architecture.layers().items() if name in layers}
+    return measure(model, own, points, states, ranges, cache_dir, group_sizes, drawn_by)
+
+
+def pretended(
+    architecture: Architecture, names: Collection[str], num_steps: int, group_sizes: Sequence[int]
+) -> tuple[dict[str, LayerSummary], Sensitivities]:
+    """Layers and sensitivities that nobody measured, of the shapes that a measurement of ``names`` would have.
+
+    For trying a heuristic before anything is loaded.
+    """
+    every = {name: layer for name, layer in architecture.layers().items() if name in names and quantizable(layer)}
+    steps = tuple(first for first, _ in phase_bounds(num_steps).values())
+    weights = {
+        name: {
+            (b, g): np.full(len(steps), 4.0**-b) for b in WEIGHT_BITS for g in quantizable(layer) if g in group_sizes
+        }
+        for name, layer in every.items()
+    }
+    shapes = {name: (layer.weight.shape[0], layer.weight.shape[-1]) for name, layer in every.items()}
+    return dict.fromkeys(every, PROBE), Sensitivities(steps, num_steps, weights, {}, shapes)
 
 
 _INPUT_TRIALS = [Trial(bits) for bits in ACTIVATION_BITS]
@@ -141,7 +186,7 @@ class _Task:
 
 
 def _todo(
-    known: Known,
+    known: TrialCache,
     trials: Mapping[str, list[Trial]],
     points: Sequence[TapPoint],
     ranges: Mapping[str, tuple[float, float]],
@@ -160,23 +205,24 @@ def _todo(
 class _Measuring:
     """Trials of one model on states that stay in memory, block after block."""
 
-    def __init__(self, model: DiffusionModel, states: StoredStates, known: Known):
+    def __init__(self, model: DiffusionModel, states: StoredStates, known: TrialCache):
         self._model, self._states, self._known = model, states, known
-        self._layers = linear_layers(model.transformer)
+        self._layers = model.architecture.layers()
         # Rows of any steps side by side: a forward of many rows is cheaper than many forwards.
         size = plan_memory(model, states.manifest.cfg_weight > 0).batch_size
         self._batches = [batch() for batch in states.batches(model, size, mixed=True)]
-        self._outputs: list[Output | None] = [None] * len(self._batches)
+        self._outputs: list[Any] = [None] * len(self._batches)  # None: a forward from the beginning
         self._block = -1  # the block whose outputs are kept
 
     def run(self, tasks: Sequence[_Task]) -> None:
         """Measure, the layers in the order of the network; each layer's results are kept as they come."""
-        transformer = self._model.transformer
+        architecture = self._model.architecture
 
         def begins(task: _Task) -> int:
-            blocks = [block_of(name, transformer) for name in task.names]
-            # Embedders reach all blocks; so does what all adaLN layers read.
-            return -1 if None in blocks or len(set(blocks)) > 1 else blocks[0] or 0
+            blocks = {architecture.block_of(name) for name in task.names}
+            # Embedders reach all blocks; so does what layers of several blocks read, as MMDiT's adaLN layers do.
+            first = blocks.pop() if len(blocks) == 1 and isinstance(architecture, Resumable) else None
+            return -1 if first is None else first
 
         total = sum(len(task.trials) for task in tasks)
         rows = max(len(batch.x) for batch in self._batches)
@@ -196,7 +242,7 @@ class _Measuring:
                     progress.advance()
                 self._known.add(task.kind, task.key, results)
 
-    def _error(self, batch: Batch, output: Output | None, v: mx.array) -> mx.array:
+    def _error(self, batch: Batch, output: Any, v: mx.array) -> mx.array:
         error = _energies(self._forward(batch, output) - v)
         if on_gpu():
             mx.eval(error)  # two forwards at once would need the memory of two
@@ -230,7 +276,7 @@ class _Measuring:
         if trial.group_size is None:
             grid = Grid.over(*task.range, trial.bits)
             apart = [TapPoint(name, "") for name in task.names]
-            with tapped(self._model.transformer, apart, lambda _, x: grid.apply_mx(x)):
+            with tapped(self._model.architecture, apart, lambda _, x: grid.apply_mx(x)):
                 yield
             return
         layer = self._layers[task.names[0]]
@@ -250,37 +296,29 @@ class _Measuring:
             ]
             self._block += 1
 
-    def _next(self, batch: Batch, output: Output | None) -> Output:
+    def _next(self, batch: Batch, output: Any) -> Any:
+        architecture = self._model.architecture
+        assert isinstance(architecture, Resumable)
         kept: list[Any] = []
-        with keeping(self._model.transformer, self._block + 1, kept.append):
+        with architecture.keeping(self._block + 1, kept.append):
             # Both parts' outputs are kept; the forward behind them is never evaluated.
             self._forward(batch, output, lazily=True)
         mx.eval(kept)
-        if isinstance(kept[0], mx.array):
-            return mx.concatenate(kept)
-        image, text = zip(*kept, strict=True)
-        return mx.concatenate(list(image)), None if text[0] is None else mx.concatenate(list(text))
+        return tree_map(lambda *parts: None if parts[0] is None else mx.concatenate(list(parts)), *kept)
 
-    def _forward(self, batch: Batch, output: Output | None, lazily: bool = False) -> mx.array:
+    def _forward(self, batch: Batch, output: Any, lazily: bool = False) -> mx.array:
         """The output v of a batch, (rows, …), begun after the block that gave ``output``."""
         compute = partial(self._part, batch, output)
         return by_parts(len(batch.x), compute, lazily).astype(mx.float32)
 
-    def _part(self, batch: Batch, output: Output | None, part: slice) -> mx.array:
-        transformer, text = self._model.transformer, batch.text
-        rows, length = batch.x[part], text.tokens.shape[1]
-        times = timesteps_of_rows(batch, part)
-        begun = nullcontext() if output is None else resumed(transformer, self._block, _of_rows(output, part), length)
-        with modulated(transformer, text.pooled[part], times, len(rows)) as key, begun:
-            v: mx.array = transformer(rows, text.tokens[part][:, :, None, :], key)
-        return v
-
-
-def _of_rows(output: Output, part: slice) -> Output:
-    if isinstance(output, mx.array):
-        return output[part]
-    image, text = output
-    return image[part], None if text is None else text[part]
+    def _part(self, batch: Batch, output: Any, part: slice) -> mx.array:
+        architecture: Architecture = self._model.architecture
+        rows, text, times = batch.x[part], batch.text[part], timesteps_of_rows(batch, part)
+        if output is None:
+            return architecture.velocity(rows, text, times)
+        assert isinstance(architecture, Resumable)
+        own = tree_map(lambda array: None if array is None else array[part], output)
+        return architecture.velocity_after(self._block, own, rows, text, times)
 
 
 def _energies(x: mx.array) -> mx.array:

@@ -4,9 +4,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from calib.analysis.sensitivity import Sensitivities, option_bytes
-from calib.errors import CalibError
-from calib.timesteps import phase_bounds
+from calib.analysis.sensitivities import Sensitivities, option_bytes
+from calib.base.errors import CalibError
+from calib.dataset.timesteps import phase_bounds
 
 import numpy as np
 from numpy.typing import NDArray

@@ -1,16 +1,15 @@
-"""A plan: bits and clipping for every layer, and why. The content of ``quantization_config.json``."""
+"""A plan: bits and clipping for every layer, and why. The content of ``quantization_config.json``.
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+This is the one schema of that file, for those who write, apply and compare plans; it needs neither MLX nor h5py.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
-from calib.analysis.grid import UNQUANTIZED
-from calib.analysis.layers import LayerSummary
-from calib.errors import CalibError
-from calib.files import read_json
-
-import numpy as np
+from calib.base.errors import CalibError
+from calib.base.files import read_json, short_hash
 
 NO_CLIP = (0.0, 100.0)
 
@@ -20,6 +19,8 @@ GROUP_SIZES = (32, 64, 128)
 #: Weight bits where a heuristic sets none.
 DEFAULT_WEIGHT_BITS = 8
 DEFAULT_GROUP_SIZE = 64
+#: Bits of activations from which on they are left as they are: nothing finer than the 16-bit floats they come in.
+UNQUANTIZED = 16
 
 
 @dataclass(frozen=True)
@@ -67,10 +68,6 @@ class LayerPlan:
         }
 
 
-#: A heuristic that looks at one layer at a time, its parameters bound.
-LayerHeuristic: TypeAlias = Callable[[LayerSummary], LayerPlan]
-
-
 @dataclass(frozen=True)
 class Plan:
     """Layer plans by name, and what stands out in the statistics.
@@ -107,49 +104,6 @@ class Plan:
             "outlier_layers": len(self.outlier_layers),
             "outlier_channels": sum(map(len, self.outlier_channels.values())),
         }
-
-
-def with_outliers(plan: Plan, layers: Mapping[str, LayerSummary]) -> Plan:
-    """``plan`` with the outliers that the statistics show."""
-    channels = {name: found for name, layer in layers.items() if (found := outlier_channels(layer))}
-    return replace(plan, outlier_layers=outlier_layers(layers), outlier_channels=channels)
-
-
-def make_plan(layers: Mapping[str, LayerSummary], heuristic: LayerHeuristic) -> Plan:
-    """Apply ``heuristic`` to every layer and name the outliers."""
-    return with_outliers(Plan({name: heuristic(layer) for name, layer in layers.items()}), layers)
-
-
-def outlier_channels(layer: LayerSummary, factor: float = 2.5) -> dict[int, float]:
-    """Channels whose range exceeds ``factor`` times the layer's median channel range (this project's origin).
-
-    Each with its range in medians.
-    """
-    if layer.channel_range is None or not len(layer.channel_range):
-        return {}
-    median = float(np.median(layer.channel_range))
-    if not median > 0:
-        return {}
-    chosen = np.flatnonzero(layer.channel_range > factor * median)
-    return {int(i): float(layer.channel_range[i] / median) for i in chosen}
-
-
-def outlier_layers(layers: Mapping[str, LayerSummary], threshold: float = 50.0) -> dict[str, float]:
-    """Layers with heavy tails: kurtosis of the pooled histogram above ``threshold`` (a normal distribution has 3)."""
-    return {
-        name: layer.kurtosis
-        for name, layer in layers.items()
-        if layer.kurtosis is not None and layer.kurtosis > threshold
-    }
-
-
-def phase_bits(layers: Mapping[str, LayerSummary], heuristic: LayerHeuristic) -> dict[str, dict[str, int]]:
-    """Activation bits of every layer in each phase: the heuristic on that phase's statistics alone."""
-    phases = dict.fromkeys(phase for layer in layers.values() for phase in layer.phases)
-    return {
-        phase: {name: heuristic(layer.phases[phase]).activation_bits for name, layer in layers.items()}
-        for phase in phases
-    }
 
 
 def read_plan(path: Path) -> dict[str, LayerPlan]:
@@ -199,3 +153,8 @@ def _check_layer(path: Path, name: str, layer: LayerPlan) -> None:
     for fault, holds in faults.items():
         if not holds:
             raise CalibError(f"{path}: layer {name!r} has {fault}")
+
+
+def plan_hash(layers: Mapping[str, LayerPlan]) -> str:
+    """Hash of what of a plan decides about activations: layers, their bits, their clipping."""
+    return short_hash([[name, plan.activation_bits, list(plan.clip_percentile)] for name, plan in layers.items()])

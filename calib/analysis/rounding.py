@@ -18,7 +18,7 @@ from calib.activations.histogram import Histogram
 from calib.analysis.grid import Grid
 from calib.analysis.layers import LayerSummary
 from calib.analysis.plan import NO_CLIP
-from calib.errors import CalibError
+from calib.base.errors import CalibError
 
 import numpy as np
 from numpy.typing import NDArray

@@ -1,19 +1,14 @@
 """What of a plan varies with the step: phases with their bits, ranges. The content of ``timestep_config.json``."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from calib.activations.reader import ActivationFile
-from calib.activations.store import METADATA
-from calib.analysis.drift import drift, observe
-from calib.analysis.plan import WEIGHT_BITS, LayerPlan, Plan
-from calib.analysis.range_files import from_json, to_json
-from calib.analysis.ranges import Observed, RangeRule, StepRanges
-from calib.errors import CalibError
-from calib.files import read_json, short_hash
-from calib.timesteps import phase_bounds
+from calib.analysis.plan import WEIGHT_BITS
+from calib.analysis.ranges import StepRanges, ranges_from_json, ranges_to_json
+from calib.base.errors import CalibError
+from calib.base.files import read_json
 
 import numpy as np
 
@@ -29,9 +24,9 @@ class StepPlan:
         weight_bits: by phase and layer, where weights have copies.
         ranges: of activations, by layer.
         origin: where the statistics come from, where known: model, fingerprint, path.
-        plan: hash of the plan that this belongs to, see :func:`plan_hash`; empty where that is not known.
+        plan: :func:`calib.analysis.plan.plan_hash` of the plan that this belongs to; empty where that is not known.
         rule: the function that made the ranges, and its parameters, as an option of the config group names them.
-        drift: how far what each layer was seen to span moves over the steps, 0 … 1, see :func:`drift.drift`.
+        drift: :func:`calib.analysis.observed.range_drift` of what each layer was seen to span, 0 … 1.
     """
 
     timesteps: tuple[float, ...] = ()
@@ -65,74 +60,9 @@ class StepPlan:
             "plan": self.plan,
             "ranges": self.rule,
             "phases": phases,
-            "activation_ranges": to_json(self.ranges),
+            "activation_ranges": ranges_to_json(self.ranges),
             "drift": self.drift,
         }
-
-
-def plan_hash(layers: Mapping[str, LayerPlan]) -> str:
-    """Hash of what of a plan decides about activations: layers, their bits, their clipping."""
-    return short_hash([[name, plan.activation_bits, list(plan.clip_percentile)] for name, plan in layers.items()])
-
-
-def rule_document(rule: Callable[..., Any]) -> dict[str, Any]:
-    """A function with its parameters bound, as an option of a config group names it."""
-    function, parameters = getattr(rule, "func", rule), getattr(rule, "keywords", {})
-    return {"_target_": f"{function.__module__}.{function.__qualname__}", **parameters}
-
-
-def observed_ranges(plan: Plan, activations: Path) -> dict[str, Observed]:
-    """What each planned layer's input spans at each collected step, after the plan's clipping."""
-    with ActivationFile(activations) as file:
-        return {name: observe(file, name, layer.clip_percentile) for name, layer in plan.layers.items()}
-
-
-def plan_steps(
-    plan: Plan,
-    observed: Mapping[str, Observed],
-    activations: Path,
-    rule: RangeRule,
-    phase_bits: Mapping[str, Mapping[str, int]] | None = None,
-) -> StepPlan:
-    """The part of ``plan`` that varies with the step.
-
-    Args:
-        activations: the ``activations.h5`` that ``observed`` was read from.
-        rule: how ranges vary.
-        phase_bits: activation bits by phase and layer; None where they are the same at all steps.
-    """
-    with ActivationFile(activations) as file:
-        levels, attributes = file.levels(), dict(file.attributes)
-    last = levels.num_steps - 1
-    return StepPlan(
-        timesteps=tuple(_timesteps(activations.parent, levels.timesteps, levels.num_steps)),
-        phases={name: (first, min(end, last)) for name, (first, end) in phase_bounds(levels.num_steps).items()},
-        activation_bits={
-            phase: {name: b for name, b in bits.items() if b != plan.layers[name].activation_bits}
-            for phase, bits in (phase_bits or {}).items()
-        },
-        weight_bits=plan.phase_weight_bits,
-        ranges={name: rule(seen) for name, seen in observed.items()},
-        origin={
-            "model": str(attributes.get("model")),
-            "fingerprint": str(attributes.get("fingerprint")),
-            "statistics": str(activations),
-        },
-        plan=plan_hash(plan.layers),
-        rule=rule_document(rule),
-        drift={name: drift(seen) for name, seen in observed.items()},
-    )
-
-
-def _timesteps(run: Path, known: Mapping[int, float], num_steps: int) -> list[float]:
-    """Timesteps of steps 0 … n - 1: as recorded, else between those that were collected, linear in the step."""
-    document = read_json(run / METADATA) if (run / METADATA).exists() else None
-    recorded = document.get("timesteps") if isinstance(document, dict) else None
-    if isinstance(recorded, list) and len(recorded) > num_steps:
-        return [float(t) for t in recorded[:num_steps]]
-    steps = sorted(known)
-    between: list[float] = np.interp(np.arange(num_steps), steps, [known[s] for s in steps]).tolist()
-    return between
 
 
 def read_steps(path: Path) -> StepPlan:
@@ -157,7 +87,7 @@ def read_steps(path: Path) -> StepPlan:
             {phase: _bounds(own["steps"], len(timesteps)) for phase, own in phases.items()},
             {phase: _bits(own["activation_bits"], activations) for phase, own in phases.items()},
             {phase: _bits(own["weight_bits"], WEIGHT_BITS) for phase, own in phases.items() if "weight_bits" in own},
-            from_json(document["activation_ranges"], path, len(timesteps)),
+            ranges_from_json(document["activation_ranges"], path, len(timesteps)),
             {key: str(document[key]) for key in ("model", "fingerprint", "statistics") if key in document},
             str(document.get("plan", "")),
             dict(document.get("ranges", {})),

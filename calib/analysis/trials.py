@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from calib.errors import CalibError
-from calib.files import read_json, write_json
-from calib.progress import note
+from calib.base.errors import CalibError
+from calib.base.files import read_json, write_json
+from calib.base.progress import note
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Trial:
 
 
 @dataclass
-class Known:
+class TrialCache:
     """What has been measured: by 'weights' or 'inputs', layer and trial; a list of S by step."""
 
     path: Path

@@ -7,12 +7,12 @@ from enum import StrEnum
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from calib.base.files import checksum
+from calib.base.seeds import image_seed
 from calib.dataset.images import IMAGES, LATENTS
-from calib.dataset.manifest import FILE, ImageEntry, Manifest
+from calib.dataset.manifest import MANIFEST, ImageEntry, Manifest
 from calib.dataset.plausible import Fault, fault_of, is_affine_of, is_first_state
 from calib.dataset.store import TRAJECTORY_FORMAT, StateDtype, StorageFormat, sample_files
-from calib.files import checksum
-from calib.seeds import image_seed
 
 import h5py
 import numpy as np
@@ -84,7 +84,7 @@ def canonical_files(image_id: int, manifest: Manifest) -> list[str]:
 def stays_inside(name: str) -> bool:
     """Whether a file that a manifest names lies in the dataset and is an image's own."""
     parts = PurePosixPath(name).parts
-    return bool(parts) and not name.startswith(("/", ".")) and ".." not in parts and parts[0] not in (FILE, ASIDE)
+    return bool(parts) and not name.startswith(("/", ".")) and ".." not in parts and parts[0] not in (MANIFEST, ASIDE)
 
 
 def reason_of(error: Exception) -> str:
@@ -119,15 +119,15 @@ class _Check:
         for key in ("num_steps", "cfg_weight"):
             ours, general = getattr(entry, key), getattr(manifest, key)
             if ours != general:
-                self._add(Kind.SETTINGS, FILE, f"{key}={ours} in the entry, {general} in the dataset")
+                self._add(Kind.SETTINGS, MANIFEST, f"{key}={ours} in the entry, {general} in the dataset")
         if self._seed is not None and entry.seed != self._seed:
-            self._add(Kind.SEED, FILE, f"seed {entry.seed} in the entry, the dataset's seed gives {self._seed}")
+            self._add(Kind.SEED, MANIFEST, f"seed {entry.seed} in the entry, the dataset's seed gives {self._seed}")
         if manifest.is_older:
             usable = all(stays_inside(name) for name in entry.files)
         else:
             usable = entry.files == canonical_files(entry.image_id, manifest)
         if not usable:
-            self._add(Kind.DISAGREES, FILE, "the entry names other files than this image's")
+            self._add(Kind.DISAGREES, MANIFEST, "the entry names other files than this image's")
         return usable
 
     # Files as bytes

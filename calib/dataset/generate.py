@@ -10,22 +10,23 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from calib.base.errors import ConfigError
+from calib.base.files import checksum, remove_abandoned
+from calib.base.interrupts import in_threads
+from calib.base.progress import Progress, note, say
+from calib.base.seeds import image_seed
 from calib.dataset.images import DrawnImage
 from calib.dataset.load import load_manifest
-from calib.dataset.manifest import FILE, ImageEntry, Manifest
+from calib.dataset.manifest import MANIFEST, ImageEntry, Manifest
 from calib.dataset.preflight import check_disk, note_long_prompts, numbers, time_left
+from calib.dataset.sampling import State, euler, initial_noise, initial_state, noise_levels
 from calib.dataset.settings import SamplerSettings, check_prompts, open_dataset, planned_dataset
 from calib.dataset.shards import Shard, shard_lock
 from calib.dataset.store import StateDtype, StorageFormat
 from calib.dataset.writer import writing
-from calib.errors import ConfigError
-from calib.files import checksum, remove_abandoned
-from calib.interrupts import in_threads
+from calib.models.architecture import Conditioning
 from calib.models.memory import plan_memory
-from calib.models.model import Conditioning, DiffusionModel
-from calib.progress import Progress, note, say
-from calib.sampling import State, euler, initial_noise, initial_state, noise_levels
-from calib.seeds import image_seed
+from calib.models.model import DiffusionModel
 
 import mlx.core as mx
 import numpy as np
@@ -47,7 +48,7 @@ def missing_images(
         among: only these ids.
     """
     wanted = list(range(num_images) if among is None else among)
-    if not (data_dir / FILE).exists():
+    if not (data_dir / MANIFEST).exists():
         return wanted
     manifest = load_manifest(data_dir)
     if shard is not None and manifest.batch_size is not None:

@@ -7,9 +7,9 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+from calib.base.files import checksum, write_bytes
 from calib.dataset.manifest import ImageEntry, Manifest
 from calib.dataset.store import SAMPLES, StateDtype, StorageFormat, UnstorableLatents, write_trajectory
-from calib.files import checksum, write_bytes
 
 import numpy as np
 from numpy.typing import NDArray

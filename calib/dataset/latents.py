@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from calib.base.errors import CalibError
 from calib.dataset.manifest import Manifest
-from calib.errors import CalibError
 
 import numpy as np
 from numpy.typing import NDArray

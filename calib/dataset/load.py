@@ -3,19 +3,19 @@
 from pathlib import Path
 from typing import Any
 
-from calib.dataset.manifest import FILE, ImageEntry, Manifest, parse_manifest
+from calib.base.errors import CalibError
+from calib.base.files import read_json
+from calib.dataset.manifest import MANIFEST, ImageEntry, Manifest, parse_manifest
 from calib.dataset.older import parse_older_manifest
 from calib.dataset.store import StateDtype, StorageFormat
-from calib.errors import CalibError
-from calib.files import read_json
 
 
 def load_manifest(data_dir: Path) -> Manifest:
     """The manifest of the dataset in ``data_dir``; a missing or damaged one ends in a line that says what to do."""
-    path = data_dir / FILE
+    path = data_dir / MANIFEST
     if not path.exists():
         raise CalibError(
-            f"{data_dir}: no dataset there (no {FILE}); make one with calib generate, or, if its images are there, "
+            f"{data_dir}: no dataset there (no {MANIFEST}); make one with calib generate, or, if its images are there, "
             f"calib rebuild-manifest {data_dir}"
         )
     try:

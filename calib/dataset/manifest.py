@@ -10,11 +10,11 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
 
-from calib.errors import CalibError
-from calib.files import write_text
+from calib.base.errors import CalibError
+from calib.base.files import write_text
 
 FORMAT, FORMAT_VERSION = "calib-dataset", 2
-FILE = "manifest.json"
+MANIFEST = "manifest.json"
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class Manifest:
         lines = [json.dumps(asdict(self.images[i]), ensure_ascii=False) for i in sorted(self.images)]
         values = [f"{json.dumps(k)}: {json.dumps(v, ensure_ascii=False, allow_nan=False)}" for k, v in head.items()]
         values.append('"images": [' + ",".join(f"\n  {line}" for line in lines) + "\n]")
-        write_text(data_dir / FILE, "{\n" + ",\n".join(values) + "\n}\n")
+        write_text(data_dir / MANIFEST, "{\n" + ",\n".join(values) + "\n}\n")
 
 
 def parse_manifest(path: Path, document: Any) -> Manifest:

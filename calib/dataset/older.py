@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from calib.dataset.manifest import FILE, ImageEntry, Manifest
+from calib.base.errors import CalibError
+from calib.dataset.manifest import MANIFEST, ImageEntry, Manifest
 from calib.dataset.store import SAMPLES, StorageFormat
-from calib.errors import CalibError
 
 import numpy as np
 
@@ -26,7 +26,7 @@ def parse_older_manifest(data_dir: Path, document: Mapping[str, Any]) -> Manifes
 
     A prompt or seed may be unknown (null); num_steps and cfg_scale, without which no state can be replayed, may not.
     """
-    path = data_dir / FILE
+    path = data_dir / MANIFEST
     for key in ("num_steps", "cfg_scale"):
         if document.get(key) is None:
             raise CalibError(f"{path}: {key} is unknown; write the value that the images were drawn with into it")

@@ -8,7 +8,7 @@ import math
 from enum import StrEnum
 from typing import Any
 
-from calib.sampling import EMPTY_LATENT
+from calib.dataset.sampling import EMPTY_LATENT
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,8 +58,8 @@ def fault_of(x: NDArray[Any], sigma: float | None = None) -> tuple[Fault, str] |
 def is_first_state(x: NDArray[Any], seed: int, sigma: float) -> bool:
     """Whether ``x`` (height, width, channels) is the first state, at ``sigma``, of the image of ``seed``.
 
-    The formula of calib.sampling in NumPy alone, as MLX arrays belong to the thread that made them; 1% leaves room for
-    every stored type.
+    The formula of calib.dataset.sampling in NumPy alone, as MLX arrays belong to the thread that made them; 1% leaves
+    room for every stored type.
     """
     height, width, channels = x.shape
     noise = np.random.RandomState(seed).randn(channels, height, width).transpose(1, 2, 0)

@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from datetime import datetime, timedelta
 from pathlib import Path
 
+from calib.base.errors import CalibError
+from calib.base.files import free_bytes
+from calib.base.progress import counted, note, readable_bytes, readable_duration, say
 from calib.dataset.images import bytes_per_image
 from calib.dataset.manifest import Manifest
-from calib.errors import CalibError
-from calib.files import free_bytes
 from calib.models.model import DiffusionModel
-from calib.progress import counted, note, readable_bytes, readable_duration, say
 
 
 def numbers(first: int, last: int) -> str:

@@ -8,18 +8,18 @@ from json import JSONDecodeError, loads
 from pathlib import Path
 from typing import Any
 
+from calib.base.errors import CalibError
+from calib.base.files import checksum, write_json
+from calib.base.interrupts import in_threads
+from calib.base.progress import Progress
 from calib.dataset.checks import Finding, Kind, canonical_files, reason_of
 from calib.dataset.images import IMAGES, image_ids
 from calib.dataset.load import load_manifest
-from calib.dataset.manifest import FILE, ImageEntry, Manifest
+from calib.dataset.manifest import MANIFEST, ImageEntry, Manifest
 from calib.dataset.rebuild_older import older_document
 from calib.dataset.repair import exclusive, timestamp
 from calib.dataset.store import SAMPLES
 from calib.dataset.verify import check_images
-from calib.errors import CalibError
-from calib.files import checksum, write_json
-from calib.interrupts import in_threads
-from calib.progress import Progress
 
 import h5py
 from PIL import Image
@@ -55,7 +55,7 @@ def rebuild_manifest(data_dir: Path, force: bool = False) -> Rebuilt:
     if not ids:
         what = "no images there to restore a manifest from" if data_dir.is_dir() else "no such folder"
         raise CalibError(f"{data_dir}: {what}")
-    path = data_dir / FILE
+    path = data_dir / MANIFEST
     with exclusive(data_dir):
         readable = _is_readable(data_dir)
         if readable and not force:

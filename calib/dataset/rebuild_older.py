@@ -5,11 +5,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from calib.base.errors import CalibError
+from calib.base.progress import counted
 from calib.dataset.images import IMAGES, LATENTS
-from calib.dataset.manifest import FILE
+from calib.dataset.manifest import MANIFEST
 from calib.dataset.older import sample_names
-from calib.errors import CalibError
-from calib.progress import counted
 
 import numpy as np
 from PIL import Image
@@ -103,7 +103,7 @@ def _most_common(values: Iterable[Any]) -> Any:
 
 
 def _unknown(data_dir: Path, document: Mapping[str, Any], damaged: list[int]) -> list[str]:
-    path, lines = data_dir / FILE, []
+    path, lines = data_dir / MANIFEST, []
     for key, remedy in REMEDIES.items():
         ids = [entry["image_id"] for entry in document["images"] if entry.get(key, 0) is None]
         if ids:

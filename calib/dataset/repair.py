@@ -13,13 +13,13 @@ from datetime import datetime
 from itertools import count
 from pathlib import Path
 
+from calib.base.errors import CalibError
+from calib.base.files import read_json, write_text
 from calib.dataset.checks import ASIDE, stays_inside
 from calib.dataset.load import load_manifest
-from calib.dataset.manifest import FILE
+from calib.dataset.manifest import MANIFEST
 from calib.dataset.shards import Shard, being_written, manifest_lock, shard_lock
 from calib.dataset.verify import Report, mend_manifest, verify
-from calib.errors import CalibError
-from calib.files import read_json, write_text
 
 
 @dataclass(frozen=True)
@@ -74,12 +74,12 @@ def repair(data_dir: Path) -> Repair | None:
         if report.manifest_is_wrong:
             remedy = mend_manifest(data_dir, report.manifest)
             raise CalibError(
-                f"{data_dir}: most images disagree with {FILE}; moving them aside would not help: {remedy}"
+                f"{data_dir}: most images disagree with {MANIFEST}; moving them aside would not help: {remedy}"
             )
         bad = sorted(report.bad_images)
         moved = _files_to_move(report)
         aside = _new_folder(data_dir / ASIDE)
-        shutil.copy2(data_dir / FILE, aside / FILE)
+        shutil.copy2(data_dir / MANIFEST, aside / MANIFEST)
         _drop_entries(data_dir, report, set(bad))
         for name in moved:
             (aside / name).parent.mkdir(parents=True, exist_ok=True)
@@ -114,8 +114,8 @@ def _drop_entries(data_dir: Path, report: Report, bad: set[int]) -> None:
         manifest.images = {i: entry for i, entry in manifest.images.items() if i not in bad}
         manifest.save(data_dir)
         return
-    document = read_json(data_dir / FILE)
+    document = read_json(data_dir / MANIFEST)
     entries = {int(entry["image_id"]): entry for entry in document["images"]}
     document["images"] = [entry for image_id, entry in entries.items() if image_id not in bad]
     # Unlike calib's own files it may hold NaN, and keeps it.
-    write_text(data_dir / FILE, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+    write_text(data_dir / MANIFEST, json.dumps(document, indent=2, ensure_ascii=False) + "\n")

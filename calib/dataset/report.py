@@ -5,10 +5,10 @@ from dataclasses import asdict
 from itertools import groupby
 from typing import Any
 
+from calib.base.progress import counted, readable_bytes
 from calib.dataset.checks import Finding
-from calib.dataset.manifest import FILE
+from calib.dataset.manifest import MANIFEST
 from calib.dataset.verify import Report
-from calib.progress import counted, readable_bytes
 
 #: Findings of one kind that are printed; --json has all.
 EXAMPLES = 3
@@ -32,7 +32,7 @@ def findings_table(findings: Sequence[Finding]) -> list[str]:
         of_kind = list(group)
         images = len({f.image_id for f in of_kind} - {None})
         for i, finding in enumerate(of_kind[:EXAMPLES]):
-            files = len({(f.image_id, f.file) for f in of_kind}) if finding.file != FILE else 0
+            files = len({(f.image_id, f.file) for f in of_kind}) if finding.file != MANIFEST else 0
             first = (kind.value, str(images or "–"), str(files or "–"))
             rows.append((*(first if i == 0 else ("", "", "")), f"{_where(finding)}: {finding.detail}"))
         if len(of_kind) > EXAMPLES:

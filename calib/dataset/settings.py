@@ -3,17 +3,19 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
+from calib.base.errors import CalibError, ConfigError
+from calib.base.progress import counted
+from calib.base.values import AtLeast
+from calib.base.versions import versions
 from calib.dataset.images import image_ids
 from calib.dataset.load import load_manifest
-from calib.dataset.manifest import FILE, Manifest
+from calib.dataset.manifest import MANIFEST, Manifest
+from calib.dataset.sampling import as_floats, noise_levels, timesteps_of
 from calib.dataset.shards import Shard, being_written, manifest_lock
 from calib.dataset.store import StateDtype, StorageFormat
-from calib.errors import CalibError, ConfigError
 from calib.models.model import DiffusionModel
-from calib.progress import counted
-from calib.sampling import as_floats, noise_levels, timesteps_of
-from calib.versions import versions
 
 #: Settings that make the images: a folder holds images of one value each.
 IDENTITY = (
@@ -34,10 +36,10 @@ class SamplerSettings:
         image_size: height and width, pixels.
     """
 
-    num_steps: int = 50
-    cfg_weight: float = 3.0
+    num_steps: Annotated[int, AtLeast(1)] = 50
+    cfg_weight: Annotated[float, AtLeast(0)] = 3.0
     shift: float = 1.0
-    batch_size: int | None = None
+    batch_size: Annotated[int | None, AtLeast(1)] = None
     image_size: tuple[int, ...] = (64, 64)
 
 
@@ -77,7 +79,7 @@ def open_dataset(data_dir: Path, planned: Manifest, shard: Shard) -> Manifest:
     A dataset without images is begun anew, unless another shard than ``shard`` is being drawn.
     """
     with manifest_lock(data_dir):
-        if (data_dir / FILE).exists():
+        if (data_dir / MANIFEST).exists():
             found = load_manifest(data_dir)
             differences = [name for name in IDENTITY if getattr(found, name) != getattr(planned, name)]
             if not differences:
@@ -106,9 +108,9 @@ def only_read(data_dir: Path) -> CalibError:
 
 def check_manifest_is_there(data_dir: Path) -> None:
     """Raise where images lie in ``data_dir`` and no manifest: it got lost, as it is written before any image."""
-    if not (data_dir / FILE).exists() and (found := image_ids(data_dir)):
+    if not (data_dir / MANIFEST).exists() and (found := image_ids(data_dir)):
         raise CalibError(
-            f"{data_dir}: holds files of {counted(len(found), 'image')} but no {FILE}; calib rebuild-manifest "
+            f"{data_dir}: holds files of {counted(len(found), 'image')} but no {MANIFEST}; calib rebuild-manifest "
             f"{data_dir} restores it, or name another data_dir"
         )
 

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from calib.base.errors import CalibError
+from calib.base.files import is_locked
+from calib.base.progress import say
 from calib.dataset.load import load_manifest
 from calib.dataset.manifest import ImageEntry
-from calib.errors import CalibError
-from calib.files import is_locked
-from calib.progress import say
 
 LOCK = ".lock-"
 ATTEMPTS, PAUSE_SECONDS = 5, 0.02

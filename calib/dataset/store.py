@@ -7,9 +7,9 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any, cast
 
+from calib.base.errors import CalibError
+from calib.base.files import write_bytes
 from calib.dataset.manifest import Manifest
-from calib.errors import CalibError
-from calib.files import write_bytes
 
 import h5py
 import mlx.core as mx

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from calib.base.files import TEMPORARY_SUFFIX, abandoned_temporaries, read_json
+from calib.base.interrupts import in_threads
+from calib.base.progress import Progress, counted, readable_bytes
 from calib.dataset.checks import ASIDE, Checked, Finding, Kind, check_image
 from calib.dataset.images import FOLDERS
 from calib.dataset.load import load_manifest
-from calib.dataset.manifest import FILE, ImageEntry, Manifest
+from calib.dataset.manifest import MANIFEST, ImageEntry, Manifest
 from calib.dataset.shards import Shard, being_written
-from calib.files import TEMPORARY_SUFFIX, abandoned_temporaries, read_json
-from calib.interrupts import in_threads
-from calib.progress import Progress, counted, readable_bytes
 
 #: Findings for which an image need not be drawn again: writing the manifest anew mends it.
 MENDED_BY_REWRITING = (Kind.DUPLICATE,)
@@ -70,7 +70,9 @@ class Report:
             size = sum(part.bytes for name, part in self.storage.items() if name != ASIDE)
             return f"sound: {counted(self.images, 'image')}, {readable_bytes(size)}"
         if self.manifest_is_wrong:
-            return f"NOT sound: most images disagree with {FILE} itself; {mend_manifest(self.data_dir, self.manifest)}"
+            return (
+                f"NOT sound: most images disagree with {MANIFEST} itself; {mend_manifest(self.data_dir, self.manifest)}"
+            )
         remedy = f"calib verify {self.data_dir} --repair moves what is wrong aside"
         if not self.bad_images:
             return f"NOT sound: {counted(self.images, 'image')} good, but other files lie there; {remedy}"
@@ -81,7 +83,7 @@ class Report:
 def mend_manifest(data_dir: Path, manifest: Manifest) -> str:
     """What to do about settings that most images disagree with."""
     if manifest.is_older:
-        return f"correct num_steps and cfg_scale in {data_dir / FILE}"
+        return f"correct num_steps and cfg_scale in {data_dir / MANIFEST}"
     return f"calib rebuild-manifest {data_dir} --force makes it anew from the files"
 
 
@@ -132,10 +134,10 @@ def _odd_sizes(manifest: Manifest, checked: dict[int, Checked]) -> Iterable[Find
 
 def _duplicates(data_dir: Path) -> Iterable[Finding]:
     """Ids that the manifest lists more than once; loading it keeps the last of them."""
-    counts = Counter(int(entry["image_id"]) for entry in read_json(data_dir / FILE)["images"])
+    counts = Counter(int(entry["image_id"]) for entry in read_json(data_dir / MANIFEST)["images"])
     for image_id, count in counts.items():
         if count > 1:
-            yield Finding(Kind.DUPLICATE, image_id, FILE, f"{count} entries; the last one counts")
+            yield Finding(Kind.DUPLICATE, image_id, MANIFEST, f"{count} entries; the last one counts")
 
 
 def _gaps(manifest: Manifest) -> list[str]:
@@ -176,6 +178,6 @@ def _storage(data_dir: Path) -> dict[str, Storage]:
 
 
 def _part(path: Path) -> str:
-    if path == Path(FILE):
+    if path == Path(MANIFEST):
         return "manifest"
     return path.parts[0] if path.parts[0] in (*FOLDERS, ASIDE) else "other"

@@ -7,12 +7,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from calib.base.errors import CalibError
+from calib.base.progress import counted
 from calib.dataset.images import DrawnImage, write_image
 from calib.dataset.manifest import ImageEntry, Manifest
 from calib.dataset.shards import add_entries
 from calib.dataset.store import UnstorableLatents
-from calib.errors import CalibError
-from calib.progress import counted
 
 #: The manifest is written anew when so many times the last writing's duration have passed: with a hundred thousand
 #: images it takes seconds, which a block of one image must not wait for. What is not listed yet a kill loses.

@@ -4,11 +4,12 @@ Everything is computed in float64. Pictures are (height, width, 3) in [0, 1].
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from calib.errors import CalibError
-from calib.seeds import generator
+from calib.base.errors import CalibError
+from calib.base.seeds import generator
 
 import numpy as np
 from numpy.typing import NDArray
@@ -194,6 +195,17 @@ class Fidelity:
             )
         for prompt in np.flatnonzero(np.isnan(self.psnr) | ~np.isfinite(self.ssim)):
             raise CalibError(f"prompt {prompt}: the picture is not finite")
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON has no infinity: null stands for that of equal pictures."""
+        psnr = [None if np.isinf(value) else value for value in self.psnr.tolist()]
+        return {"psnr": psnr, "ssim": self.ssim.tolist(), "steps": self.steps.tolist(), "error": self.error.tolist()}
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> "Fidelity":
+        """What :meth:`to_json` made; raises KeyError, TypeError or ValueError where it is damaged."""
+        psnr = np.array([np.inf if value is None else value for value in document["psnr"]])
+        return cls(psnr, np.array(document["ssim"]), np.array(document["error"]), np.array(document["steps"]))
 
     @property
     def prompts(self) -> int:

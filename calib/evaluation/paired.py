@@ -12,12 +12,12 @@ from calib.activations.batches import Batch, StoredStates, output_of
 from calib.activations.replay import shared_cores
 from calib.activations.states import read_states
 from calib.activations.taps import TapPoint, tapped
+from calib.base.progress import Progress
 from calib.dataset.generate import trajectory_from
 from calib.dataset.manifest import Manifest
 from calib.evaluation.metrics import Fidelity, psnr, relative_error, ssim
 from calib.models.memory import plan_memory
 from calib.models.model import DiffusionModel, weights
-from calib.progress import Progress
 
 import mlx.core as mx
 import numpy as np
@@ -68,7 +68,7 @@ def rounded_to_bfloat16(model: DiffusionModel) -> Iterator[None]:
     try:
         model.transformer.update(tree_unflatten(rounded))
         model.dtype = mx.float32
-        with tapped(model.transformer, [TapPoint("x_embedder", "")], lambda _, x: _rounded(x)):
+        with tapped(model.architecture, [TapPoint(model.architecture.input_layer, "")], lambda _, x: _rounded(x)):
             yield
     finally:
         model.dtype = dtype

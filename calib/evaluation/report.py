@@ -5,7 +5,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from calib.errors import CalibError
+from calib.base.errors import CalibError
+from calib.base.files import replacing
+from calib.base.progress import counted
 from calib.evaluation.metrics import (
     FEW_PROMPTS,
     LEVEL,
@@ -18,8 +20,6 @@ from calib.evaluation.metrics import (
     ends,
     growth,
 )
-from calib.files import replacing
-from calib.progress import counted
 
 import numpy as np
 from numpy.typing import NDArray

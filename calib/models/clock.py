@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from calib.errors import CalibError
+from calib.base.errors import CalibError
 
 
 class Clock:

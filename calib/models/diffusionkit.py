@@ -10,13 +10,14 @@ from functools import partial
 from pathlib import Path
 
 import calib.models.compat  # noqa: F401  (must precede diffusionkit.mlx)
-from calib.errors import CalibError, ConfigError, suggest
+from calib.base.errors import CalibError, ConfigError, suggest
+from calib.base.progress import note
 from calib.models.hub import fetch, load_checked, read_weights, renamed
 from calib.models.memory import device_memory
+from calib.models.mmdit.architecture import MMDiTArchitecture
 from calib.models.model import DiffusionModel, ModelDtype
 from calib.models.model import weights as parameters
 from calib.models.text import CLIP_TOKENS, TextEncoders
-from calib.progress import note
 
 import mlx.core as mx
 from diffusionkit.mlx import DiffusionPipeline, FluxLatentFormat, FluxPipeline, SD3LatentFormat, model_io
@@ -65,7 +66,7 @@ def sd3_skeleton(
     dtype: ModelDtype = ModelDtype.FLOAT16,
     image_size: Sequence[int] = (512, 512),
     cfg_weight: float = 0.0,
-) -> MMDiT:
+) -> MMDiTArchitecture:
     """The transformer without its weights, and a check of what was asked of it; parameters as for :func:`load_sd3`."""
     _known(name, repository, flux=False)
     _check_file("model.checkpoint", checkpoint)
@@ -73,7 +74,7 @@ def sd3_skeleton(
     if max(latent_shape(image_size)[:2]) > config.max_latent_resolution:
         allowed = f"{name} has positions for at most {8 * config.max_latent_resolution} pixels a side"
         raise ConfigError.bad_value("sampler.image_size", list(image_size), allowed)
-    return MMDiT(config)
+    return MMDiTArchitecture(MMDiT(config))
 
 
 def flux_skeleton(
@@ -84,14 +85,14 @@ def flux_skeleton(
     dtype: ModelDtype = ModelDtype.BFLOAT16,
     image_size: Sequence[int] = (512, 512),
     cfg_weight: float = 0.0,
-) -> MMDiT:
+) -> MMDiTArchitecture:
     """The transformer without its weights, and a check of what was asked of it; parameters as for :func:`load_flux`."""
     _known(name, repository, flux=True)
     if cfg_weight > 0:
         raise ConfigError.bad_value("sampler.cfg_weight", cfg_weight, f"{name} takes only 0, its guidance is distilled")
     _check_file("model.checkpoint", checkpoint)
     _check_file("model.vae_checkpoint", vae_checkpoint)
-    return MMDiT(flux_config())
+    return MMDiTArchitecture(MMDiT(flux_config()))
 
 
 def flux_config() -> MMDiTConfig:
@@ -203,7 +204,7 @@ def load_sd3(
     decoder = load_vae_decoder(path, model_io._PREFIX[repository]["vae_decoder"], dtype.mlx)
     return DiffusionModel(
         name=name,
-        transformer=transformer,
+        architecture=MMDiTArchitecture(transformer),
         sampler=ModelSamplingDiscreteFlow(shift=shift),
         latent_format=SD3LatentFormat(),
         encode_text=text,
@@ -245,7 +246,7 @@ def load_flux(
     decoder = load_vae_decoder(vae, "decoder.", dtype.mlx)
     return DiffusionModel(
         name=name,
-        transformer=transformer,
+        architecture=MMDiTArchitecture(transformer),
         sampler=FluxSampler(shift=shift),
         latent_format=FluxLatentFormat(),
         encode_text=text,

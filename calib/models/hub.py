@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import calib.models.compat  # noqa: F401  (must precede diffusionkit.mlx)
-from calib.errors import CalibError
+from calib.base.errors import CalibError
 
 import mlx.core as mx
 from huggingface_hub import constants, hf_hub_download

@@ -7,12 +7,12 @@ machine plans the same every time.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import calib.models.compat  # noqa: F401  (must precede diffusionkit.mlx)
+from calib.base.device import on_cuda, on_gpu, on_metal
+from calib.base.progress import readable_bytes
+from calib.models.architecture import Architecture
 from calib.models.model import DiffusionModel, weights
-from calib.progress import readable_bytes
 
 import mlx.core as mx
-from diffusionkit.mlx.config import MMDiTConfig
 from mlx import nn
 
 #: A dataset has 10 images by default: a larger batch would mostly draw padding.
@@ -51,16 +51,6 @@ class Needs:
     useful_batch: int = LARGEST_BATCH
 
 
-def on_gpu() -> bool:
-    """Whether MLX computes on a GPU."""
-    return bool(mx.default_device().type == mx.DeviceType.gpu)
-
-
-def on_cuda() -> bool:
-    """Whether that GPU is NVIDIA's."""
-    return on_gpu() and bool(mx.cuda.is_available())
-
-
 #: Jobs that share the memory.
 _jobs = 1
 
@@ -77,7 +67,7 @@ def device_memory() -> int:
     On Metal what the system recommends, two thirds to three quarters of the memory. Elsewhere MLX's limit, a fixed
     share of the total: 80% of the main memory on a CPU, 95% of the card's with CUDA.
     """
-    if on_gpu() and mx.metal.is_available():
+    if on_metal():
         return int(mx.device_info()["max_recommended_working_set_size"]) // _jobs
     return int(mx.get_memory_limit()) // _jobs
 
@@ -87,27 +77,22 @@ def nbytes(module: nn.Module) -> int:
     return sum(weight.nbytes for weight in weights(module).values())
 
 
-def tokens_of(config: MMDiTConfig, latent_size: Sequence[int], text_length: int) -> int:
-    """Tokens of one latent (height, width) and its text."""
-    return int(latent_size[0] * latent_size[1] // config.patch_size**2 + text_length)
-
-
 def useful_batch(tokens: int, guidance: bool) -> int:
     """Images of so many ``tokens`` that make the device busy."""
     busy = BUSY_TOKENS_CUDA if on_cuda() else BUSY_TOKENS
     return max(1, min(busy // ((1 + guidance) * tokens), LARGEST_BATCH))
 
 
-def drawing_bytes(config: MMDiTConfig, tokens: int, guidance: bool, size: int) -> int:
+def drawing_bytes(architecture: Architecture, tokens: int, guidance: bool, size: int) -> int:
     """Bytes of one forward of the transformer for one image of ``tokens``; ``size`` is that of one value."""
     # GPUs run attention without writing the scores out.
-    scores = 0 if on_gpu() else config.num_heads * tokens**2
+    scores = 0 if on_gpu() else architecture.heads * tokens**2
     widths = BLOCK_WIDTHS_CUDA if on_cuda() else BLOCK_WIDTHS
-    return int((1 + guidance) * size * (widths * config.hidden_size * tokens + scores))
+    return int((1 + guidance) * size * (widths * architecture.width * tokens + scores))
 
 
 def decoding_bytes(decoder: nn.Module, latent_size: Sequence[int]) -> int:
-    """Bytes of decoding one latent (height, width)."""
+    """Bytes of decoding one latent (height, width) with a decoder that is built as DiffusionKit's VAE."""
     weight = decoder.conv_out.weight
     widths, size = (DECODER_WIDTHS_GPU, weight.dtype.size) if on_gpu() else (DECODER_WIDTHS_CPU, 4)
     positions = latent_size[0] * latent_size[1]
@@ -189,14 +174,14 @@ def plan_memory(
     model: DiffusionModel, guidance: bool, batch_size: int | None = None, memory: int | None = None
 ) -> MemoryPlan:
     """The plan for ``model`` on this device, or on one of ``memory`` bytes; for a ``batch_size``, if one is given."""
-    size, config = model.latent_shape[:2], model.transformer.config
-    tokens = tokens_of(config, size, model.text_length)
+    size, architecture = model.latent_shape[:2], model.architecture
+    tokens = architecture.tokens(size) + model.text_length
     needs = Needs(
         transformer=nbytes(model.transformer),
         decoder=nbytes(model.decoder),
         text=model.text_bytes,
-        drawing=drawing_bytes(config, tokens, guidance, model.dtype.size),
-        decoding=decoding_bytes(model.decoder, size),
+        drawing=drawing_bytes(architecture, tokens, guidance, model.dtype.size),
+        decoding=decoding_bytes(model.decoder, size) if model.decoding_bytes is None else model.decoding_bytes,
         useful_batch=useful_batch(tokens, guidance),
     )
     return MemoryPlan.of(needs, device_memory() if memory is None else memory, batch_size, model.smaller_text)

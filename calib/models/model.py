@@ -9,14 +9,15 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import cast
 
 import calib.models.compat  # noqa: F401  (must precede diffusionkit.mlx)
-from calib.models.modulation import velocity
+from calib.models.architecture import Architecture, Conditioning
+from calib.models.clock import Clock
 
 import mlx.core as mx
 import numpy as np
 from diffusionkit.mlx import LatentFormat
-from diffusionkit.mlx.mmdit import MMDiT
 from diffusionkit.mlx.sampler import FluxSampler, ModelSamplingDiscreteFlow
 from mlx import nn
 from mlx.utils import tree_flatten
@@ -39,26 +40,13 @@ class ModelDtype(StrEnum):
         return {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}[self.value]
 
 
-@dataclass(frozen=True)
-class Conditioning:
-    """Encoded text of a batch: ``tokens`` (rows, length, width) and ``pooled`` (rows, width)."""
-
-    tokens: mx.array
-    pooled: mx.array
-
-    @classmethod
-    def batch(cls, parts: Sequence["Conditioning"]) -> "Conditioning":
-        """The rows of all ``parts``, one after the other."""
-        return cls(mx.concatenate([p.tokens for p in parts]), mx.concatenate([p.pooled for p in parts]))
-
-
 @dataclass
 class DiffusionModel:
     """A loaded text-to-image model.
 
     Attributes:
         name: the option of the ``model`` config group.
-        transformer: the MMDiT whose layers are tapped and quantized.
+        architecture: the transformer whose layers are tapped and quantized, and what calib knows of it.
         encode_text: a text -> its conditioning, one row. Loads the text encoders where they are not loaded.
         decoder: the VAE's, which ``decode_latents`` calls.
         decode_latents: latents (batch, height, width, channels) after ``process_out`` -> images in about [-1, 1].
@@ -72,10 +60,12 @@ class DiffusionModel:
         unload_text: frees the text encoders; the next ``encode_text`` loads them again.
         text_bytes: memory of the text encoders while they are loaded.
         smaller_text: what to set for smaller text encoders, where that is possible.
+        decoding_bytes: memory that decoding one latent takes; None: as DiffusionKit's VAE takes it.
+        clock: told the timestep before every forward, where layers follow the step.
     """
 
     name: str
-    transformer: MMDiT
+    architecture: Architecture
     sampler: ModelSamplingDiscreteFlow | FluxSampler
     latent_format: LatentFormat
     encode_text: Callable[[str], Conditioning]
@@ -91,8 +81,15 @@ class DiffusionModel:
     unload_text: Callable[[], None] = lambda: None
     text_bytes: int = 0
     smaller_text: str = ""
+    decoding_bytes: int | None = None
+    clock: Clock | None = None
     _fingerprint: str = field(default="", init=False, repr=False)
     _rows: dict[str, Conditioning] = field(default_factory=dict, init=False, repr=False)
+
+    @property
+    def transformer(self) -> nn.Module:
+        """The network itself."""
+        return self.architecture.module
 
     def encode(self, prompts: Sequence[str], cfg_weight: float) -> Conditioning:
         """Conditioning of a batch: all conditional rows, then with guidance as many unconditional ones.
@@ -125,20 +122,32 @@ class DiffusionModel:
         if prompt in self._rows:
             self._rows[prompt] = row = self._rows.pop(prompt)
             return row
-        text = self.encode_text(prompt)
-        row = Conditioning(text.tokens.astype(self.dtype), text.pooled.astype(self.dtype))
-        mx.eval(row.tokens, row.pooled)
+        row = self.encode_text(prompt).astype(self.dtype)
+        mx.eval(row.arrays())
         self._rows[prompt] = row
         if len(self._rows) > ROWS_KEPT:
             del self._rows[next(iter(self._rows))]
         return row
+
+    def velocity(self, x: mx.array, text: Conditioning, timestep: mx.array) -> mx.array:
+        """The transformer's output v for ``x`` (rows, height, width, channels), in its own type.
+
+        ``timestep`` is evaluated and of size 1, or holds one for each row, (rows,).
+        """
+        self.tell_clock(timestep)
+        return self.architecture.velocity(x, text, timestep)
+
+    def tell_clock(self, timestep: mx.array) -> None:
+        """Announce a forward to layers that follow the step; rows of several steps have none in common."""
+        if self.clock is not None:
+            self.clock.tell(cast(float, timestep.item()) if timestep.size == 1 else None)
 
     def denoise(
         self, x: mx.array, timestep: mx.array, sigma: mx.array, text: Conditioning, cfg_weight: float
     ) -> mx.array:
         """Denoised estimate of ``x`` (batch, height, width, channels); DiffusionKit's ``CFGDenoiser``."""
         rows = (mx.concatenate([x, x]) if cfg_weight > 0 else x).astype(self.dtype)
-        v = velocity(self.transformer, rows, text.tokens, text.pooled, timestep)
+        v = self.velocity(rows, text, timestep)
         denoised: mx.array = self.sampler.calculate_denoised(sigma, v, rows)
         if cfg_weight <= 0:
             return denoised

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import calib.models.compat  # noqa: F401  (must precede diffusionkit.mlx)
+from calib.models.architecture import Conditioning
 from calib.models.hub import fetch, load_checked, read_weights, renamed
-from calib.models.model import Conditioning
 from calib.models.tokens import ClipTokenizer, fit
 
 import mlx.core as mx

@@ -4,16 +4,15 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from calib.activations.taps import TapPoint, linear_layers, parent_of, tapped
+from calib.activations.taps import TapPoint, tapped
+from calib.base.device import on_metal
+from calib.models.architecture import parent_of
 from calib.models.clock import Clock
-from calib.models.memory import on_cuda, on_gpu
 from calib.models.model import DiffusionModel, weights
-from calib.models.names import module_path
 from calib.quantization.model import InputRule, QuantizedModel
 from calib.quantization.packed import Packed
 
 import mlx.core as mx
-from diffusionkit.mlx.mmdit import MMDiT
 from mlx import nn
 from mlx.utils import tree_unflatten
 
@@ -48,7 +47,7 @@ def runs_dense() -> bool:
     On a CPU quantized products are slow. On CUDA MLX 0.32.4 compiles for a minute at every new bit-width, and
     a 2-bit product failed there (measured on an H100).
     """
-    return on_cuda() or not on_gpu()
+    return not on_metal()
 
 
 def as_module(layer: Packed, bias: mx.array | None, dtype: mx.Dtype, dequantize: bool) -> nn.Module:
@@ -77,13 +76,13 @@ def applied(model: DiffusionModel, quantized: QuantizedModel, dequantize: bool |
     Args:
         dequantize: run dense layers with the dequantized weights; None: as :func:`runs_dense` says.
     """
-    transformer = model.transformer
+    clock = Clock(quantized.timesteps)
     with ExitStack() as stack:
         dense = runs_dense() if dequantize is None else dequantize
-        stack.enter_context(_weights_of(transformer, quantized, model.dtype, dense))
+        stack.enter_context(_weights_of(model, quantized, clock, dense))
         if quantized.inputs:
             points = [TapPoint(name, "") for name in quantized.inputs]
-            stack.enter_context(tapped(transformer, points, _recorder(quantized.inputs, transformer.clock)))
+            stack.enter_context(tapped(model.architecture, points, _recorder(quantized.inputs, clock)))
         yield
 
 
@@ -96,16 +95,17 @@ def _recorder(inputs: Mapping[str, InputRule], clock: Clock) -> Callable[[str, m
 
 
 @contextmanager
-def _weights_of(transformer: MMDiT, quantized: QuantizedModel, dtype: mx.Dtype, dequantize: bool) -> Iterator[None]:
+def _weights_of(model: DiffusionModel, quantized: QuantizedModel, clock: Clock, dequantize: bool) -> Iterator[None]:
     """The quantized layers in the places of the dense ones, other parameters replaced, and a clock."""
-    clock = Clock(quantized.timesteps)
-    own = linear_layers(transformer)
+    architecture, transformer, dtype = model.architecture, model.transformer, model.dtype
+    own = architecture.layers()
     own_weights = weights(transformer)
+    paths = {name: architecture.path(name) for name in quantized.layers}
     biases = {name: own[name].get("bias") for name in quantized.layers}
-    changed = {name: quantized.weights.get(f"{module_path(name)}.bias", bias) for name, bias in biases.items()}
-    places = {name: parent_of(transformer, module_path(name)) for name in quantized.layers}
+    changed = {name: quantized.weights.get(f"{paths[name]}.bias", bias) for name, bias in biases.items()}
+    places = {name: parent_of(transformer, path) for name, path in paths.items()}
     try:
-        transformer.clock = clock
+        model.clock = clock
         transformer.update(tree_unflatten([(p, w.astype(own_weights[p].dtype)) for p, w in quantized.weights.items()]))
         for name, layer in quantized.layers.items():
             module = as_module(layer, changed[name], dtype, dequantize)
@@ -122,7 +122,7 @@ def _weights_of(transformer: MMDiT, quantized: QuantizedModel, dtype: mx.Dtype, 
         mx.eval(transformer.parameters())
         yield
     finally:
-        del transformer.clock
+        model.clock = None
         for name, (parent, key) in places.items():
             parent[key] = own[name]
         transformer.update(tree_unflatten([(path, own_weights[path]) for path in quantized.weights]))

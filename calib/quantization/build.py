@@ -1,28 +1,26 @@
 """From a plan to a quantized model: check it against the transformer, run the quantizer, gather the rules."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from calib.activations.batches import StoredStates, output_of
+from calib.activations.batches import Batch, StoredStates, output_of
 from calib.activations.reader import ActivationFile
-from calib.activations.taps import Recorder, TapPoint, linear_layers, tapped
-from calib.analysis.drift import channel_extremes, observe
-from calib.analysis.grid import UNQUANTIZED
+from calib.activations.taps import Recorder, TapPoint, tapped
 from calib.analysis.measure import quantizable
-from calib.analysis.plan import GROUP_SIZES, LayerPlan, Plan
+from calib.analysis.observed import channel_extremes, observe, observed_ranges, plan_steps, rule_document
+from calib.analysis.plan import GROUP_SIZES, UNQUANTIZED, LayerPlan, Plan
 from calib.analysis.ranges import RangeRule, StepRanges, static
-from calib.analysis.steps import StepPlan, observed_ranges, plan_steps, rule_document
-from calib.errors import CalibError, suggest
+from calib.analysis.steps import StepPlan
+from calib.base.errors import CalibError, suggest
 from calib.models.memory import plan_memory
 from calib.models.model import DiffusionModel, weights
-from calib.models.names import module_path
 from calib.quantization import rtn
 from calib.quantization.checkpoint import origin_of
 from calib.quantization.model import InputRule, QuantizedModel
 from calib.quantization.packed import Packed
-from calib.quantization.quantizer import ChannelRange, Quantizer, Work
+from calib.quantization.quantizer import ChannelRange, Quantizer, QuantizerInput
 
 import mlx.core as mx
 from mlx import nn
@@ -58,7 +56,7 @@ def fitting(plan: Mapping[str, LayerPlan], layers: Mapping[str, nn.Module]) -> t
 
 
 @dataclass(frozen=True)
-class Source:
+class Calibration:
     """What a quantizer may draw on.
 
     Attributes:
@@ -88,34 +86,37 @@ def quantize(
         states: for quantizers that replay stored states.
     """
     steps = plan_steps(plan, observed_ranges(plan, activations), activations, ranges)
-    source = Source(activations, ranges, None if states is None else lambda: states)
+    source = Calibration(activations, ranges, None if states is None else lambda: states)
     made_by = {"quantizer": rule_document(quantizer), "ranges": steps.rule}
-    return build(model, plan.layers, steps, quantizer, source, made_by)
+    return quantize_layers(model, plan.layers, steps, quantizer, source, made_by)
 
 
-def build(
+def quantize_layers(
     model: DiffusionModel,
     plan: Mapping[str, LayerPlan],
     steps: StepPlan,
     quantizer: Quantizer,
-    source: Source,
+    source: Calibration,
     made_by: Mapping[str, Any],
 ) -> tuple[QuantizedModel, list[str]]:
     """The quantized model, and what people should know of it; ``made_by`` is kept with it."""
-    layers = linear_layers(model.transformer)
+    layers = model.architecture.layers()
     chosen, notes = fitting(plan, layers)
     half = model.dtype if model.dtype != mx.float32 else mx.float16
     linear = {name: layer for name, layer in layers.items() if name in chosen and isinstance(layer, nn.Linear)}
-    work = Work(model.transformer, linear, {**plan, **chosen}, half, _replay(model, source), *_statistics(plan, source))
+    replay, batches = _replay(model, source)
+    given = (replay, batches, *_statistics(plan, source))
+    work = QuantizerInput(model.architecture, linear, {**plan, **chosen}, half, *given)
     made = quantizer(work)
     # A plan may name blocks, too, where their outputs were observed: they have no input of their own to round.
     inputs, more = _inputs({name: layer for name, layer in plan.items() if name in layers}, steps, made.ranges)
-    packed = {f"{module_path(name)}.weight" for name in made.layers}
+    paths = {name: model.architecture.path(name) for name in made.layers}
+    packed = {f"{path}.weight" for path in paths.values()}
     own = weights(model.transformer)
     rest = {path: made.weights.get(path, array).astype(half) for path, array in own.items() if path not in packed}
     about = {**origin_of(model), **made_by}
     copies = _copies(linear, chosen, steps, made.layers, quantizer, work)
-    quantized = QuantizedModel(made.layers, rest, inputs, steps.timesteps, copies, steps.phases, about)
+    quantized = QuantizedModel(made.layers, rest, inputs, steps.timesteps, copies, steps.phases, about, paths)
     mx.eval(rest, [[p.weight, p.scales, p.biases] for p in made.layers.values()])
     _check_finite(quantized, half)
     return quantized, [*notes, *made.notes, *more]
@@ -167,7 +168,7 @@ def _copies(
     steps: StepPlan,
     made: Mapping[str, Packed],
     quantizer: Quantizer,
-    work: Work,
+    work: QuantizerInput,
 ) -> dict[str, dict[str, Packed]]:
     """Weights of phases whose bits are others than those that serve all steps."""
     copies = {}
@@ -180,7 +181,7 @@ def _copies(
     return copies
 
 
-def _statistics(plan: Mapping[str, LayerPlan], source: Source) -> tuple[Any, Any]:
+def _statistics(plan: Mapping[str, LayerPlan], source: Calibration) -> tuple[Any, Any]:
     """The two functions by which a quantizer asks the statistics."""
 
     def channel_range(name: str) -> ChannelRange | None:
@@ -198,28 +199,34 @@ def _statistics(plan: Mapping[str, LayerPlan], source: Source) -> tuple[Any, Any
     return channel_range, ranges
 
 
-def _replay(model: DiffusionModel, source: Source) -> Any:
+def _replay(model: DiffusionModel, source: Calibration) -> tuple[Any, Callable[[], Iterator[Batch]]]:
+    """The two functions by which a quantizer gets at the calibration states."""
+
+    def batches() -> Iterator[Batch]:
+        if source.states is None:
+            raise CalibError("this quantizer replays stored states: name the run that collected them, stats=DIR")
+        states = source.states()
+        size = plan_memory(model, states.manifest.cfg_weight > 0).batch_size
+        for batch in states.batches(model, size, mixed=True):
+            yield batch()
+
     def replay(
         points: Sequence[TapPoint],
         record: Recorder,
         pending: Any,
         replaced: Mapping[str, mx.array],
     ) -> None:
-        if source.states is None:
-            raise CalibError("this quantizer replays stored states: name the run that collected them, stats=DIR")
-        states = source.states()
-        layers = linear_layers(model.transformer)
+        layers = model.architecture.layers()
         own = {name: layers[name].weight for name in replaced}
-        size = plan_memory(model, states.manifest.cfg_weight > 0).batch_size
         try:
             for name, weight in replaced.items():
                 layers[name].weight = weight.astype(own[name].dtype)
-            with tapped(model.transformer, points, record):
-                for batch in states.batches(model, size, mixed=True):
-                    output_of(model, batch(), lazily=True)
+            with tapped(model.architecture, points, record):
+                for batch in batches():
+                    output_of(model, batch, lazily=True)
                     mx.eval(pending())
         finally:
             for name, weight in own.items():
                 layers[name].weight = weight
 
-    return replay
+    return replay, batches

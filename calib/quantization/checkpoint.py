@@ -1,6 +1,6 @@
 """A quantized transformer as a folder: what is loaded again is what was saved, bit for bit.
 
-``model.safetensors`` holds every parameter by the path that DiffusionKit's MMDiT has after ``nn.quantize``; MLX alone
+``model.safetensors`` holds every parameter by the path that the transformer has after ``nn.quantize``; MLX alone
 loads it. ``phases.safetensors`` holds further copies of weights for phases, where a plan asks for them. ``config.json``
 holds bits and group size of each layer, the rules for activations, and where the model comes from.
 """
@@ -9,38 +9,28 @@ import errno
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import fields
-from enum import Enum
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from calib.analysis.range_files import from_json, to_json
-from calib.errors import CalibError
-from calib.files import checksum, free_bytes, read_json, write_json
+from calib.analysis.ranges import ranges_from_json, ranges_to_json
+from calib.base.errors import CalibError, lacks_or_garbles
+from calib.base.files import checksum, free_bytes, read_json, write_json
+from calib.models.mmdit.names import layer_name
 from calib.models.model import DiffusionModel
-from calib.models.names import layer_name, module_path
 from calib.quantization.model import InputRule, QuantizedModel
 from calib.quantization.packed import Packed
 
 import mlx.core as mx
 
 FORMAT, FORMAT_VERSION = "calib-quantized-model", 1
-CONFIG, WEIGHTS, COPIES = "config.json", "model.safetensors", "phases.safetensors"
+CHECKPOINT, WEIGHTS, COPIES = "config.json", "model.safetensors", "phases.safetensors"
 _PARTS = ("weight", "scales", "biases")
 
 
 def origin_of(model: DiffusionModel) -> dict[str, Any]:
     """What a quantized model says of the one it was made from, JSON-able: its weights, and what builds it again."""
-    config = model.transformer.config
-    values = {f.name: getattr(config, f.name) for f in fields(config)}
-    return {
-        "model": model.name,
-        "fingerprint": model.fingerprint,
-        "dtype": str(config.dtype).rpartition(".")[2],
-        "pos_embed_type": config.pos_embed_type.name,
-        "mmdit": {name: v for name, v in values.items() if not isinstance(v, mx.Dtype | Enum) and v is not None},
-    }
+    return {"model": model.name, "fingerprint": model.fingerprint, **model.architecture.describe()}
 
 
 def save(quantized: QuantizedModel, folder: Path) -> None:
@@ -54,7 +44,7 @@ def save(quantized: QuantizedModel, folder: Path) -> None:
         files = {WEIGHTS: _write(made / WEIGHTS, quantized.parameters(), folder)}
         if quantized.copies:
             files[COPIES] = _write(made / COPIES, _copies_of(quantized), folder)
-        write_json(made / CONFIG, {**_document(quantized), "files": files})
+        write_json(made / CHECKPOINT, {**_document(quantized), "files": files})
         if folder.exists():
             folder.rename(Path(place) / "before")
         made.rename(folder)
@@ -78,7 +68,7 @@ def _shape(layer: Packed) -> dict[str, int]:
 
 def _copies_of(quantized: QuantizedModel) -> dict[str, mx.array]:
     return {
-        f"{phase}.{module_path(name)}.{part}": getattr(layer, part)
+        f"{phase}.{quantized.paths[name]}.{part}": getattr(layer, part)
         for phase, layers in quantized.copies.items()
         for name, layer in layers.items()
         for part in _PARTS
@@ -86,18 +76,20 @@ def _copies_of(quantized: QuantizedModel) -> dict[str, mx.array]:
 
 
 def _document(quantized: QuantizedModel) -> dict[str, Any]:
+    paths = quantized.paths
     return {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         **quantized.about,
-        "layers": {module_path(name): _shape(layer) for name, layer in quantized.layers.items()},
+        "layers": {paths[name]: _shape(layer) for name, layer in quantized.layers.items()},
+        "names": {path: name for name, path in paths.items()},
         "copies": {
-            phase: {module_path(name): _shape(layer) for name, layer in layers.items()}
+            phase: {paths[name]: _shape(layer) for name, layer in layers.items()}
             for phase, layers in quantized.copies.items()
         },
         "phases": {phase: list(bounds) for phase, bounds in quantized.phases.items()},
         "timesteps": list(quantized.timesteps),
-        "activation_ranges": to_json({name: rule.ranges for name, rule in quantized.inputs.items()}),
+        "activation_ranges": ranges_to_json({name: rule.ranges for name, rule in quantized.inputs.items()}),
         "activation_bits": {name: list(rule.bits) for name, rule in quantized.inputs.items()},
     }
 
@@ -108,9 +100,9 @@ def load(folder: Path) -> QuantizedModel:
     Raises:
         CalibError: a file is missing, damaged, or of another version.
     """
-    path = folder / CONFIG
+    path = folder / CHECKPOINT
     if not path.exists():
-        raise CalibError(f"{folder}: no quantized model there (no {CONFIG}); calib quantize makes one")
+        raise CalibError(f"{folder}: no quantized model there (no {CHECKPOINT}); calib quantize makes one")
     document = read_json(path)
     again = "run calib quantize again"
     if not isinstance(document, dict) or document.get("format") != FORMAT:
@@ -126,7 +118,7 @@ def load(folder: Path) -> QuantizedModel:
                 raise CalibError(f"{folder / name}: is damaged; {again}")
         return _quantized(path, document, _arrays(folder / WEIGHTS), _arrays(folder / COPIES))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CalibError(f"{path}: lacks or garbles {error}; {again}") from None
+        raise lacks_or_garbles(path, error, again) from None
 
 
 def _arrays(path: Path) -> dict[str, mx.array]:
@@ -145,16 +137,19 @@ def _quantized(
         weight, scales, biases = (source.pop(f"{prefix}.{part}") for part in _PARTS)
         return Packed(weight, scales, biases, shape["bits"], shape["group_size"])
 
-    layers = {layer_name(place): packed(arrays, place, shape) for place, shape in document["layers"].items()}
+    # Checkpoints of calib 0.1.0 do not name their layers; all were MMDiTs.
+    names = document.get("names") or {path: layer_name(path) for path in document["layers"]}
+    layers = {names[path]: packed(arrays, path, shape) for path, shape in document["layers"].items()}
     held = {
-        phase: {layer_name(place): packed(copies, f"{phase}.{place}", shape) for place, shape in own.items()}
+        phase: {names[path]: packed(copies, f"{phase}.{path}", shape) for path, shape in own.items()}
         for phase, own in document["copies"].items()
     }
     timesteps = tuple(float(t) for t in document["timesteps"])
-    ranges = from_json(document["activation_ranges"], path, len(timesteps))
+    ranges = ranges_from_json(document["activation_ranges"], path, len(timesteps))
     inputs = {name: InputRule(r, tuple(document["activation_bits"][name])) for name, r in ranges.items()}
     phases = {phase: (int(first), int(last)) for phase, (first, last) in document["phases"].items()}
-    made = {"format", "format_version", "layers", "copies", "phases", "timesteps", "files"}
+    made = {"format", "format_version", "layers", "names", "copies", "phases", "timesteps", "files"}
     made |= {"activation_ranges", "activation_bits"}
     about = {key: value for key, value in document.items() if key not in made}
-    return QuantizedModel(layers, arrays, inputs, timesteps, held, phases, about)
+    paths = {names[path]: path for path in document["layers"]}
+    return QuantizedModel(layers, arrays, inputs, timesteps, held, phases, about, paths)

@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from calib.activations.taps import TapPoint, TapSelection, tap_points
-from calib.errors import ConfigError
-from calib.models.names import network_order
-from calib.progress import Progress
+from calib.base.errors import ConfigError
+from calib.base.progress import Progress
 from calib.quantization.packed import Packed
-from calib.quantization.quantizer import Quantized, Work
+from calib.quantization.quantizer import Quantized, QuantizerInput
 
 import mlx.core as mx
 import numpy as np
@@ -41,7 +40,7 @@ class Curvature:
     static: bool
 
 
-def quantize(work: Work, damping: float = 0.1, act_order: bool = True, memory_gb: float = 2.0) -> Quantized:
+def quantize(work: QuantizerInput, damping: float = 0.1, act_order: bool = True, memory_gb: float = 2.0) -> Quantized:
     """Layers from the first to the last, on the inputs that the ones rounded before leave to them.
 
     A layer that would lose no less than by rounding to nearest is rounded to nearest.
@@ -74,13 +73,18 @@ def quantize(work: Work, damping: float = 0.1, act_order: bool = True, memory_gb
     return Quantized({name: done[name] for name in work.layers}, notes=[_summary(ratios)])
 
 
-def stages(work: Work, memory: float) -> Iterator[list[TapPoint]]:
+def stages(work: QuantizerInput, memory: float) -> Iterator[list[TapPoint]]:
     """Taps whose Hessians are gathered in one replay, in the order of the network: of one block, within ``memory``."""
-    points = [point for point in tap_points(work.transformer, TapSelection()) if work.layers.keys() & set(point.names)]
+    taps = tap_points(work.architecture, TapSelection())
+    points = [point for point in taps if work.layers.keys() & set(point.names)]
 
-    def place(point: TapPoint) -> tuple[int, int]:
-        # All adaLN layers share a tap, whose input depends on the embedders alone.
-        return (0, 1) if point.name.endswith(".adaln") else network_order(point.name)[:2]
+    def place(point: TapPoint) -> int:
+        """The block, less for what comes before all: embedders, then what layers of several blocks read."""
+        blocks = {work.architecture.block_of(name) for name in point.names}
+        if len(blocks) > 1:
+            return -1
+        block = blocks.pop()
+        return -2 if block is None else block
 
     for _, block in groupby(sorted(points, key=place), key=place):
         stage: list[TapPoint] = []
@@ -95,12 +99,12 @@ def stages(work: Work, memory: float) -> Iterator[list[TapPoint]]:
         yield stage
 
 
-def _columns(work: Work, point: TapPoint) -> int:
+def _columns(work: QuantizerInput, point: TapPoint) -> int:
     columns: int = next(work.layers[name] for name in point.names if name in work.layers).weight.shape[1]
     return columns
 
 
-def gather(work: Work, points: Sequence[TapPoint], replaced: Mapping[str, mx.array]) -> dict[str, mx.array]:
+def gather(work: QuantizerInput, points: Sequence[TapPoint], replaced: Mapping[str, mx.array]) -> dict[str, mx.array]:
     """H by tap, (columns, columns), summed in float32 on the device; ``replaced`` weights stand in for the model's."""
     sums = {point.name: mx.zeros((_columns(work, point),) * 2) for point in points}
     counts = dict.fromkeys(sums, 0)
@@ -192,7 +196,7 @@ def weighted_error(difference: NDArray[np.floating], hessian: NDArray[np.float64
     return float(np.sum((difference @ hessian) * difference))
 
 
-def _better(work: Work, name: str, curvature: Curvature) -> tuple[Packed, float]:
+def _better(work: QuantizerInput, name: str, curvature: Curvature) -> tuple[Packed, float]:
     """The layer by GPTQ if that loses less than rounding to nearest, else so; what it loses in parts of the latter."""
     plan, layer = work.plan[name], work.layers[name]
     grid = (plan.weight_bits, plan.group_size, work.dtype)

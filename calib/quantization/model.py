@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from calib.analysis.grid import UNQUANTIZED, Grid
+from calib.analysis.grid import Grid
+from calib.analysis.plan import UNQUANTIZED
 from calib.analysis.ranges import StepRanges
-from calib.models.names import module_path
 from calib.quantization.packed import Packed
 
 import mlx.core as mx
@@ -41,6 +41,7 @@ class QuantizedModel:
         copies: by phase and layer, weights of their own for its steps; ``layers`` serves the steps outside.
         phases: first and last step of each phase.
         about: where it comes from, JSON-able: model, fingerprint, quantizer …
+        paths: of the module that each of ``layers`` is.
     """
 
     layers: dict[str, Packed]
@@ -50,6 +51,7 @@ class QuantizedModel:
     copies: dict[str, dict[str, Packed]] = field(default_factory=dict)
     phases: dict[str, tuple[int, int]] = field(default_factory=dict)
     about: dict[str, Any] = field(default_factory=dict)
+    paths: dict[str, str] = field(default_factory=dict)
 
     def size(self) -> "Size":
         """Bytes and bits, counted from the arrays."""
@@ -64,10 +66,10 @@ class QuantizedModel:
         )
 
     def parameters(self) -> dict[str, mx.array]:
-        """Arrays by the paths that an MMDiT has after ``nn.quantize``; copies of phases are not among them."""
+        """Arrays by the paths that a transformer has after ``nn.quantize``; copies of phases are not among them."""
         found = dict(self.weights)
         for name, layer in self.layers.items():
-            path = module_path(name)
+            path = self.paths[name]
             found |= {f"{path}.weight": layer.weight, f"{path}.scales": layer.scales, f"{path}.biases": layer.biases}
         return found
 

@@ -1,12 +1,11 @@
 """Quantizer ``percentile``: round to nearest, and activations cut at percentiles of its own in every layer."""
 
-from calib.activations.taps import linear_layers
-from calib.errors import CalibError, ConfigError
+from calib.base.errors import CalibError, ConfigError
 from calib.quantization import rtn
-from calib.quantization.quantizer import Quantized, Work
+from calib.quantization.quantizer import Quantized, QuantizerInput
 
 
-def quantize(work: Work, low: float = 0.1, high: float = 99.9) -> Quantized:
+def quantize(work: QuantizerInput, low: float = 0.1, high: float = 99.9) -> Quantized:
     """Weights as :func:`calib.quantization.rtn.quantize` has them; ``low`` and ``high`` instead of the plan's clipping.
 
     The few values beyond them saturate, and all others get a finer grid.
@@ -18,7 +17,7 @@ def quantize(work: Work, low: float = 0.1, high: float = 99.9) -> Quantized:
     if low >= high:
         raise ConfigError.bad_value("quantizer.low", low, f"must be less than quantizer.high ({high})")
     result = rtn.quantize(work)
-    for name in (name for name in linear_layers(work.transformer) if name in work.plan):
+    for name in (name for name in work.architecture.layers() if name in work.plan):
         ranges = work.ranges(name, (low, high), None)
         if ranges is None:
             raise CalibError(

@@ -1,17 +1,18 @@
 """What a quantizer is given, and what it returns: the interface that options of the config group share."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
+from calib.activations.batches import Batch
 from calib.activations.taps import Recorder, TapPoint
 from calib.analysis.plan import LayerPlan
 from calib.analysis.ranges import StepRanges
+from calib.models.architecture import Architecture
 from calib.quantization.packed import Packed
 
 import mlx.core as mx
 import numpy as np
-from diffusionkit.mlx.mmdit import MMDiT
 from mlx import nn
 from numpy.typing import NDArray
 
@@ -25,26 +26,30 @@ class ChannelRange:
 
 
 @dataclass(frozen=True)
-class Work:
+class QuantizerInput:
     """What a quantizer works on. It changes nothing in here; what it makes is in the :class:`Quantized` it returns.
 
     Attributes:
-        transformer: at full precision.
+        architecture: the transformer at full precision.
         layers: the layers whose weights are to be quantized, by canonical name, in network order; all ``nn.Linear``
             whose width the plan's group size divides.
         plan: bits and group size of each of ``layers`` (and of others, which are left alone).
         dtype: 16-bit type of scales and biases.
-        replay: runs the calibration states through ``transformer`` with the inputs at the given taps recorded; a
+        replay: runs the calibration states through it with the inputs at the given taps recorded; a
             recorder gets (tap name, activation (rows, tokens, 1, channels) or (rows, 1, 1, channels)) in a lazy graph,
             and the arrays that ``pending`` returns after each forward are evaluated, nothing else: what lies behind
             the last tap is never computed. ``replay(points, record, pending, replaced)``, where ``replaced`` holds
             weights by layer name that stand in for the full-precision ones during these forwards.
+        batches: calibration states in batches of the size that this device draws at, each read and its prompts
+            encoded when it is reached: ``for batch in work.batches(): v = work.architecture.velocity(batch.x,
+            batch.text, batch.timesteps)``. Gradients may be taken through that, by ``nn.value_and_grad`` of
+            ``work.architecture.module``.
         channel_range: extremes of a layer's input channels, from the statistics; None where there are no statistics.
         ranges: activation ranges of a layer, by name, from the statistics: with other clipping percentiles, or with
             each input channel divided by ``divisors``; None where there are no statistics.
     """
 
-    transformer: MMDiT
+    architecture: Architecture
     layers: Mapping[str, nn.Linear]
     plan: Mapping[str, LayerPlan]
     dtype: mx.Dtype
@@ -52,8 +57,23 @@ class Work:
         [Sequence[TapPoint], Recorder, Callable[[], Sequence[mx.array]], Mapping[str, mx.array]],
         None,
     ]
+    batches: Callable[[], Iterator[Batch]]
     channel_range: Callable[[str], ChannelRange | None]
     ranges: Callable[[str, tuple[float, float] | None, NDArray[np.float64] | None], StepRanges | None]
+
+    @classmethod
+    def without_layers(cls, architecture: Architecture, dtype: mx.Dtype) -> "QuantizerInput":
+        """Nothing to do: for trying a quantizer's parameters before anything is loaded."""
+        return cls(
+            architecture,
+            layers={},
+            plan={},
+            dtype=dtype,
+            replay=lambda *_: None,
+            batches=lambda: iter(()),
+            channel_range=lambda _: None,
+            ranges=lambda *_: None,
+        )
 
 
 @dataclass
@@ -74,4 +94,4 @@ class Quantized:
 
 
 #: A quantizer, its parameters bound.
-Quantizer: TypeAlias = Callable[[Work], Quantized]
+Quantizer: TypeAlias = Callable[[QuantizerInput], Quantized]

@@ -6,45 +6,24 @@ adaLN's shift and scale before q, k, v, fc1 and the final layer, and v before o,
 channels. Before fc2 stands a GELU, before adaLN a SiLU, before the embedders nothing: these are only rounded.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 
-from calib.activations.taps import linear_layers
 from calib.analysis.ranges import StepRanges
-from calib.errors import CalibError, ConfigError
-from calib.models.names import module_path
+from calib.base.errors import CalibError, ConfigError
+from calib.models.architecture import Site, Smoothable
 from calib.quantization.packed import Packed
-from calib.quantization.quantizer import Quantized, Work
+from calib.quantization.quantizer import Quantized, QuantizerInput
 
 import mlx.core as mx
 import numpy as np
-from diffusionkit.mlx.mmdit import MMDiT, TransformerBlock
 from mlx import nn
 from numpy.typing import NDArray
 
 #: Of the widest channel: what is narrower is not widened to match it.
-NOTHING = 1e-5
+NEGLIGIBLE = 1e-5
 
 
-@dataclass(frozen=True)
-class Source:
-    """The layer whose output, its chunk ``chunk`` of ``chunks``, is to be divided, once ``offset`` is added to it."""
-
-    name: str
-    chunk: int = 0
-    chunks: int = 1
-    offset: float = 0.0
-
-
-@dataclass(frozen=True)
-class Site:
-    """Layers that read the same channels, and what makes these."""
-
-    readers: tuple[str, ...]
-    sources: tuple[Source, ...]
-
-
-def quantize(work: Work, alpha: float = 0.5) -> Quantized:
+def quantize(work: QuantizerInput, alpha: float = 0.5) -> Quantized:
     """Weights smoothed and rounded, and the activation ranges of the layers that read less.
 
     Args:
@@ -52,10 +31,15 @@ def quantize(work: Work, alpha: float = 0.5) -> Quantized:
     """
     if not 0 <= alpha <= 1:
         raise ConfigError.bad_value("quantizer.alpha", alpha, "must be 0 to 1")
-    linear = linear_layers(work.transformer)
+    architecture = work.architecture
+    if not isinstance(architecture, Smoothable):
+        raise ConfigError(
+            "quantizer=smooth: this model does not say where a factor can be moved; choose another quantizer"
+        )
+    linear = architecture.layers()
     divisors = {
         site: divisors_of(work, linear, site, alpha)
-        for site in sites(work.transformer, linear)
+        for site in architecture.sites()
         if work.plan.keys() & set(site.readers)
     }
     changed = smoothed(linear, divisors)
@@ -65,55 +49,24 @@ def quantize(work: Work, alpha: float = 0.5) -> Quantized:
         weight = changed.pop((name, "weight"), layer.weight)
         result.layers[name] = Packed.nearest(weight, plan.weight_bits, plan.group_size, work.dtype)
     for (name, part), value in changed.items():
-        result.weights[f"{module_path(name)}.{part}"] = value.astype(linear[name][part].dtype)
+        result.weights[f"{architecture.path(name)}.{part}"] = value.astype(linear[name][part].dtype)
     for site, s in divisors.items():
         result.ranges |= {name: _ranges(work, name, s) for name in site.readers if name in work.plan}
     return result
 
 
-def sites(transformer: MMDiT, linear: Mapping[str, nn.Module]) -> Iterator[Site]:
-    """Where a division can be moved, in the order of the network."""
-    for i, block in enumerate(transformer.multimodal_transformer_blocks):
-        streams = (f"mm_block_{i}.image", f"mm_block_{i}.text")
-        yield from _modulated(streams[0], block.image_transformer_block)
-        yield from _modulated(streams[1], block.text_transformer_block)
-        # Each stream attends to the values of both. The last text stream has no o_proj.
-        readers = [f"{stream}.attn.o_proj" for stream in streams if f"{stream}.attn.o_proj" in linear]
-        yield Site(tuple(readers), tuple(Source(f"{stream}.attn.v_proj") for stream in streams))
-    for i in range(transformer.config.depth_unified):
-        name = f"unified_block_{i}"
-        yield from _modulated(name, transformer.unified_transformer_blocks[i].transformer_block)
-        yield Site((f"{name}.attn.o_proj",), (Source(f"{name}.attn.v_proj"),))
-    yield Site(("final_layer.linear",), _modulation("final_layer", 0, 2))
-
-
-def _modulated(name: str, block: TransformerBlock) -> Iterator[Site]:
-    """What reads a block's modulated stream; the chunks are those of ``TransformerBlock.pre_sdpa``."""
-    attention = tuple(f"{name}.attn.{which}_proj" for which in "qkv")
-    mlp = (f"{name}.mlp.fc1",)
-    chunks = block.num_modulation_params
-    yield Site(attention + mlp if block.parallel_mlp else attention, _modulation(name, 0, chunks))
-    if not block.parallel_mlp and not block.skip_post_sdpa:
-        yield Site(mlp, _modulation(name, 3, chunks))
-
-
-def _modulation(name: str, first: int, chunks: int) -> tuple[Source, Source]:
-    """adaLN's shift and, after it, its scale: x (1 + scale) + shift."""
-    return Source(f"{name}.adaln", first, chunks), Source(f"{name}.adaln", first + 1, chunks, offset=1.0)
-
-
-def divisors_of(work: Work, linear: Mapping[str, nn.Module], site: Site, alpha: float) -> NDArray[np.float64]:
+def divisors_of(work: QuantizerInput, linear: Mapping[str, nn.Module], site: Site, alpha: float) -> NDArray[np.float64]:
     """s, (channels,): equation 4; 1 where a channel or its weights are as good as zero."""
     x = np.max([_widest(work, name) for name in site.readers if name in work.plan], axis=0)
     w = np.max([np.array(mx.abs(linear[name].weight).max(axis=0).astype(mx.float32)) for name in site.readers], axis=0)
     s = np.ones(len(x))
     x[~np.isfinite(x)] = 0  # of a channel without finite values
-    usable = (x > NOTHING * x.max()) & (w > NOTHING * w.max())
+    usable = (x > NEGLIGIBLE * x.max()) & (w > NEGLIGIBLE * w.max())
     s[usable] = x[usable] ** alpha / w[usable].astype(np.float64) ** (1 - alpha)
     return s
 
 
-def _widest(work: Work, name: str) -> NDArray[np.float64]:
+def _widest(work: QuantizerInput, name: str) -> NDArray[np.float64]:
     """max|x_c| of each input channel, (channels,)."""
     found = work.channel_range(name)
     if found is None:
@@ -148,7 +101,7 @@ def _float32(x: NDArray[np.float64]) -> mx.array:
     return mx.array(x.astype(np.float32))
 
 
-def _ranges(work: Work, name: str, s: NDArray[np.float64]) -> StepRanges:
+def _ranges(work: QuantizerInput, name: str, s: NDArray[np.float64]) -> StepRanges:
     ranges = work.ranges(name, None, s)
     if ranges is None:
         raise _lacking(name)

@@ -4,29 +4,23 @@ import fcntl
 import logging
 import os
 import platform
-import subprocess
+import shutil
 import sys
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from calib import blas
-from calib.errors import CalibError
-from calib.files import read_json, remove_abandoned, write_json, write_text
-from calib.runs.layout import CONFIG, ENVIRONMENT, LOCK, LOG, METRICS, STATUS
-from calib.versions import versions
-
-import mlx.core as mx
+from calib.base import blas
+from calib.base.device import device_name
+from calib.base.errors import CalibError, in_a_line
+from calib.base.files import read_json, remove_abandoned, write_json, write_text
+from calib.base.layout import CONFIG, ENVIRONMENT, LOCK, LOG, METRICS, STATUS
+from calib.base.versions import git_commit, versions
 
 logger = logging.getLogger("calib")
-
-
-def _told(error: BaseException) -> str:
-    """For people: what can be mended is said without the name of a class."""
-    return str(error) if isinstance(error, CalibError) else f"{type(error).__name__}: {error}"
 
 
 def _now() -> str:
@@ -76,7 +70,7 @@ class RunDirectory:
                 except BaseException as error:
                     logger.error("%s", traceback.format_exc())
                     with suppress(OSError):  # of a full disk, say: the first error is the one to tell
-                        self.write_status("failed", _told(error))
+                        self.write_status("failed", in_a_line(error))
                     raise
             self.write_status("complete")
 
@@ -85,7 +79,7 @@ class RunDirectory:
         self.path.mkdir(parents=True, exist_ok=True)
         with _logging_to(self.path / LOG):
             logger.error("%s", trace)
-        self.write_status("failed", _told(error))
+        self.write_status("failed", in_a_line(error))
 
     def _forget_other_job(self) -> None:
         """Remove the figures of a job of another configuration: those that this one does not replace would mislead."""
@@ -93,6 +87,14 @@ class RunDirectory:
             status = read_json(self.path / STATUS) if (self.path / STATUS).exists() else None
             if isinstance(status, dict) and status.get("fingerprint") != self.fingerprint:
                 (self.path / METRICS).unlink(missing_ok=True)
+
+    def forget(self, names: Sequence[str]) -> None:
+        """Remove files and folders that speak of something else from now on."""
+        for name in names:
+            if (self.path / name).is_dir():
+                shutil.rmtree(self.path / name, ignore_errors=True)
+            else:
+                (self.path / name).unlink(missing_ok=True)
 
     def add_metrics(self, metrics: Mapping[str, float]) -> None:
         """Merge numbers into ``metrics.json``, one a key."""
@@ -120,29 +122,8 @@ def environment() -> dict[str, Any]:
         "versions": versions(),
         "platform": platform.platform(),
         "device": device_name(),
-        "blas": blas.STATUS.library,
+        "blas": blas.status().library,
         "cpus": os.cpu_count(),
         "git_commit": git_commit(),
         "command": sys.argv,
     }
-
-
-def device_name() -> str:
-    """Kind and name of MLX's default device."""
-    kind = "metal" if mx.metal.is_available() else "cuda" if mx.cuda.is_available() else "cpu"
-    if mx.default_device().type == mx.DeviceType.cpu:
-        kind = "cpu"
-    return f"{kind}: {mx.device_info().get('device_name', 'unknown')}"
-
-
-def git_commit() -> str:
-    """Commit of the checkout that calib runs from; 'unknown' where it runs from an installed wheel."""
-    checkout = Path(__file__).parents[2]
-    if not (checkout / ".git").exists():
-        return "unknown"
-    command = ["git", "-C", str(checkout), "rev-parse", "HEAD"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return "unknown"
-    return done.stdout.strip() or "unknown"

@@ -6,9 +6,9 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from calib.errors import CalibError, ConfigError
-from calib.files import read_json
-from calib.runs.layout import CONFIG, ENVIRONMENT, HYDRA, METRICS, PLAN, STATUS, SWEEP
+from calib.base.errors import CalibError, ConfigError
+from calib.base.files import read_json
+from calib.base.layout import CONFIG, ENVIRONMENT, HYDRA, METRICS, PLAN, STATUS, SWEEP
 from calib.runs.record import RunRecord, read_run
 
 #: A folder is a run directory if one of these is in it; a half deleted one may have lost any of them.

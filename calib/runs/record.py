@@ -8,9 +8,9 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from calib.errors import CalibError
-from calib.files import is_locked, read_json
-from calib.runs.layout import CONFIG, ENVIRONMENT, HYDRA, LOCK, METRICS, STATUS
+from calib.base.errors import CalibError
+from calib.base.files import is_locked, read_json
+from calib.base.layout import CONFIG, ENVIRONMENT, HYDRA, LOCK, METRICS, STATUS
 
 import yaml
 
@@ -22,7 +22,7 @@ _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _COMMON = ("plan_layer", "plan_layers", "quantize", "load")
 
 
-class State(StrEnum):
+class RunState(StrEnum):
     """How a run stands."""
 
     COMPLETE = "complete"
@@ -48,7 +48,7 @@ class RunRecord:
 
     path: Path
     name: str
-    state: State
+    state: RunState
     stage: str = ""
     error: str | None = None
     start: str | None = None
@@ -69,16 +69,16 @@ class RunRecord:
 def read_run(path: Path, name: str) -> RunRecord:
     """The run directory ``path``."""
     if not _is_there(path):
-        return RunRecord(path, name, State.INCOMPLETE, problems=("was not begun; the same command runs it",))
+        return RunRecord(path, name, RunState.INCOMPLETE, problems=("was not begun; the same command runs it",))
     problems: list[str] = []
     status = _mapping(path / STATUS, problems, _json)
     config, asked = _config(path, problems)
     metrics = _metrics(path, problems)
     surroundings = _mapping(path / ENVIRONMENT, [], _json)
     state = _state(path, status)
-    if state is State.COMPLETE and not _is_there(path / METRICS):
+    if state is RunState.COMPLETE and not _is_there(path / METRICS):
         problems.append(f"{METRICS} is lost, and with it the run's figures")
-    if state is State.INCOMPLETE and not problems:
+    if state is RunState.INCOMPLETE and not problems:
         problems.append("its process ended without a word; the same command goes on")
     command = surroundings.get("command")
     return RunRecord(
@@ -97,13 +97,39 @@ def read_run(path: Path, name: str) -> RunRecord:
     )
 
 
-def _state(path: Path, status: Mapping[str, Any]) -> State:
-    if not _is_there(path / STATUS):
-        return State.INCOMPLETE
-    state = status.get("state")
-    if state == "running":
-        return State.RUNNING if is_locked(path / LOCK) else State.INCOMPLETE
-    return State(state) if state in ("complete", "failed") else State.DAMAGED
+@dataclass(frozen=True)
+class Standing:
+    """How the job in a run directory stands, and why, where it is not complete."""
+
+    path: Path
+    state: RunState
+    why: str = ""
+
+
+def standing(path: Path) -> Standing:
+    """How the job in ``path`` stands, by its ``status.json`` and the lock that its process holds."""
+    problems: list[str] = []
+    status = _mapping(path / STATUS, problems, _json) if _is_there(path / STATUS) else {}
+    state = _state(path, status)
+    if state is RunState.RUNNING:
+        return Standing(path, state, "another process runs it")
+    if state is RunState.INCOMPLETE:
+        begun = _is_there(path / STATUS)
+        return Standing(
+            path, state, "its process ended without a word: killed, or out of memory" if begun else "was not begun"
+        )
+    return Standing(path, state, "; ".join(problems) or _text(status.get("error")) or "")
+
+
+def _state(path: Path, status: Mapping[str, Any]) -> RunState:
+    state = status.get("state") if _is_there(path / STATUS) else None
+    if state in ("complete", "failed"):
+        return RunState(state)
+    if is_locked(path / LOCK):
+        return RunState.RUNNING
+    if state == "running" or not _is_there(path / STATUS):
+        return RunState.INCOMPLETE
+    return RunState.DAMAGED
 
 
 def _is_there(path: Path) -> bool:

@@ -6,7 +6,8 @@ A CLIP text encoder, an MMDiT and a VAE in small configurations; MODEL_CARD.md s
 from collections.abc import Sequence
 from pathlib import Path
 
-from calib.errors import ConfigError
+from calib.base.errors import ConfigError
+from calib.models.architecture import Conditioning
 from calib.models.emoji.architecture import (
     EmojiConfig,
     EmojiTokenizer,
@@ -16,10 +17,10 @@ from calib.models.emoji.architecture import (
     build_transformer,
     latent_format,
 )
-from calib.models.model import Conditioning, DiffusionModel, ModelDtype, weights
+from calib.models.mmdit.architecture import MMDiTArchitecture
+from calib.models.model import DiffusionModel, ModelDtype, weights
 
 import mlx.core as mx
-from diffusionkit.mlx.mmdit import MMDiT
 from diffusionkit.mlx.sampler import ModelSamplingDiscreteFlow
 from diffusionkit.mlx.vae import Encoder
 from mlx import nn
@@ -48,11 +49,11 @@ def load(
         shift: timestep shift of the sampler (SD3, arXiv 2403.03206, equation 23).
         image_size: must be the size it was trained at.
     """
-    transformer = skeleton(name, dtype, image_size)
+    architecture = skeleton(name, dtype, image_size)
     config = EmojiConfig.load(FOLDER / "config.json")
     text_encoder = build_text_encoder(config)
     decoder = build_decoder(config)
-    _load_weights(transformer, "transformer.safetensors", dtype.mlx)
+    _load_weights(architecture.module, "transformer.safetensors", dtype.mlx)
     _load_weights(text_encoder, "text.safetensors", mx.float32)
     _load_weights(decoder, "vae.safetensors", mx.float32, prefix="decoder.")
     tokenizer = EmojiTokenizer.load(FOLDER, config.text_length)
@@ -67,7 +68,7 @@ def load(
 
     return DiffusionModel(
         name=name,
-        transformer=transformer,
+        architecture=architecture,
         sampler=ModelSamplingDiscreteFlow(shift=shift),
         latent_format=latent_format(config),
         encode_text=encode_text,
@@ -88,11 +89,11 @@ def skeleton(
     dtype: ModelDtype = ModelDtype.FLOAT32,
     image_size: Sequence[int] = (64, 64),
     cfg_weight: float = 0.0,
-) -> MMDiT:
+) -> MMDiTArchitecture:
     """The transformer without its weights, and a check of what was asked of it; parameters as for :func:`load`."""
     if tuple(image_size) != (64, 64):
         raise ConfigError.bad_value("sampler.image_size", list(image_size), f"the {name} model draws [64, 64] only")
-    return build_transformer(EmojiConfig.load(FOLDER / "config.json"), dtype.mlx)
+    return MMDiTArchitecture(build_transformer(EmojiConfig.load(FOLDER / "config.json"), dtype.mlx))
 
 
 def load_encoder() -> Encoder:

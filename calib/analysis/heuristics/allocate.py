@@ -1,0 +1,217 @@
+"""Heuristic ``allocate``: bits for all layers at once, the least predicted error within a budget.
+
+METHODS §4: minimise Σ S[l, o] over layers l, with one option o = (bits, group size) each and Σ bytes within the
+budget; an integer program, solved exactly (:mod:`calib.analysis.knapsack`), after MixDQ (arXiv 2405.17873) and HAWQ-V3
+(arXiv 2011.10680). S is used as measured: an option that takes more and is worse is never chosen.
+
+``per_phase``: a layer may have other bits in each phase of the trajectory. It then holds a copy for every bit-width
+it uses, all in groups of one size, and every copy is counted. Listing a layer's options as what it has in the early,
+the middle and the late phase makes this the same program. A second copy pays only where fewer bits do less in some
+phase, as noise can make it: else the copy of most bits, used in all phases, takes less and does no more.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+
+from calib.analysis.knapsack import solve
+from calib.analysis.layers import LayerSummary
+from calib.analysis.options import Options, options_by_layer, phase_shares, weights_of
+from calib.analysis.plan import DEFAULT_WEIGHT_BITS, GROUP_SIZES, UNQUANTIZED, WEIGHT_BITS, LayerPlan, Plan
+from calib.analysis.sensitivities import (
+    KEPT_AT_16_BITS,
+    Sensitivities,
+    held_bits,
+    judged,
+    kept_note,
+    option_bytes,
+    predicted,
+    usable_options,
+)
+from calib.base.errors import ConfigError
+
+import numpy as np
+from numpy.typing import NDArray
+
+#: What uniform 4 bits in groups of 64 take.
+DEFAULT_AVERAGE_BITS = 4.5
+UNIFORM = (4, 64)
+#: Bits from the average within which a layer counts as near it.
+NEAR_AVERAGE = 0.5
+
+
+@dataclass(frozen=True)
+class _Allocation:
+    """The best within a budget: the index of each layer's option, Σ S and Σ bytes."""
+
+    choice: dict[str, int]
+    error: float
+    nbytes: int
+
+    @classmethod
+    def within(cls, budget: int, options: Mapping[str, Options]) -> "_Allocation":
+        choice = solve([o.cost for o in options.values()], [o.nbytes for o in options.values()], budget)
+        pairs = list(zip(options.values(), choice, strict=True))
+        error = math.fsum(o.cost[i] for o, i in pairs)
+        return cls(dict(zip(options, choice, strict=True)), error, sum(int(o.nbytes[i]) for o, i in pairs))
+
+
+def plan_layers(
+    layers: Mapping[str, LayerSummary],
+    sensitivities: Sensitivities,
+    average_bits: float | None = None,
+    megabytes: float | None = None,
+    activation_bits: int = 8,
+    per_phase: bool = False,
+    weight_bits: Sequence[int] = WEIGHT_BITS,
+    group_sizes: Sequence[int] = GROUP_SIZES,
+) -> Plan:
+    """Bits and group size of every layer, within a budget for all quantized layers together.
+
+    Args:
+        average_bits: the budget, 8 · bytes / weights, with scales, biases and copies counted; None: 4.5.
+        megabytes: the budget in its stead, in millions of bytes.
+        weight_bits, group_sizes: what may be chosen from.
+
+    Raises:
+        ConfigError: a budget that nothing meets, or another impossible value.
+        CalibError: sensitivities that lack or garble something.
+    """
+    _check(average_bits, megabytes, activation_bits, weight_bits, group_sizes)
+    measured = usable_options(layers, sensitivities, weight_bits, group_sizes)
+    shares = phase_shares(sensitivities, per_phase)
+    by_phase = np.stack(list(shares.values()))
+    at_all_steps = by_phase.sum(axis=0)
+    options = options_by_layer(measured, sensitivities, by_phase)
+    budget = _budget(average_bits, megabytes, options)
+    best = _Allocation.within(budget, options)
+    kept = {name: LayerPlan(DEFAULT_WEIGHT_BITS, activation_bits, reason=KEPT_AT_16_BITS) for name in layers}
+    plan = Plan(kept | _layer_plans(options, best, activation_bits, tuple(shares)))
+    notes = [
+        predicted(best.error, best.nbytes, weights_of(options)),
+        *_budget_notes(options, best, budget),
+        *_uniform_note(sensitivities, at_all_steps, best, budget),
+        *kept_note(layers, sensitivities),
+    ]
+    if per_phase:
+        plan = replace(plan, phase_weight_bits=_by_phase(options, best, tuple(shares)))
+        one_copy = options_by_layer(measured, sensitivities, at_all_steps[None])
+        notes.append(_copies_note(plan.phase_weight_bits, best, _Allocation.within(budget, one_copy)))
+    return replace(plan, notes=tuple(notes))
+
+
+def _check(
+    average_bits: float | None,
+    megabytes: float | None,
+    activation_bits: int,
+    weight_bits: Sequence[int],
+    group_sizes: Sequence[int],
+) -> None:
+    """What can be known to be wrong without any sensitivities."""
+    if average_bits is not None and megabytes is not None:
+        both = f"analysis.average_bits={average_bits} and analysis.megabytes={megabytes}"
+        raise ConfigError(f"{both}: give one budget and leave the other null")
+    if not 2 <= activation_bits <= UNQUANTIZED:
+        raise ConfigError.bad_value("analysis.activation_bits", activation_bits, f"must be 2 to {UNQUANTIZED}")
+    for key, chosen, known in (
+        ("weight_bits", weight_bits, WEIGHT_BITS),
+        ("group_sizes", group_sizes, GROUP_SIZES),
+    ):
+        if not chosen or not set(chosen) <= set(known):
+            raise ConfigError.bad_value(f"analysis.{key}", list(chosen), f"must be some of {list(known)}, MLX's")
+
+
+def _budget(average_bits: float | None, megabytes: float | None, options: Mapping[str, Options]) -> int:
+    """The budget in bytes; numbers are taken as they are written: 4.3 bits are 43/10, not the float next to it."""
+    if megabytes is None:
+        key, value = "average_bits", DEFAULT_AVERAGE_BITS if average_bits is None else average_bits
+        unit = Fraction(weights_of(options), 8)
+    else:
+        key, value, unit = "megabytes", megabytes, Fraction(10**6)
+    least = sum(int(o.nbytes.min()) for o in options.values())
+    if not 0 < value < math.inf or Fraction(str(value)) * unit < least:
+        smallest = math.ceil(least / unit * 10**4) / 10**4
+        raise ConfigError.bad_value(f"analysis.{key}", value, f"must be {smallest} or more, what the fewest bits take")
+    return math.floor(Fraction(str(value)) * unit)
+
+
+def _layer_plans(
+    options: Mapping[str, Options], best: _Allocation, activation_bits: int, phases: Sequence[str]
+) -> dict[str, LayerPlan]:
+    average = 8 * best.nbytes / weights_of(options)
+    at_average = {name: o.cost_at(average) for name, o in options.items()}
+    median = float(np.median(list(at_average.values())))
+    plans = {}
+    for name, i in best.choice.items():
+        o = options[name]
+        bits, group_size = [int(b) for b in o.bits[i]], int(o.group_size[i])
+        reason = _reason(held_bits(max(bits), group_size) - average, at_average[name] < median)
+        if len(set(bits)) > 1:
+            reason += "; " + ", ".join(f"{phase} {b}" for phase, b in zip(phases, bits, strict=True)) + " bits"
+        figure = f"S = {o.cost[i]:.1e}"
+        plan = LayerPlan(max(bits), activation_bits, reason=reason, group_size=group_size, figure=figure)
+        plan = replace(plan, sensitivity=float(o.cost[i]), nbytes=int(o.nbytes[i]))
+        plans[name] = judged(plan, average)
+    return plans
+
+
+def _reason(above: float, harmless: bool) -> str:
+    """In words; a layer that would do less than most at average bits has more because they cost little."""
+    if abs(above) < NEAR_AVERAGE:
+        return "near the average"
+    if above < 0:
+        return f"robust: {-above:.1f} bits fewer than the average"
+    return f"{'small layer' if harmless else 'fragile'}: {above:.1f} bits more than the average"
+
+
+def _by_phase(options: Mapping[str, Options], best: _Allocation, phases: Sequence[str]) -> dict[str, dict[str, int]]:
+    return {
+        phase: {name: int(options[name].bits[i, column]) for name, i in best.choice.items()}
+        for column, phase in enumerate(phases)
+    }
+
+
+# Notes
+
+
+def _budget_notes(options: Mapping[str, Options], best: _Allocation, budget: int) -> list[str]:
+    """Whether the budget binds, and what one bit more or less would do."""
+    weights = weights_of(options)
+    notes = []
+    if all(o.cost[best.choice[name]] == o.cost.min() for name, o in options.items()):
+        notes.append(f"the budget of {8 * budget / weights:.3f} bits is more than needed: every layer has its least S")
+    least = sum(int(o.nbytes.min()) for o in options.values())
+    for words, there in (("more", budget + weights // 8), ("less", budget - weights // 8)):
+        at = f"one bit {words} on average ({8 * there / weights:.3f})"
+        if there < least:
+            notes.append(f"{at} does not fit: the fewest bits take {8 * least / weights:.3f}")
+        else:
+            notes.append(f"{at}: {_compared(_Allocation.within(there, options).error, best)}")
+    return notes
+
+
+def _compared(error: float, best: _Allocation) -> str:
+    return f"ΣS = {error:.3g}" + (f", {error / best.error:.3g} times as much" if best.error > 0 else "")
+
+
+def _uniform_note(
+    sensitivities: Sensitivities, shares: NDArray[np.float64], best: _Allocation, budget: int
+) -> list[str]:
+    """What 4 bits in groups of 64 everywhere would do, where all layers can have them."""
+    if not all(UNIFORM in sensitivities.weights[name] for name in best.choice):
+        return []
+    nbytes = sum(option_bytes(sensitivities.shapes[name], *UNIFORM) for name in best.choice)
+    if nbytes > budget:
+        return ["uniform 4 bits in groups of 64 take more than this budget"]
+    error = math.fsum(shares @ sensitivities.weights[name][UNIFORM] for name in best.choice)
+    average = 8 * nbytes / sum(math.prod(sensitivities.shapes[name]) for name in best.choice)
+    return [f"uniform 4 bits in groups of 64 ({average:.3f} on average): {_compared(error, best)}"]
+
+
+def _copies_note(bits: Mapping[str, Mapping[str, int]], best: _Allocation, one_copy: _Allocation) -> str:
+    several = sum(len({phase[name] for phase in bits.values()}) > 1 for name in best.choice)
+    if not several:
+        return "no layer holds more than one copy of its weights: in this budget, none would pay"
+    held = f"more than one copy of the weights: {several} of {len(best.choice)} layers"
+    return f"{held}; with one copy each in the same budget: {_compared(one_copy.error, best)}"

@@ -1,0 +1,91 @@
+"""Heuristic ``sensitivity``: the fewest bits at which a layer, quantized alone, does little enough."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+
+from calib.analysis.layers import LayerSummary
+from calib.analysis.plan import DEFAULT_WEIGHT_BITS, UNQUANTIZED, LayerPlan, Plan
+from calib.analysis.sensitivities import (
+    KEPT_AT_16_BITS,
+    Sensitivities,
+    judged,
+    kept_note,
+    option_bytes,
+    predicted,
+    usable_options,
+)
+from calib.base.errors import ConfigError
+
+import numpy as np
+from numpy.typing import NDArray
+
+#: Activation bits of a layer whose input was not measured.
+DEFAULT_ACTIVATION_BITS = 8
+#: Activations that miss the tolerance by more than this factor even at their best are left as they are.
+MOST_MISSED = 10.0
+
+
+def plan_layers(
+    layers: Mapping[str, LayerSummary],
+    sensitivities: Sensitivities,
+    tolerance: float = 1e-4,
+    activation_tolerance: float | None = None,
+) -> Plan:
+    """Of each layer's options with S ≤ ``tolerance`` the one of fewest bits, and of these the largest groups.
+
+    That is the smallest one; where none meets the tolerance, the one of least S. Activations: the fewest bits with
+    S ≤ ``activation_tolerance`` (None: as ``tolerance``); where none has it the best, and where even that misses it
+    by a factor of :data:`MOST_MISSED`, 16: left as they are. 8 bits where no activations were measured.
+    """
+    activation_tolerance = tolerance if activation_tolerance is None else activation_tolerance
+    for key, value in {"tolerance": tolerance, "activation_tolerance": activation_tolerance}.items():
+        if not 0 < value < math.inf:
+            raise ConfigError.bad_value(f"analysis.{key}", value, "must be positive and finite")
+    options = usable_options(layers, sensitivities)
+    chosen = {name: _smallest(layer, tolerance) for name, layer in options.items()}
+    s = {name: float(options[name][option].mean()) for name, option in chosen.items()}
+    sizes = {name: option_bytes(sensitivities.shapes[name], *option) for name, option in chosen.items()}
+    nbytes, weights = sum(sizes.values()), sum(math.prod(sensitivities.shapes[name]) for name in sizes)
+    plans = {}
+    for name in layers:
+        bits = _activation_bits(sensitivities.activations.get(name, {}), activation_tolerance)
+        if name in chosen:
+            plan = _layer_plan(chosen[name], bits, s[name], tolerance, 8 * nbytes / weights)
+            plans[name] = replace(plan, nbytes=sizes[name])
+        else:
+            plans[name] = LayerPlan(DEFAULT_WEIGHT_BITS, bits, reason=KEPT_AT_16_BITS)
+    notes = [predicted(math.fsum(s.values()), nbytes, weights), *kept_note(layers, sensitivities)]
+    if missed := sum(value > tolerance for value in s.values()):
+        notes.append(f"no option has S ≤ {tolerance:g}, so they have their best: {missed} of {len(s)} layers")
+    if left := sum(plan.activation_bits == UNQUANTIZED for plan in plans.values()):
+        least = MOST_MISSED * activation_tolerance
+        notes.append(
+            f"activations are left as they are, with S > {least:g} at their best: {left} of {len(layers)} layers"
+        )
+    return Plan(plans, notes=tuple(notes))
+
+
+def _smallest(measured: Mapping[tuple[int, int], NDArray[np.float64]], tolerance: float) -> tuple[int, int]:
+    """The smallest option that meets ``tolerance``; if none does, the one of least S."""
+    s = {option: float(values.mean()) for option, values in measured.items()}
+    order = sorted(s, key=lambda option: (option[0], -option[1]))
+    return next((option for option in order if s[option] <= tolerance), min(order, key=s.__getitem__))
+
+
+def _activation_bits(measured: Mapping[int, NDArray[np.float64]], tolerance: float) -> int:
+    if not measured:
+        return DEFAULT_ACTIVATION_BITS
+    s = {bits: float(measured[bits].mean()) for bits in sorted(measured)}
+    best = min(s, key=s.__getitem__)
+    otherwise = best if s[best] <= MOST_MISSED * tolerance else UNQUANTIZED
+    return next((bits for bits in s if s[bits] <= tolerance), otherwise)
+
+
+def _layer_plan(option: tuple[int, int], activation_bits: int, s: float, tolerance: float, average: float) -> LayerPlan:
+    bits, group_size = option
+    plan = LayerPlan(bits, activation_bits, group_size=group_size, figure=f"S = {s:.1e}", sensitivity=s)
+    plan = judged(plan, average)
+    if s > tolerance:
+        return replace(plan, reason=f"fragile: no option has S ≤ {tolerance:g}", sensitive=True, aggressive=False)
+    return replace(plan, reason=f"fragile: fewer bits have S > {tolerance:g}" if plan.sensitive else f"{bits} bits do")

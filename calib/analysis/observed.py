@@ -1,0 +1,179 @@
+"""What layers were seen to span step by step, read from ``activations.h5``; what of a plan follows from it."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from calib.activations.reader import ActivationFile
+from calib.activations.statistics import Statistics
+from calib.analysis.plan import NO_CLIP, Plan, plan_hash
+from calib.analysis.ranges import Observed, RangeRule
+from calib.analysis.steps import StepPlan
+from calib.base.errors import CalibError
+from calib.base.files import read_json
+from calib.base.layout import METADATA
+from calib.dataset.timesteps import phase_bounds
+
+import numpy as np
+from numpy.typing import NDArray
+
+#: Layers are told of whose range is so many times as wide at one step as at another.
+TOLD = 1.5
+
+
+def observe(
+    file: ActivationFile, name: str, clip: tuple[float, float], divisors: NDArray[np.float64] | None = None
+) -> Observed:
+    """What layer ``name`` spans at each collected step that the sampler feeds to the model.
+
+    The range is the exact minimum and maximum, or the percentiles ``clip`` of a step's histogram where those are not
+    (0, 100). With ``divisors``, (channels,), all positive, each input channel is divided by its own (SmoothQuant, arXiv
+    2211.10438), the range is exact, and ``clip`` does not apply: a histogram pools the channels. For that reason the
+    99th percentile then is where it lay in the undivided range, in proportion.
+
+    Noise levels that the file does not hold, of steps that were not collected, are interpolated linearly in the step
+    index, from 1 at step 0 to 0 in the finished latent.
+
+    Raises:
+        CalibError: no such layer, or none of its values is finite at any of these steps.
+    """
+    by_step = _evaluated(file, name)
+    found = {step: _range(statistics, clip, divisors) for step, statistics in by_step.items()}
+    finite = {step: values for step, values in found.items() if np.isfinite(values).all()}
+    if not finite:
+        raise _nothing(file, name)
+    low, high, p99 = np.array(list(finite.values())).T
+    return Observed(np.array(list(finite), np.int64), low, high, p99, _sigmas(file))
+
+
+def channel_extremes(file: ActivationFile, name: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Least and largest value of each channel of a layer over the same steps, (channels,) each.
+
+    Of a channel without finite values +infinity and -infinity, as in the file.
+
+    Raises:
+        CalibError: no such layer, or none of its values is finite at any of these steps.
+    """
+    by_step = _evaluated(file, name)
+    if not any(statistics.count.any() for statistics in by_step.values()):
+        raise _nothing(file, name)
+    low = np.min([statistics.minimum for statistics in by_step.values()], axis=0)
+    high = np.max([statistics.maximum for statistics in by_step.values()], axis=0)
+    return low.astype(np.float64), high.astype(np.float64)
+
+
+def _evaluated(file: ActivationFile, name: str) -> dict[int, Statistics]:
+    by_step = file.by_step(name)
+    return {step: by_step[step] for step in file.evaluated_steps()}
+
+
+def _nothing(file: ActivationFile, name: str) -> CalibError:
+    wanted = "no finite values at a step that the sampler feeds to the model"
+    return CalibError(f"{file.path}: layer {name!r} has {wanted}; collect it at other steps")
+
+
+def _range(
+    statistics: Statistics, clip: tuple[float, float], divisors: NDArray[np.float64] | None
+) -> tuple[float, float, float]:
+    """Low, high, 99th percentile; not finite where the values are not."""
+    least, most = float(statistics.minimum.min()), float(statistics.maximum.max())
+    low, high, p99 = statistics.histogram.percentiles([*clip, 99]).clip(least, most)
+    if divisors is not None:
+        low, high = (statistics.minimum / divisors).min(), (statistics.maximum / divisors).max()
+        p99 = np.interp(p99, [least, most], [low, high])
+    elif clip == NO_CLIP:
+        low, high = least, most
+    return float(low), float(high), float(p99)
+
+
+def _sigmas(file: ActivationFile) -> NDArray[np.float64]:
+    """Noise level of every step that the model is evaluated at, (num_steps,)."""
+    levels = file.levels()
+    known = sorted(({0: 1.0, levels.num_steps: 0.0} | dict(levels.sigmas)).items())
+    steps, sigmas = zip(*known, strict=True)
+    every: NDArray[np.float64] = np.interp(np.arange(levels.num_steps), steps, sigmas)
+    return every
+
+
+def range_drift(observed: Observed) -> float:
+    """How far the width of the range moves over the steps: 1 - narrowest / widest, 0 … 1; 0 where it has none."""
+    widths = observed.high - observed.low
+    widest = float(widths.max())
+    return 1 - float(widths.min()) / widest if widest > 0 else 0.0
+
+
+def drift_text(layers: Mapping[str, Observed], most: int = 10) -> str:
+    """For people: the layers that drift most, ``most`` of them at most, and how many are above the threshold."""
+    drifts = {name: range_drift(observed) for name, observed in layers.items()}
+    told = sorted((name for name in drifts if drifts[name] > 1 - 1 / TOLD), key=lambda name: -drifts[name])
+    lines = ["  Drift over the steps (width at its widest : at its narrowest):"]
+    lines += [f"    - {name} ({_note(layers[name])})" for name in told[:most]]
+    lines.append(f"    {len(told)} of {len(layers)} layers above ×{TOLD}" if told else "    - none")
+    return "\n".join(lines) + "\n"
+
+
+def _note(observed: Observed) -> str:
+    widths = observed.high - observed.low
+    widest, narrowest = int(widths.argmax()), int(widths.argmin())
+    times = f"{widths[widest] / widths[narrowest]:.1f}" if widths[narrowest] > 0 else "∞"
+    return f"×{times}, widest at step {observed.steps[widest]}, narrowest at step {observed.steps[narrowest]}"
+
+
+def observed_ranges(plan: Plan, activations: Path) -> dict[str, Observed]:
+    """What each planned layer's input spans at each collected step, after the plan's clipping."""
+    with ActivationFile(activations) as file:
+        return {name: observe(file, name, layer.clip_percentile) for name, layer in plan.layers.items()}
+
+
+def plan_steps(
+    plan: Plan,
+    observed: Mapping[str, Observed],
+    activations: Path,
+    rule: RangeRule,
+    phase_bits: Mapping[str, Mapping[str, int]] | None = None,
+) -> StepPlan:
+    """The part of ``plan`` that varies with the step.
+
+    Args:
+        activations: the ``activations.h5`` that ``observed`` was read from.
+        rule: how ranges vary.
+        phase_bits: activation bits by phase and layer; None where they are the same at all steps.
+    """
+    with ActivationFile(activations) as file:
+        levels, attributes = file.levels(), dict(file.attributes)
+    last = levels.num_steps - 1
+    return StepPlan(
+        timesteps=tuple(_timesteps(activations.parent, levels.timesteps, levels.num_steps)),
+        phases={name: (first, min(end, last)) for name, (first, end) in phase_bounds(levels.num_steps).items()},
+        activation_bits={
+            phase: {name: b for name, b in bits.items() if b != plan.layers[name].activation_bits}
+            for phase, bits in (phase_bits or {}).items()
+        },
+        weight_bits=plan.phase_weight_bits,
+        ranges={name: rule(seen) for name, seen in observed.items()},
+        origin={
+            "model": str(attributes.get("model")),
+            "fingerprint": str(attributes.get("fingerprint")),
+            "statistics": str(activations),
+        },
+        plan=plan_hash(plan.layers),
+        rule=rule_document(rule),
+        drift={name: range_drift(seen) for name, seen in observed.items()},
+    )
+
+
+def _timesteps(run: Path, known: Mapping[int, float], num_steps: int) -> list[float]:
+    """Timesteps of steps 0 … n - 1: as recorded, else between those that were collected, linear in the step."""
+    document = read_json(run / METADATA) if (run / METADATA).exists() else None
+    recorded = document.get("timesteps") if isinstance(document, dict) else None
+    if isinstance(recorded, list) and len(recorded) > num_steps:
+        return [float(t) for t in recorded[:num_steps]]
+    steps = sorted(known)
+    between: list[float] = np.interp(np.arange(num_steps), steps, [known[s] for s in steps]).tolist()
+    return between
+
+
+def rule_document(rule: Callable[..., Any]) -> dict[str, Any]:
+    """A function with its parameters bound, as an option of a config group names it."""
+    function, parameters = getattr(rule, "func", rule), getattr(rule, "keywords", {})
+    return {"_target_": f"{function.__module__}.{function.__qualname__}", **parameters}

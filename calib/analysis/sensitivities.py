@@ -1,0 +1,120 @@
+"""Measured sensitivities: what quantizing one layer alone does to the model's output; what heuristics share of them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from calib.analysis.layers import LayerSummary
+from calib.analysis.plan import GROUP_SIZES, WEIGHT_BITS, LayerPlan
+from calib.base.errors import CalibError, suggest
+
+import numpy as np
+from numpy.typing import NDArray
+
+#: Reason of a layer whose weights stay as they are.
+KEPT_AT_16_BITS = "kept, MLX cannot quantize it"
+#: Bits above the average from which on a layer counts as sensitive, and fewest that count as few.
+SENSITIVE_ABOVE, AGGRESSIVE_AT = 1.5, 4
+
+
+@dataclass(frozen=True)
+class Sensitivities:
+    """S = ‖v - v_q‖² / ‖v‖² of the model's output v, one layer quantized at a time, on stored states.
+
+    Attributes:
+        steps: the step indices at which it was measured, ascending; (steps,) below runs along them.
+        num_steps: of the trajectory.
+        weights: by layer, by (bits, group size): S at each step, (steps,) float64.
+        activations: by layer, by bits: S at each step with that layer's input quantized over its full range.
+        shapes: (rows, columns) of each layer's weight; layers that MLX cannot quantize are not in here.
+    """
+
+    steps: tuple[int, ...]
+    num_steps: int
+    weights: dict[str, dict[tuple[int, int], NDArray[np.float64]]]
+    activations: dict[str, dict[int, NDArray[np.float64]]]
+    shapes: dict[str, tuple[int, int]]
+
+
+def usable_options(
+    layers: Mapping[str, LayerSummary],
+    sensitivities: Sensitivities,
+    weight_bits: Sequence[int] = WEIGHT_BITS,
+    group_sizes: Sequence[int] = GROUP_SIZES,
+) -> dict[str, dict[tuple[int, int], NDArray[np.float64]]]:
+    """S at each step by layer and option, of options that the layer's width allows; layers in the order of ``layers``.
+
+    Raises:
+        CalibError: a number or a layer is missing, or one is not what S can be.
+    """
+    _check(layers, sensitivities)
+    usable = {}
+    for name in filter(sensitivities.shapes.__contains__, layers):
+        columns = sensitivities.shapes[name][1]
+        usable[name] = {
+            (bits, group_size): values
+            for (bits, group_size), values in sensitivities.weights.get(name, {}).items()
+            if bits in weight_bits and group_size in group_sizes and columns % group_size == 0
+        }
+        if not usable[name]:
+            wanted = f"{_listed(weight_bits)} bits in groups of {_listed(group_sizes)}"
+            raise CalibError(f"layer {name!r} of {columns} columns has no sensitivity measured at {wanted}")
+    if not usable:
+        raise CalibError("MLX can quantize none of these layers: their widths are no multiples of 32")
+    return usable
+
+
+def _check(layers: Mapping[str, LayerSummary], sensitivities: Sensitivities) -> None:
+    for name in (*sensitivities.shapes, *sensitivities.weights, *sensitivities.activations):
+        if name not in layers:
+            hint = suggest(name, layers, list_all=False)
+            raise CalibError(f"sensitivities name layer {name!r}, which the statistics do not have.{hint}")
+    if not sensitivities.steps:
+        raise CalibError("sensitivities were measured at no step")
+    found = {
+        f"weights of layer {name!r} at {bits} bits in groups of {group_size}": s
+        for name, own in sensitivities.weights.items()
+        for (bits, group_size), s in own.items()
+    } | {
+        f"input of layer {name!r} at {bits} bits": s
+        for name, own in sensitivities.activations.items()
+        for bits, s in own.items()
+    }
+    count = len(sensitivities.steps)
+    for what, s in found.items():
+        if s.shape != (count,) or not (np.isfinite(s) & (s >= 0)).all():
+            raise CalibError(f"sensitivities of the {what} must be {count} finite numbers, none negative")
+
+
+def _listed(values: Sequence[int]) -> str:
+    return ", ".join(map(str, values))
+
+
+def option_bytes(shape: tuple[int, int], bits: int, group_size: int) -> int:
+    """Bytes of a packed weight: its integers, and a 16-bit scale and bias a group."""
+    rows, columns = shape
+    return rows * columns * bits // 8 + rows * (columns // group_size) * 4
+
+
+def held_bits(bits: int, group_size: int) -> float:
+    """Bits a weight with its share of scale and bias."""
+    return bits + 32 / group_size
+
+
+def judged(plan: LayerPlan, average: float) -> LayerPlan:
+    """``plan`` marked sensitive or aggressive, never both, where layers have ``average`` bits a weight with scales."""
+    above = held_bits(plan.weight_bits, plan.group_size) - average
+    sensitive = plan.weight_bits >= 8 or above >= SENSITIVE_ABOVE
+    return replace(plan, sensitive=sensitive, aggressive=plan.weight_bits <= AGGRESSIVE_AT and not sensitive)
+
+
+def predicted(error: float, nbytes: int, weights: int) -> str:
+    """The note of what a plan is to do and takes."""
+    size = f"{8 * nbytes / weights:.3f} bits a weight, scales and biases counted, {nbytes / 1e6:.2f} MB"
+    return f"predicted error ΣS = {error:.3g} at {size}"
+
+
+def kept_note(layers: Mapping[str, LayerSummary], sensitivities: Sensitivities) -> list[str]:
+    """The note of layers that are in no budget; none where there are none."""
+    kept = len(layers) - len(sensitivities.shapes)
+    note = f"weights are kept and not counted, as MLX cannot quantize them: {kept} of {len(layers)} layers"
+    return [note] if kept else []

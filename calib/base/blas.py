@@ -1,0 +1,111 @@
+"""Give MLX a fast BLAS on Linux CPU, before MLX is imported.
+
+The mlx-cpu wheel carries reference BLAS, some 30 times slower than a tuned one, and every dense product
+of the project runs on it. The dynamic linker resolves ``cblas_sgemm`` to the first library that offers it
+globally, so loading OpenBLAS or MKL with ``RTLD_GLOBAL`` before ``mlx.core`` is enough: nothing in MLX changes.
+
+``CALIB_BLAS`` overrides the search: a path to a shared library, or ``none`` for the reference BLAS.
+"""
+
+import ctypes
+import importlib.metadata
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from ctypes.util import find_library
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+# Debian and Fedora keep threaded builds in places that the linker's cache does not list first (or at all).
+SYSTEM_LIBRARIES = (
+    "/usr/lib/x86_64-linux-gnu/openblas-pthread/libopenblas.so.0",
+    "/usr/lib/x86_64-linux-gnu/openblas-openmp/libopenblas.so.0",
+    "/usr/lib/aarch64-linux-gnu/openblas-pthread/libopenblas.so.0",
+    "/usr/lib64/libopenblasp.so.0",
+)
+
+
+@dataclass(frozen=True)
+class BlasStatus:
+    """What was loaded: ``library`` is a path or soname, or None where nothing was; ``reason`` says why."""
+
+    library: str | None
+    reason: str
+
+
+def needed() -> bool:
+    """True where MLX computes on a Linux CPU; macOS has Accelerate, and with CUDA the CPU does no heavy work."""
+    if sys.platform != "linux":
+        return False
+    try:
+        importlib.metadata.distribution("mlx-cpu")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def candidates() -> list[str]:
+    """Shared libraries to try, best first: the system's OpenBLAS, the system's MKL, then pip's MKL."""
+    found = [path for path in SYSTEM_LIBRARIES if Path(path).exists()]
+    if root := os.environ.get("MKLROOT"):  # set by Intel's own environment script
+        found.append(str(Path(root, "lib", "libmkl_rt.so")))
+    found += [name for name in map(find_library, ("openblas", "mkl_rt")) if name]
+    return found + _pip_mkl()
+
+
+def _pip_mkl() -> list[str]:
+    """MKL's one library to load, where the package of that name is installed."""
+    try:
+        files = importlib.metadata.files("mkl") or []
+    except importlib.metadata.PackageNotFoundError:
+        return []
+    return [str(Path(str(file.locate())).resolve()) for file in files if file.name.startswith("libmkl_rt.so")]
+
+
+@cache
+def status() -> BlasStatus:
+    """Load a BLAS where one is needed, once a process; what came of it."""
+    if not needed():
+        return BlasStatus(None, "not needed on this platform")
+    wanted = os.environ.get("CALIB_BLAS", "")
+    if wanted.lower() == "none":
+        return BlasStatus(None, "switched off by CALIB_BLAS=none")
+    if "mlx.core" in sys.modules:
+        return BlasStatus(None, "mlx was imported before calib; import calib first")
+    failures = []
+    for path in [wanted] if wanted else candidates():
+        try:
+            ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
+        except OSError as error:
+            failures.append(f"{path}: {error}")
+            continue
+        return BlasStatus(path, "CALIB_BLAS" if wanted else "found")
+    return BlasStatus(None, "; ".join(failures) or "no OpenBLAS or MKL found")
+
+
+#: Functions that set the number of threads of a BLAS, by library.
+_SET_THREADS = ("MKL_Set_Num_Threads", "openblas_set_num_threads")
+_GET_THREADS = ("MKL_Get_Max_Threads", "openblas_get_num_threads")
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Within the context a product takes ``count`` threads; no effect on a library that cannot be told."""
+    loaded = status().library
+    library = ctypes.CDLL(loaded) if loaded is not None else None
+    setter, getter = (_first(library, names) for names in (_SET_THREADS, _GET_THREADS))
+    if setter is None or getter is None:
+        yield
+        return
+    before = getter()
+    setter(min(count, before))  # a user who set fewer has reasons
+    try:
+        yield
+    finally:
+        setter(before)
+
+
+def _first(library: ctypes.CDLL | None, names: Sequence[str]) -> Callable[..., int] | None:
+    return next((getattr(library, name) for name in names if hasattr(library, name)), None)

@@ -1,0 +1,208 @@
+"""Writing files that are whole or absent, whatever interrupts."""
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+from calib.base.errors import CalibError, ConfigError
+
+TEMPORARY_SUFFIX = ".tmp"
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+#: Read once: reading it sets it for an instant, which another thread's new file must not meet.
+UMASK = _umask()
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside ``path``; when the body ends well it is synced and renamed to ``path``.
+
+    The temporary file is locked while its writer lives: what lies there unlocked was left by a killed process.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = _locked_temporary(path)
+    try:
+        yield temporary
+        _sync(handle)
+        temporary.chmod(0o666 & ~UMASK)
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        if error.filename in (str(temporary), None):
+            error.filename = str(path)
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+        os.close(handle)
+
+
+def _locked_temporary(path: Path) -> tuple[int, Path]:
+    """A new temporary file, locked; made again where another process cleaned it away before the lock was held."""
+    while True:
+        try:
+            handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=TEMPORARY_SUFFIX, dir=path.parent)
+        except OSError as error:
+            error.filename = str(path)
+            raise
+        with suppress(OSError):  # a file system without locks: nothing is cleaned there either
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        if os.path.exists(name):
+            return handle, Path(name)
+        os.close(handle)
+
+
+def _sync(handle: int) -> None:
+    """Down to the disk itself: macOS' fsync stops at the drive's cache."""
+    if hasattr(fcntl, "F_FULLFSYNC"):
+        with suppress(OSError):  # a file system that does not know it, a network's
+            fcntl.fcntl(handle, fcntl.F_FULLFSYNC)
+            return
+    os.fsync(handle)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename last through a power cut; some file systems refuse to, and do not need it."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def abandoned_temporaries(folder: Path) -> list[Path]:
+    """Temporary files directly in ``folder`` whose writer is dead."""
+    return [path for path in sorted(folder.glob(f".*{TEMPORARY_SUFFIX}")) if not is_locked(path)]
+
+
+def remove_abandoned(folder: Path) -> None:
+    """Remove what dead writers left half-written directly in ``folder``.
+
+    A file goes while its lock is held: its writer, if it has only just made it, then makes another.
+    """
+    for path in folder.glob(f".*{TEMPORARY_SUFFIX}"):
+        with suppress(OSError), open(path, "r+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a living process holds the lock of a file; True where that cannot be known."""
+    try:
+        with open(path, "r+b" if os.access(path, os.W_OK) else "rb") as file:  # NFS locks only what may be written
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return False
+
+
+def _existing(folder: Path) -> Path:
+    """``folder``, or the nearest above it that there is."""
+    existing = folder.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    return existing
+
+
+def check_writable(key: str, folder: Path) -> None:
+    """Raise a ConfigError unless ``folder``, the value of ``key``, can be written to, or made; leaves nothing."""
+    try:
+        probe = _existing(folder) / f".calib-probe-{os.getpid()}"
+        probe.mkdir()
+        probe.rmdir()
+    except OSError as error:
+        allowed = f"cannot be written ({error.strerror}); choose another folder"
+        raise ConfigError.bad_value(key, folder, allowed) from None
+
+
+def free_bytes(folder: Path) -> int:
+    """Bytes that this user may still write where ``folder`` is or would be."""
+    return shutil.disk_usage(_existing(folder)).free
+
+
+def device_of(folder: Path) -> int:
+    """The file system that ``folder`` is or would be on."""
+    return _existing(folder).stat().st_dev
+
+
+def take_room(file: IO[bytes], nbytes: int) -> None:
+    """Raise OSError (ENOSPC) unless ``file``, open for writing, has room for ``nbytes``; where possible they are taken.
+
+    For files that a library writes to which a full disk is fatal.
+    """
+    if free_bytes(Path(file.name).parent) < nbytes:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    if hasattr(os, "posix_fallocate"):  # not on macOS
+        os.posix_fallocate(file.fileno(), 0, nbytes)
+
+
+@contextmanager
+def locked(path: Path, on_wait: Callable[[], None]) -> Iterator[None]:
+    """Hold the lock file ``path``, made where missing; where another process holds it, ``on_wait`` and then wait."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            on_wait()
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            raise CalibError(
+                f"{path}: this file system has no locks ({error.strerror}); choose another folder"
+            ) from None
+        yield
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write ``content``, whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` as UTF-8, whole or not at all."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write ``value`` as strict JSON (no NaN), whole or not at all."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """The JSON value in ``path``; a missing or damaged file ends in a line that names it."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CalibError(f"{path}: no such file") from None
+    except OSError as error:
+        raise CalibError(f"{path}: cannot be read ({error.strerror})") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CalibError(f"{path}: not valid JSON ({error})") from None
+
+
+def checksum(path: Path) -> str:
+    """SHA-256 of a file, as 'sha256:<hex>'."""
+    with open(path, "rb") as file:
+        return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
+
+
+def short_hash(value: Any, digits: int = 8) -> str:
+    """Hash of a JSON-able value, the same for equal values in any key order."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:digits]

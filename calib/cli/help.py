@@ -1,0 +1,64 @@
+"""What ``calib --help`` and ``calib STAGE --help`` print."""
+
+import ast
+from pathlib import Path
+
+import calib
+from calib.stages import Stage
+
+PACKAGE = Path(calib.__file__).parent
+#: In a wheel the configuration lies inside the package, in a checkout beside it.
+CONF = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf"
+
+HELP = """calib: time-aware calibration and post-training quantization of diffusion transformers on MLX
+
+usage: calib [stage] [key=value …] [-m]        any stage: calib STAGE --help
+
+stages
+  run        (default) all of the following into one run directory
+  generate   draw images, keeping the latent of every denoising step
+  collect    replay stored states with every layer tapped; statistics into activations.h5
+  analyze    turn statistics into a plan: quantization_config.json
+  quantize   apply a plan: a quantized model, as a folder that MLX loads
+  evaluate   draw the same seeds at full precision and quantized, and say what was lost
+
+on datasets, with ordinary arguments: calib COMMAND --help
+  verify DIR             read every file of a dataset and say whether it is sound; --json, --repair
+  rebuild-manifest DIR   restore a lost or damaged manifest.json from the files
+
+on run directories, likewise
+  merge DIR… --into DIR  join the run directories of calib collect's shards; as if it had not been split
+  convergence DIR        do ranges still move with more images? a table and a plot; --layers, --json, --plot
+  compare DIR…           a sweep, or any runs, as one table: what differs, what is best; --html, --layers for two plans
+
+on this machine
+  doctor     report device, BLAS, versions; `calib doctor --selftest` checks this device's numerics
+
+examples
+  calib                                            the whole job on the model that ships with calib
+  calib num_images=50 timestep_schedule=uniform timestep_schedule.count=20
+  calib analysis=allocate analysis.average_bits=4.5 quantizer=gptq      the best plan for a budget, measured
+  calib analyze stats=outputs/2026-01-31/08-00-00-000000 analysis=uniform
+  calib -m timestep_schedule=key,quarters,uniform analysis=range,uniform    a sweep; started again it goes on
+  calib hparams_search=budgets hydra/launcher=joblib                         a ready one, jobs side by side
+"""
+
+
+def groups() -> dict[str, list[str]]:
+    """The config groups and their options."""
+    folders = sorted(folder for folder in CONF.iterdir() if folder.is_dir())
+    return {folder.name: sorted(file.stem for file in folder.glob("*.yaml")) for folder in folders}
+
+
+def help_text(stage: Stage | None) -> str:
+    """The help of a stage, or that of all; the config groups with their options in either."""
+    options = "\n".join(f"  {group + '=':19}{' · '.join(names)}" for group, names in groups().items())
+    head = HELP if stage is None else f"usage: calib {stage} [key=value …] [-m]\n\n{stage_help(stage)}\n"
+    tail = "The whole configuration with its defaults: calib --cfg job. A comment tops every file under conf/."
+    return f"{head}\nconfig groups\n{options}\n\n{tail}\n"
+
+
+def stage_help(stage: Stage) -> str:
+    """The docstring of the stage's module; read, not imported: help need not wait for MLX."""
+    source = (PACKAGE / "stages" / f"{stage.value}.py").read_text(encoding="utf-8")
+    return ast.get_docstring(ast.parse(source)) or ""

@@ -1,0 +1,54 @@
+"""One job in its run directory."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from calib.base.errors import in_a_line
+from calib.base.layout import PAGE
+from calib.base.progress import say
+from calib.runs.directory import RunDirectory
+from calib.runs.record import RunState, standing
+from calib.stages.build import build
+from calib.stages.settings import ReportForm
+from calib.stages.stages import content_fingerprint, run_stage
+
+from omegaconf import OmegaConf
+
+
+def short(path: Path) -> Path:
+    """Relative to the working directory where it lies below it."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def run_job(values: Mapping[str, Any], path: Path, multirun: bool) -> None:
+    """Do what ``values``, a composed configuration, asks for, unless it is done; raises what goes wrong."""
+    settings = build(values, multirun)
+    run = RunDirectory(path, settings.stage.value, content_fingerprint(settings))
+    wanted = settings.job.report is ReportForm.HTML
+    if run.is_complete():
+        if wanted and not (path / PAGE).exists():
+            _page(path)
+        print(f"Already complete: {short(run.path)}")
+        return
+    try:
+        with run.job(OmegaConf.to_yaml(OmegaConf.create(dict(values)))):
+            (path / PAGE).unlink(missing_ok=True)  # it would speak of an earlier job
+            run_stage(settings, run, values)
+    except Exception:
+        if wanted and standing(path).state is RunState.FAILED:
+            _page(path, quiet=True)  # the first error is the one to report
+        raise
+    print(f"Run directory: {short(run.path)}{_page(path) if wanted else ''}")
+
+
+def _page(path: Path, quiet: bool = False) -> str:
+    """Write the page of a run; what there is to say of it. It is for people: a run is as good without it."""
+    from calib.runs.pages.run import write_page  # matplotlib takes a second, and jobs may do without
+
+    try:
+        return f"; open {short(write_page(path))}"
+    except Exception as error:  # of a full disk, say
+        if not quiet:
+            say(f"calib: note: {path / PAGE}: could not be written ({in_a_line(error, path)})")
+        return ""

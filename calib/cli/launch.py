@@ -1,0 +1,57 @@
+"""From a command line to jobs: composed and checked here, then started by Hydra."""
+
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from calib.base.errors import CalibError, in_a_line
+from calib.cli.compose import plain, planned
+from calib.cli.help import CONF
+from calib.cli.job import run_job
+from calib.cli.names import job_name, sweep_name
+from calib.cli.overrides import take_apart
+from calib.cli.sweep import job_of_sweep, run_sweep
+from calib.stages import Stage
+
+import hydra
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+
+def task(config: DictConfig) -> None:
+    """One job; Hydra has made its directory. A job of a sweep that fails is recorded, and does not end the sweep."""
+    hydra_config = HydraConfig.get()
+    path = Path(hydra_config.runtime.output_dir)
+    if hydra_config.mode != RunMode.MULTIRUN:
+        try:
+            run_job(plain(config), path, multirun=False)
+        except (CalibError, OSError) as error:
+            # SystemExit, as Hydra prints a traceback for anything else.
+            print(f"calib: {in_a_line(error, path)}", file=sys.stderr)
+            raise SystemExit(error.exit_status if isinstance(error, CalibError) else 1) from None
+        return
+    with job_of_sweep(hydra_config, path):
+        run_job(plain(config), path, multirun=True)
+
+
+def launch(stage: Stage | None, arguments: list[str]) -> int:
+    """Run the jobs that ``arguments``, overrides and Hydra's flags, ask for; the exit status."""
+    OmegaConf.register_new_resolver("calib_job", job_name, replace=True)
+    OmegaConf.register_new_resolver("calib_sweep", sweep_name, replace=True)
+    given = take_apart(arguments)
+    what = planned(replace(given, overrides=([f"stage={stage}"] if stage else []) + given.overrides))
+    GlobalHydra.instance().clear()
+    # What Hydra itself fails at (a full disk) is told by main, not by Hydra's own report.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    # Hydra's parser takes overrides in one piece only.
+    flags = [flag for flag in given.flags if flag not in ("-m", "--multirun")]
+    flags += ["--multirun"] if what.multirun else []
+    sys.argv = ["calib", *flags, "--", *what.overrides]
+    start = hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")(task)
+    if what.multirun:
+        return run_sweep(start, what)
+    start()
+    return 0

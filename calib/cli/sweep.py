@@ -1,0 +1,191 @@
+"""Many jobs: a sweep that survives what happens to its jobs, and says how each ended."""
+
+import os
+import shutil
+import signal
+import subprocess
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from pathlib import Path
+
+from calib.base import interrupts
+from calib.base.errors import CalibError, in_a_line
+from calib.base.files import write_json, write_text
+from calib.base.layout import COMPARISON_PAGE, CONSOLE, SWEEP
+from calib.base.progress import counted, readable_duration, say
+from calib.cli.compose import Planned
+from calib.cli.job import short
+from calib.cli.launchers import JOBS_VARIABLE, jobs_in_all, side_by_side
+from calib.models.memory import divide_memory
+from calib.runs.compare.comparison import compare
+from calib.runs.compare.tables import terminal_table
+from calib.runs.directory import RunDirectory
+from calib.runs.find import read_runs
+from calib.runs.record import RunState, Standing, standing
+
+from hydra.conf import HydraConf
+
+#: The process that runs the sweep, for those that it starts.
+PARENT_VARIABLE = "CALIB_SWEEP_PROCESS"
+
+
+@contextmanager
+def job_of_sweep(hydra_config: HydraConf, path: Path) -> Iterator[None]:
+    """One job of a sweep: what it raises is recorded and told, and the sweep goes on."""
+    number, jobs = hydra_config.job.num + 1, jobs_in_all()
+    beside = side_by_side(hydra_config.launcher, jobs)
+    say(f"job {number} of {jobs}: {path.name}")
+    start = time.monotonic()
+    error: Exception | None = None
+    try:
+        with _beside(path, beside):
+            yield
+    except Exception as raised:  # whatever it is, the other jobs are none the worse
+        if _is_requeued(raised):
+            raise SystemExit(128 + signal.SIGTERM) from raised
+        error = raised
+        _record(path, raised)
+    took = readable_duration(time.monotonic() - start)
+    if error is not None:
+        say(f"calib: job {number} of {jobs} failed after {took}, {path.name}: {in_a_line(error, path)}")
+    elif beside > 1:
+        say(f"job {number} of {jobs} done in {took}: {path.name}")
+
+
+def _is_requeued(error: Exception) -> bool:
+    """Whether SLURM will start this job again: asked to by submitit, it ends all its processes, even the asking one."""
+    return (
+        isinstance(error, subprocess.CalledProcessError)
+        and error.cmd[:2] == ["scontrol", "requeue"]
+        and error.returncode == -signal.SIGTERM
+    )
+
+
+def _record(path: Path, error: Exception) -> None:
+    """Write a failure down that came before the run directory was taken; in it the directory does so itself."""
+    if standing(path).state is not RunState.INCOMPLETE:
+        return
+    with suppress(CalibError, OSError):
+        run = RunDirectory(path, "", "")
+        run.fail(error, "".join(traceback.format_exception(error)))
+
+
+@contextmanager
+def _beside(path: Path, jobs: int) -> Iterator[None]:
+    """A job that runs beside others, in a process of its own: its share of the memory, its words in a file."""
+    if jobs == 1:
+        yield
+        return
+    _end_with_parent()
+    divide_memory(jobs)
+    path.mkdir(parents=True, exist_ok=True)
+    with (
+        open(path / CONSOLE, "w", encoding="utf-8", buffering=1) as console,
+        redirect_stdout(console),
+        redirect_stderr(console),
+    ):
+        yield
+
+
+_watching = False
+
+
+def _end_with_parent() -> None:
+    """End this process when the one that started it is gone: killed, it cannot say so, and would be run over."""
+    global _watching
+    if _watching or threading.current_thread() is not threading.main_thread():
+        return
+    _watching = True
+    interrupts.install()
+    parent = os.environ.get(PARENT_VARIABLE)
+
+    def watch() -> None:
+        while str(os.getppid()) == parent:
+            time.sleep(0.5)
+        os._exit(1)  # locks die with the process; what is half-written is a temporary file
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def run_sweep(launch: Callable[[], object], what: Planned) -> int:
+    """Run a sweep's jobs and say how each ended; the exit status."""
+    os.environ[JOBS_VARIABLE] = str(len(what.folders) or 1)
+    os.environ[PARENT_VARIABLE] = str(os.getpid())
+    if what.side_by_side > 1:
+        say(f"{what.side_by_side} jobs side by side, each with its share of processors and memory")
+    _announce(what.folders)
+    start, error = time.monotonic(), None
+    try:
+        launch()
+    except (CalibError, KeyboardInterrupt, SystemExit):
+        raise
+    except Exception as raised:  # a launcher's: a worker killed, no cluster here
+        error = raised
+    jobs = [standing(folder) for folder in what.folders]
+    lacking = [job for job in jobs if job.state is not RunState.COMPLETE]
+    for line in _summary(jobs, time.monotonic() - start):
+        print(line)
+    with suppress(CalibError, OSError):  # of a disk that is full, say: the runs themselves tell
+        for line in _compared(what.folders[0].parent) if what.folders else ():
+            print(line)
+    if error is not None and (lacking or not jobs):
+        raise CalibError(f"{_launcher_failed(error)}; the same command goes on from what is finished") from error
+    if lacking:
+        raise CalibError(_lacking(lacking, len(jobs)))
+    return 0
+
+
+def _announce(folders: Sequence[Path]) -> None:
+    """Write down which jobs there will be: killed, the sweep could not say which it had not begun."""
+    if folders:
+        sweep = folders[0].parent
+        sweep.mkdir(parents=True, exist_ok=True)
+        write_json(sweep / SWEEP, {"jobs": [f.name for f in folders if f.parent == sweep]})
+
+
+def _lacking(lacking: Sequence[Standing], jobs: int) -> str:
+    """Which jobs of a sweep are not complete, each kind with what to do."""
+    told = []
+    for states, what, todo in (
+        ((RunState.FAILED,), "failed", "their run.log says why; the same command runs them again"),
+        ((RunState.INCOMPLETE, RunState.DAMAGED), "ended without a word", "the same command goes on with them"),
+        ((RunState.RUNNING,), "are run by another process", "wait for it"),
+    ):
+        if names := [job.path.name for job in lacking if job.state in states]:
+            told.append(f"{len(names)} of the sweep's {counted(jobs, 'job')} {what} ({', '.join(names)}); {todo}")
+    return ". ".join(told)
+
+
+def _launcher_failed(error: Exception) -> str:
+    return "the launcher failed: " + " ".join(f"{type(error).__name__}: {error}".split())[:300]
+
+
+def _summary(jobs: Sequence[Standing], seconds: float) -> list[str]:
+    """The sweep in a few lines."""
+    if not jobs:
+        return []
+    folder = short(jobs[0].path.absolute().parent)
+    counts = {state: sum(job.state is state for job in jobs) for state in RunState}
+    told = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
+    lines = [f"\nSweep: {folder}: {counted(len(jobs), 'job')}, {told}, in {readable_duration(seconds)}"]
+    for job in jobs:
+        if job.state is not RunState.COMPLETE:
+            lines.append(f"  {job.state:10} {job.path.name}: {' '.join(job.why.split())}")
+    return lines
+
+
+def _compared(folder: Path) -> list[str]:
+    """The sweep's outcome as one table, and as a page in its folder."""
+    runs = read_runs([str(folder)])
+    if not any(run.metrics for run in runs):
+        return []
+    comparison = compare(runs)
+    from calib.runs.pages.comparison import comparison_page  # slow to import
+
+    page = folder / COMPARISON_PAGE
+    write_text(page, comparison_page(comparison, folder.absolute()))
+    table = terminal_table(comparison, shutil.get_terminal_size((120, 24)).columns)
+    return ["", table.rstrip(), f"The page: {short(page.absolute())}. More: calib compare {short(folder.absolute())}"]

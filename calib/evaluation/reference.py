@@ -1,0 +1,65 @@
+"""What a quantized model is compared with: full-precision pictures, and the noise floor below which nothing counts."""
+
+from collections.abc import Sequence
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+
+from calib.base.errors import CalibError
+from calib.base.files import locked, read_json, short_hash, write_json
+from calib.base.progress import say
+from calib.base.versions import versions
+from calib.dataset.generate import generate, missing_images
+from calib.dataset.load import load_manifest
+from calib.dataset.settings import SamplerSettings
+from calib.dataset.store import StateDtype
+from calib.dataset.timesteps import evenly
+from calib.evaluation.metrics import Fidelity
+from calib.evaluation.paired import Paired, Reference, rounded_to_bfloat16
+from calib.models.model import DiffusionModel
+
+import mlx.core as mx
+
+#: Of the way in which the control is measured.
+CONTROL_VERSION = 2
+
+
+def draw_reference(
+    model: DiffusionModel,
+    folder: Path,
+    prompts: Sequence[str],
+    num_images: int,
+    sampler: SamplerSettings,
+    base_seed: int,
+    steps: int,
+) -> Reference:
+    """The first ``num_images`` full-precision pictures of the dataset in ``folder``, which are drawn where missing.
+
+    Args:
+        steps: at so many of the sampler's, evenly spaced, outputs are to be compared.
+    """
+    if missing := missing_images(folder, num_images, thorough=True):
+        generate(
+            *(model, prompts, num_images, folder, sampler, base_seed),
+            dtype=StateDtype.FLOAT32,
+            wait=True,
+            known_missing=missing,
+        )
+    manifest = load_manifest(folder)
+    manifest.images = {i: manifest.images[i] for i in range(num_images)}
+    return Reference(folder, manifest, evenly(manifest.num_steps - 1, steps))
+
+
+def control_of(model: DiffusionModel, reference: Reference, paired: Paired, cache_dir: Path) -> Fidelity:
+    """The noise floor, weights and states rounded to bfloat16; measured once for a model and its reference."""
+    images = [[e.prompt, *e.checksums.values()] for e in reference.manifest.images.values()]
+    device = [mx.default_device().type.name, versions()["mlx"]]
+    key = short_hash([CONTROL_VERSION, model.fingerprint, images, list(reference.steps), *device], digits=16)
+    path = cache_dir / "evaluation" / f"control_{key}.json"
+    with locked(path.with_suffix(".lock"), lambda: say(f"waiting for the process that measures the control ({path})")):
+        if path.exists():
+            with suppress(CalibError, KeyError, TypeError, ValueError):  # a damaged one is measured again
+                return Fidelity.from_json(read_json(path))
+        found = paired.compare(partial(rounded_to_bfloat16, model), "control").fidelity
+        write_json(path, found.to_json())
+    return found

@@ -1,0 +1,293 @@
+"""Runs beside each other: what differs in what they were asked and in what came out."""
+
+import math
+import operator
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from calib.base.errors import ConfigError, suggest
+from calib.runs.compare.columns import METRICS, Column, metric_of
+from calib.runs.record import RunRecord, RunState, Scalar
+
+DEFAULT_PARETO = ("quantized_bytes", "output_error")
+#: Of a run's configuration these say where things lie and not what was asked.
+HIDDEN = ("swept", "data_dir", "cache_dir", "keep_awake", "export_config", "hparams_search")
+#: What a run tells of itself besides its settings and figures.
+_FACTS = ("name", "state", "stage", "start", "end", "error")
+#: Settings of what is drawn and measured, and those among them that change neither.
+_MEASURED, _UNMEASURED = ("evaluation.", "prompts", "sampler."), ("evaluation.dequantize", "sampler.batch_size")
+#: Runs that are named in a note.
+_MOST_TOLD = 3
+_OPERATORS: Mapping[str, Callable[[float, float], bool]] = {
+    ">=": operator.ge,
+    "<=": operator.le,
+    "!=": operator.ne,
+    "=": operator.eq,
+    ">": operator.gt,
+    "<": operator.lt,
+}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Runs and columns, in the order of the table.
+
+    Attributes:
+        pareto: names of the runs that no other one beats in both of ``pareto_axes``, two metrics.
+        notes: what must be known to read the table.
+    """
+
+    runs: tuple[RunRecord, ...]
+    columns: tuple[Column, ...]
+    baseline: RunRecord | None = None
+    best: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    pareto: frozenset[str] = frozenset()
+    pareto_axes: tuple[str, str] = DEFAULT_PARETO
+    notes: tuple[str, ...] = ()
+
+    def value(self, run: RunRecord, column: Column) -> Scalar:
+        """What ``run`` has in ``column``; None where it has nothing there."""
+        return value_of(run, column.key)
+
+    def delta(self, run: RunRecord, column: Column) -> float | None:
+        """How much more than the baseline; None where one of the two has no number there."""
+        if self.baseline is None or column.kind != "metric":
+            return None
+        own, base = run.metrics.get(column.key), self.baseline.metrics.get(column.key)
+        return None if own is None or base is None else own - base
+
+
+def value_of(run: RunRecord, key: str) -> Scalar:
+    """A run's figure, setting, state or stage by key."""
+    if key == "state":
+        return run.state.value
+    if key in _FACTS:
+        found: Scalar = getattr(run, key)
+        return found
+    return run.metrics[key] if key in run.metrics else run.config.get(key)
+
+
+def compare(
+    runs: Sequence[RunRecord],
+    *,
+    where: Sequence[str] = (),
+    sort: Sequence[str] = (),
+    baseline: str | None = None,
+    pareto: tuple[str, str] = DEFAULT_PARETO,
+    every: bool = False,
+) -> Comparison:
+    """Compare ``runs``.
+
+    Args:
+        where: conditions such as 'psnr>30' or 'analysis=allocate', all of which a run must meet; the baseline stays.
+            A figure by its key is in its own unit, as JSON has it; by its title, 'size<5.5', as the table shows it.
+        sort: keys, a leading '-' for descending; runs without a number come last.
+        baseline: name or path of the run that the others' differences are to.
+        pareto: the two metrics of the front.
+        every: all metrics and every setting that differs.
+    """
+    known = sorted({key for run in runs for key in (*run.metrics, *run.config)} | set(_FACTS))
+    base = None if baseline is None else _named(runs, baseline)
+    axes = _axes(runs, pareto, known)
+    met = [run for run in runs if all(_meets(run, condition, known) for condition in where)]
+    if not met:
+        raise ConfigError(f"--where {' '.join(where)}: none of the {len(runs)} runs is left")
+    kept = [run for run in runs if run in met or run is base]
+    ordered = _sorted(kept, sort, known)
+    columns = (*_config_columns(ordered, every), *_metric_columns(ordered, every))
+    # Errors of one model say nothing of another's.
+    ranked = [run for run in ordered if run.state is RunState.COMPLETE] if len(_models(ordered)) <= 1 else []
+    front = pareto_front([(run.name, [_cost(run, key) for key in axes]) for run in ranked])
+    return Comparison(
+        runs=tuple(ordered),
+        columns=columns,
+        baseline=base,
+        best={column.key: _best(ranked, column) for column in columns if column.better},
+        pareto=front,
+        pareto_axes=axes,
+        notes=tuple(_notes(ordered, base)),
+    )
+
+
+def _key(wanted: str, known: Sequence[str], given: str) -> str:
+    """The key that ``wanted``, of the option ``given``, names: itself, in any case, or the title in the table."""
+    if wanted in known:
+        return wanted
+    for key in known:
+        if wanted.casefold() in (key.casefold(), metric_of(key).title.casefold()):
+            return key
+    raise ConfigError(f"{given}: no such column in these runs.{suggest(wanted, known)}")
+
+
+def _axes(runs: Sequence[RunRecord], wanted: tuple[str, str], known: Sequence[str]) -> tuple[str, str]:
+    """The metrics of the front; the default ones may be missing: then there is none."""
+    x, y = (key if key in DEFAULT_PARETO else _key(key, known, f"--pareto {','.join(wanted)}") for key in wanted)
+    figures = {key for run in runs for key in run.metrics}
+    for key in (x, y):
+        if key not in DEFAULT_PARETO and (key not in figures or metric_of(key).better is None):
+            ranked = ", ".join(sorted(figure for figure in figures if metric_of(figure).better))
+            raise ConfigError(f"--pareto {','.join(wanted)}: {key} has no better side; these have one: {ranked}")
+    return x, y
+
+
+def _named(runs: Sequence[RunRecord], wanted: str) -> RunRecord:
+    found = [run for run in runs if wanted in (run.name, str(run.path), run.path.name)]
+    found = found or [run for run in runs if Path(wanted).resolve() == run.path.resolve()]
+    found = found or [run for run in runs if run.name.startswith(wanted)]
+    if len(found) != 1:
+        what = "names no run" if not found else f"names {len(found)} runs"
+        raise ConfigError(f"--baseline {wanted}: {what}.{suggest(wanted, [run.name for run in runs])}")
+    return found[0]
+
+
+def _meets(run: RunRecord, condition: str, known: Sequence[str]) -> bool:
+    match = re.fullmatch(r"\s*([^<>=!]*[^<>=!\s])\s*(>=|<=|!=|=|>|<)\s*(.*?)\s*", condition)
+    if match is None:
+        raise ConfigError(f"--where {condition}: is no condition; write e.g. 'psnr>30' or 'analysis=allocate'")
+    given, sign, wanted = match.groups()
+    key = _key(given, known, f"--where {condition}")
+    value, number = value_of(run, key), _number(wanted)
+    if number is not None and given.casefold() != key.casefold():
+        number /= metric_of(key).scale  # by its title, in the unit that the table shows
+    if number is not None and isinstance(value, int | float) and not isinstance(value, bool):
+        return _OPERATORS[sign](value, number)
+    if sign in ("=", "!="):
+        return (_plain(value) == wanted) == (sign == "=")
+    if number is None:
+        raise ConfigError(f"--where {condition}: {wanted!r} is no number; {sign} compares numbers")
+    return False
+
+
+def _plain(value: Scalar) -> str:
+    """As it is written on the command line."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return str(value)
+
+
+def _number(text: str) -> float | None:
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _sorted(runs: Sequence[RunRecord], sort: Sequence[str], known: Sequence[str]) -> list[RunRecord]:
+    ordered = list(runs)
+    for key in reversed(sort):
+        ordered = _by(ordered, _key(key.removeprefix("-"), known, f"--sort {key}"), descending=key.startswith("-"))
+    return sorted(ordered, key=lambda run: run.state is not RunState.COMPLETE)
+
+
+def _by(runs: Sequence[RunRecord], key: str, descending: bool) -> list[RunRecord]:
+    """Numbers before texts, and what has nothing there last, whichever way."""
+    numbers, texts, rest = [], [], []
+    for run in runs:
+        value = value_of(run, key)
+        if value is None:
+            rest.append(run)
+        elif isinstance(value, int | float):
+            numbers.append((float(value), run))
+        else:
+            texts.append((value, run))
+    ordered = [run for _, run in sorted(numbers, key=lambda item: item[0], reverse=descending)]
+    return [*ordered, *(run for _, run in sorted(texts, key=lambda item: item[0], reverse=descending)), *rest]
+
+
+def _config_columns(runs: Sequence[RunRecord], every: bool) -> list[Column]:
+    """Settings that differ."""
+    keys = dict.fromkeys(key for run in runs for key in run.config)
+    shown = [key for key in keys if (every or key not in HIDDEN) and _differs(runs, key, every)]
+    if not every and all(run.config.get("sampler") == run.config.get("model") for run in runs):
+        shown = [key for key in shown if key != "sampler"]  # chosen with the model
+    # Groups first: their parameters say more about them.
+    return [Column(key, key, "", "config") for key in sorted(shown, key=lambda key: "." in key)]
+
+
+def _differs(runs: Sequence[RunRecord], key: str, every: bool) -> bool:
+    """Whether two runs have different values of a setting.
+
+    The defaults of different options follow from the options, whose own column says it all: a group's parameter
+    differs if two runs of one option have different values of it, or if somebody set it.
+    """
+    if every or "." not in key or any(key in run.asked for run in runs):
+        return len({_plain(run.config[key]) if key in run.config else None for run in runs if run.config}) > 1
+    group = key.partition(".")[0]
+    values = {(run.config.get(group), _plain(run.config[key])) for run in runs if key in run.config}
+    return len(values) > len({option for option, _ in values})
+
+
+def _metric_columns(runs: Sequence[RunRecord], every: bool) -> list[Column]:
+    there = dict.fromkeys(key for run in runs for key in run.metrics)
+    wanted = [key for key in METRICS if key in there]
+    if every:
+        wanted += [key for key in there if key not in METRICS]
+    else:
+        alike = ("images", "steps")  # told where they differ
+        wanted = [k for k in wanted if k not in alike or len({run.metrics.get(k) for run in runs} - {None}) > 1]
+    columns = []
+    for key in wanted:
+        told = metric_of(key)
+        columns.append(Column(key, told.title, told.unit, "metric", told.better))
+    return columns
+
+
+def _cost(run: RunRecord, key: str) -> float | None:
+    value = run.metrics.get(key)
+    return None if value is None else -value if metric_of(key).better == "higher" else value
+
+
+def pareto_front(costs: Sequence[tuple[str, Sequence[float | None]]]) -> frozenset[str]:
+    """Names of those that none beats: no other costs as little in all, and less in one. Gaps take no part."""
+    whole = [(name, [c for c in own if c is not None]) for name, own in costs if None not in own]
+
+    def beaten(own: Sequence[float]) -> bool:
+        return any(
+            all(o <= c for o, c in zip(other, own, strict=True)) and any(o < c for o, c in zip(other, own, strict=True))
+            for _, other in whole
+        )
+
+    return frozenset(name for name, own in whole if not beaten(own))
+
+
+def _best(runs: Sequence[RunRecord], column: Column) -> frozenset[str]:
+    values = {r.name: r.metrics[column.key] for r in runs if column.key in r.metrics and r.state is RunState.COMPLETE}
+    if len(set(values.values())) < 2:
+        return frozenset()
+    best = max(values.values()) if column.better == "higher" else min(values.values())
+    return frozenset(name for name, value in values.items() if value == best)
+
+
+def _models(runs: Sequence[RunRecord]) -> list[str]:
+    return list(dict.fromkeys(str(run.config["model.name"]) for run in runs if "model.name" in run.config))
+
+
+def _notes(runs: Sequence[RunRecord], base: RunRecord | None) -> list[str]:
+    notes = []
+    models, done = _models(runs), [run for run in runs if run.state is RunState.COMPLETE]
+    if len(models) > 1:
+        alone = "so none is marked as the best; --where model=… leaves those of one"
+        notes.append(f"these are runs of different models ({', '.join(models)}): their figures do not compare, {alone}")
+    elif differing := _measured_otherwise([run for run in runs if "psnr" in run.metrics and run.config]):
+        notes.append(
+            f"they were evaluated on different pictures or steps ({', '.join(differing)}): compare errors with care"
+        )
+    if base is not None and not base.metrics:
+        notes.append(f"the baseline, {base.name}, has no figures")
+    lacking = sum(bool(run.metrics) and "psnr" not in run.metrics for run in done)
+    if 0 < lacking < len(done):
+        notes.append(f"not evaluated, so without PSNR and errors: {lacking} of {len(runs)} runs")
+    # Of the others the table says what is wrong.
+    spoilt = [f"{run.name}: {run.why}" for run in done if run.why]
+    more = [f"{len(spoilt) - _MOST_TOLD} more runs have files that cannot be read"] if len(spoilt) > _MOST_TOLD else []
+    return [*notes, *spoilt[:_MOST_TOLD], *more]
+
+
+def _measured_otherwise(runs: Sequence[RunRecord]) -> list[str]:
+    """The settings of what is drawn and measured that differ."""
+    keys = dict.fromkeys(key for run in runs for key in run.config if key.startswith(_MEASURED))
+    differing = [k for k in keys if k not in _UNMEASURED and len({_plain(run.config.get(k)) for run in runs}) > 1]
+    return differing

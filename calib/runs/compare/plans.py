@@ -1,0 +1,212 @@
+"""Two runs' plans beside each other, layer by layer."""
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from calib.base.errors import CalibError, ConfigError
+from calib.base.files import read_json
+from calib.base.layout import PLAN, STEPS
+from calib.base.progress import counted
+from calib.runs.record import RunRecord
+
+
+@dataclass(frozen=True)
+class LayerChoice:
+    """What a plan says of one layer.
+
+    Attributes:
+        weight_phases, activation_phases: bits by phase (early, mid, late), where they are others than those for all.
+        clip: percentiles at which the range of its inputs is cut.
+        low, high: of that range over all steps; None where the plan has no ranges.
+        drift: 1 - narrowest / widest range that was seen at a step, 0 … 1; None where the plan does not say.
+    """
+
+    weight_bits: int
+    group_size: int
+    activation_bits: int
+    weight_phases: Mapping[str, int] = field(default_factory=dict)
+    activation_phases: Mapping[str, int] = field(default_factory=dict)
+    clip: tuple[float, float] = (0.0, 100.0)
+    low: float | None = None
+    high: float | None = None
+    drift: float | None = None
+
+    def differs(self, other: "LayerChoice") -> bool:
+        """By more than the rounding of a range."""
+        own, its = asdict(self), asdict(other)
+        return any(not _alike(own[name], its[name]) for name in own)
+
+
+def _alike(one: Any, other: Any) -> bool:
+    if not isinstance(one, float) or not isinstance(other, float):
+        return bool(one == other)
+    return abs(one - other) <= 1e-6 * max(abs(one), abs(other))
+
+
+def read_choices(run: Path) -> dict[str, LayerChoice]:
+    """The plan in the run directory ``run``, with the ranges beside it if there are any."""
+    if not (run / PLAN).exists():
+        raise ConfigError(f"{run}: no {PLAN} there; calib analyze writes one")
+    layers, steps = read_json(run / PLAN), read_json(run / STEPS) if (run / STEPS).exists() else {}
+    try:
+        ranges, phases = dict(steps.get("activation_ranges") or {}), dict(steps.get("phases") or {})
+        drifts = dict(steps.get("drift") or {})
+        return {
+            str(name): _choice(str(name), entry, ranges.get(name), phases, drifts.get(name))
+            for name, entry in layers.items()
+        }
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CalibError(f"{run}: its plan lacks or garbles {error}; calib analyze writes it anew") from None
+
+
+def _choice(
+    name: str,
+    entry: Mapping[str, Any],
+    ranges: Mapping[str, Any] | None,
+    phases: Mapping[str, Mapping[str, Any]],
+    drift: Any,
+) -> LayerChoice:
+    bits = {key: int(entry[f"suggested_{key}"]) for key in ("weight_bits", "activation_bits")}
+    own = {
+        key: {phase: int(said[key][name]) for phase, said in phases.items() if said.get(key, {}).get(name, b) != b}
+        for key, b in bits.items()
+    }
+    low, high = entry["clip_percentile"] if entry["use_percentile_clipping"] else (0, 100)
+    choice = LayerChoice(
+        weight_bits=bits["weight_bits"],
+        group_size=int(entry.get("group_size", 64)),
+        activation_bits=bits["activation_bits"],
+        weight_phases=own["weight_bits"],
+        activation_phases=own["activation_bits"],
+        clip=(float(low), float(high)),
+        drift=None if drift is None else float(drift),
+    )
+    if not ranges or not ranges["low"]:
+        return choice
+    return replace(choice, low=min(map(float, ranges["low"])), high=max(map(float, ranges["high"])))
+
+
+@dataclass(frozen=True)
+class PlanDifference:
+    """Layers of two plans: those that differ, or all; and how many agree."""
+
+    names: tuple[str, str]
+    layers: Mapping[str, tuple[LayerChoice, LayerChoice]]
+    agreeing: int
+
+
+def compare_plans(runs: Sequence[RunRecord], every: bool = False) -> PlanDifference:
+    """Where the plans of two runs differ.
+
+    Raises:
+        ConfigError: they are not two, one has no plan, or they are of different layers.
+    """
+    if len(runs) != 2:
+        raise ConfigError(f"--layers: compares two runs; named: {counted(len(runs), 'run')}")
+    one, other = (read_choices(run.path) for run in runs)
+    if set(one) != set(other):
+        lacking = sorted(set(one) ^ set(other))
+        raise ConfigError(
+            f"--layers: the plans are of different layers, of two models or other taps: {lacking[0]} "
+            f"and {len(lacking) - 1} more are in one of them only"
+        )
+    pairs = {name: (one[name], other[name]) for name in one}
+    differing = {name: pair for name, pair in pairs.items() if pair[0].differs(pair[1])}
+    shown = pairs if every else differing
+    return PlanDifference((runs[0].name, runs[1].name), shown, len(pairs) - len(differing))
+
+
+COLUMNS = {
+    "weight_bits": "W bits",
+    "group_size": "group",
+    "activation_bits": "A bits",
+    "clip": "clip",
+    "low": "low",
+    "high": "high",
+    "drift": "drift",
+}
+#: Bits that vary with the phase are told with those that do not.
+_PHASES = {"weight_bits": "weight_phases", "activation_bits": "activation_phases"}
+
+
+def _told(choice: LayerChoice, name: str, digits: int = 3) -> str:
+    value = getattr(choice, name)
+    if value is None:
+        return "–"
+    if name == "clip":
+        return "none" if value == (0, 100) else f"{value[0]:g}–{value[1]:g}%"
+    phases = getattr(choice, _PHASES[name]) if name in _PHASES else {}
+    apart = f" ({', '.join(f'{phase} {bits}' for phase, bits in phases.items())})" if phases else ""
+    return f"{value:.{digits - 3}%}" if name == "drift" else f"{value:.{digits}g}{apart}"
+
+
+def _cell(name: str, pair: tuple[LayerChoice, LayerChoice]) -> str:
+    keys = [name, _PHASES[name]] if name in _PHASES else [name]
+    if all(_alike(*(getattr(choice, key) for choice in pair)) for key in keys):
+        return _told(pair[0], name)
+    for digits in range(3, 8):  # as many as tell them apart
+        one, other = (_told(choice, name, digits) for choice in pair)
+        if one != other:
+            break
+    return f"{one} → {other}"
+
+
+def _rows(found: PlanDifference) -> list[list[str]]:
+    rows = [["layer", *COLUMNS.values()]]
+    return rows + [[layer, *(_cell(name, pair) for name in COLUMNS)] for layer, pair in found.layers.items()]
+
+
+def _verdict(found: PlanDifference) -> list[str]:
+    differ = sum(one.differs(other) for one, other in found.layers.values())
+    return [
+        f"{found.names[0]} → {found.names[1]}: {counted(differ, 'layer')} differ, {found.agreeing} agree",
+        "drift: how much narrower a layer's range is at its narrowest step than at its widest",
+    ]
+
+
+def plans_text(found: PlanDifference) -> str:
+    """For the terminal."""
+    rows = _rows(found)
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(f"{text:<{w}}" for text, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join([*(lines if found.layers else []), *([""] if found.layers else []), *_verdict(found)]) + "\n"
+
+
+def plans_markdown(found: PlanDifference) -> str:
+    """A table in Markdown."""
+    head, *rows = _rows(found)
+    lines = ["| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows]]
+    return "\n".join([*lines, "", *_verdict(found)]) + "\n"
+
+
+def plans_csv(found: PlanDifference) -> str:
+    """Raw numbers, both runs' beside each other."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    names = [field.name for field in fields(LayerChoice)]
+    writer.writerow(["layer", *(f"{name}_{side}" for name in names for side in ("a", "b"))])
+    for layer, pair in found.layers.items():
+        values = [getattr(choice, name) for name in names for choice in pair]
+        writer.writerow([layer, *map(_raw, values)])
+    return out.getvalue()
+
+
+def _raw(value: Any) -> Any:
+    """A value in a table of numbers: 1-99 for a pair, early=4 for a phase's."""
+    if isinstance(value, Mapping):
+        return " ".join(f"{phase}={bits}" for phase, bits in value.items())
+    if isinstance(value, tuple):
+        return "-".join(f"{part:g}" for part in value)
+    return "" if value is None else value
+
+
+def plans_json(found: PlanDifference) -> str:
+    """One document."""
+    layers = {layer: {"a": asdict(one), "b": asdict(other)} for layer, (one, other) in found.layers.items()}
+    document = {"a": found.names[0], "b": found.names[1], "agreeing": found.agreeing, "layers": layers}
+    return json.dumps(document, indent=2, ensure_ascii=False) + "\n"

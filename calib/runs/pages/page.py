@@ -1,0 +1,42 @@
+"""From values to a page: templates filled, style and script inlined."""
+
+import json
+from functools import cache
+from importlib import resources
+from typing import TYPE_CHECKING, Any
+
+import calib
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+
+@cache
+def _environment() -> "Environment":
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    loader = PackageLoader("calib.runs.pages")
+    return Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+
+
+def _asset(name: str) -> str:
+    return resources.files("calib.runs.pages").joinpath("templates", name).read_text(encoding="utf-8")
+
+
+def render(template: str, **values: Any) -> str:
+    """The page ``template`` with ``values``; texts are escaped, what :func:`trusted` marks is not."""
+    page = _environment().get_template(template)
+    own = {"style": trusted(_asset("style.css")), "script": trusted(_asset("page.js")), "version": calib.__version__}
+    return page.render(**own, **values)
+
+
+def trusted(html: str) -> Any:
+    """Markup that calib made itself."""
+    from markupsafe import Markup
+
+    return Markup(html)
+
+
+def embedded(value: Any) -> Any:
+    """JSON for a script element; no text in it can end the element."""
+    return trusted(json.dumps(value, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c"))

@@ -1,0 +1,264 @@
+"""The page of one run: what it was asked, what came out, and what it looks like."""
+
+import shlex
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from calib.base.errors import CalibError
+from calib.base.files import read_json, write_text
+from calib.base.layout import ACTIVATIONS, DETAILS, ENVIRONMENT, HYDRA, LOG, PAGE, PLAN, STEPS
+from calib.base.progress import readable_duration
+from calib.runs.compare.columns import metric_of
+from calib.runs.pages.charts import error_chart, for_both, heat_map, histogram_charts, scatter
+from calib.runs.pages.layers import (
+    BitTable,
+    Ranges,
+    bit_tables,
+    chosen_layers,
+    clip_of,
+    read_ranges,
+    sensitivity_dots,
+    shape_of,
+)
+from calib.runs.pages.page import embedded, render, trusted
+from calib.runs.pages.parts import Part, curve_of
+from calib.runs.pages.pictures import LOSSLESS, Pair, pairs, pictures_of
+from calib.runs.record import RunRecord, read_run
+
+import numpy as np
+import yaml
+
+ANALYSIS = "analysis.txt"
+#: Lines of a failed run's log that are shown.
+TRACE_LINES = 60
+
+
+@dataclass
+class Found:
+    """What a run directory has to show; what could not be read is in ``problems``."""
+
+    parts: list[Part] = field(default_factory=list)
+    tables: list[BitTable] = field(default_factory=list)
+    pairs: list[Pair] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    @contextmanager
+    def trying(self, what: str) -> Iterator[None]:
+        """A section that cannot be made, of a damaged file say, is told and spoils nothing else."""
+        try:
+            yield
+        except Exception as error:  # readers of damaged files raise what they like
+            self.problems.append(f"{what}: {' '.join(str(error).split()) or type(error).__name__}")
+
+
+def write_page(run: Path) -> Path:
+    """Write the page of the run directory ``run``, whole or not at all; returns where it is."""
+    write_text(run / PAGE, run_page(run))
+    return run / PAGE
+
+
+def run_page(path: Path) -> str:
+    """The page of a run directory, of whatever is in it."""
+    run, found = read_run(path, path.resolve().name), Found()
+    details: dict[str, Any] = {}
+    if (path / DETAILS).exists():
+        with found.trying("evaluation"):
+            details = read_json(path / DETAILS)
+            found.pairs = pairs(path, list(details["prompts"]), list(details["quantized"]["psnr"]))
+    plan: dict[str, Any] = {}
+    if (path / PLAN).exists():
+        with found.trying("the plan"):
+            plan = read_json(path / PLAN)
+            found.tables = bit_tables(plan)
+    if details:
+        with found.trying("error against step"):
+            found.parts.append(_error_part(details))
+    if (path / ACTIVATIONS).exists():
+        with found.trying("statistics"):
+            ranges = read_ranges(path / ACTIVATIONS)
+            for make in (_range_part, _drift_part):
+                found.parts.append(make(ranges))
+            with found.trying("histograms"):
+                found.parts += _histogram_part(ranges, plan, path)
+    with found.trying("sensitivities"):
+        found.parts += _sensitivity_part(plan)
+    surroundings = _surroundings(path)
+    return render(
+        "run.html",
+        title=_title(run, path),
+        run=run,
+        facts=_facts(run, surroundings),
+        trace=_trace(path) if run.state != "complete" else "",
+        tiles=_tiles(run.metrics),
+        pairs=found.pairs,
+        pictures=len(pictures_of(path)),
+        small=bool(found.pairs) and max(found.pairs[0].size) <= LOSSLESS,
+        tables=found.tables,
+        notes=_notes(plan),
+        parts=found.parts,
+        problems=[*found.problems, *(run.problems if run.state == "complete" else ())],
+        command=command_of(run),
+        machine=_machine(surroundings),
+        config=list(run.config.items()),
+        metrics=[(key, f"{value:.6g}") for key, value in run.metrics.items()],
+        analysis=(path / ANALYSIS).read_text(encoding="utf-8", errors="replace") if (path / ANALYSIS).exists() else "",
+    )
+
+
+def _title(run: RunRecord, path: Path) -> str:
+    here = path.resolve()
+    return f"{here.parent.name}/{run.name}"
+
+
+def _surroundings(path: Path) -> Mapping[str, Any]:
+    try:
+        document = read_json(path / ENVIRONMENT)
+    except CalibError:
+        return {}
+    return document if isinstance(document, dict) else {}
+
+
+def _facts(run: RunRecord, surroundings: Mapping[str, Any]) -> list[str]:
+    facts = [f"calib {run.stage}" if run.stage else "", str(run.config.get("model.name") or "")]
+    if run.start:
+        facts.append(run.start.replace("T", " ").replace("+00:00", " UTC"))
+        if run.end:
+            took = datetime.fromisoformat(run.end) - datetime.fromisoformat(run.start)
+            facts.append(f"took {readable_duration(took.total_seconds())}")
+    return [fact for fact in [*facts, str(surroundings.get("device") or "")] if fact]
+
+
+def _machine(surroundings: Mapping[str, Any]) -> list[str]:
+    versions = surroundings.get("versions")
+    told = [f"{name} {value}" for name, value in versions.items()] if isinstance(versions, dict) else []
+    commit = surroundings.get("git_commit")
+    return [
+        *told,
+        *(str(surroundings[key]) for key in ("platform", "blas") if surroundings.get(key)),
+        *([f"commit {commit}"] if commit and commit != "unknown" else []),
+    ]
+
+
+def command_of(run: RunRecord) -> str:
+    """The command that makes such a run, alone: for a job of a sweep too."""
+    overrides = run.path / HYDRA / "overrides.yaml"
+    try:
+        given = [str(o) for o in yaml.safe_load(overrides.read_text(encoding="utf-8"))]
+    except (OSError, TypeError, yaml.YAMLError):
+        return shlex.join(["calib", *run.command[1:]]) if run.command else "calib"
+    kept = [o for o in given if o.partition("=")[0] not in ("stage", "swept", "hparams_search")]
+    stage = [run.stage] if run.stage and run.stage != "run" else []
+    return shlex.join(["calib", *stage, *kept])
+
+
+def _trace(path: Path) -> str:
+    try:
+        lines = (path / LOG).read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return ""
+    return "\n".join(lines[-TRACE_LINES:])
+
+
+def _alone(form: str) -> str:
+    """A number that stands in no column needs no power of ten in common with others."""
+    return "{:.3g}" if "e" in form else form
+
+
+def _tiles(metrics: Mapping[str, float]) -> list[dict[str, str]]:
+    tiles = []
+
+    def tile(key: str, note: str = "") -> None:
+        if key in metrics:
+            told = metric_of(key)
+            value = _alone(told.form).format(metrics[key] * told.scale)
+            tiles.append({"title": told.title, "value": value, "unit": told.unit, "note": note})
+
+    for key in ("psnr", "ssim", "output_error"):
+        form, note = _alone(metric_of(key).form), ""
+        if f"{key}_low" in metrics and f"{key}_high" in metrics:
+            note = f"95%: {form.format(metrics[f'{key}_low'])} to {form.format(metrics[f'{key}_high'])}"
+        if f"control_{key}" in metrics:
+            note += f"; noise floor {form.format(metrics[f'control_{key}'])}"
+        tile(key, note)
+    tile("average_weight_bits", "quantized layers, scales and biases counted")
+    if "quantized_bytes" in metrics and metrics.get("unquantized_bytes"):
+        whole = metrics["unquantized_bytes"]
+        tile("quantized_bytes", f"of {whole / 1e6:.1f} MB at 16 bits ({metrics['quantized_bytes'] / whole:.0%})")
+    tile("mean_activation_bits", "mean over layers")
+    if "images" in metrics and "steps" in metrics:
+        layers = f"of {metrics['layers']:.0f} layers" if "layers" in metrics else ""
+        value = f"{metrics['images']:.0f} × {metrics['steps']:.0f}"
+        tiles.append({"title": "images × steps observed", "value": value, "unit": "", "note": layers})
+    seconds = {k.removesuffix("_seconds"): v for k, v in metrics.items() if k.endswith("_seconds")}
+    if seconds:
+        longest = max(seconds, key=lambda key: seconds[key])
+        number, _, unit = readable_duration(sum(seconds.values())).partition(" ")
+        note = f"most of it: {longest}, {readable_duration(seconds[longest])}"
+        tiles.append({"title": "time of all stages", "value": number, "unit": unit, "note": note})
+    return tiles
+
+
+def _notes(plan: Mapping[str, Any]) -> list[str]:
+    sensitive = sum(bool(entry.get("sensitive")) for entry in plan.values())
+    told = f"{sensitive} of {len(plan)} layers are sensitive: ringed" if sensitive else "no layer is marked sensitive"
+    return [told] if plan else []
+
+
+def _error_part(details: Mapping[str, Any]) -> Part:
+    curves = [curve_of(details["quantized"], "quantized"), curve_of(details["control"], "control, all in bfloat16")]
+    note = "The model's output on the same states, mean and 95% interval over prompts. The control is the noise floor."
+    return Part("error", "Error against step", note, trusted(for_both("error", lambda n, w: error_chart(n, curves, w))))
+
+
+def _heat_part(name: str, title: str, note: str, ranges: Ranges, values: Any, label: str, logarithmic: bool) -> Part:
+    def draw(own: str, width: float) -> str:
+        return heat_map(own, ranges.layers, ranges.steps, values, label, logarithmic, width)
+
+    rounded = [[None if not np.isfinite(v) else float(f"{v:.3g}") for v in row] for row in values]
+    data = embedded({"rows": ranges.layers, "steps": ranges.steps, "values": rounded})
+    return Part(name, title, note, trusted(for_both(name, draw)), data)
+
+
+def _range_part(ranges: Ranges) -> Part:
+    note = "How wide each layer's input is, largest minus smallest value, on a logarithmic scale. (+n): n more read it."
+    return _heat_part("range", "Range", note, ranges, ranges.widths, "width of the range", True)
+
+
+def _drift_part(ranges: Ranges) -> Part:
+    note = "The same, each layer relative to its widest step: what one range for all steps would miss."
+    return _heat_part("drift", "Drift", note, ranges, ranges.drift, "share of the layer's widest range", False)
+
+
+def _histogram_part(ranges: Ranges, plan: Mapping[str, Any], path: Path) -> list[Part]:
+    steps = read_json(path / STEPS) if (path / STEPS).exists() else {}
+    chosen = chosen_layers(ranges, plan)
+    shapes = [shape_of(ranges, layer, why, clip_of(steps, layer)) for layer, why in chosen]
+    there = [shape for shape in shapes if shape is not None]
+    if not there:
+        return []
+    note = "A few layers that tell most; over each, why it was chosen."
+    return [
+        Part(
+            "histograms",
+            "Inputs by step",
+            note,
+            trusted(for_both("histograms", lambda n, w: histogram_charts(n, there, w))),
+        )
+    ]
+
+
+def _sensitivity_part(plan: Mapping[str, Any]) -> list[Part]:
+    dots, series = sensitivity_dots(plan)
+    if not dots:
+        return []
+    note = (
+        "What each layer's weights take as planned, and what they alone do to the model's output: "
+        "S = ‖Δv‖² / ‖v‖². Hover a dot for its layer."
+    )
+    labels = ("kB of the layer as planned", "S, measured")
+    svg = for_both("sensitivity", lambda n, w: scatter(n, dots, labels, series, width=w))
+    return [Part("sensitivity", "Sensitivity against bytes", note, trusted(svg))]

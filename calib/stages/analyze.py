@@ -1,0 +1,111 @@
+"""Turns statistics into a bit-width plan, from files alone; analysis=sensitivity and allocate
+replay stored states once, and find what they measured in cache_dir ever after.
+
+Main keys: stats (a run directory or a layer_statistics.json), analysis, ranges, phase_bits, sensitivity,
+export_config
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from calib.analysis.layers import LayerSummary, read_summaries
+from calib.analysis.measure import pretended, sensitivities
+from calib.analysis.observed import drift_text, observed_ranges, plan_steps
+from calib.analysis.plan import Plan
+from calib.analysis.ranges import Observed
+from calib.analysis.sensitivities import Sensitivities
+from calib.analysis.steps import StepPlan
+from calib.analysis.summary import summary_text
+from calib.base.errors import CalibError
+from calib.base.files import checksum, write_json, write_text
+from calib.base.layout import ACTIVATIONS, METADATA, PLAN, STATISTICS, STEPS, SUMMARY
+from calib.models.model import DiffusionModel
+from calib.runs.directory import RunDirectory
+from calib.stages import Stage
+from calib.stages.origin import activations_of, collected, stats_of
+from calib.stages.settings import Settings
+
+
+def check(settings: Settings) -> None:
+    """Raise where the statistics cannot be read, or the heuristic could not plan their layers."""
+    stats = stats_of(settings)
+    layers, _ = read_summaries(stats)
+    try_heuristic(settings, list(layers))
+    if settings.analyze.analysis.measures:
+        collected(settings, stats, "this heuristic")
+
+
+def sources(settings: Settings) -> list[str]:
+    """The statistics that the plan is made from."""
+    stats = stats_of(settings)
+    files = (stats / ACTIVATIONS, stats / STATISTICS, stats / METADATA, stats)
+    return [checksum(path) for path in files if path.is_file()]
+
+
+def run(settings: Settings, run: RunDirectory, model: Callable[[], DiffusionModel], config: Mapping[str, Any]) -> None:
+    """Turn statistics into a plan: from files alone, unless the heuristic measures."""
+    start, own = time.monotonic(), settings.analyze
+    stats = run.path if settings.stage is Stage.RUN else stats_of(settings)
+    layers, _ = read_summaries(stats)
+    _check_finite(stats, layers)
+    plan = own.analysis.plan(layers, lambda: sensitivities_of(settings, stats, layers, model))
+    steps, observed = _steps(settings, plan, layers, stats)
+    write_json(run.path / PLAN, plan.to_json())
+    write_json(run.path / STEPS, steps.to_json())
+    if own.export_config is not None:
+        write_json(own.export_config, plan.to_json())
+    text = summary_text(plan) + (drift_text(_distinct(observed)) if observed else "")
+    write_text(run.path / SUMMARY, text)
+    run.add_metrics({**plan.metrics(), "analyze_seconds": time.monotonic() - start})
+    print(f"\n{text}")
+
+
+def _check_finite(stats: Path, layers: Mapping[str, LayerSummary]) -> None:
+    for name, layer in layers.items():
+        if not (layer.std >= 0 and layer.range >= 0):
+            raise CalibError(f"{stats}: layer {name!r} has no finite activations; look at {METADATA}")
+
+
+def sensitivities_of(
+    settings: Settings, stats: Path, layers: Mapping[str, LayerSummary], model: Callable[[], DiffusionModel]
+) -> Sensitivities:
+    """Measured on the states behind ``stats``, or from the cache."""
+    source, wanted = collected(settings, stats, "this heuristic"), settings.analyze.sensitivity
+    load = source.model(model)
+    states = source.states(wanted.images, wanted.steps)
+    architecture = settings.job.model.architecture(load)
+    return sensitivities(load, architecture, layers, states, settings.job.cache_dir, wanted.group_sizes)
+
+
+def try_heuristic(settings: Settings, names: list[str]) -> None:
+    """Raise where a heuristic that measures could not plan the layers ``names``, whatever is measured."""
+    heuristic, skeleton = settings.analyze.analysis, settings.job.model.skeleton
+    if heuristic.measures and skeleton is not None:
+        sizes, num_steps = settings.analyze.sensitivity.group_sizes, settings.generate.sampler.num_steps
+        layers, found = pretended(skeleton(), names, num_steps, sizes)
+        heuristic.whole(layers, lambda: found)
+
+
+def _distinct(observed: Mapping[str, Observed]) -> dict[str, Observed]:
+    """Layers that read one array under the first one's name, with the number of the others."""
+    groups: dict[tuple[bytes, bytes], list[str]] = {}
+    for name, seen in observed.items():
+        groups.setdefault((seen.low.tobytes(), seen.high.tobytes()), []).append(name)
+    return {
+        names[0] + (f" and {len(names) - 1} that read the same" if len(names) > 1 else ""): observed[names[0]]
+        for names in groups.values()
+    }
+
+
+def _steps(
+    settings: Settings, plan: Plan, layers: Mapping[str, LayerSummary], stats: Path
+) -> tuple[StepPlan, dict[str, Observed]]:
+    """What varies with the step, and the ranges that were seen; a layer_statistics.json says nothing of either."""
+    path, own = activations_of(stats), settings.analyze
+    if path is None:
+        return StepPlan(), {}
+    observed = observed_ranges(plan, path)
+    bits = own.analysis.phase_bits(layers, plan) if own.phase_bits else None
+    return plan_steps(plan, observed, path, own.ranges, bits), observed

@@ -1,0 +1,98 @@
+"""Draws held-out prompts at full precision and with a quantized model, same seeds and noise.
+
+Main keys: plan (the run directory of calib quantize), evaluation.num_images, evaluation.seed, evaluation.steps
+"""
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+from calib.base.errors import CalibError
+from calib.base.files import check_writable, checksum, write_json, write_text
+from calib.base.layout import (
+    DETAILS,
+    ERROR_PLOT,
+    FIDELITY,
+    FULL_PICTURES,
+    MODEL,
+    PICTURE_GRID,
+    QUANTIZED_PICTURES,
+)
+from calib.base.progress import note, readable_bytes
+from calib.base.values import at_least
+from calib.dataset.generate import missing_images
+from calib.evaluation.paired import Paired
+from calib.evaluation.reference import control_of, draw_reference
+from calib.evaluation.report import fidelity_text, picture_grid, plot_error, save_pictures
+from calib.models.model import DiffusionModel
+from calib.quantization.apply import applied, runs_dense
+from calib.quantization.checkpoint import CHECKPOINT, load
+from calib.runs.directory import RunDirectory
+from calib.stages import Stage
+from calib.stages.origin import quantized_of
+from calib.stages.settings import Settings
+
+import mlx.core as mx
+
+logger = logging.getLogger("calib")
+
+
+def check(settings: Settings) -> None:
+    """Raise where there is no quantized model, or no image to compare."""
+    at_least("evaluation.num_images", settings.evaluate.evaluation.num_images, 1)
+    quantized_of(settings)
+    check_reference(settings)
+
+
+def check_reference(settings: Settings) -> None:
+    """Raise where full-precision pictures are to be drawn beside the dataset, and cannot be written there."""
+    own = settings.evaluate
+    if missing_images(own.data_dir, own.evaluation.num_images):
+        check_writable("data_dir", own.data_dir)
+
+
+def sources(settings: Settings) -> list[str]:
+    """The quantized model: its description has the checksums of the rest."""
+    return [checksum(quantized_of(settings) / CHECKPOINT)]
+
+
+def run(settings: Settings, run: RunDirectory, model: Callable[[], DiffusionModel], config: Mapping[str, Any]) -> None:
+    """Draw held-out prompts at full precision and quantized; metrics, pictures, and a plot into the run directory."""
+    start, wanted, drawn = time.monotonic(), settings.evaluate.evaluation, settings.generate
+    quantized = load(run.path / MODEL if settings.stage is Stage.RUN else quantized_of(settings))
+    if quantized.about.get("fingerprint") != model().fingerprint:
+        made_from = quantized.about.get("model")
+        raise CalibError(f"the quantized model was made from {made_from} with other weights; set model")
+    if wanted.num_images + drawn.num_images > len(drawn.prompts):
+        note("evaluation: the list of prompts is too short for prompts of its own; seeds are others")
+    # From the end of the list: prompts that a smaller dataset has not used.
+    what = (drawn.prompts[::-1], wanted.num_images, drawn.sampler, wanted.base_seed)
+    reference = draw_reference(model(), settings.evaluate.data_dir, *what, wanted.steps)
+    paired = Paired(model(), reference)
+    control = control_of(model(), reference, paired, settings.job.cache_dir)
+    mx.reset_peak_memory()
+    outcome = paired.compare(partial(applied, model(), quantized, wanted.dequantize), "quantized")
+    peak, found = mx.get_peak_memory(), outcome.fidelity
+    text = fidelity_text(found, control, drawn.sampler.num_steps)
+    text += f"peak memory while drawing quantized: {readable_bytes(peak)}{_counted(wanted.dequantize)}\n"
+    write_text(run.path / FIDELITY, text)
+    details = {"prompts": reference.prompts, "quantized": found.to_json(), "control": control.to_json()}
+    write_json(run.path / DETAILS, details)
+    plot_error(run.path / ERROR_PLOT, {"quantized": found, "control: weights and states in bfloat16": control})
+    picture_grid(run.path / PICTURE_GRID, paired.pictures, outcome.pictures, reference.prompts)
+    save_pictures(run.path / FULL_PICTURES, paired.pictures)
+    save_pictures(run.path / QUANTIZED_PICTURES, outcome.pictures)
+    seconds = time.monotonic() - start
+    run.add_metrics({**found.summary(), **control.summary("control_")})
+    run.add_metrics({"evaluate_seconds": seconds, "evaluate_peak_bytes": peak})
+    logger.info("evaluated %d images in %.1f s", len(reference.images), seconds)
+    print(f"\n{text}")
+
+
+def _counted(dequantize: bool | None) -> str:
+    """What people must know of the peak."""
+    if runs_dense() if dequantize is None else dequantize:
+        return " (with dequantized weights: no less than at full precision)"
+    return " (the full-precision weights, which stay loaded, counted)"

@@ -1,0 +1,99 @@
+"""Draws images 0 … num_images - 1 into data_dir; those it has are kept.
+
+Main keys: num_images, prompts, sampler.num_steps, sampler.cfg_weight, seed, data_dir, dataset
+"""
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+from calib.base.errors import ConfigError
+from calib.base.files import check_writable
+from calib.base.keep_awake import keep_awake
+from calib.base.progress import counted
+from calib.dataset.generate import generate, missing_images
+from calib.dataset.load import load_manifest
+from calib.dataset.manifest import MANIFEST, Manifest
+from calib.dataset.settings import check_manifest_is_there, check_prompts, only_read
+from calib.models.model import DiffusionModel
+from calib.runs.directory import RunDirectory
+from calib.stages.settings import Settings
+
+logger = logging.getLogger("calib")
+
+
+def check(settings: Settings) -> None:
+    """Raise where the dataset could not be drawn, or is begun with other settings."""
+    own = settings.generate
+    if (own.data_dir / MANIFEST).exists():
+        manifest = load_manifest(own.data_dir)
+        if manifest.is_older:
+            raise only_read(own.data_dir)
+        if manifest.images:  # a dataset without images is begun anew
+            check_matches(settings, manifest, ("model", "num_steps", "cfg_weight", "shift", "seed", "format", "dtype"))
+            _check_kept(settings, manifest)
+            check_prompts(own.data_dir, manifest, own.prompts)
+    check_manifest_is_there(own.data_dir)
+    if missing_images(own.data_dir, own.num_images):
+        check_writable("data_dir", own.data_dir)
+
+
+def sources(settings: Settings) -> list[str]:
+    """Contents that the result follows from besides the configuration."""
+    return []
+
+
+def run(settings: Settings, run: RunDirectory, model: Callable[[], DiffusionModel], config: Mapping[str, Any]) -> None:
+    """Fill the dataset up to ``num_images``; a complete one costs nothing, not even the model."""
+    own, shard = settings.generate, settings.job.shard
+    drawn, start = 0, time.monotonic()
+    if missing := missing_images(own.data_dir, own.num_images, shard, thorough=True):
+        with keep_awake() if settings.job.keep_awake else nullcontext():
+            drawn = generate(
+                model(),
+                own.prompts,
+                own.num_images,
+                own.data_dir,
+                own.sampler,
+                own.seed,
+                own.dataset.format,
+                own.dataset.dtype,
+                own.kept_steps,
+                shard,
+                wait=settings.collect.generate_missing,
+                known_missing=missing,
+            )
+    seconds = time.monotonic() - start
+    logger.info("dataset %s: %d images made in %.1f s", own.data_dir, drawn, seconds)
+    run.add_metrics({"images_generated": drawn, "generate_seconds": seconds})
+    part = f"shard {shard.index} of {shard.count}, " if shard.count > 1 else ""
+    complete = len(load_manifest(own.data_dir).images)
+    print(f"Dataset: {own.data_dir} ({part}{counted(complete, 'image')}, {drawn} new)")
+
+
+def check_matches(settings: Settings, manifest: Manifest, names: Sequence[str]) -> None:
+    """Raise where the dataset in ``data_dir`` was drawn otherwise than is asked now."""
+    own = settings.generate
+    sampler = {f"sampler.{name}": getattr(own.sampler, name) for name in ("num_steps", "cfg_weight", "shift")}
+    stored = {"dataset.format": own.dataset.format, "dataset.dtype": own.dataset.dtype}
+    wanted = {"model": settings.job.model.name, "seed": own.seed, **sampler, **stored}
+    for key, value in wanted.items():
+        name = key.rpartition(".")[2]
+        there = manifest.storage if name == "format" else getattr(manifest, name)
+        if name in names and there != value:
+            allowed = f"{own.data_dir} was drawn with {name}={there}; ask for that, or name another data_dir"
+            raise ConfigError.bad_value(key, value, allowed)
+
+
+def _check_kept(settings: Settings, manifest: Manifest) -> None:
+    """Raise where the dataset keeps other states than are asked for."""
+    own = settings.generate
+    if list(own.kept_steps) != manifest.steps:
+        raise ConfigError.bad_value(
+            "dataset.steps",
+            own.dataset.steps,
+            f"{own.data_dir} keeps {len(manifest.steps)} states of an image, others than these "
+            f"{len(own.kept_steps)}; ask for the same, or name another data_dir",
+        )

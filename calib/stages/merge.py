@@ -1,0 +1,64 @@
+"""Joining the run directories of a collection's shards; the command is :mod:`calib.cli.files`."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, TypeAlias
+
+from calib.activations.merge import merge_shards
+from calib.base.errors import CalibError, ConfigError
+from calib.base.files import read_json, write_json
+from calib.base.layout import ACTIVATIONS, METADATA
+from calib.stages.collect import summarise
+
+#: Values left out of the statistics: by layer, by step, how many were NaN and how many infinite.
+_NonFinite: TypeAlias = dict[str, dict[str, dict[str, int]]]
+
+
+def merge(runs: Sequence[Path], into: Path) -> int:
+    """Join the run directories of all shards of a collection into the folder ``into``; returns the number of images.
+
+    ``calib analyze stats=INTO`` and all else that reads a run directory reads it.
+    """
+    for run in runs:
+        if not run.is_dir():
+            raise ConfigError(f"{run}: no such run directory; calib collect with shard.index and shard.count makes one")
+    if into.exists() and (not into.is_dir() or any(into.iterdir())):
+        raise ConfigError(f"{into}: is not an empty folder; name a new one")
+    documents = sorted((_shard_metadata(run) for run in runs), key=lambda document: document["shard"]["index"])
+    into.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f".{into.name}.", dir=into.parent, ignore_cleanup_errors=True) as folder:
+        made = Path(folder) / "made"
+        blocks = merge_shards(runs, made)
+        summarise(made)
+        joined = {**documents[0], "image_ids": [i for block in blocks for i in block.images]}
+        joined |= {"shard": {"index": 0, "count": 1}, "merged_from": [str(run) for run in runs]}
+        joined["non_finite"] = _joined_non_finite([document["non_finite"] for document in documents])
+        joined["non_finite_output"] = sorted({step for document in documents for step in document["non_finite_output"]})
+        write_json(made / METADATA, joined)
+        made.replace(into)  # whole or not at all
+    return len(joined["image_ids"])
+
+
+def _shard_metadata(run: Path) -> dict[str, Any]:
+    """What a shard's run directory says of its collection."""
+    if not (run / ACTIVATIONS).exists():
+        raise CalibError(f"{run / ACTIVATIONS}: no such file; calib collect writes it")
+    document = read_json(run / METADATA)
+    try:
+        int(document["shard"]["index"]), dict(document["non_finite"]), list(document["non_finite_output"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CalibError(f"{run / METADATA}: lacks or garbles {error}; run the shard's calib collect again") from None
+    found: dict[str, Any] = document
+    return found
+
+
+def _joined_non_finite(parts: Sequence[_NonFinite]) -> _NonFinite:
+    """Counts of NaN and infinity by layer and step, added up."""
+    total: _NonFinite = {}
+    for part in parts:
+        for layer, steps in part.items():
+            for step, counts in steps.items():
+                own = total.setdefault(layer, {}).setdefault(step, {"nan": 0, "inf": 0})
+                total[layer][step] = {kind: own[kind] + counts[kind] for kind in own}
+    return total

@@ -1,0 +1,142 @@
+"""Applies a plan: weights packed as MLX runs them, activation ranges that follow the step, as a
+folder quantized/ in the run directory.
+
+Main keys: plan (a run directory or a quantization_config.json), quantizer, calibration, stats
+"""
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from calib.analysis.observed import observed_ranges, plan_steps, rule_document
+from calib.analysis.plan import LayerPlan, Plan, plan_hash, read_plan
+from calib.analysis.steps import StepPlan, read_steps
+from calib.base.errors import CalibError, ConfigError
+from calib.base.files import checksum, read_json, write_json
+from calib.base.layout import ACTIVATIONS, EVALUATION, MODEL, PLAN, STEPS
+from calib.base.progress import note, readable_bytes
+from calib.base.values import bind_target
+from calib.models.architecture import Architecture
+from calib.models.model import DiffusionModel
+from calib.quantization.build import Calibration, check_names, quantize_layers
+from calib.quantization.checkpoint import save
+from calib.quantization.model import QuantizedModel
+from calib.runs.directory import RunDirectory
+from calib.stages import Stage
+from calib.stages.origin import activations_of, collected, plan_of
+from calib.stages.settings import Settings
+
+import mlx.core as mx
+
+logger = logging.getLogger("calib")
+
+
+def check(settings: Settings) -> None:
+    """Raise where there is no plan, or it cannot be this model's; costs no weights."""
+    path, model = plan_of(settings), settings.job.model
+    plan = read_plan(path)
+    if model.skeleton is not None:
+        check_names(plan, _known(model.skeleton()), str(path))
+    made_for = read_steps(path.parent / STEPS).origin.get("model", model.name)
+    # Datasets of older scripts name a repository, or nothing; weights are compared once they are loaded.
+    if made_for not in ("unknown", "None", model.name) and "/" not in made_for:
+        raise ConfigError(f"plan={path}: made for model={made_for}, not {model.name}; set model={made_for}")
+    stats = settings.analyze.stats
+    if stats is not None and activations_of(stats) is None:
+        allowed = f"no {ACTIVATIONS} there; calib collect makes a run directory with one"
+        raise ConfigError.bad_value("stats", stats, allowed)
+
+
+def sources(settings: Settings) -> list[str]:
+    """The plan, and the statistics that quantizers ask."""
+    plan = plan_of(settings)
+    beside = (plan, plan.parent / STEPS, (settings.analyze.stats or plan.parent) / ACTIVATIONS)
+    return [checksum(path) for path in beside if path.is_file()]
+
+
+def _known(architecture: Architecture) -> list[str]:
+    """Names that a plan may have: layers, and blocks where they were tapped."""
+    return [*architecture.layers(), *architecture.blocks()]
+
+
+def run(settings: Settings, run: RunDirectory, model: Callable[[], DiffusionModel], config: Mapping[str, Any]) -> None:
+    """The planned model into the run directory's folder ``quantized``, by the chosen quantizer."""
+    start, quantizer = time.monotonic(), settings.quantize.quantizer
+    path = run.path / PLAN if settings.stage is Stage.RUN else plan_of(settings)
+    plan, steps = read_plan(path), read_steps(path.parent / STEPS)
+    check_names(plan, _known(model().architecture), str(path))
+    fingerprint, own = steps.origin.get("fingerprint"), model().fingerprint
+    if fingerprint not in (None, own):
+        raise CalibError(f"{path}: its statistics are of other weights ({fingerprint}, not {own})")
+    source = _source(settings, run, path, steps)
+    steps = _own_steps(path, plan, steps, source)
+    about = {"quantizer": rule_document(quantizer), "ranges": steps.rule}
+    mx.reset_peak_memory()
+    quantized, notes = quantize_layers(model(), plan, steps, quantizer, source, about)
+    peak = mx.get_peak_memory()
+    run.forget(EVALUATION)  # what an earlier job measured here: it speaks of another model
+    save(quantized, run.path / MODEL)
+    if settings.stage is not Stage.RUN:
+        _copy_plan(run, path, steps)
+    for line in notes:
+        note(line)
+    seconds = time.monotonic() - start
+    run.add_metrics({**quantized.size().metrics(), "quantize_seconds": seconds, "quantize_peak_bytes": peak})
+    logger.info("quantized %d layers in %.1f s", len(quantized.layers), seconds)
+    print(f"{size_text(quantized, run.path / MODEL)}; peak memory {readable_bytes(peak)}")
+
+
+def _own_steps(path: Path, plan: dict[str, LayerPlan], steps: StepPlan, source: Calibration) -> StepPlan:
+    """``steps`` where they belong to ``plan``; else, as the plan was changed or copied, made anew from statistics."""
+    if steps.plan == plan_hash(plan):
+        return steps
+    why = f"{path}: {STEPS} beside it is another plan's" if steps.timesteps else f"{path} stands alone"
+    if source.statistics is None:
+        note(f"{why}, and there are no statistics (stats=DIR): inputs stay as they are, weights alone are quantized")
+        return replace(steps, activation_bits={}, weight_bits={}, ranges={})
+    note(f"{why}: activation ranges are made from {source.statistics}")
+    whole = Plan(plan)
+    return plan_steps(whole, observed_ranges(whole, source.statistics), source.statistics, source.rule)
+
+
+def _copy_plan(run: RunDirectory, plan: Path, steps: StepPlan) -> None:
+    """The plan itself beside the model, so that the run directory says all of it."""
+    write_json(run.path / PLAN, read_json(plan))
+    write_json(run.path / STEPS, steps.to_json())
+
+
+def _source(settings: Settings, run: RunDirectory, plan: Path, steps: StepPlan) -> Calibration:
+    """Statistics and states for the quantizer: of this run, else as asked, else those that the plan names."""
+    stats = run.path if settings.stage is Stage.RUN else settings.analyze.stats
+    if stats is None:
+        beside = plan.parent if activations_of(plan.parent) else None
+        named = Path(steps.origin["statistics"]) if "statistics" in steps.origin else None
+        stats = beside or (named.parent if named is not None and named.exists() else None)
+    # As the plan's own ranges were made, so those that a quantizer asks for.
+    rule = bind_target("ranges", steps.rule, given=("observed",)) if steps.rule else settings.analyze.ranges
+    if stats is None:
+        return Calibration(None, rule, None)
+    wanted = settings.quantize.calibration
+
+    def states() -> Any:
+        return collected(settings, stats, "this quantizer").states(wanted.images, wanted.steps)
+
+    return Calibration(activations_of(stats), rule, states)
+
+
+def size_text(quantized: QuantizedModel, folder: Path) -> str:
+    """For people: how large the model is now."""
+    size = quantized.size()
+    copies = sum(map(len, quantized.copies.values()))
+    more = f", {copies} further copies for phases" if copies else ""
+    on_disk = sum(path.stat().st_size for path in folder.iterdir())
+    return (
+        f"Quantized model: {folder}\n"
+        f"  {len(quantized.layers)} layers at {size.average_bits:.2f} bits a weight, scales and biases counted{more}\n"
+        f"  {size.bits_per_weight:.2f} bits a weight over all: {readable_bytes(size.nbytes)} of "
+        f"{readable_bytes(size.nbytes_before)} at 16 bits ({readable_bytes(on_disk)} on disk)\n"
+        f"  {len(quantized.inputs)} layers with quantized inputs"
+    )
