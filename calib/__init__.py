@@ -1,20 +1,20 @@
 """Time-aware calibration and post-training quantization of diffusion transformers on MLX.
 
-Importing calib takes nothing but this file. On Linux it sees to it that a fast BLAS is loaded before MLX is, whoever
-imports MLX first: :mod:`calib.base.blas` says why.
+Importing calib imports nothing else. On Linux it arranges for a fast BLAS to be loaded before MLX, whoever imports MLX
+first; :mod:`calib.base.blas` explains why.
 """
 
 import sys
-from importlib.abc import MetaPathFinder
-from typing import Any
 
-__version__ = "0.1.0"
+from calib.base import VERSION as __version__
+
+__all__ = ["__version__"]
 
 
-class _BlasBeforeMlx(MetaPathFinder):
-    """Finds nothing; the first time that anybody looks for MLX it loads the BLAS that MLX will bind to."""
+class _BlasBeforeMlx:
+    """A finder of modules that finds none; it loads the BLAS that MLX will bind to when MLX is first looked for."""
 
-    def find_spec(self, name: str, path: Any, target: Any = None) -> None:
+    def find_spec(self, name: str, path: object, target: object = None) -> None:
         if name == "mlx":
             sys.meta_path.remove(self)
             from calib.base import blas

@@ -12,7 +12,7 @@ parts of a batch side by side; "parts alone" is that without observing anything.
 transformer, without guidance. Each figure is the median over rounds in which all variants take turns.
 """
 
-import calib  # isort: skip  (its BLAS must be loaded before mlx)
+import calib  # isort: skip  (it sees to it that a fast BLAS is loaded before MLX)
 
 import argparse
 import statistics
@@ -24,8 +24,8 @@ from itertools import pairwise
 from pathlib import Path
 
 from calib.activations.collect import Collection
-from calib.activations.observer import Observer, Seen
-from calib.activations.observer_mlx import PlainObserver
+from calib.activations.observer import Observer, TapResult
+from calib.activations.observer_mlx import MlxObserver
 from calib.activations.replay import Replay, new_observer, shared_cores
 from calib.activations.step import CollectSettings
 from calib.activations.store import write_activations
@@ -40,11 +40,11 @@ from calib.dataset.manifest import ImageEntry
 from calib.dataset.settings import SamplerSettings, planned_dataset
 from calib.dataset.store import StateDtype, StorageFormat, write_trajectory
 from calib.models import emoji
-from calib.models.architecture import Conditioning
+from calib.models.architecture import Conditioning, names_in_order
 from calib.models.diffusionkit import sd3_config
-from calib.models.mmdit.modulation import velocity
+from calib.models.mmdit.architecture import MMDiTArchitecture
 from calib.models.model import DiffusionModel, ModelDtype
-from calib.stages.collect import write_statistics
+from calib.stages.collect import summarise
 
 import mlx.core as mx
 import numpy as np
@@ -65,8 +65,11 @@ GUIDANCE, PHASE = False, 12345
 class Bare:
     """What replaying needs of a model."""
 
-    transformer: MMDiT
+    architecture: MMDiTArchitecture
     dtype: mx.Dtype
+
+    def velocity(self, x: mx.array, text: Conditioning, timestep: mx.array) -> mx.array:
+        return self.architecture.velocity(x, text, timestep)
 
 
 @dataclass
@@ -81,9 +84,8 @@ class Case:
     stride: int = 1
 
     def rows(self, count: int) -> "Case":
-        text = Conditioning(self.text.tokens[:count], self.text.pooled[:count])
-        tokens = int(np.prod(self.x.shape[1:3])) // self.model.transformer.config.patch_size**2
-        return replace(self, x=self.x[:count], text=text, stride=max(1, count * tokens // 256) | 1)
+        tokens = self.model.architecture.tokens(self.x.shape[1:3])
+        return replace(self, x=self.x[:count], text=self.text[:count], stride=max(1, count * tokens // 256) | 1)
 
 
 class Blind:
@@ -105,7 +107,7 @@ class Blind:
 
     def fetch(self) -> None: ...
 
-    def results(self) -> dict[str, Seen]:
+    def results(self) -> dict[str, TapResult]:
         return {}
 
 
@@ -122,8 +124,9 @@ def sd3_case(depth: int, latent: int, dtype: ModelDtype, batch: int) -> Case:
     pooled = mx.random.normal((batch, config.pooled_text_embed_dim)).astype(dtype.mlx)
     timestep = mx.array(500.0).astype(dtype.mlx)
     mx.eval(x, tokens, pooled, timestep)
-    points = tap_points(transformer, TapSelection())
-    return Case(Bare(transformer, dtype.mlx), points, x, Conditioning(tokens, pooled), timestep)
+    architecture = MMDiTArchitecture(transformer)
+    points = tap_points(architecture, TapSelection())
+    return Case(Bare(architecture, dtype.mlx), points, x, Conditioning(tokens, pooled), timestep)
 
 
 def emoji_case(batch: int) -> Case:
@@ -131,14 +134,15 @@ def emoji_case(batch: int) -> Case:
     text = model.encode(["red apple"] * batch, 0.0)
     x = mx.random.normal((batch, *model.latent_shape))
     timestep = mx.array(500.0)
-    mx.eval(x, text.tokens, text.pooled, timestep)
-    return Case(Bare(model.transformer, model.dtype), tap_points(model.architecture, TapSelection()), x, text, timestep)
+    mx.eval(x, *text.arrays(), timestep)
+    points = tap_points(model.architecture, TapSelection())
+    return Case(Bare(model.architecture, model.dtype), points, x, text, timestep)
 
 
 def plain(case: Case, steps: int, forwards: int) -> None:
     for _ in range(steps * forwards):
         rows = case.x.astype(case.model.dtype)
-        mx.eval(velocity(case.model.transformer, rows, case.text.tokens, case.text.pooled, case.timestep))
+        mx.eval(case.model.velocity(rows, case.text, case.timestep))
 
 
 def watched(
@@ -170,7 +174,7 @@ def variants(case: Case, forwards: int, steps: int, everything: bool) -> dict[st
     }
     if everything:
         found["collecting, plain MLX operations"] = lambda: watched(
-            case, steps, forwards, lambda: PlainObserver(case.stride), case.points
+            case, steps, forwards, lambda: MlxObserver(case.stride), case.points
         )
     return found
 
@@ -238,7 +242,7 @@ def show_schedules(images: int) -> None:
         def collect(cache: str, steps: Sequence[int]) -> float:
             start = time.perf_counter()
             collection = Collection(
-                model.transformer,
+                model.architecture,
                 lambda: model,
                 data_dir,
                 manifest,
@@ -276,7 +280,7 @@ def whole_model(latent: int) -> DiffusionModel:
     decoder = VAEDecoder(16, 3, [128, 256, 512, 512], 3, 32)
     return DiffusionModel(
         name="sd3_shapes",
-        transformer=case.model.transformer,
+        architecture=case.model.architecture,
         sampler=ModelSamplingDiscreteFlow(shift=3.0),
         latent_format=SD3LatentFormat(),
         encode_text=encode,
@@ -304,17 +308,18 @@ def show_whole(latent: int, images: int, batch: int) -> None:
             checksums = {name: checksum(data_dir / name) for name in samples}
             manifest.images[i] = ImageEntry(i, f"{i:0{i + 1}}", i, 5.0, 16, "", "", samples, checksums)
         points = tap_points(model.architecture, TapSelection())
+        order = {name: place for place, name in enumerate(names_in_order(model.architecture))}
         place = (data_dir, manifest, range(images), points, CollectSettings(), Path(folder) / "cache")
         plain(sd3_case(24, latent, ModelDtype.BFLOAT16, 2 * batch), 1, 3)
         for label in ("first", "again, from the cache"):
             laps = [time.perf_counter()]
-            collection = Collection(model.transformer, lambda: model, *place)
+            collection = Collection(model.architecture, lambda: model, *place)
             collection.collect(steps)
             laps.append(time.perf_counter())
             run = Path(folder) / label
-            write_activations(run / ACTIVATIONS, collection.source(steps), points, manifest, steps, {}, {})
+            write_activations(run / ACTIVATIONS, collection.source(steps), points, manifest, steps, {}, {}, order)
             laps.append(time.perf_counter())
-            write_statistics(run)
+            summarise(run)
             laps.append(time.perf_counter())
             names = ("collecting", "activations.h5", "layer_statistics.json")
             each = ", ".join(f"{name} {b - a:.1f} s" for name, (a, b) in zip(names, pairwise(laps), strict=True))

@@ -9,7 +9,7 @@ Overrides of the configuration come last. Both sides encode the same prompts, dr
 image at a time; ours keeps every state, and writes and lists every file.
 """
 
-import calib  # isort: skip  (its BLAS must be loaded before mlx)
+import calib  # isort: skip  (it sees to it that a fast BLAS is loaded before MLX)
 
 import argparse
 import resource
@@ -29,7 +29,6 @@ from calib.cli.help import CONF
 from calib.dataset.generate import generate, trajectory
 from calib.dataset.sampling import initial_noise, initial_state, noise_levels
 from calib.dataset.store import StateDtype
-from calib.models.mmdit.modulation import velocity
 from calib.models.model import DiffusionModel, weights
 from calib.stages.build import build
 from calib.stages.settings import Settings
@@ -85,9 +84,9 @@ def bare_pipeline(model: DiffusionModel) -> DiffusionPipeline:
 
 def bare_block(model: DiffusionModel, prompts: Sequence[str], seeds: Sequence[int], settings: Settings) -> float:
     """Seconds of the sampling loop alone; the whole block is encoded before and decoded after it."""
-    cfg_weight = settings.sampler.cfg_weight
+    cfg_weight = settings.generate.sampler.cfg_weight
     text = model.encode(prompts, cfg_weight)
-    sigmas = noise_levels(model.sampler, settings.sampler.num_steps)
+    sigmas = noise_levels(model.sampler, settings.generate.sampler.num_steps)
     noise = mx.stack([initial_noise(seed, model.latent_shape) for seed in seeds])
     x = initial_state(noise, model.sampler, sigmas)
     more = {"conditioning": text.tokens, "cfg_weight": cfg_weight, "pooled_conditioning": text.pooled}
@@ -116,12 +115,12 @@ class Timing:
 
 def time_blocks(model: DiffusionModel, settings: Settings, batch: int, blocks: int) -> list[Timing]:
     """``blocks`` pairs of one block each way, in turn; the first pair, which compiles, is left out."""
-    sampler = replace(settings.sampler, batch_size=batch)
+    sampler = replace(settings.generate.sampler, batch_size=batch)
     timings = []
     ours = watched(model)
     for number in range(blocks + 1):
         ids = range(number * batch, (number + 1) * batch)
-        prompts = [settings.prompts[i % len(settings.prompts)] for i in ids]
+        prompts = [settings.generate.prompts[i % len(settings.generate.prompts)] for i in ids]
         model._rows.clear()  # prompts come round again; here each is to be encoded
         start = time.perf_counter()
         bare_loop = bare_block(model, prompts, [image_seed(0, i) for i in ids], settings)
@@ -130,7 +129,14 @@ def time_blocks(model: DiffusionModel, settings: Settings, batch: int, blocks: i
         ours._rows.clear()
         with tempfile.TemporaryDirectory() as folder:
             # Two blocks and the time from one to the next: what a long run pays for each.
-            generate(ours, settings.prompts, 2 * batch, Path(folder) / "d", sampler, dtype=settings.dataset.dtype)
+            generate(
+                ours,
+                settings.generate.prompts,
+                2 * batch,
+                Path(folder) / "d",
+                sampler,
+                dtype=settings.generate.dataset.dtype,
+            )
         starts = [when for what, when in ours.calls if what == "denoise"][:: sampler.num_steps]
         decodes = [when for what, when in ours.calls if what == "decode"]
         decoded = [when for what, when in ours.calls if what == "decoded"]
@@ -141,7 +147,7 @@ def time_blocks(model: DiffusionModel, settings: Settings, batch: int, blocks: i
 
 
 def show_speed(settings: Settings, batches: Sequence[int], blocks: int) -> None:
-    model, sampler, steps = settings.load_model(), settings.sampler, settings.sampler.num_steps
+    model, sampler, steps = settings.job.model.load(), settings.generate.sampler, settings.generate.sampler.num_steps
     print(f"{model.name}, {sampler.image_size} px, {steps} steps, CFG {sampler.cfg_weight}, {model.dtype}")
     columns = ("batch", "bare loop, s an image", "calib, s an image", "ratio", "ratio of the loops alone", "ms a step")
     columns += ("ms to decode one", "ms from block to block", "share of the time", "images/s")
@@ -170,8 +176,8 @@ def show_speed(settings: Settings, batches: Sequence[int], blocks: int) -> None:
 
 def show_replay(settings: Settings, images: int) -> None:
     """Relative error of the transformer's output on stored states, per type, over all steps."""
-    model, sampler = settings.load_model(), settings.sampler
-    prompts = settings.prompts[:images]
+    model, sampler = settings.job.model.load(), settings.generate.sampler
+    prompts = settings.generate.prompts[:images]
     text = model.encode(prompts, sampler.cfg_weight)
     states = list(trajectory(model, prompts, [image_seed(0, i) for i in range(images)], sampler))[:-1]
 
@@ -179,7 +185,7 @@ def show_replay(settings: Settings, images: int) -> None:
         timestep = mx.array(states[step].timestep).astype(model.dtype)
         mx.eval(timestep)
         rows = (mx.concatenate([x, x]) if sampler.cfg_weight > 0 else x).astype(model.dtype)
-        v = velocity(model.transformer, rows, text.tokens, text.pooled, timestep)
+        v = model.velocity(rows, text, timestep)
         return np.array(v.astype(mx.float32)).reshape(len(rows), -1)
 
     print(f"{model.name}, latents {model.latent_shape}, {images} images, {sampler.num_steps} steps, {model.dtype}")

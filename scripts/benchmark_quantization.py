@@ -8,7 +8,7 @@ Overrides of the configuration come last. Sensitivities are measured where the c
 are paired: same prompts, seeds and noise. Tables are printed in Markdown; ``results.json`` holds every prompt's values.
 """
 
-import calib  # isort: skip  (its BLAS must be loaded before mlx)
+import calib  # isort: skip  (it sees to it that a fast BLAS is loaded before MLX)
 
 import argparse
 import json
@@ -32,21 +32,18 @@ from calib.cli.compose import plain
 from calib.cli.help import CONF
 from calib.evaluation.metrics import Fidelity, bootstrap, bootstrap_difference
 from calib.evaluation.paired import Paired
-from calib.evaluation.reference import control_of
-from calib.models.architecture import Source
+from calib.evaluation.reference import control_of, draw_reference
 from calib.models.model import DiffusionModel
 from calib.quantization import gptq, percentile, rtn, smooth
 from calib.quantization.apply import applied
+from calib.quantization.build import Calibration, quantize_layers
 from calib.quantization.quantizer import Quantizer
 from calib.runs.directory import RunDirectory
+from calib.stages import collect
 from calib.stages.analyze import sensitivities_of
 from calib.stages.build import build
-from calib.stages.build import build as build_settings
-from calib.stages.collect import run_collect
-from calib.stages.evaluate import reference_of
 from calib.stages.origin import collected
 from calib.stages.settings import Settings
-from calib.stages.stages import run_generate
 
 import numpy as np
 from hydra import compose, initialize_config_dir
@@ -86,11 +83,11 @@ class Setup:
 
 
 def by_layer(function, **parameters) -> Callable[[Setup], Plan]:
-    return lambda setup: setup.heuristic(Heuristic(by_layer=partial(function, **parameters)))
+    return lambda setup: setup.heuristic(Heuristic.of(partial(function, **parameters), function.__module__))
 
 
 def whole(function, **parameters) -> Callable[[Setup], Plan]:
-    return lambda setup: setup.heuristic(Heuristic(whole=partial(function, **parameters)))
+    return lambda setup: setup.heuristic(Heuristic.of(partial(function, **parameters), function.__module__))
 
 
 def kept_adaln(bits: int) -> Callable[[Setup], Plan]:
@@ -224,9 +221,11 @@ def main() -> None:
     for seed in arguments.seeds:
         held_out = [f"evaluation.num_images={arguments.images}", f"evaluation.seed={seed}"]
         own = configured([*overrides, f"num_images={arguments.calibration}", *held_out])
-        reference = reference_of(own, setup.model)
+        wanted, drawn = own.evaluate.evaluation, own.generate
+        what = (drawn.prompts[::-1], wanted.num_images, drawn.sampler, wanted.base_seed, wanted.steps)
+        reference = draw_reference(setup.model, own.evaluate.data_dir, *what)
         references[seed] = Paired(setup.model, reference)
-        control = control_of(own, setup.model, reference, references[seed])
+        control = control_of(setup.model, reference, references[seed], own.job.cache_dir)
         add(results, "control (bfloat16)", control, {})
     for title, rows in ROWS.items():
         chosen = [r for r in rows if not arguments.only or any(word in r.label for word in arguments.only)]
@@ -243,18 +242,17 @@ def main() -> None:
 
 def configured(overrides: Sequence[str]) -> Settings:
     with initialize_config_dir(str(CONF), version_base="1.3", job_name="benchmark"):
-        return build_settings(plain(compose("config", overrides=["stage=run", *overrides])))
+        return build(plain(compose("config", overrides=["stage=run", *overrides])))
 
 
 def prepared(arguments, overrides: Sequence[str]) -> Setup:
     """Dataset and statistics; both are kept in the working folder."""
     settings = configured([*overrides, f"num_images={arguments.calibration}"])
-    model = settings.load_model()
+    model = settings.job.model.load()
     run = RunDirectory(arguments.out / "run", "run", settings.fingerprint)
     run.path.mkdir(parents=True, exist_ok=True)
     if not (run.path / ACTIVATIONS).exists():
-        run_generate(settings, run, lambda: model)
-        run_collect(settings, run, lambda: model, {})
+        collect.run(settings, run, lambda: model, {})
     return Setup(settings, model, run.path)
 
 
@@ -267,13 +265,13 @@ def measure(setup: Setup, row: Row, references, results) -> None:
     path = setup.run / ACTIVATIONS
     bits = None
     if row.phase_bits:
-        bits = Heuristic(by_layer=range_heuristic.plan_layer).phase_bits(setup.layers, plan)
+        bits = Heuristic.of(range_heuristic.plan_layer, "range").phase_bits(setup.layers, plan)
     observed = {} if row.activation_bits == A16 else observed_ranges(plan, path)
     steps = plan_steps(plan, observed, path, row.rule, bits)
-    wanted = setup.settings.calibration
+    wanted = setup.settings.quantize.calibration
     states = collected(setup.settings, setup.run, "").states(wanted.images, wanted.steps)
-    source = Source(path, row.rule, lambda: states)
-    quantized, _ = build(setup.model, plan.layers, steps, row.quantizer, source, {})
+    source = Calibration(path, row.rule, lambda: states)
+    quantized, _ = quantize_layers(setup.model, plan.layers, steps, row.quantizer, source, {})
     size, made = quantized.size(), time.monotonic() - start
     about = {
         "average_bits": size.average_bits,

@@ -1,12 +1,14 @@
-"""Draw the README's two pictures from a dataset and a run directory.
+"""Draw the documents' pictures ``emoji.png``, ``ranges.png`` and ``quantized.png`` from a dataset and a run directory.
 
 ::
 
-    calib num_images=24 data_dir=/tmp/readme hydra.run.dir=/tmp/readme_run
+    calib num_images=24 data_dir=/tmp/readme hydra.run.dir=/tmp/readme_run \\
+        analysis=allocate analysis.average_bits=4.5 quantizer=gptq ranges=per_step
     python scripts/make_readme_pictures.py --data /tmp/readme --run /tmp/readme_run --out docs/images
 """
 
 import argparse
+import shutil
 from pathlib import Path
 
 from calib.activations.reader import ActivationFile
@@ -20,6 +22,9 @@ from matplotlib.colors import BoundaryNorm, ListedColormap, LogNorm
 from PIL import Image
 
 COLUMNS, TILE, GAP = 12, 72, 6
+#: From the fewest bits to the most, and the colours of MLX's bit-widths.
+BITS = (2, 3, 4, 5, 6, 8)
+COLOURS = ("#f7fbff", "#deebf7", "#c6dbef", "#9ecae1", "#4292c6", "#08519c")
 
 
 def emoji_grid(data_dir: Path, out: Path) -> None:
@@ -34,30 +39,40 @@ def emoji_grid(data_dir: Path, out: Path) -> None:
 
 
 def range_map(run_dir: Path, out: Path) -> None:
-    """The width of the central 98% of every layer's input at every step, beside the bits that ``range`` suggests."""
+    """The width of the central 98% of each layer's input at each step, beside the bits of the weights that read it."""
     plan = read_json(run_dir / "quantization_config.json")
+    readers: dict[str, list[str]] = {}
     with ActivationFile(run_dir / "activations.h5") as file:
-        # One row for each distinct input: layers that share one (q, k, v; all adaLN) differ in nothing here.
-        names = [n for n in reported_layers(file) if not n.endswith((".k_proj", ".v_proj"))]
-        names = [n for n in names if not n.endswith(".adaln") or n == "mm_block_0.image.adaln"]
+        first: dict[str, str] = {}
+        for name in reported_layers(file):
+            # All adaLN layers read one array and would make one row of nine cells: they are left out.
+            if not name.endswith(".adaln"):
+                readers.setdefault(first.setdefault(file.same_data(name), name), []).append(name)
         widths = np.array(
-            [[np.ptp(file.statistics(n, [s]).histogram.percentiles([1, 99])) for s in file.steps] for n in names]
+            [[np.ptp(file.statistics(n, [s]).histogram.percentiles([1, 99])) for s in file.steps] for n in readers]
         )
         steps = file.steps
-    bits = np.array([[plan[name]["suggested_activation_bits"]] for name in names])
+    bits = np.full((len(readers), max(map(len, readers.values()))), np.nan)
+    for row, names in enumerate(readers.values()):
+        bits[row, : len(names)] = [
+            plan[name]["suggested_weight_bits"] if "bytes" in plan[name] else np.nan for name in names
+        ]
     figure, (left, right) = plt.subplots(
-        1, 2, figsize=(9.5, 8.2), width_ratios=(17, 1), layout="constrained", sharey=True
+        1, 2, figsize=(9.5, 8.2), width_ratios=(17, 2), layout="constrained", sharey=True
     )
     picture = left.imshow(widths, aspect="auto", cmap="viridis", norm=LogNorm())
     left.set_xticks(range(len(steps)), steps)
-    left.set_yticks(range(len(names)), names, fontsize=8, family="monospace")
+    labels = [name.replace(".q_proj", ".{q,k,v}_proj") if len(names) > 1 else name for name, names in readers.items()]
+    left.set_yticks(range(len(readers)), labels, fontsize=8, family="monospace")
     left.set_xlabel("step index (0: pure noise, 50: finished)")
     left.set_title("Range of each layer's input, p99 - p01, over the denoising steps", fontsize=11, loc="left")
-    colours = ListedColormap(["#c6dbef", "#6baed6", "#08519c"])
-    right.imshow(bits, aspect="auto", cmap=colours, norm=BoundaryNorm([3, 5, 7, 9], 3))
-    for row, value in enumerate(bits[:, 0]):
-        right.text(0, row, value, ha="center", va="center", fontsize=8, color="white" if value == 8 else "black")
+    edges = [bits - 0.5 for bits in BITS]
+    right.imshow(bits, aspect="auto", cmap=ListedColormap(COLOURS), norm=BoundaryNorm([*edges, BITS[-1] + 0.5], 6))
+    for row, column in np.argwhere(np.isfinite(bits)):
+        value = int(bits[row, column])
+        right.text(column, row, value, ha="center", va="center", fontsize=8, color="white" if value >= 6 else "black")
     right.set_xticks([])
+    right.tick_params(left=False)
     right.set_title("bits", fontsize=11)
     figure.colorbar(picture, ax=[left, right], location="bottom", shrink=0.5, aspect=40, label="range (log scale)")
     figure.savefig(out, dpi=110)
@@ -72,6 +87,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     emoji_grid(args.data, args.out / "emoji.png")
     range_map(args.run, args.out / "ranges.png")
+    shutil.copy(args.run / "images" / "pictures.png", args.out / "quantized.png")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ Run it on a CPU (float32 throughout) after the weights have changed::
 """
 
 import calib.models.emoji
-from calib.cli.main import selftest
+from calib.cli.selftest_model import REFERENCE, drawn_values
 
 import mlx.core as mx
 import numpy as np
@@ -15,8 +15,8 @@ import numpy as np
 def main() -> None:
     mx.set_default_device(mx.Device(mx.cpu))
     model = calib.models.emoji.load()
-    np.savez(selftest.REFERENCE, fingerprint=np.array(model.fingerprint), **selftest.draw_reference(model))
-    print(f"{selftest.REFERENCE}: {selftest.REFERENCE.stat().st_size} bytes")
+    np.savez(REFERENCE, fingerprint=np.array(model.fingerprint), **drawn_values(model))
+    print(f"{REFERENCE}: {REFERENCE.stat().st_size} bytes")
 
 
 if __name__ == "__main__":

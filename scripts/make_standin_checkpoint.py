@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import calib  # its BLAS must be loaded before mlx
+import calib  # it sees to it that a fast BLAS is loaded before MLX
 from calib.dataset.prompts import builtin
 from calib.models.text import REPOSITORY as TEXT_REPOSITORY
 from calib.models.text import T5_REPOSITORY

@@ -26,7 +26,7 @@ from calib.models.model import DiffusionModel
 
 import pytest
 from damage import IMAGES, SETTINGS
-from helpers import PROMPTS, SAMPLER, STEPS, TINY, run_process
+from helpers import PROMPTS, SAMPLER, STEPS, TINY, run_in
 from hypothesis import settings
 from watching import Whole, collected, collection_of, recording
 
@@ -85,9 +85,9 @@ def single_settings() -> SamplerSettings:
 
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run directory of the whole job, made by a process of its own; beside it what the process printed."""
+    """The run directory of the whole job; beside it what was printed."""
     folder = tmp_path_factory.mktemp("tiny")
-    outcome = run_process(folder, *TINY, "data_dir=dataset", "hydra.run.dir=run")
+    outcome = run_in(folder, *TINY, "data_dir=dataset", "hydra.run.dir=run")
     assert outcome.status == 0, outcome.err
     (folder / "stdout.txt").write_text(outcome.out)
     (folder / "stderr.txt").write_text(outcome.err)

@@ -7,7 +7,7 @@ from typing import Any
 
 from calib.base.files import checksum
 from calib.dataset.settings import SamplerSettings
-from calib.dataset.verify import Report, verify
+from calib.dataset.verify import DatasetReport, verify
 
 import h5py
 import numpy as np
@@ -73,7 +73,7 @@ def assign(x: Any, place: Any, value: Any) -> None:
     x[place] = value
 
 
-def found(report: Report, image: int | None = 1) -> dict[str, set[str]]:
+def found(report: DatasetReport, image: int | None = 1) -> dict[str, set[str]]:
     """Files by kind; all of one image or of none."""
     assert {finding.image_id for finding in report.findings} == {image}, report.findings
     kinds: dict[str, set[str]] = {}

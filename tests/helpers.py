@@ -1,29 +1,37 @@
 """Reference implementations in float64 NumPy, and ways to run the command line."""
 
+import contextlib
 import hashlib
+import io
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from calib.activations.observer_mlx import is_sound, read, seen, summarize
+from calib.activations.observer_mlx import is_sound, summarize, tap_result, to_host
 from calib.activations.statistics import PERCENTILES, Statistics
 from calib.base.errors import ConfigError
 from calib.base.files import checksum
+from calib.base.progress import note
 from calib.cli.main import main
 from calib.dataset.load import load_manifest
 from calib.dataset.settings import SamplerSettings
+from calib.models.architecture import Conditioning
+from calib.models.mmdit.architecture import MMDiTArchitecture
 from calib.models.model import DiffusionModel
 
 import mlx.core as mx
 import numpy as np
 import pytest
 from diffusionkit.mlx import DiffusionPipeline
+from diffusionkit.mlx.mmdit import MMDiT
 from mlx.utils import tree_flatten
 from numpy.typing import NDArray
 
@@ -34,10 +42,10 @@ SAMPLER = SamplerSettings(num_steps=8, cfg_weight=3.0, batch_size=2)
 #: Steps of the shared statistics; 8 is the finished latent.
 STEPS = (0, 3, 8)
 
-#: A whole job in a second or so.
+#: A whole job in a second or so, without its page.
 TINY = (
     *("num_images=2", "sampler.num_steps=4", "timestep_schedule=quarters", "sampler.batch_size=2"),
-    *("evaluation.num_images=2", "evaluation.steps=2"),
+    *("evaluation.num_images=2", "evaluation.steps=2", "report=none"),
 )
 
 MLX_DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
@@ -62,12 +70,12 @@ def statistics_of(x: mx.array, **options: Any) -> Statistics:
     """Statistics of ``x`` (rows, …, channels), or of one row's tokens (tokens, channels), summarised at once."""
     summary = summarize(x if x.ndim > 2 else x[None], **options)
     mx.eval(summary)
-    return seen(read(summary), name_of(x)).statistics
+    return tap_result(to_host(summary), name_of(x)).statistics
 
 
 def sound(x: mx.array) -> bool:
     """Whether a plain summary of ``x`` (tokens, channels) can be used."""
-    return is_sound(read(summarize(x[None])))
+    return is_sound(to_host(summarize(x[None])))
 
 
 def name_of(x: mx.array) -> str:
@@ -157,15 +165,34 @@ class Outcome:
 def run_here(arguments: Sequence[str], capsys: pytest.CaptureFixture[str]) -> Outcome:
     """``calib`` with ``arguments``, in this process and the current folder."""
     capsys.readouterr()
-    command = sys.argv
+    status = exit_status(arguments)
+    captured = capsys.readouterr()
+    return Outcome(status, captured.out, captured.err)
+
+
+def run_in(folder: Path, *arguments: str) -> Outcome:
+    """``calib`` in this process, in ``folder``; for fixtures, which have no capsys."""
+    with contextlib.chdir(folder), redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:
+        status = exit_status(arguments)
+    return Outcome(status, out.getvalue(), err.getvalue())
+
+
+def exit_status(arguments: Sequence[str]) -> int:
+    """How ``calib`` ends with ``arguments``, in this process, which is afterwards as it was."""
+    note.cache_clear()  # of each a process shows one
+    command, environment = sys.argv, dict(os.environ)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
         with pytest.raises(SystemExit) as end:
             main(list(arguments))
     finally:
         sys.argv = command
-    captured = capsys.readouterr()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for name in os.environ.keys() - environment.keys():
+            del os.environ[name]
     code = end.value.code
-    return Outcome(code if isinstance(code, int) else int(code is not None), captured.out, captured.err)
+    return code if isinstance(code, int) else int(code is not None)
 
 
 def command(*arguments: str) -> list[str]:
@@ -195,14 +222,10 @@ def start_process(folder: Path, *arguments: str) -> subprocess.Popen[str]:
 
 
 def run_without_rights(folder: Path, *arguments: str) -> Outcome:
-    """``calib`` in ``folder`` as a user without special rights: root may write anywhere, so it gives its rights up."""
-    drop = "os.setuid(65534); " if os.geteuid() == 0 else ""
-    code = f"import os, sys; from calib.cli.main import main; {drop}main(sys.argv[1:])"
-    for part in folder.parents[:-1] if drop else ():
-        if not part.stat().st_mode & 0o001:
-            part.chmod(part.stat().st_mode | 0o011)
+    """``calib`` in ``folder`` by a process that may not write where permissions forbid it, as root's else may."""
+    drop = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"] if os.geteuid() == 0 else []
     done = subprocess.run(
-        [sys.executable, "-c", code, *arguments], cwd=folder, env=environment(), capture_output=True, text=True
+        [*drop, *command(*arguments)], cwd=folder, env=environment(), capture_output=True, text=True, timeout=300
     )
     return Outcome(done.returncode, done.stdout, done.stderr)
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import calib
-from calib.activations.taps import TapKind, TapSelection, linear_layers, tap_points, tapped
+from calib.activations.taps import TapKind, TapSelection, tap_points, tapped
 from calib.base.errors import CalibError, ConfigError
 from calib.models import compat
 from calib.models.diffusionkit import (
@@ -16,7 +16,7 @@ from calib.models.diffusionkit import (
     load_vae_decoder,
     sd3_skeleton,
 )
-from helpers import velocity
+from calib.models.mmdit.architecture import MMDiTArchitecture
 from calib.models.mmdit.names import layer_name, module_path
 from calib.models.model import weights, weights_fingerprint
 
@@ -27,6 +27,7 @@ import pytest
 from diffusionkit.mlx.config import FLUX_SCHNELL, SD3_8b, VAEDecoderConfig
 from diffusionkit.mlx.mmdit import MMDiT
 from diffusionkit.mlx.vae import VAEDecoder
+from helpers import velocity
 from mlx.utils import tree_flatten
 from watching import keep
 
@@ -114,11 +115,11 @@ def test_velocity_equals_diffusionkit_with_its_modulation_cache(
 @pytest.mark.parametrize("which", ["sd3", "flux"])
 def test_forwards_and_taps_leave_the_weights_as_loaded(which: str, request: pytest.FixtureRequest) -> None:
     model, _ = request.getfixturevalue(which)
-    before = weights_fingerprint(model)
+    architecture, before = MMDiTArchitecture(model), weights_fingerprint(model)
     modules = [id(module) for module in model.modules()]
     plain = velocity(model, *inputs(2))
     seen: dict[str, mx.array] = {}
-    with tapped(model, tap_points(model, TapSelection(TapKind.ALL)), keep(seen)):
+    with tapped(architecture, tap_points(architecture, TapSelection(TapKind.ALL)), keep(seen)):
         observed = velocity(model, *inputs(2))
         mx.eval(observed, list(seen.values()))
     assert mx.array_equal(plain, observed)
@@ -130,7 +131,7 @@ def test_forwards_and_taps_leave_the_weights_as_loaded(which: str, request: pyte
 
 
 def test_flux_shares_one_tap_among_q_k_v_and_fc1_of_a_unified_block(flux: tuple[MMDiT, Path]) -> None:
-    points = {point.name: point for point in tap_points(flux[0], TapSelection())}
+    points = {point.name: point for point in tap_points(MMDiTArchitecture(flux[0]), TapSelection())}
     aliases = points["unified_block_0.attn.q_proj"].aliases
     assert set(aliases) == {f"unified_block_0.{layer}" for layer in ("attn.k_proj", "attn.v_proj", "mlp.fc1")}
 
@@ -138,7 +139,7 @@ def test_flux_shares_one_tap_among_q_k_v_and_fc1_of_a_unified_block(flux: tuple[
 @pytest.mark.parametrize("which", ["sd3", "flux"])
 def test_names_and_paths_are_inverse_on_every_linear_layer(which: str, request: pytest.FixtureRequest) -> None:
     model, _ = request.getfixturevalue(which)
-    assert all(layer_name(module_path(name)) == name for name in linear_layers(model))
+    assert all(layer_name(module_path(name)) == name for name in MMDiTArchitecture(model).layers())
 
 
 @pytest.mark.parametrize("change", ["drop", "add", "reshape", "truncate", "foreign"])
@@ -180,9 +181,9 @@ def test_vae_decoder_reads_the_original_naming(folder: Path) -> None:
 
 def test_skeletons_know_the_layers_of_the_real_models_without_loading_them() -> None:
     repository = "argmaxinc/mlx-stable-diffusion-3-medium"
-    layers = linear_layers(sd3_skeleton("sd3_medium", repository))
+    layers = sd3_skeleton("sd3_medium", repository).layers()
     assert len([name for name in layers if name.endswith("mlp.fc2")]) == 24 + 23
-    layers = linear_layers(flux_skeleton("flux_schnell", "argmaxinc/mlx-FLUX.1-schnell"))
+    layers = flux_skeleton("flux_schnell", "argmaxinc/mlx-FLUX.1-schnell").layers()
     assert len([name for name in layers if name.startswith("unified_block_") and name.endswith("adaln")]) == 38
 
 

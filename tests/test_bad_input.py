@@ -17,67 +17,35 @@ from helpers import (
     run_without_rights,
 )
 
-CHEAP = ("num_images=2", "sampler.num_steps=2")
+CHEAP = ("num_images=2", "sampler.num_steps=2", "evaluation=none", "report=none")
 
+#: What the command line itself refuses, and of each sort of bad value one; tests/test_config.py has them all.
 BAD = [
     (["num_image=3"], ("num_image=3", "'num_images'")),
-    (["nun_images=3"], ("nun_images=3", "'num_images'")),
     (["sampler.numsteps=3"], ("sampler.numsteps=3", "'sampler.num_steps'")),
     (["+extra=3"], ("extra", "no such key")),
     (["timestep_schedule=uniformm"], ("timestep_schedule=uniformm", "'uniform'")),
-    (["analysis=rnge"], ("analysis=rnge", "'range'")),
-    (["model=emojis"], ("model=emojis", "'emoji'")),
-    (["sampler=sd3"], ("sampler=sd3", "sd3_medium")),
+    ([*CHEAP, "sampler=sd3"], ("sampler=sd3", "sd3_medium")),
     ([*CHEAP, "experiment=quik"], ("experiment=quik", "'quick'")),
     (["timestep_schedules=key"], ("timestep_schedules=key", "'timestep_schedule'")),
     (["timestep_schedule.count=3"], ("timestep_schedule.count=3",)),
     (["num_images=three"], ("num_images=three", "integer")),
-    (["sampler.batch_size=0"], ("sampler.batch_size=0", "1 or more")),
     (["dataset.dtype=float17"], ("dataset.dtype=float17", "float16, bfloat16, float32", "'float16'")),
-    (["dataset.steps=schedul"], ("dataset.steps=schedul", "all, schedule", "'schedule'")),
-    (["dataset.format=zarr"], ("dataset.format=zarr", "hdf5, npz")),
-    (["keep_awake=please"], ("keep_awake=please", "true or false")),
-    (["generate", "shard.count=0"], ("shard.count=0", "1 or more")),
     (["generate", "shard.index=3", "shard.count=3"], ("shard.index=3", "0 to 2")),
-    (["generate", "shard.index=1"], ("shard.index=1", "0 to 0")),
-    (["generate", "shard.index=-1", "shard.count=2"], ("shard.index=-1", "0 to 1")),
-    (["generate", "shard.index=a"], ("shard.index=a", "integer")),
-    (["shard.count=2"], ("shard.count=2", "calib generate")),
     (["collect", "shard.count=2"], ("calibration_data", "calib generate")),
-    (["collect", "shard.index=2", "shard.count=2"], ("shard.index=2", "0 to 1")),
-    (["collect", "shard.count=2", "generate_missing=true"], ("generate_missing=true", "shard", "calib generate")),
-    (["storage=sampled", "storage.dtype=float32"], ("storage.dtype=float32", "float16 or bfloat16")),
-    (["storage.rows_per_image=4"], ("storage.rows_per_image=4", "storage=sampled takes it")),
-    (["storage=sampled", "storage.rows_per_image=0"], ("storage.rows_per_image=0", "1 or more")),
-    (["storage=samples"], ("storage=samples", "'sampled'")),
-    (["taps.cfg_halves=both"], ("taps.cfg_halves=both", "pooled, apart")),
-    (["timestep_schedule=drift", "sampler.num_steps=4"], ("timestep_schedule.count=17", "1 to 4")),
-    (["timestep_schedule=drift", "timestep_schedule.images=0"], ("timestep_schedule.images=0", "1 or more")),
-    (["timestep_schedule=drift", "dataset.steps=schedule"], ("dataset.steps=schedule", "drift", "all of them")),
     (["analyze", "shard.count=2"], ("shard.count=2", "calib generate")),
-    (["sampler.num_steps=4.5"], ("sampler.num_steps=4.5", "integer")),
-    (["subset.num_images=0"], ("subset.num_images=0", "1 to 10")),
-    (["subset.num_images=-3"], ("subset.num_images=-3", "1 to 10")),
+    (["storage.rows_per_image=4"], ("storage.rows_per_image=4", "storage=sampled takes it")),
     (["subset.num_images=11"], ("subset.num_images=11", "1 to 10")),
     ([*CHEAP, "subset=list", "subset.ids=[2]"], ("subset.ids=2", "2 images")),
-    (["timestep_schedule=list", "timestep_schedule.steps=[0,51]"], ("timestep_schedule.steps=51", "0 … 50")),
-    (["timestep_schedule=list", "timestep_schedule.steps=[-1]"], ("timestep_schedule.steps=-1", "0 … 50")),
     (["timestep_schedule=list"], ("timestep_schedule.steps=[]",)),
-    (["timestep_schedule=uniform", "sampler.num_steps=4"], ("timestep_schedule.count=17", "sampler.num_steps=4")),
     (["prompts=file", "prompts.path=../empty.txt"], ("prompts.path=../empty.txt", "no prompts")),
-    (["prompts=file", "prompts.path=../none.txt"], ("prompts.path=../none.txt", "cannot be read")),
-    (["prompts=file"], ("prompts.path",)),
     (["prompts.path=a.txt"], ("prompts.path=a.txt", "prompts=file takes it")),
-    (["prompts.seed=-1"], ("prompts.seed=-1",)),
-    ([*CHEAP, "subset=random", "subset.seed=-1"], ("subset.seed=-1",)),
     (["hydra.run.dir=../file/run"], ("hydra.run.dir=../file/run", "cannot be written")),
     (["data_dir=../file"], ("data_dir=../file", "cannot be written")),
     (["data_dir=../file/dataset"], ("data_dir=../file/dataset", "cannot be written")),
     (["export_config=../file/plan.json"], ("export_config=../file", "cannot be written")),
     (["-m", "hydra.sweep.dir=../file/sweep", "seed=1,2"], ("hydra.sweep.dir=../file/sweep", "cannot be written")),
     (["taps.include=[mm_block_0.image.mlp.fc3]"], ("taps.include=mm_block_0.image.mlp.fc3", "fc2'")),
-    (["sampler.image_size=[128,128]"], ("sampler.image_size=[128, 128]", "[64, 64]")),
-    (["analysis=uniform", "analysis.weight_bits=7"], ("analysis.weight_bits=7",)),
     (["collect=3"], ("collect=3",)),
     (["taps=null"], ("taps",)),
     (["~analysis"], ("analysis",)),
@@ -146,11 +114,8 @@ def test_what_the_dataset_does_not_have_is_one_clear_line(
     assert everything(folder) == []
 
 
-@pytest.mark.parametrize(
-    "arguments", [["colect"], ["sampler.num_step=4"], ["hydra.run.dir=/dev/null/run"]], ids=" ".join
-)
-def test_a_real_process_ends_so_too(tmp_path: Path, arguments: list[str]) -> None:
-    is_one_clear_line(run_process(tmp_path, *arguments))
+def test_a_real_process_ends_so_too(tmp_path: Path) -> None:
+    is_one_clear_line(run_process(tmp_path, "hydra.run.dir=/dev/null/run"))
     assert everything(tmp_path) == []
 
 
@@ -169,7 +134,9 @@ def test_other_settings_in_a_datasets_folder_end_with_one_clear_line(
     data_dir: Path, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = contents(data_dir)
-    outcome = run_here(["generate", f"data_dir={data_dir}", "sampler.num_steps=4", "num_images=6"], capsys)
+    outcome = run_here(
+        ["generate", f"data_dir={data_dir}", "sampler.num_steps=4", "num_images=6", "report=none"], capsys
+    )
     assert outcome.status in (1, 2)
     assert "Traceback" not in outcome.err
     lines = [line for line in outcome.err.splitlines() if line.startswith("calib: ")]
@@ -184,7 +151,7 @@ def test_a_folder_of_another_model_ends_with_one_clear_line(
     shutil.copytree(data_dir, folder / "dataset")
     path = folder / "dataset" / "manifest.json"
     sound = path.read_text(encoding="utf-8")
-    given = ("data_dir=dataset", "sampler.num_steps=8", "num_images=5", "hydra.run.dir=run")
+    given = ("data_dir=dataset", "sampler.num_steps=8", "num_images=5", "hydra.run.dir=run", "report=none")
     path.write_text(sound.replace('"model": "emoji"', '"model": "sd3_medium"', 1), encoding="utf-8")
     for stage in ("generate", "collect"):
         line = is_one_clear_line(run_here([stage, *given], capsys))
@@ -203,12 +170,20 @@ def test_a_folder_of_another_model_ends_with_one_clear_line(
     assert contents(folder / "dataset") == before
 
 
-@pytest.mark.parametrize("stage", ["run", "generate", "collect"])
 @pytest.mark.parametrize(
-    "content", ["", "half", "[]", '{"format": "calib-dataset", "format_version": 1}', "no entries"]
+    ("content", "stage"),
+    [
+        ("", "run"),
+        ("half", "run"),
+        ("half", "generate"),
+        ("half", "collect"),
+        ("[]", "collect"),
+        ('{"format": "calib-dataset", "format_version": 1}', "collect"),
+        ("no entries", "generate"),
+    ],
 )
 def test_a_corrupt_manifest_ends_with_one_clear_line_that_offers_to_rebuild_it(
-    data_dir: Path, folder: Path, capsys: pytest.CaptureFixture[str], stage: str, content: str
+    data_dir: Path, folder: Path, capsys: pytest.CaptureFixture[str], content: str, stage: str
 ) -> None:
     shutil.copytree(data_dir, folder / "dataset")
     path = folder / "dataset" / "manifest.json"
@@ -231,7 +206,8 @@ def test_a_read_only_dataset_is_read_and_not_added_to(data_dir: Path, folder: Pa
     (folder / "prompts.txt").write_text("\n".join(PROMPTS))
     folder.chmod(0o777)
     folders = [folder / "dataset", *(path for path in (folder / "dataset").iterdir() if path.is_dir())]
-    given = ("data_dir=dataset", "sampler.num_steps=8", "prompts=file", "prompts.path=prompts.txt", "hydra.run.dir=run")
+    given = ("data_dir=dataset", "sampler.num_steps=8", "prompts=file", "prompts.path=prompts.txt")
+    given += ("hydra.run.dir=run", "report=none")
     before = contents(folder)
     for part in folders:
         part.chmod(0o555)
@@ -264,6 +240,7 @@ def test_a_damaged_state_ends_with_one_clear_line_and_a_failed_run(
     path = folder / "dataset" / "samples" / "0001.h5"
     flip_byte(path, path.stat().st_size // 2)
     arguments = ["data_dir=dataset", "sampler.num_steps=8", "timestep_schedule=all", "taps.include=[x_embedder]"]
+    arguments += ["report=none"]
     outcome = run_here(["collect", *arguments, "hydra.run.dir=run"], capsys)
     assert outcome.status == 1
     lines = [line for line in outcome.err.splitlines() if not line.startswith("collect ")]

@@ -184,7 +184,7 @@ def test_damage_to_a_step_is_told_and_mended(
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("calib: ")]
     assert line.startswith(f"calib: note: {path}: cannot be used (")
     assert line.endswith("; step 3 is collected again")
-    assert ("another version of calib, format 2" in line) == (kind == "the next version")
+    assert ("this calib reads 1; written by another version of calib" in line) == (kind == "the next version")
     check_same_records(found, cached.records([3]))
     assert path.read_bytes() == cached.cache.path(3).read_bytes()
 

@@ -1,8 +1,9 @@
-"""The command line, as people use it: whole jobs, sweeps and interruptions, in real processes."""
+"""The command line, as people use it: whole jobs, stage by stage, interrupted; one of them in a real process."""
 
 import fcntl
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,6 +30,8 @@ from helpers import (
     wait_until,
 )
 
+#: Of jobs on the shared dataset.
+BRIEF = ("sampler.num_steps=8", "sampler.batch_size=2", "report=none")
 RUN_FILES = {
     "activations.h5",
     "analysis.txt",
@@ -48,21 +51,26 @@ RUN_FILES = {
     "quantization_config.json",
     "quantized/config.json",
     "quantized/model.safetensors",
-    "report.html",
     "run.log",
     "status.json",
     "timestep_config.json",
 }
 
 
-def check_files_of(run: Path) -> None:
+#: Of those the ones that hold times, places, what memory was in use, or the configuration with its wish for a page.
+OF_THEIR_OWN = {
+    *("activations.h5", "config.resolved.yaml", "env.json", "evaluation.txt", "metrics.json", "run.log", "status.json"),
+}
+
+
+def check_files_of(run: Path, files: set[str]) -> None:
     """All of a run directory that nothing was left out of, and nothing half-made."""
-    assert {name for name in contents(run) if not name.startswith(".hydra/")} == RUN_FILES
+    assert {name for name in contents(run) if not name.startswith(".hydra/")} == files
     assert not [path for path in run.iterdir() if path.name.startswith(".") and path.name not in (".hydra", ".lock")]
 
 
-def test_the_whole_job_writes_every_file_of_a_run_directory(tiny_run: Path) -> None:
-    check_files_of(tiny_run)
+def test_the_whole_job_writes_every_file_of_a_run_directory_and_no_page_where_none_is_wanted(tiny_run: Path) -> None:
+    check_files_of(tiny_run, RUN_FILES)
     assert (tiny_run / ".hydra" / "config.yaml").exists()
     assert not list(tiny_run.rglob("*.tmp"))
     status = json.loads((tiny_run / "status.json").read_text())
@@ -90,14 +98,37 @@ def test_the_whole_job_prints_the_summary_and_the_run_directory(tiny_run: Path) 
     assert (tiny_run / "analysis.txt").read_text() in out
     assert (tiny_run / "evaluation.txt").read_text() in out
     assert "Quantized model: " in out and " bits a weight over all: " in out
-    assert out.splitlines()[-1] == "Run directory: run; open run/report.html"
-    err = (tiny_run.parent / "stderr.txt").read_text()
-    assert "\r" not in err, "plain lines where output is not a terminal"
-    lines = err.splitlines()
+    assert out.splitlines()[-1] == "Run directory: run"
+
+
+def test_a_process_of_its_own_makes_the_same_and_a_page(tiny_run: Path, tmp_path: Path) -> None:
+    outcome = run_process(tmp_path, *TINY, "report=html", "data_dir=dataset", "hydra.run.dir=run")
+    assert outcome.status == 0, outcome.err
+    check_files_of(tmp_path / "run", RUN_FILES | {"report.html"})
+    assert outcome.out.splitlines()[-1] == "Run directory: run; open run/report.html"
+    assert "\r" not in outcome.err, "plain lines where output is not a terminal"
     preflight = r"generate: 2 images to do in batches of 2, up to [\d.]+ kB \([\d.]+ kB each\); .* free in dataset"
-    assert re.fullmatch(preflight, lines[0])
-    assert "Traceback" not in err
-    assert "Warning" not in err
+    assert re.fullmatch(preflight, outcome.err.splitlines()[0])
+    assert "Traceback" not in outcome.err
+    assert "Warning" not in outcome.err
+    for folder in ("dataset", "calibration_cache"):
+        assert contents(tmp_path / folder) == contents(tiny_run.parent / folder)
+    found, expected = contents(tmp_path / "run"), contents(tiny_run)
+    for name in RUN_FILES - OF_THEIR_OWN:
+        assert found[name] == expected[name], name
+
+
+def test_a_complete_run_gets_its_page_where_one_is_wanted_later(
+    tiny_run: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(tiny_run, folder / "run")
+    before = contents(folder / "run")
+    outcome = run_here([*TINY, "report=html", "data_dir=dataset", "hydra.run.dir=run"], capsys)
+    assert (outcome.status, outcome.out) == (0, "Already complete: run\n"), outcome.err
+    after = contents(folder / "run")
+    assert len((folder / "run" / "report.html").read_text(encoding="utf-8")) > 10_000
+    changed = {name for name in after if after[name] != before.get(name)}
+    assert {name for name in changed if not name.startswith(".hydra/")} == {"report.html"}
 
 
 def test_the_log_has_what_was_done(tiny_run: Path) -> None:
@@ -159,7 +190,7 @@ def test_stage_by_stage_gives_what_the_whole_job_gives(
 
 def test_more_images_are_added_to_the_same_dataset(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for number, new, complete in ((1, 1, "1 image"), (3, 2, "3 images"), (2, 0, "3 images")):
-        outcome = run_here(["generate", f"num_images={number}", "sampler.num_steps=2", "sampler.batch_size=2"], capsys)
+        outcome = run_here(["generate", f"num_images={number}", "sampler.num_steps=2", *BRIEF[1:]], capsys)
         assert outcome.status == 0, outcome.err
         assert f"({complete}, {new} new)" in outcome.out
     (dataset,) = (folder / "calibration_data").iterdir()
@@ -172,7 +203,7 @@ def test_collect_takes_the_chosen_images_steps_and_layers(
 ) -> None:
     outcome = run_here(
         [
-            *("collect", f"data_dir={data_dir}", "sampler.num_steps=8", "sampler.batch_size=2", "hydra.run.dir=run"),
+            *("collect", f"data_dir={data_dir}", *BRIEF, "hydra.run.dir=run"),
             *("subset=list", "subset.ids=[3,1]", "timestep_schedule=list", "timestep_schedule.steps=[5,0]"),
             *("taps=all", "taps.include=['*.mlp.fc2','mm_block_1']", "taps.exclude=['*.text.*']"),
         ],
@@ -193,7 +224,7 @@ def test_collect_takes_the_chosen_images_steps_and_layers(
 def test_another_run_takes_what_is_collected_and_loads_no_model(
     data_dir: Path, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    given = ["collect", f"data_dir={data_dir}", "sampler.num_steps=8", "sampler.batch_size=2", "taps.include=['*.fc2']"]
+    given = ["collect", f"data_dir={data_dir}", *BRIEF, "taps.include=['*.fc2']"]
     schedule = ["timestep_schedule=list", "timestep_schedule.steps=[0,4,8]"]
     assert run_here([*given, *schedule, "hydra.run.dir=one"], capsys).status == 0
     outcome = run_here([*given, "timestep_schedule=list", "timestep_schedule.steps=[0,8]", "hydra.run.dir=two"], capsys)
@@ -213,13 +244,13 @@ def test_another_run_takes_what_is_collected_and_loads_no_model(
 def test_the_block_view_names_the_blocks(data_dir: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     outcome = run_here(
         [
-            *("collect", f"data_dir={data_dir}", "sampler.num_steps=8", "sampler.batch_size=2", "taps=block"),
+            *("collect", f"data_dir={data_dir}", *BRIEF, "taps=block"),
             *("timestep_schedule=quarters", "hydra.run.dir=run"),
         ],
         capsys,
     )
     assert outcome.status == 0, outcome.err
-    outcome = run_here(["analyze", "stats=run", "hydra.run.dir=run"], capsys)
+    outcome = run_here(["analyze", "stats=run", "hydra.run.dir=run", "report=none"], capsys)
     assert "  Total layers: 4\n" in outcome.out
     plan = json.loads((folder / "run" / "quantization_config.json").read_text())
     assert list(plan) == ["mm_block_0", "mm_block_1", "mm_block_2", "mm_block_3"]
@@ -253,10 +284,13 @@ def test_the_configuration_can_be_shown(folder: Path, capsys: pytest.CaptureFixt
     assert everything(folder) == []
 
 
+DRAWING = ("num_images=1", "sampler.num_steps=1", "report=none")
+
+
 @pytest.mark.parametrize(
     ("script", "arguments", "made"),
     [
-        ("generate_calibration_data.py", ["num_images=1", "sampler.num_steps=1"], "calibration_data/*/manifest.json"),
+        ("generate_calibration_data.py", [*DRAWING], "calibration_data/*/manifest.json"),
         ("collect_layer_activations.py", ["--help"], ""),
         ("analyze_activations.py", ["--help"], ""),
     ],
@@ -283,7 +317,7 @@ def test_scripts_are_the_same_commands(tmp_path: Path, script: str, arguments: l
 
 def test_interrupted_by_the_keyboard_it_says_so_and_goes_on_later(model: DiffusionModel, tmp_path: Path) -> None:
     job = ("num_images=5", "sampler.num_steps=8", "sampler.batch_size=1", "timestep_schedule=quarters")
-    job += ("data_dir=dataset", "hydra.run.dir=run", "taps.include=[x_embedder]", "evaluation=none")
+    job += ("data_dir=dataset", "hydra.run.dir=run", "taps.include=[x_embedder]", "evaluation=none", "report=none")
     process = start_process(tmp_path, *job)
     wait_until(lambda: bool(listed(tmp_path / "dataset")), process)
     process.send_signal(signal.SIGINT)

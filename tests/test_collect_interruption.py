@@ -1,27 +1,28 @@
 """Collection survives what happens to long jobs: errors, kills, signals, company and full disks."""
 
+import io
 import json
 import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
+from contextlib import chdir, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from calib.activations.observer_mlx import PlainObserver
+from calib.activations.observer_mlx import MlxObserver
 from calib.models.model import DiffusionModel, weights_fingerprint
 
 import pytest
 from helpers import (
-    command,
     contents,
     end,
-    environment,
     everything,
+    exit_status,
     fill,
     lines_of,
     run_here,
-    run_process,
+    run_in,
     start_process,
     temporaries,
     wait_until,
@@ -35,7 +36,7 @@ def arguments(data_dir: Path, *more: str) -> list[str]:
     """Of ``calib collect`` of half the taps of four images at nine steps: 18 forwards, some two seconds."""
     given = ("sampler.num_steps=8", "timestep_schedule=all", "collect.batch_size=2", "taps=all", "storage=sampled")
     taps = "taps.include=['*.image.*','x_embedder','mm_block_1']"
-    return ["collect", f"data_dir={data_dir}", *given, taps, *more]
+    return ["collect", f"data_dir={data_dir}", *given, taps, "report=none", *more]
 
 
 RUN = "hydra.run.dir=run"
@@ -54,7 +55,7 @@ def state_of(run: Path) -> str:
 def undisturbed(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a process that nothing happened to."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    outcome = run_process(folder, *arguments(data_dir, RUN))
+    outcome = run_in(folder, *arguments(data_dir, RUN))
     assert outcome.status == 0, outcome.err
     assert len(finished(folder)) == STEPS
     return folder
@@ -93,9 +94,9 @@ def test_the_model_is_the_loaded_one_again_however_a_collection_ends(
             raise error
         return original(*arguments)
 
-    original = getattr(PlainObserver, where)
+    original = getattr(MlxObserver, where)
     with monkeypatch.context() as patch, pytest.raises(error):
-        patch.setattr(PlainObserver, where, failing)
+        patch.setattr(MlxObserver, where, failing)
         collection_of(model, data_dir, tmp_path, [0, 1], EVERY_TAP).collect([0, 3, 8])
     assert [id(module) for module in model.transformer.modules()] == before
     assert weights_fingerprint(model.transformer) == fingerprint
@@ -139,7 +140,9 @@ def test_killed_in_the_middle_it_goes_on_from_the_last_finished_step(
     check_same_end(folder, undisturbed)
 
 
-@pytest.mark.parametrize(("number", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "expected"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
+)
 def test_a_signal_ends_it_in_order_with_what_is_finished_kept(
     data_dir: Path, folder: Path, number: signal.Signals, expected: int
 ) -> None:
@@ -166,25 +169,23 @@ def test_two_processes_that_collect_the_same_take_turns_and_the_second_says_so(
     first = start_process(tmp_path, *arguments(data_dir, RUN))
     wait_until(lambda: bool(finished(tmp_path)), first)
     first.send_signal(signal.SIGSTOP)
-    log = tmp_path / "log"
-    with open(log, "w") as file:
-        given = command(*arguments(data_dir, "hydra.run.dir=run2"))
-        second = subprocess.Popen(given, cwd=tmp_path, env=environment(), stdout=file, stderr=file)
-    try:
-        wait_until(lambda: "waiting for the process that collects the same statistics" in log.read_text(), second)
-        assert second.poll() is None, log.read_text()
-        before = finished(tmp_path)
-        first.send_signal(signal.SIGCONT)
-        status, err = end(first)
-        assert status == 0, err
-        assert second.wait(timeout=120) == 0, log.read_text()
-    finally:
-        for process in (first, second):
-            process.kill()
-            process.wait()
+    before: list[Path] = []
+
+    class Listener(io.StringIO):
+        """Lets the first process go on once this one says that it waits."""
+
+        def write(self, text: str) -> int:
+            if "waiting for the process that collects the same statistics" in text:
+                before.extend(finished(tmp_path))
+                first.send_signal(signal.SIGCONT)
+            return super().write(text)
+
+    with chdir(tmp_path), redirect_stderr(Listener()) as err, redirect_stdout(io.StringIO()):
+        status = exit_status(arguments(data_dir, "hydra.run.dir=run2"))
+    assert status == 0, err.getvalue()
+    assert end(first)[0] == 0
     assert 1 <= len(before) < STEPS
-    assert "images at" not in log.read_text(), "nothing was left to collect"
-    log.unlink()
+    assert "images at" not in err.getvalue(), "nothing was left to collect"
     check_same_end(tmp_path, undisturbed)
     check_same_end(tmp_path, undisturbed, "run2")
 
@@ -194,7 +195,7 @@ def test_shards_have_places_of_their_own_in_the_cache(
 ) -> None:
     for i in range(3):
         given = ["collect", f"data_dir={data_dir}", "sampler.num_steps=8", "timestep_schedule=list"]
-        given += ["timestep_schedule.steps=[3]", "taps.include=[x_embedder]", "collect.batch_size=1"]
+        given += ["timestep_schedule.steps=[3]", "taps.include=[x_embedder]", "collect.batch_size=1", "report=none"]
         outcome = run_here([*given, f"hydra.run.dir=run{i}", f"shard.index={i}", "shard.count=3"], capsys)
         assert outcome.status == 0, outcome.err
         assert f"Shard {i} of 3: calib merge joins the shards' run directories" in outcome.out
@@ -210,7 +211,7 @@ def test_shards_have_places_of_their_own_in_the_cache(
 def held(small_disk: Path, folder: Path, data_dir: Path) -> Iterator[tuple[subprocess.Popen[str], list[str]]]:
     """A process that collects into a cache on the small disk, stopped when a step is there; and its arguments."""
     schedule = ("sampler.num_steps=8", "timestep_schedule=all", "collect.batch_size=2", "taps.include=['*.fc2']")
-    kept = ("storage=sampled", "storage.rows_per_image=1", "cache_dir=disk/cache")
+    kept = ("storage=sampled", "storage.rows_per_image=1", "cache_dir=disk/cache", "report=none")
     given = ["collect", f"data_dir={data_dir}", *schedule, *kept, RUN]
     process = start_process(folder, *given)
     wait_until(lambda: bool(list(small_disk.rglob("step_????.npz"))), process)
@@ -220,6 +221,7 @@ def held(small_disk: Path, folder: Path, data_dir: Path) -> Iterator[tuple[subpr
     process.wait()
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_under_the_cache_loses_nothing(
     held: tuple[subprocess.Popen[str], list[str]], small_disk: Path, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

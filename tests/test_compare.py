@@ -1,6 +1,7 @@
 """``calib compare``: run directories beside each other, whatever state they are in."""
 
 import csv
+import fcntl
 import io
 import json
 import math
@@ -8,21 +9,24 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeAlias
 
 from calib.base.errors import ConfigError
-from calib.cli.main import main
-from calib.dataset.sampling import State
+from calib.base.layout import ACTIVATIONS, CONFIG, HYDRA, HYDRA_CONFIG, LOCK, METRICS, PLAN, STATUS, STEPS
 from calib.runs.compare.comparison import compare, pareto_front, value_of
 from calib.runs.find import read_runs, short_names
-from calib.runs.record import RunRecord
+from calib.runs.record import RunRecord, RunState
 
 import pytest
 import yaml
-from helpers import Outcome, command, environment
+from helpers import Outcome, environment, run_here
 from hypothesis import given
 from hypothesis import strategies as st
+
+#: Runs ``calib compare`` with arguments.
+Compare: TypeAlias = Callable[..., Outcome]
 
 #: psnr, output error and bytes of the complete runs: range is beaten by uniform, the other two by none.
 FIGURES = {"range": (20.0, 4e-1, 6_000_000), "uniform": (30.5, 1e-1, 5_300_000), "sqnr": (42.0, 1e-2, 7_600_000)}
@@ -31,12 +35,12 @@ FIGURES = {"range": (20.0, 4e-1, 6_000_000), "uniform": (30.5, 1e-1, 5_300_000),
 def copied(run: Path, into: Path, analysis: str) -> Path:
     """A copy of a run directory as a job of another heuristic would have left it."""
     shutil.copytree(run, into)
-    config = yaml.safe_load((into / "config.resolved.yaml").read_text())
-    config["analysis"] = {"_target_": f"calib.analysis.{analysis}.plan_layer"}
-    (into / "config.resolved.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
-    hydra = yaml.safe_load((into / ".hydra" / "hydra.yaml").read_text())
+    config = yaml.safe_load((into / CONFIG).read_text())
+    config["analysis"] = {"_target_": f"calib.analysis.heuristics.{analysis}.plan_layer"}
+    (into / CONFIG).write_text(yaml.safe_dump(config, sort_keys=False))
+    hydra = yaml.safe_load((into / HYDRA_CONFIG).read_text())
     hydra["hydra"]["runtime"]["choices"]["analysis"] = analysis
-    (into / ".hydra" / "hydra.yaml").write_text(yaml.safe_dump(hydra))
+    (into / HYDRA_CONFIG).write_text(yaml.safe_dump(hydra))
     return into
 
 
@@ -48,17 +52,17 @@ def sweep_of_copies(run: Path, sweep: Path) -> Path:
     """Three complete runs, one that failed, one whose process was killed, one half deleted, one damaged."""
     for analysis, (psnr, error, size) in FIGURES.items():
         job = copied(run, sweep / f"analysis={analysis}", analysis)
-        changed(job / "metrics.json", psnr=psnr, output_error=error, quantized_bytes=size)
+        changed(job / METRICS, psnr=psnr, output_error=error, quantized_bytes=size)
     failed = copied(run, sweep / "analysis=mse", "mse")
-    changed(failed / "status.json", state="failed", error="RuntimeError: out of\nmemory")
-    (failed / "metrics.json").unlink()
+    changed(failed / STATUS, state="failed", error="RuntimeError: out of\nmemory")
+    (failed / METRICS).unlink()
     killed = copied(run, sweep / "analysis=cv", "cv")
-    changed(killed / "status.json", state="running")
+    changed(killed / STATUS, state="running")
     half = copied(run, sweep / "analysis=allocate", "allocate")
-    for name in ("status.json", "config.resolved.yaml", "activations.h5"):
+    for name in (STATUS, CONFIG, ACTIVATIONS):
         (half / name).unlink()
     damaged = copied(run, sweep / "analysis=sensitivity", "sensitivity")
-    (damaged / "status.json").write_text('{"state": "comp')
+    (damaged / STATUS).write_text('{"state": "comp')
     (sweep / ".submitit").mkdir()
     (sweep / "multirun.yaml").write_text("hydra: {}\n")
     return sweep
@@ -75,13 +79,12 @@ def wide(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "160")
 
 
-def told(arguments: Sequence[str], capsys: pytest.CaptureFixture[str]) -> Outcome:
-    status = main(arguments)
-    captured = capsys.readouterr()
-    return Outcome(status, captured.out, captured.err)
+@pytest.fixture
+def comparing(capsys: pytest.CaptureFixture[str]) -> Compare:
+    return lambda *arguments: run_here(["compare", *map(str, arguments)], capsys)
 
 
-def test_every_run_is_there_in_its_state(sweep: Path) -> None:
+def test_states(sweep: Path) -> None:
     runs = {run.name: run for run in read_runs([str(sweep)])}
     assert {name.partition("=")[2]: run.state.value for name, run in runs.items()} == {
         **dict.fromkeys(FIGURES, "complete"),
@@ -94,37 +97,34 @@ def test_every_run_is_there_in_its_state(sweep: Path) -> None:
     assert "status.json" in runs["analysis=sensitivity"].why
     assert "config.resolved.yaml" in runs["analysis=allocate"].why
     for run in runs.values():
-        assert (run.why == "") == (run.state is State.COMPLETE)
+        assert (run.why == "") == (run.state is RunState.COMPLETE)
         assert "\n" not in run.why
     assert runs["analysis=range"].config["analysis"] == "range"
     assert runs["analysis=range"].config["sampler.num_steps"] == 4
 
 
-def test_without_hydras_record_an_option_is_known_by_its_function(sweep: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("module", ["calib.analysis.heuristics", "calib.analysis"], ids=["now", "0.1.0"])
+def test_options_without_hydras_record(sweep: Path, tmp_path: Path, module: str) -> None:
     run = Path(shutil.copytree(sweep / "analysis=sqnr", tmp_path / "run"))
-    shutil.rmtree(run / ".hydra")
+    shutil.rmtree(run / HYDRA)
+    config = (run / CONFIG).read_text()
+    (run / CONFIG).write_text(config.replace("calib.analysis.heuristics", module))
     (record,) = read_runs([str(run)])
     assert (record.config["analysis"], record.config["timestep_schedule"]) == ("sqnr", "quarters")
     assert record.config["model"] == "emoji"
 
 
-def test_a_run_that_is_running_is_told_from_one_that_was_killed(sweep: Path) -> None:
-    import fcntl
-
-    with open(sweep / "analysis=cv" / ".lock", "w") as lock:
+def test_running_or_killed(sweep: Path) -> None:
+    with open(sweep / "analysis=cv" / LOCK, "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        assert {r.name: r.state for r in read_runs([str(sweep)])}["analysis=cv"] is State.RUNNING
+        assert {r.name: r.state for r in read_runs([str(sweep)])}["analysis=cv"] is RunState.RUNNING
 
 
-def test_the_table_says_what_differs_what_is_best_and_what_is_not_complete(
-    sweep: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    outcome = told([str(sweep)], capsys)
+def test_table(sweep: Path, comparing: Compare) -> None:
+    outcome = comparing(sweep)
     assert outcome.status == 0
     lines = outcome.out.splitlines()
     assert re.split(r"  +", lines[0].strip())[:3] == ["run", "analysis", "PSNR (dB) ↑"]
-    rows = {line.split()[-0] if line.startswith("◆") else line.split()[0]: line for line in lines[1:4]}
-    assert len(rows) >= 2
     text = {name: next(line for line in lines if f"analysis={name} " in line) for name in FIGURES}
     assert text["sqnr"].startswith("◆") and text["uniform"].startswith("◆") and not text["range"].startswith("◆")
     assert "42.00*" in text["sqnr"] and "5.30*" in text["uniform"] and "*" not in text["range"].partition("20.00")[0]
@@ -147,31 +147,27 @@ def test_the_table_says_what_differs_what_is_best_and_what_is_not_complete(
         (["--where", "state=failed"], ["mse"]),
     ],
 )
-def test_runs_are_sorted_and_chosen_by_any_column(
-    sweep: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], names: list[str]
-) -> None:
-    outcome = told([str(sweep), *arguments, "--json"], capsys)
+def test_sort_and_where(sweep: Path, comparing: Compare, arguments: list[str], names: list[str]) -> None:
+    outcome = comparing(sweep, *arguments, "--json")
     assert outcome.status == 0, outcome.err
     runs = [run for run in json.loads(outcome.out)["runs"] if run["state"] == "complete" or "failed" in str(arguments)]
     found = [run["run"].partition("=")[2] for run in runs]
     assert found == names if any("sort" in a for a in arguments) else sorted(found) == sorted(names)
 
 
-def test_differences_are_to_the_baseline(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_baseline(sweep: Path, comparing: Compare) -> None:
     for name in ("analysis=uniform", str(sweep / "analysis=uniform")):
-        outcome = told([str(sweep), "--baseline", name], capsys)
+        outcome = comparing(sweep, "--baseline", name)
         assert outcome.status == 0, outcome.err
         assert "42.00 (+11.50)" in outcome.out and "20.00 (-10.50)" in outcome.out
         assert "30.50 (" not in outcome.out
         assert "(±) difference to analysis=uniform" in outcome.out
 
 
-def test_all_forms_say_the_same_and_csv_and_json_in_full(
-    sweep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    changed(sweep / "analysis=range" / "metrics.json", ssim=1 / 3)
+def test_forms(sweep: Path, tmp_path: Path, comparing: Compare) -> None:
+    changed(sweep / "analysis=range" / METRICS, ssim=1 / 3)
     paths = {form: tmp_path / f"runs.{form}" for form in ("csv", "json", "markdown", "html")}
-    outcome = told([str(sweep), *(f"--{form}={path}" for form, path in paths.items())], capsys)
+    outcome = comparing(sweep, *(f"--{form}={path}" for form, path in paths.items()))
     assert outcome.status == 0, outcome.err
     rows = {row["run"]: row for row in csv.DictReader(io.StringIO(paths["csv"].read_text()))}
     document = json.loads(paths["json"].read_text())
@@ -184,34 +180,31 @@ def test_all_forms_say_the_same_and_csv_and_json_in_full(
     assert paths["html"].read_text().startswith("<!doctype html>")
 
 
-def test_a_narrow_terminal_has_fewer_columns_and_says_which(sweep: Path) -> None:
-    done = subprocess.run(
-        command("compare", str(sweep)), env={**environment(), "COLUMNS": "60"}, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    table = done.stdout.splitlines()[:4]
+def test_narrow_terminal(sweep: Path, comparing: Compare, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    outcome = comparing(sweep)
+    assert outcome.status == 0, outcome.err
+    table = outcome.out.splitlines()[:4]
     assert max(map(len, table)) <= 60
-    left_out = next(line for line in done.stdout.splitlines() if line.startswith("left out"))
+    left_out = next(line for line in outcome.out.splitlines() if line.startswith("left out"))
     assert "analysis" in left_out and "PSNR" in table[0]
 
 
-def test_metrics_missing_in_some_runs_are_told(sweep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_metrics(sweep: Path, tmp_path: Path, comparing: Compare) -> None:
     run = Path(shutil.copytree(sweep / "analysis=range", tmp_path / "statistics"))
-    metrics = json.loads((run / "metrics.json").read_text())
-    (run / "metrics.json").write_text(json.dumps({key: metrics[key] for key in ("images", "steps")} | {"nan": "x"}))
-    outcome = told([str(sweep / "analysis=sqnr"), str(run)], capsys)
+    metrics = json.loads((run / METRICS).read_text())
+    (run / METRICS).write_text(json.dumps({key: metrics[key] for key in ("images", "steps")} | {"nan": "x"}))
+    outcome = comparing(sweep / "analysis=sqnr", run)
     assert outcome.status == 0
     assert re.search(r"statistics .*–", outcome.out)
     assert "not evaluated, so without PSNR and errors: 1 of 2 runs" in outcome.out
 
 
-def test_runs_of_different_models_are_compared_with_a_warning(
-    sweep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_different_models(sweep: Path, tmp_path: Path, comparing: Compare) -> None:
     run = Path(shutil.copytree(sweep / "analysis=range", tmp_path / "other"))
-    config = (run / "config.resolved.yaml").read_text()
-    (run / "config.resolved.yaml").write_text(config.replace("name: emoji", "name: sd3_medium"))
-    outcome = told([str(sweep / "analysis=sqnr"), str(run)], capsys)
+    config = (run / CONFIG).read_text()
+    (run / CONFIG).write_text(config.replace("name: emoji", "name: sd3_medium"))
+    outcome = comparing(sweep / "analysis=sqnr", run)
     assert outcome.status == 0
     assert "note: these are runs of different models (emoji, sd3_medium): their figures do not compare" in outcome.out
 
@@ -231,18 +224,16 @@ def test_runs_of_different_models_are_compared_with_a_warning(
         (["{sweep}", "--pareto", "psnr,bytes"], ["bytes: no such column"]),
         (["{sweep}", "--csv={empty}/file/x.csv"], ["empty/file"]),
         (["{sweep}", "--layers"], ["--layers", "two runs", "7 runs"]),
-        (["{sweep}/analysis=range", "{noplan}", "--layers"], ["no quantization_config.json"]),
+        (["{sweep}/analysis=range", "{noplan}", "--layers"], [f"no {PLAN}"]),
     ],
 )
-def test_bad_input_is_one_clear_line(
-    sweep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], words: list[str]
-) -> None:
+def test_bad_input(sweep: Path, tmp_path: Path, comparing: Compare, arguments: list[str], words: list[str]) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "file").touch()
     noplan = Path(shutil.copytree(sweep / "analysis=range", tmp_path / "noplan"))
-    (noplan / "quantization_config.json").unlink()
+    (noplan / PLAN).unlink()
     folders = {"sweep": sweep, "empty": tmp_path / "empty", "noplan": noplan}
-    outcome = told([argument.format(**folders) for argument in arguments], capsys)
+    outcome = comparing(*(argument.format(**folders) for argument in arguments))
     assert outcome.status in (1, 2)
     assert outcome.out == ""
     (line,) = outcome.err.strip().splitlines()
@@ -250,19 +241,20 @@ def test_bad_input_is_one_clear_line(
         assert word in line
 
 
-def test_patterns_folders_and_runs_may_be_mixed_and_each_run_is_named_once(sweep: Path) -> None:
+def test_patterns_folders_and_runs_mixed(sweep: Path) -> None:
     given = [str(sweep / "analysis=s*"), str(sweep / "analysis=sqnr"), str(sweep)]
     runs = read_runs(given)
     assert len(runs) == 7
     assert [run.name for run in runs[:2]] == ["analysis=sensitivity", "analysis=sqnr"]
 
 
-def test_a_process_of_its_own_loads_neither_mlx_nor_hydra(sweep: Path) -> None:
+def test_imports(sweep: Path) -> None:
+    """Neither MLX nor Hydra, nor even NumPy."""
     code = (
         "import sys; from calib.__main__ import main; sys.argv = ['calib', 'compare', sys.argv[1]]\n"
         "try: main()\n"
         "except SystemExit as end: assert not end.code\n"
-        "print([m for m in ('mlx.core', 'hydra', 'matplotlib', 'diffusionkit') if m in sys.modules])"
+        "print([m for m in ('mlx', 'hydra', 'matplotlib', 'diffusionkit', 'numpy') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code, str(sweep)], env=environment(), capture_output=True, text=True)
     assert done.stdout.splitlines()[-1] == "[]", done.stderr
@@ -271,38 +263,49 @@ def test_a_process_of_its_own_loads_neither_mlx_nor_hydra(sweep: Path) -> None:
 # Plans
 
 
-def test_plans_are_compared_layer_by_layer(sweep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plans(sweep: Path, tmp_path: Path, comparing: Compare) -> None:
     other = Path(shutil.copytree(sweep / "analysis=range", tmp_path / "other"))
-    plan = json.loads((other / "quantization_config.json").read_text())
+    plan = json.loads((other / PLAN).read_text())
     before = plan["x_embedder"]["suggested_weight_bits"]
     plan["x_embedder"] |= {"suggested_weight_bits": 5, "group_size": 32}
-    (other / "quantization_config.json").write_text(json.dumps(plan))
-    steps = json.loads((other / "timestep_config.json").read_text())
+    (other / PLAN).write_text(json.dumps(plan))
+    steps = json.loads((other / STEPS).read_text())
     steps["activation_ranges"]["final_layer.linear"] = {"from_step": [0, 2], "low": [-1, -2], "high": [1, 6]}
     seen = steps["drift"]["final_layer.linear"]
     assert 0 < seen < 1, "of what was seen, also where one range serves all steps"
     steps["drift"]["final_layer.linear"] = 0.75
-    (other / "timestep_config.json").write_text(json.dumps(steps))
-    given = [str(sweep / "analysis=range"), str(other), "--layers"]
-    outcome = told(given, capsys)
+    (other / STEPS).write_text(json.dumps(steps))
+    given = [sweep / "analysis=range", other, "--layers"]
+    outcome = comparing(*given)
     assert outcome.status == 0, outcome.err
     assert f"{before} → 5" in outcome.out and "64 → 32" in outcome.out and "→ 75%" in outcome.out
     assert "2 layers differ, 59 agree" in outcome.out
-    document = json.loads(told([*given, "--json"], capsys).out)
+    document = json.loads(comparing(*given, "--json").out)
     assert set(document["layers"]) == {"x_embedder", "final_layer.linear"}
     drifts = [document["layers"]["final_layer.linear"][side]["drift"] for side in ("a", "b")]
     assert drifts == [pytest.approx(seen), 0.75]
-    rows = list(csv.DictReader(io.StringIO(told([*given, "--csv", "--all"], capsys).out)))
+    rows = list(csv.DictReader(io.StringIO(comparing(*given, "--csv", "--all").out)))
     assert len(rows) == 61
-    assert told([*given, "--markdown"], capsys).out.count("\n| ") == 3
+    assert comparing(*given, "--markdown").out.count("\n| ") == 3
 
 
-def test_plans_of_other_layers_are_refused(sweep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plans_that_mlx_cannot_run(sweep: Path, tmp_path: Path, comparing: Compare) -> None:
+    """A heuristic of the user's own could plan them with calib 0.1.0."""
     other = Path(shutil.copytree(sweep / "analysis=range", tmp_path / "other"))
-    plan = json.loads((other / "quantization_config.json").read_text())
+    plan = json.loads((other / PLAN).read_text())
+    plan["x_embedder"] |= {"suggested_weight_bits": 7, "suggested_activation_bits": 1, "group_size": 16}
+    (other / PLAN).write_text(json.dumps(plan))
+    outcome = comparing(sweep / "analysis=range", other, "--layers")
+    (line,) = (line for line in outcome.out.splitlines() if line.startswith("x_embedder "))
+    assert all(f"→ {value}" in line for value in (7, 16, 1))
+
+
+def test_plans_of_other_layers(sweep: Path, tmp_path: Path, comparing: Compare) -> None:
+    other = Path(shutil.copytree(sweep / "analysis=range", tmp_path / "other"))
+    plan = json.loads((other / PLAN).read_text())
     plan.pop("x_embedder")
-    (other / "quantization_config.json").write_text(json.dumps(plan))
-    outcome = told([str(sweep / "analysis=range"), str(other), "--layers"], capsys)
+    (other / PLAN).write_text(json.dumps(plan))
+    outcome = comparing(sweep / "analysis=range", other, "--layers")
     assert outcome.status == 2 and "x_embedder" in outcome.err and "different layers" in outcome.err
 
 
@@ -314,7 +317,7 @@ COSTS = st.lists(
 
 
 @given(costs=COSTS)
-def test_the_front_is_what_none_beats(costs: list[tuple[int | None, int | None]]) -> None:
+def test_pareto_front(costs: list[tuple[int | None, int | None]]) -> None:
     named = [(str(number), own) for number, own in enumerate(costs)]
     front = pareto_front(named)
     whole = {name: own for name, own in named if None not in own}
@@ -330,9 +333,9 @@ NUMBERS = st.one_of(st.none(), st.floats(allow_nan=False, allow_infinity=False, 
 
 
 @given(values=st.lists(NUMBERS, min_size=1, max_size=20), descending=st.booleans())
-def test_sorting_keeps_every_run_and_puts_what_has_no_figure_last(values: list[float | None], descending: bool) -> None:
+def test_sorting(values: list[float | None], descending: bool) -> None:
     runs = [
-        RunRecord(Path(str(i)), str(i), State.COMPLETE, metrics={} if value is None else {"psnr": value})
+        RunRecord(Path(str(i)), str(i), RunState.COMPLETE, metrics={} if value is None else {"psnr": value})
         for i, value in enumerate(values)
     ]
     if all(value is None for value in values):
@@ -351,7 +354,7 @@ PARTS = st.lists(st.sampled_from(["a", "b", "run"]), min_size=1, max_size=4)
 
 
 @given(paths=st.lists(PARTS, min_size=1, max_size=6, unique_by=tuple))
-def test_short_names_are_unique_ends_of_the_paths(paths: list[list[str]]) -> None:
+def test_short_names(paths: list[list[str]]) -> None:
     folders = [Path("/root", *("x" * depth for depth in range(1, 2)), *parts) for parts in paths]
     names = short_names(folders)
     assert len(set(names)) == len(names)
@@ -359,9 +362,9 @@ def test_short_names_are_unique_ends_of_the_paths(paths: list[list[str]]) -> Non
         assert str(folder).endswith(name)
 
 
-def test_figures_that_are_no_numbers_are_left_out(sweep: Path, tmp_path: Path) -> None:
+def test_only_finite_metrics(sweep: Path, tmp_path: Path) -> None:
     run = Path(shutil.copytree(sweep / "analysis=range", tmp_path / "run"))
-    (run / "metrics.json").write_text('{"psnr": NaN, "ssim": null, "images": true, "steps": 5, "x": Infinity}')
+    (run / METRICS).write_text('{"psnr": NaN, "ssim": null, "images": true, "steps": 5, "x": Infinity}')
     (record,) = read_runs([str(run)])
     assert record.metrics == {"steps": 5.0}
     assert all(math.isfinite(value) for value in record.metrics.values())

@@ -1,7 +1,7 @@
 """``calib compare`` on odd folders, damaged files, options with parameters of their own, and narrow terminals."""
 
+import io
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -9,58 +9,56 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from calib.base.errors import ConfigError
-from calib.dataset.sampling import State
+from calib.base.layout import ENVIRONMENT, HYDRA, METRICS, PLAN, STATUS, STEPS, SWEEP
+from calib.cli.compare import compare_command
 from calib.runs.compare.comparison import compare
 from calib.runs.compare.tables import json_text, terminal_table
 from calib.runs.find import read_runs
-from calib.runs.record import RunRecord, Scalar
+from calib.runs.record import RunRecord, RunState, Scalar
 
 import pytest
 import yaml
-from helpers import command, environment, run_here
-from test_compare import changed, copied, sweep_of_copies, told
+from helpers import command, environment, run_here, run_without_rights
+from test_compare import Compare, changed, comparing, sweep
 
-
-@pytest.fixture(scope="module")
-def sweep(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return sweep_of_copies(tiny_run, tmp_path_factory.mktemp("sweeps") / "analysis")
+__all__ = ["comparing", "sweep"]  # fixtures
 
 
 def record(name: str, config: Mapping[str, Scalar], asked: tuple[str, ...] = (), **metrics: float) -> RunRecord:
     config = {"model": "emoji", "model.name": "emoji", **config}
-    return RunRecord(Path(name), name, State.COMPLETE, config=config, asked=frozenset(asked), metrics=metrics)
+    return RunRecord(Path(name), name, RunState.COMPLETE, config=config, asked=frozenset(asked), metrics=metrics)
 
 
 # Folders
 
 
-def test_what_a_shell_makes_of_a_pattern_may_hold_files(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_files_beside_runs(sweep: Path, comparing: Compare) -> None:
     """`calib compare sweep/*`: multirun.yaml lies beside the jobs of every sweep."""
-    outcome = told([*map(str, sorted(sweep.glob("[!.]*"))), "--json"], capsys)
+    outcome = comparing(*sorted(sweep.glob("[!.]*")), "--json")
     assert outcome.status == 0, outcome.err
     assert len(json.loads(outcome.out)["runs"]) == 7
-    outcome = told([str(sweep / "multirun.yaml")], capsys)
+    outcome = comparing(sweep / "multirun.yaml")
     assert outcome.status == 2 and "multirun.yaml" in outcome.err
 
 
-def test_a_link_to_a_folder_above_ends(sweep: Path, tmp_path: Path) -> None:
+def test_link_to_parent(sweep: Path, tmp_path: Path) -> None:
     shutil.copytree(sweep / "analysis=range", tmp_path / "jobs" / "one")
     (tmp_path / "jobs" / "back").symlink_to("..", target_is_directory=True)
     assert [run.name for run in read_runs([str(tmp_path / "jobs")])] == ["one"]
 
 
-@pytest.mark.parametrize("left", [["quantization_config.json"], ["env.json"], [".hydra"]])
-def test_a_run_directory_of_which_little_is_left_is_listed(sweep: Path, tmp_path: Path, left: list[str]) -> None:
+@pytest.mark.parametrize("left", [PLAN, ENVIRONMENT, HYDRA])
+def test_remains_of_a_run(sweep: Path, tmp_path: Path, left: str) -> None:
     run = Path(shutil.copytree(sweep / "analysis=range", tmp_path / "jobs" / "one"))
     for path in run.iterdir():
-        if path.name not in left:
+        if path.name != left:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     (found,) = read_runs([str(tmp_path / "jobs")])
-    assert (found.name, found.state) == ("one", State.INCOMPLETE)
+    assert (found.name, found.state) == ("one", RunState.INCOMPLETE)
     assert "status.json: no such file" in found.why
 
 
-def test_jobs_are_in_the_order_of_their_numbers(sweep: Path, tmp_path: Path) -> None:
+def test_order_of_numbers(sweep: Path, tmp_path: Path) -> None:
     names = ["analysis.average_bits=4", "analysis.average_bits=4.5", "analysis.average_bits=10"]
     for name in reversed(names):
         shutil.copytree(sweep / "analysis=range", tmp_path / name)
@@ -68,23 +66,16 @@ def test_jobs_are_in_the_order_of_their_numbers(sweep: Path, tmp_path: Path) -> 
     assert [run.name for run in read_runs([str(tmp_path / "*")])] == names
 
 
-def test_a_folder_that_may_not_be_read_does_not_hide_the_others(sweep: Path, tmp_path: Path) -> None:
+def test_unreadable_folder(sweep: Path, tmp_path: Path) -> None:
     jobs = tmp_path / "jobs"
     for name in ("one", "two", "three"):
         shutil.copytree(sweep / "analysis=range", jobs / name)
     (jobs / "two").chmod(0)
-    (jobs / "three" / "status.json").chmod(0)
-    for folder in (tmp_path, *tmp_path.parents[:-1]):  # pytest's folders are their owner's alone
-        if not folder.stat().st_mode & 0o001:
-            folder.chmod(folder.stat().st_mode | 0o011)
-    drop = "os.setuid(65534); " if os.geteuid() == 0 else ""
-    code = f"import os, sys; from calib.cli.compare import main; {drop}sys.exit(main(sys.argv[1:]))"
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(jobs), "--json"], env=environment(), capture_output=True, text=True
-    )
+    (jobs / "three" / STATUS).chmod(0)
+    outcome = run_without_rights(jobs, "compare", str(jobs), "--json")
     (jobs / "two").chmod(0o755)
-    assert done.returncode == 0, done.stderr
-    runs = {run["run"]: run for run in json.loads(done.stdout)["runs"]}
+    assert outcome.status == 0, outcome.err
+    runs = {run["run"]: run for run in json.loads(outcome.out)["runs"]}
     assert {name: run["state"] for name, run in runs.items()} == {
         "one": "complete",
         "two": "damaged",
@@ -112,60 +103,59 @@ def test_a_folder_that_may_not_be_read_does_not_hide_the_others(sweep: Path, tmp
         ("config.resolved.yaml", b"", "config.resolved.yaml: holds no keys"),
     ],
 )
-def test_damaged_files_of_a_complete_run_are_told_in_a_note(
-    sweep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, content: bytes, words: str
-) -> None:
+def test_damaged_files(sweep: Path, tmp_path: Path, comparing: Compare, name: str, content: bytes, words: str) -> None:
     run = Path(shutil.copytree(sweep / "analysis=range", tmp_path / "run"))
     (run / name).write_bytes(content)
-    outcome = told([str(run), str(sweep / "analysis=sqnr")], capsys)
+    outcome = comparing(run, sweep / "analysis=sqnr")
     assert outcome.status == 0, outcome.err
     assert any(line.startswith("note: run: " + words) for line in outcome.out.splitlines()), outcome.out
     assert "42.00" in outcome.out
 
 
-def test_figures_that_are_lost_are_not_called_unmeasured(sweep: Path, tmp_path: Path) -> None:
+def test_lost_metrics(sweep: Path, tmp_path: Path) -> None:
     run = Path(shutil.copytree(sweep / "analysis=range", tmp_path / "lost"))
-    (run / "metrics.json").unlink()
+    (run / METRICS).unlink()
     (found,) = read_runs([str(run)])
-    assert found.state is State.COMPLETE and "metrics.json is lost" in found.why
+    assert found.state is RunState.COMPLETE and "metrics.json is lost" in found.why
     notes = compare([*read_runs([str(sweep)]), found]).notes
     assert any("metrics.json is lost" in note for note in notes)
     assert not any("not evaluated" in note for note in notes)
 
 
-def test_jobs_that_a_sweep_did_not_come_to_are_listed(sweep: Path, tmp_path: Path) -> None:
+def test_jobs_not_begun(sweep: Path, tmp_path: Path) -> None:
     killed = tmp_path / "killed"
     shutil.copytree(sweep / "analysis=range", killed / "seed=1")
-    (killed / "sweep.json").write_text(json.dumps({"jobs": ["seed=1", "seed=2", "seed=10", "../elsewhere"]}))
+    (killed / SWEEP).write_text(json.dumps({"jobs": ["seed=1", "seed=2", "seed=10", "../elsewhere"]}))
     runs = read_runs([str(killed)])
     assert [run.name for run in runs] == ["seed=1", "seed=2", "seed=10"]
-    assert [run.state for run in runs] == [State.COMPLETE, State.INCOMPLETE, State.INCOMPLETE]
+    assert [run.state for run in runs] == [RunState.COMPLETE, RunState.INCOMPLETE, RunState.INCOMPLETE]
     assert "was not begun" in runs[1].why
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[]", '{"jobs": 3}', '{"jobs": [{}]}'])
-def test_a_damaged_list_of_jobs_hides_no_run(sweep: Path, tmp_path: Path, content: str) -> None:
+def test_damaged_list_of_jobs(sweep: Path, tmp_path: Path, content: str) -> None:
     shutil.copytree(sweep / "analysis=range", tmp_path / "sweep" / "seed=1")
-    (tmp_path / "sweep" / "sweep.json").write_text(content)
+    (tmp_path / "sweep" / SWEEP).write_text(content)
     assert "seed=1" in [run.name for run in read_runs([str(tmp_path / "sweep")])]
 
 
 @pytest.mark.parametrize("flag", ["--sort=psnr", "--where=psnr>3", "--baseline=x"])
-def test_what_is_for_tables_is_refused_with_layers(sweep: Path, capsys: pytest.CaptureFixture[str], flag: str) -> None:
-    outcome = told([str(sweep / "analysis=range"), str(sweep / "analysis=sqnr"), "--layers", flag], capsys)
+def test_options_without_layers(sweep: Path, comparing: Compare, flag: str) -> None:
+    outcome = comparing(sweep / "analysis=range", sweep / "analysis=sqnr", "--layers", flag)
     assert outcome.status == 2 and outcome.err.count("\n") == 1 and flag.partition("=")[0] in outcome.err
 
 
-def test_an_error_cannot_speak_to_the_terminal(sweep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_escape_sequences(sweep: Path, tmp_path: Path, comparing: Compare) -> None:
+    """An error cannot send any to the terminal."""
     run = Path(shutil.copytree(sweep / "analysis=range", tmp_path / "run"))
-    changed(run / "status.json", state="failed", error="\x1b[2J gone\r\nand more")
-    assert "  failed      run  [2J gone and more\n" in told([str(run)], capsys).out
+    changed(run / STATUS, state="failed", error="\x1b[2J gone\r\nand more")
+    assert "  failed      run  [2J gone and more\n" in comparing(run).out
 
 
 # Columns
 
 
-def test_parameters_that_follow_from_the_option_are_no_columns() -> None:
+def test_defaults_are_no_columns() -> None:
     uniform = record("a", {"analysis": "uniform", "analysis.weight_bits": 4, "analysis.group_size": 64})
     allocate = record("b", {"analysis": "allocate", "analysis.weight_bits": "[2,3,4]", "analysis.average_bits": 4.5})
     tighter = record("c", {"analysis": "allocate", "analysis.weight_bits": "[2,3,4]", "analysis.average_bits": 4.0})
@@ -184,17 +174,17 @@ def test_parameters_that_follow_from_the_option_are_no_columns() -> None:
     assert keys(asked, record("e", {"analysis": "range"})) == ["analysis", "analysis.weight_bits"]
 
 
-def test_what_the_command_line_set_is_read_from_hydras_record(sweep: Path) -> None:
+def test_keys_of_the_command_line(sweep: Path) -> None:
     (run,) = read_runs([str(sweep / "analysis=range")])
     assert {"num_images", "sampler.num_steps", "timestep_schedule", "data_dir"} <= run.asked
 
 
-def test_the_plans_and_statistics_that_runs_started_from_are_told() -> None:
+def test_plans_of_origin() -> None:
     runs = [record(name, {"stage": "evaluate", "plan": f"runs/{name}"}) for name in "ab"]
     assert [column.key for column in compare(runs).columns] == ["plan"]
 
 
-def test_runs_of_different_models_are_not_ranked() -> None:
+def test_different_models_are_not_ranked() -> None:
     runs = [
         record("a", {}, psnr=20.0, output_error=0.4, quantized_bytes=9.0),
         record("b", {"model": "sd3_medium", "model.name": "sd3_medium"}, psnr=30, output_error=0.1, quantized_bytes=8),
@@ -204,11 +194,11 @@ def test_runs_of_different_models_are_not_ranked() -> None:
     assert "figures do not compare" in found.notes[0] and "--where model=" in found.notes[0]
     assert compare(runs[1:]).pareto == {"b"}
     # Runs without a model, or none with one, are no error.
-    assert compare([RunRecord(Path("x"), "x", State.INCOMPLETE)]).notes == ()
+    assert compare([RunRecord(Path("x"), "x", RunState.INCOMPLETE)]).notes == ()
 
 
 @pytest.mark.parametrize(("key", "other"), [("evaluation.seed", 1), ("sampler.cfg_weight", 1.5), ("prompts.seed", 2)])
-def test_figures_of_other_pictures_are_told(key: str, other: float) -> None:
+def test_metrics_of_other_pictures(key: str, other: float) -> None:
     same = {"evaluation.dequantize": True, "sampler.batch_size": 2, key: 0}
     runs = [record("a", same, psnr=20.0), record("b", same | {"sampler.batch_size": 4}, psnr=21.0)]
     assert compare(runs).notes == ()
@@ -216,12 +206,12 @@ def test_figures_of_other_pictures_are_told(key: str, other: float) -> None:
     assert f"({key})" in note and "with care" in note
 
 
-def test_keys_may_be_written_as_the_table_shows_them(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    outcome = told([str(sweep), "--sort", "PSNR", "--where", "Size<7", "--where", "state=complete", "--csv"], capsys)
+def test_titles_as_keys(sweep: Path, comparing: Compare) -> None:
+    outcome = comparing(sweep, "--sort", "PSNR", "--where", "Size<7", "--where", "state=complete", "--csv")
     assert [line.partition(",")[0] for line in outcome.out.splitlines()[1:]] == ["analysis=range", "analysis=uniform"]
 
 
-def test_figures_are_compared_in_the_unit_of_the_word_that_names_them(sweep: Path) -> None:
+def test_units_of_conditions(sweep: Path) -> None:
     runs = read_runs([str(sweep)])
     for condition in ("quantized_bytes<7e6", "size<7", "size < 7", "output error>0.05", "output_error>0.05"):
         assert {run.name for run in compare(runs, where=[condition, "state=complete"]).runs} == {
@@ -231,19 +221,19 @@ def test_figures_are_compared_in_the_unit_of_the_word_that_names_them(sweep: Pat
 
 
 @pytest.mark.parametrize("axes", [("state", "psnr"), ("control_psnr", "psnr"), ("analysis", "psnr")])
-def test_a_front_needs_metrics_with_a_better_side(sweep: Path, axes: tuple[str, str]) -> None:
+def test_pareto_axes(sweep: Path, axes: tuple[str, str]) -> None:
     with pytest.raises(ConfigError, match=rf"{axes[0]} has no better side; these have one: .*output_error"):
         compare(read_runs([str(sweep)]), pareto=axes)
 
 
-def test_the_baseline_stays_in_the_table_whatever_is_chosen(sweep: Path) -> None:
+def test_baseline_stays(sweep: Path) -> None:
     found = compare(read_runs([str(sweep)]), where=["analysis=sqnr"], baseline="analysis=uniform")
     assert {run.name for run in found.runs} == {"analysis=sqnr", "analysis=uniform"}
     found = compare(read_runs([str(sweep)]), baseline="analysis=mse")
     assert "the baseline, analysis=mse, has no figures" in found.notes
 
 
-def test_units_in_json_are_those_of_its_numbers(sweep: Path) -> None:
+def test_units_in_json(sweep: Path) -> None:
     document = json.loads(json_text(compare(read_runs([str(sweep)]))))
     units = {column["key"]: column["unit"] for column in document["columns"]}
     assert (units["quantized_bytes"], units["psnr"], units["ssim"]) == ("bytes", "dB", "")
@@ -259,7 +249,7 @@ def named(prefix: str) -> list[RunRecord]:
 
 
 @pytest.mark.parametrize("width", [60, 80, 100, 120])
-def test_long_names_stand_on_their_own_lines_and_figures_stay(width: int) -> None:
+def test_long_names(width: int) -> None:
     runs = named("timestep_schedule=uniform,timestep_schedule.count=20,analysis=")
     lines = terminal_table(compare(runs), width).splitlines()
     assert lines[1].removeprefix("◆").strip() == runs[0].name
@@ -268,41 +258,43 @@ def test_long_names_stand_on_their_own_lines_and_figures_stay(width: int) -> Non
     assert "20.00" in lines[2] and "20.00" in lines[4]
 
 
-def test_settings_that_names_do_not_say_outlast_later_figures() -> None:
+def test_columns_that_stay() -> None:
     runs = named("2026-01-31/08-00-00-00000")
     table = terminal_table(compare(runs), 80).splitlines()
     assert "analysis" in table[0] and "PSNR" in table[0] and "size" not in table[0]
     assert "analysis" not in terminal_table(compare(named("analysis=")), 70).splitlines()[0]
 
 
-def test_an_ascii_terminal_gets_a_table_and_documents_stay_utf8(sweep: Path) -> None:
-    ascii_only = {**environment(), "PYTHONIOENCODING": "ascii"}
-    table, document = (
-        subprocess.run(command("compare", str(sweep), *more), env=ascii_only, capture_output=True, check=True).stdout
-        for more in ([], ["--markdown"])
-    )
-    assert b"PSNR (dB) ?" in table
-    assert "PSNR (dB) ↑" in document.decode()
+@pytest.mark.parametrize(("form", "arrow"), [((), b"?"), (("--markdown",), "↑".encode())], ids=["table", "document"])
+def test_ascii_terminal(sweep: Path, monkeypatch: pytest.MonkeyPatch, form: tuple[str, ...], arrow: bytes) -> None:
+    """A table lacks signs there, a document is UTF-8 wherever it goes."""
+    out = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(out, encoding="ascii"))
+    assert compare_command([str(sweep), *form]) == 0
+    assert b"PSNR (dB) " + arrow in out.getvalue()
 
 
-def test_one_document_is_printed_at_a_time(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    outcome = told([str(sweep), "--csv", "--json"], capsys)
+def test_two_printed_documents(sweep: Path, comparing: Compare) -> None:
+    outcome = comparing(sweep, "--csv", "--json")
     assert outcome.status == 2 and "--csv --json: only one" in outcome.err and outcome.out == ""
 
 
-def test_it_is_among_the_commands(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "\n  compare DIR…" in run_here(["--help"], capsys).out
     assert "'compare'" in run_here(["comapre"], capsys).err
     assert "nowhere: no such folder" in run_here(["compare", "nowhere"], capsys).err
 
 
-def test_exit_status_and_closed_pipes_of_a_process(sweep: Path) -> None:
-    for arguments, status in ((["nowhere"], 2), ([str(sweep), "--csv=/dev/null/x.csv"], 1), ([str(sweep)], 0)):
-        done = subprocess.run(command("compare", *arguments), env=environment(), capture_output=True, text=True)
-        assert done.returncode == status, done.stderr
-        assert len(done.stderr.splitlines()) == (status > 0)
-    code = f"from calib.cli.compare import main; import sys; sys.exit(main([{str(sweep)!r}, '--json']))"
-    piped = subprocess.Popen([sys.executable, "-c", code], env=environment(), stdout=subprocess.PIPE, stderr=-1)
+def test_exit_status(sweep: Path, comparing: Compare) -> None:
+    for arguments, status in ((["nowhere"], 2), ([sweep, "--csv=/dev/null/x.csv"], 1), ([sweep], 0)):
+        outcome = comparing(*arguments)
+        assert outcome.status == status, outcome.err
+        assert len(outcome.err.splitlines()) == (status > 0)
+
+
+def test_closed_pipe(sweep: Path) -> None:
+    arguments = command("compare", str(sweep), "--json")
+    piped = subprocess.Popen(arguments, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert piped.stdout is not None and piped.stderr is not None
     piped.stdout.close()
     assert piped.wait() == 0 and piped.stderr.read() == b""
@@ -323,52 +315,68 @@ def altered(run: Path, into: Path, file: str, change: Mapping[str, object], *key
 
 
 @pytest.mark.parametrize(
-    ("file", "change", "keys", "told_as"),
+    ("file", "change", "keys", "shown"),
     [
-        ("timestep_config.json", {"t_embedder.0": 7}, ("phases", "early", "activation_bits"), "4 → 4 (early 7)"),
-        ("timestep_config.json", {"t_embedder.0": 3}, ("phases", "mid", "weight_bits"), "4 → 4 (mid 3)"),
+        (STEPS, {"t_embedder.0": 7}, ("phases", "early", "activation_bits"), "4 → 4 (early 7)"),
+        (STEPS, {"t_embedder.0": 3}, ("phases", "mid", "weight_bits"), "4 → 4 (mid 3)"),
         (
-            "quantization_config.json",
+            PLAN,
             {"use_percentile_clipping": True, "clip_percentile": [5, 95]},
             ("t_embedder.0",),
             "none → 5–95%",
         ),
     ],
 )
-def test_bits_of_phases_and_clipping_are_differences(
+def test_phases_and_clipping(
     sweep: Path,
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    comparing: Compare,
     file: str,
     change: dict[str, object],
     keys: tuple[str, ...],
-    told_as: str,
+    shown: str,
 ) -> None:
     bare = {"suggested_weight_bits": 4, "suggested_activation_bits": 4, "use_percentile_clipping": False}
-    one = altered(sweep / "analysis=range", tmp_path / "one", "quantization_config.json", bare, "t_embedder.0")
-    for phase in (steps := json.loads((one / "timestep_config.json").read_text()))["phases"].values():
+    one = altered(sweep / "analysis=range", tmp_path / "one", PLAN, bare, "t_embedder.0")
+    for phase in (steps := json.loads((one / STEPS).read_text()))["phases"].values():
         phase["activation_bits"].pop("t_embedder.0", None)
-    (one / "timestep_config.json").write_text(json.dumps(steps))
+    (one / STEPS).write_text(json.dumps(steps))
     other = altered(one, tmp_path / "other", file, change, *keys)
-    outcome = told([str(one), str(other), "--layers"], capsys)
+    outcome = comparing(one, other, "--layers")
     assert outcome.status == 0, outcome.err
     (line,) = (line for line in outcome.out.splitlines() if line.startswith("t_embedder.0 "))
-    assert told_as in line
+    assert shown in line
     assert "1 layer differ" in outcome.out and "60 agree" in outcome.out
     for form in ("--csv", "--json", "--markdown"):
-        assert "t_embedder.0" in told([str(one), str(other), "--layers", form], capsys).out
+        assert "t_embedder.0" in comparing(one, other, "--layers", form).out
 
 
-@pytest.mark.parametrize("content", ["[]", "{}", '{"x": 3}', '{"x": {"suggested_weight_bits": 4}}', "{"])
-def test_a_damaged_plan_is_one_clear_line(
-    sweep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str
-) -> None:
-    run = copied(sweep / "analysis=range", tmp_path / "run", "range")
-    (run / "quantization_config.json").write_text(content)
-    outcome = told([str(sweep / "analysis=sqnr"), str(run), "--layers"], capsys)
-    assert outcome.status in (1, 2) and outcome.out == ""
-    assert len(outcome.err.splitlines()) == 1
+BITS = {"suggested_weight_bits": 4, "suggested_activation_bits": 4, "use_percentile_clipping": False}
 
 
-def test_yaml_is_read_by_its_fast_reader() -> None:
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        (PLAN, [], "holds no layers"),
+        (PLAN, {}, "holds no layers"),
+        (PLAN, {"x": 3}, "layer 'x' lacks or garbles"),
+        (PLAN, {"x": {"suggested_weight_bits": 4}}, "layer 'x' lacks or garbles 'use_percentile_clipping'"),
+        (PLAN, {"x": BITS}, "layer 'x' lacks or garbles 'clip_percentile'"),
+        (PLAN, {"x": BITS | {"clip_percentile": [0, 100], "group_size": "64"}}, "'x' lacks or garbles group_size=64"),
+        (PLAN, None, "not valid JSON"),
+        (STEPS, [], "lacks or garbles"),
+        (STEPS, {"num_steps": 4}, "lacks or garbles 'timesteps'"),
+        (STEPS, None, "not valid JSON"),
+    ],
+)
+def test_damaged_plan(sweep: Path, tmp_path: Path, comparing: Compare, file: str, content: object, words: str) -> None:
+    run = Path(shutil.copytree(sweep / "analysis=range", tmp_path / "run"))
+    (run / file).write_text("{" if content is None else json.dumps(content))
+    outcome = comparing(sweep / "analysis=sqnr", run, "--layers")
+    assert outcome.status == 1 and outcome.out == ""
+    (line,) = outcome.err.splitlines()
+    assert str(run / file) in line and words in line
+
+
+def test_yaml_reader() -> None:
     assert hasattr(yaml, "CSafeLoader"), "200 runs take a second more without"

@@ -2,22 +2,35 @@
 
 import copy
 from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from calib.analysis.ranges import static
 from calib.base.errors import ConfigError
 from calib.base.files import check_writable
 from calib.base.seeds import image_seed
+from calib.base.values import check
 from calib.cli.help import CONF
 from calib.dataset.shards import Shard
 from calib.dataset.store import StateDtype, StorageFormat
 from calib.models.model import ModelDtype
 from calib.quantization import rtn
 from calib.stages import Stage
-from calib.stages.build import build
-from calib.stages.settings import CalibrationSettings, EvaluationSettings, SensitivitySettings, Settings
-from calib.stages.values import typed
+from calib.stages.build import KEYS, build
+from calib.stages.settings import (
+    DERIVED,
+    Analyze,
+    CalibrationSettings,
+    Collect,
+    Evaluate,
+    EvaluationSettings,
+    Generate,
+    Job,
+    Quantize,
+    SensitivitySettings,
+    Settings,
+)
 
 import numpy as np
 import pytest
@@ -39,10 +52,15 @@ NEEDS = {
 PARAMETERLESS = ("all", "quarters", "taqdit", "key", "rtn", "static", "per_step")
 
 
-def composed(*overrides: str) -> dict[str, Any]:
-    """The configuration as plain containers."""
+@cache
+def _composed(*overrides: str) -> Any:
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        plain = OmegaConf.to_container(compose("config", overrides=list(overrides)), resolve=True)
+        return OmegaConf.to_container(compose("config", overrides=list(overrides)), resolve=True)
+
+
+def composed(*overrides: str) -> dict[str, Any]:
+    """The configuration as plain containers; Hydra composes each but once."""
+    plain = copy.deepcopy(_composed(*overrides))
     assert isinstance(plain, dict)
     return plain
 
@@ -89,13 +107,13 @@ def test_every_option_composes_and_builds(folder: Path, group: str, option: str)
     choice = f"model={option}" if group == "sampler" else f"{group}={option}"
     config = composed(choice, *NEEDS.get((group, option), []))
     settings = build(config)
-    assert settings.prompts
-    assert settings.steps
-    assert settings.choose_images(range(settings.num_images), no_latents)
+    assert settings.generate.prompts
+    assert settings.collect.timestep_schedule
+    assert settings.collect.subset(range(settings.generate.num_images), no_latents)
     if group == "sampler":
         chosen = OmegaConf.load(CONF / "sampler" / f"{option}.yaml")
-        assert settings.sampler.num_steps == chosen.num_steps
-        assert list(settings.sampler.image_size) == list(chosen.image_size)
+        assert settings.generate.sampler.num_steps == chosen.num_steps
+        assert list(settings.generate.sampler.image_size) == list(chosen.image_size)
     assert list(folder.iterdir()) == [folder / "prompts.txt"]
 
 
@@ -107,48 +125,59 @@ def test_every_option_has_its_usage_on_top(group: str, option: str) -> None:
     assert f"{group}={option}" in usage or (group == "sampler" and f"model={option}" in usage)
 
 
+def test_every_key_of_the_configuration_is_a_field_of_one_dataclass() -> None:
+    found = [
+        name
+        for kind in (Job, Generate, Collect, Analyze, Quantize, Evaluate)
+        for name, hint in get_type_hints(kind, include_extras=True).items()
+        if DERIVED not in get_args(hint)
+    ]
+    assert sorted(found) == sorted(composed()) == sorted(KEYS)
+
+
 def test_the_defaults_are_those_of_the_design() -> None:
     settings = built()
     assert settings.stage is Stage.RUN
-    assert (settings.num_images, settings.sampler.num_steps, settings.sampler.cfg_weight) == (10, 50, 3.0)
-    assert len(settings.steps) == 17
-    assert settings.dataset.format is StorageFormat.HDF5
-    assert settings.dataset.dtype is StateDtype.FLOAT16
-    assert settings.stored_steps == tuple(range(51))
-    assert settings.sampler.batch_size is None, "as memory allows"
-    assert settings.shard == Shard(0, 1)
-    assert settings.generate_missing
-    assert str(settings.data_dir).startswith("calibration_data/emoji-emoji-50steps-")
-    assert not built("stage=collect").generate_missing
-    assert built("stage=collect", multirun=True).generate_missing
-    assert settings.choose_images(range(settings.num_images), no_latents) == list(range(10))
-    assert not settings.heuristic.measures and settings.phase_bits
-    assert settings.ranges.func is static
-    assert settings.quantizer.func is rtn.quantize
-    assert settings.plan is None
-    assert settings.sensitivity == SensitivitySettings(images=4, steps=8, group_sizes=(32, 64, 128))
-    assert settings.calibration == CalibrationSettings(images=32, steps=8)
-    assert settings.evaluation == EvaluationSettings(num_images=10, seed=0, steps=10)
-    assert settings.evaluation_dir.parent == settings.data_dir.parent
-    assert settings.evaluation_dir.name.startswith("emoji-evaluation-50steps-")
+    assert settings.generate.num_images == 10
+    assert (settings.generate.sampler.num_steps, settings.generate.sampler.cfg_weight) == (50, 3.0)
+    assert len(settings.collect.timestep_schedule) == 17
+    assert settings.generate.dataset.format is StorageFormat.HDF5
+    assert settings.generate.dataset.dtype is StateDtype.FLOAT16
+    assert settings.generate.kept_steps == tuple(range(51))
+    assert settings.generate.sampler.batch_size is None, "as memory allows"
+    assert settings.job.shard == Shard(0, 1)
+    assert settings.collect.generate_missing
+    assert str(settings.generate.data_dir).startswith("calibration_data/emoji-emoji-50steps-")
+    assert not built("stage=collect").collect.generate_missing
+    assert built("stage=collect", multirun=True).collect.generate_missing
+    assert settings.collect.subset(range(settings.generate.num_images), no_latents) == list(range(10))
+    assert not settings.analyze.analysis.measures and settings.analyze.phase_bits
+    assert settings.analyze.ranges.func is static
+    assert settings.quantize.quantizer.func is rtn.quantize
+    assert settings.quantize.plan is None
+    assert settings.analyze.sensitivity == SensitivitySettings(images=4, steps=8, group_sizes=(32, 64, 128))
+    assert settings.quantize.calibration == CalibrationSettings(images=32, steps=8)
+    assert settings.evaluate.evaluation == EvaluationSettings(num_images=10, seed=0, steps=10)
+    assert settings.evaluate.data_dir.parent == settings.generate.data_dir.parent
+    assert settings.evaluate.data_dir.name.startswith("emoji-evaluation-50steps-")
 
 
 def test_evaluation_can_be_left_out_and_never_compares_more_steps_than_there_are() -> None:
-    assert built("evaluation=none").evaluation.num_images == 0
-    assert built("sampler.num_steps=4").evaluation.steps == 4
+    assert built("evaluation=none").evaluate.evaluation.num_images == 0
+    assert built("sampler.num_steps=4").evaluate.evaluation.steps == 4
 
 
 def test_seeds_of_evaluation_are_none_of_calibration() -> None:
     settings = built("evaluation.seed=7")
-    of_evaluation = {image_seed(settings.evaluation.base_seed, i) for i in range(500)}
+    of_evaluation = {image_seed(settings.evaluate.evaluation.base_seed, i) for i in range(500)}
     assert not of_evaluation & {image_seed(seed, i) for seed in range(20) for i in range(500)}
 
 
 def test_experiment_quick_is_quick() -> None:
     settings = built("experiment=quick")
-    assert settings.steps == (0, 2, 5, 7, 10)
-    assert settings.num_images == 4
-    assert built("experiment=quick", "num_images=2").num_images == 2
+    assert settings.collect.timestep_schedule == (0, 2, 5, 7, 10)
+    assert settings.generate.num_images == 4
+    assert built("experiment=quick", "num_images=2").generate.num_images == 2
 
 
 def test_an_option_of_the_users_own_package_is_an_option(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,7 +187,7 @@ def test_an_option_of_the_users_own_package_is_an_option(folder: Path, monkeypat
     monkeypatch.syspath_prepend(folder)
     config = composed("sampler.num_steps=9")
     config["timestep_schedule"] = {"_target_": "mine.ends", "more": 4}
-    assert build(config).steps == (0, 4, 9)
+    assert build(config).collect.timestep_schedule == (0, 4, 9)
     config["timestep_schedule"]["more"] = "x"
     with pytest.raises(ConfigError, match=r"timestep_schedule\.more=x: must be an integer"):
         build(config)
@@ -168,38 +197,31 @@ def test_an_option_of_the_users_own_package_is_an_option(folder: Path, monkeypat
 
 
 @pytest.mark.parametrize(
-    "override",
+    "overrides",
     [
-        "num_images=99",
-        "sampler.batch_size=3",
-        "subset=random",
-        "taps=block",
-        "analysis=uniform",
-        "timestep_schedule=quarters",
-        "collect.batch_size=2",
-        "stage=generate",
-        "export_config=plan.json",
-        "sampler.cfg_weight=3",
-        "sampler.shift=1",
-        "keep_awake=true",
-        "cache_dir=elsewhere",
-        "subset=diverse",
-        "timestep_schedule=drift",
-        "taps.cfg_halves=apart",
-        "storage=full",
-        "analysis=allocate",
-        "ranges=per_step",
-        "quantizer=gptq",
-        "calibration.images=3",
-        "sensitivity.steps=1",
-        "phase_bits=false",
-        "plan=run",
-        "evaluation.num_images=3",
+        (
+            *("num_images=99", "sampler.batch_size=3", "subset=random", "taps=block", "analysis=uniform"),
+            *("timestep_schedule=quarters", "collect.batch_size=2", "stage=generate", "export_config=plan.json"),
+            *("sampler.cfg_weight=3", "sampler.shift=1", "keep_awake=true", "cache_dir=elsewhere", "report=none"),
+        ),
+        (
+            *("subset=diverse", "timestep_schedule=drift", "taps.cfg_halves=apart", "storage=full"),
+            *(
+                "analysis=allocate",
+                "ranges=per_step",
+                "quantizer=gptq",
+                "calibration.images=3",
+                "sensitivity.steps=1",
+                "phase_bits=false",
+            ),
+            *("plan=run", "evaluation.num_images=3"),
+        ),
     ],
 )
-def test_what_does_not_change_the_images_does_not_change_their_folder(override: str) -> None:
-    assert built(override).data_dir == built().data_dir
-    assert built(override).evaluation_dir == built().evaluation_dir
+def test_what_does_not_change_the_images_does_not_change_their_folder(overrides: Sequence[str]) -> None:
+    """All at once: one that did would change it still."""
+    assert built(*overrides).generate.data_dir == built().generate.data_dir
+    assert built(*overrides).evaluate.data_dir == built().evaluate.data_dir
 
 
 @pytest.mark.parametrize(
@@ -219,56 +241,56 @@ def test_what_does_not_change_the_images_does_not_change_their_folder(override: 
     ],
 )
 def test_what_changes_the_images_changes_their_folder(override: str) -> None:
-    assert built(override).data_dir != built().data_dir
+    assert built(override).generate.data_dir != built().generate.data_dir
 
 
 @pytest.mark.parametrize("override", ["sampler.num_steps=49", "sampler.cfg_weight=2.5", "sampler.shift=2.0"])
 def test_what_changes_the_pictures_of_evaluation_changes_their_folder(override: str) -> None:
-    assert built(override).evaluation_dir != built().evaluation_dir
+    assert built(override).evaluate.data_dir != built().evaluate.data_dir
 
 
 def test_another_evaluation_has_another_folder_and_the_same_dataset() -> None:
     for override in ("evaluation.seed=1", "prompts=builtin", "model.dtype=float16"):
-        assert built(override).evaluation_dir != built().evaluation_dir
-    assert built("evaluation.seed=1").data_dir == built().data_dir
+        assert built(override).evaluate.data_dir != built().evaluate.data_dir
+    assert built("evaluation.seed=1").generate.data_dir == built().generate.data_dir
     for override in ("seed=1", "dataset=npz", "dataset.dtype=float32"):
-        assert built(override).evaluation_dir == built().evaluation_dir, "what calibration has is not seen here"
+        assert built(override).evaluate.data_dir == built().evaluate.data_dir, "what calibration has is not seen here"
 
 
-def test_another_cache_is_no_other_job() -> None:
-    assert built("cache_dir=elsewhere").fingerprint == built().fingerprint
+def test_another_cache_and_no_page_are_no_other_job() -> None:
+    assert built("cache_dir=elsewhere", "report=none").fingerprint == built().fingerprint
     assert built("storage=sampled").fingerprint != built().fingerprint
     assert built("taps.cfg_halves=apart").fingerprint != built().fingerprint
 
 
 def test_shards_of_a_dataset_have_its_folder() -> None:
     sharded = built("stage=generate", "shard.index=2", "shard.count=3")
-    assert sharded.data_dir == built().data_dir
-    assert sharded.shard == Shard(2, 3)
+    assert sharded.generate.data_dir == built().generate.data_dir
+    assert sharded.job.shard == Shard(2, 3)
     collected = built("stage=collect", "shard.index=2", "shard.count=3", multirun=True)
-    assert collected.shard == Shard(2, 3)
-    assert not collected.generate_missing, "the shards of a sweep share what is there"
+    assert collected.job.shard == Shard(2, 3)
+    assert not collected.collect.generate_missing, "the shards of a sweep share what is there"
 
 
 def test_a_folder_of_chosen_states_is_that_of_its_schedule_and_keeps_those_states() -> None:
     key, same, other = (
         built("dataset.steps=schedule", f"timestep_schedule={name}") for name in ("key", "key", "quarters")
     )
-    assert key.data_dir == same.data_dir != other.data_dir
-    assert key.stored_steps == key.steps == built().steps
-    assert built("timestep_schedule=quarters").stored_steps == tuple(range(51))
+    assert key.generate.data_dir == same.generate.data_dir != other.generate.data_dir
+    assert key.generate.kept_steps == key.collect.timestep_schedule == built().collect.timestep_schedule
+    assert built("timestep_schedule=quarters").generate.kept_steps == tuple(range(51))
 
 
 def test_other_prompts_in_the_same_file_change_the_folder(folder: Path) -> None:
-    before = built("prompts=file", "prompts.path=prompts.txt").data_dir
+    before = built("prompts=file", "prompts.path=prompts.txt").generate.data_dir
     Path("prompts.txt").write_text("a lion\n")
-    assert built("prompts=file", "prompts.path=prompts.txt").data_dir != before
+    assert built("prompts=file", "prompts.path=prompts.txt").generate.data_dir != before
 
 
 def test_prompts_of_a_file_are_its_lines_without_empty_ones(folder: Path) -> None:
-    assert built("prompts=file", "prompts.path=prompts.txt").prompts == ("a red fox", "an owl")
+    assert built("prompts=file", "prompts.path=prompts.txt").generate.prompts == ("a red fox", "an owl")
     Path("prompts.txt").write_bytes("\ufeffSüße Äpfel\r\n日本\n".encode())
-    assert built("prompts=file", "prompts.path=prompts.txt").prompts == ("Süße Äpfel", "日本")
+    assert built("prompts=file", "prompts.path=prompts.txt").generate.prompts == ("Süße Äpfel", "日本")
 
 
 # Bad values
@@ -290,7 +312,7 @@ def one_line_or_settings(config: dict[str, Any], key: str) -> None:
     """A configuration either becomes settings, or an error of one line that names the key."""
     try:
         settings = build(config)
-        settings.choose_images(range(settings.num_images), no_latents)
+        settings.collect.subset(range(settings.generate.num_images), no_latents)
     except ConfigError as error:
         message = str(error)
         assert message
@@ -353,12 +375,16 @@ def test_a_seed_of_any_size_is_used_or_refused(key: str, seed: int) -> None:
         (["num_images=0"], ("num_images=0", "1 or more")),
         (["seed=-1"], ("seed=-1", "0 or more")),
         (["sampler.num_steps=0"], ("sampler.num_steps=0", "1 or more")),
+        (["sampler.num_steps=4.5"], ("sampler.num_steps=4.5", "integer")),
+        (["sampler.batch_size=0"], ("sampler.batch_size=0", "1 or more")),
         (["sampler.batch_size=-2"], ("sampler.batch_size=-2", "1 or more")),
         (["sampler.cfg_weight=-1"], ("sampler.cfg_weight=-1", "0 or more")),
         (["sampler.cfg_weight=high"], ("sampler.cfg_weight=high", "number")),
         (["sampler.shift=0"], ("sampler.shift=0", "more than 0")),
         (["sampler.image_size=64"], ("sampler.image_size=64", "list")),
-        (["sampler.image_size=[64,60]"], ("sampler.image_size=[64, 60]", "multiple of 16")),
+        (["sampler.image_size=[64,0]"], ("sampler.image_size=[64, 0]", "in pixels")),
+        (["sampler.image_size=[64,60]", "model=sd3_medium"], ("sampler.image_size=[64, 60]", "multiple of 16")),
+        (["sampler.image_size=[64,60]", "model=flux_dev"], ("sampler.image_size=[64, 60]", "multiple of 16")),
         (["sampler.image_size=[128,128]"], ("sampler.image_size=[128, 128]", "[64, 64]")),
         (["subset.num_images=0"], ("subset.num_images=0", "1 to 10")),
         (["subset.num_images=-3"], ("subset.num_images=-3", "1 to 10")),
@@ -366,6 +392,7 @@ def test_a_seed_of_any_size_is_used_or_refused(key: str, seed: int) -> None:
         (["num_images=2", "subset=list", "subset.ids=[0,2]"], ("subset.ids=2", "no such image")),
         (["timestep_schedule=list", "timestep_schedule.steps=[0,51]"], ("timestep_schedule.steps=51", "0 … 50")),
         (["timestep_schedule=list", "timestep_schedule.steps=[-1]"], ("timestep_schedule.steps=-1", "0 … 50")),
+        (["timestep_schedule=list"], ("timestep_schedule.steps=[]",)),
         (["timestep_schedule=list", "timestep_schedule.steps=[a]"], ("timestep_schedule.steps=a", "integer")),
         (["timestep_schedule=list", "timestep_schedule.steps=3"], ("timestep_schedule.steps=3", "list")),
         (["timestep_schedule=uniform", "timestep_schedule.count=52"], ("timestep_schedule.count=52", "2 to 51")),
@@ -373,6 +400,7 @@ def test_a_seed_of_any_size_is_used_or_refused(key: str, seed: int) -> None:
         (["taps.kind=linar"], ("taps.kind=linar", "'linear'")),
         (["taps.include=['*.fc9']"], ("taps.include=*.fc9", "matches no layer", "fc")),
         (["taps.exclude=[mm_block_7]", "taps=block"], ("taps.exclude=mm_block_7", "'mm_block_")),
+        (["taps.include=[mm_block_0.image.mlp.fc3]"], ("taps.include=mm_block_0.image.mlp.fc3", "fc2'")),
         (["analysis=uniform", "analysis.weight_bits=7"], ("analysis.weight_bits=7",)),
         (["analysis.large=wide"], ("analysis.large=wide", "number")),
         (["storage.histogram_rows=0"], ("storage.histogram_rows=0", "1 or more")),
@@ -402,13 +430,21 @@ def test_a_seed_of_any_size_is_used_or_refused(key: str, seed: int) -> None:
         (["stage=collect", "shard.count=2", "generate_missing=true"], ("generate_missing=true", "shard")),
         (["collect.batch_size=0"], ("collect.batch_size=0", "1 or more")),
         (["dataset.dtype=float8"], ("dataset.dtype=float8", "float16, bfloat16, float32")),
-        (["dataset.steps=some"], ("dataset.steps=some", "all, schedule")),
+        (["dataset.steps=schedul"], ("dataset.steps=schedul", "all, schedule", "'schedule'")),
+        (["dataset.format=zarr"], ("dataset.format=zarr", "hdf5, npz")),
         (["sampler.batch_size=two"], ("sampler.batch_size=two", "integer")),
-        (["shard.count=0"], ("shard.count=0", "1 or more")),
+        (["stage=generate", "shard.count=0"], ("shard.count=0", "1 or more")),
+        (["stage=generate", "shard.index=1"], ("shard.index=1", "0 to 0")),
+        (["stage=generate", "shard.index=-1", "shard.count=2"], ("shard.index=-1", "0 to 1")),
+        (["stage=generate", "shard.index=a"], ("shard.index=a", "integer")),
+        (["stage=collect", "shard.index=2", "shard.count=2"], ("shard.index=2", "0 to 1")),
         (["stage=generate", "shard.index=2", "shard.count=2"], ("shard.index=2", "0 to 1")),
         (["shard.count=2"], ("shard.count=2", "calib generate")),
-        (["keep_awake=3"], ("keep_awake=3", "true or false")),
+        (["keep_awake=please"], ("keep_awake=please", "true or false")),
+        (["report=pdf"], ("report=pdf", "html, none")),
         (["model.dtype=floot16"], ("model.dtype=floot16", "'float16'")),
+        (["prompts.seed=-1"], ("prompts.seed=-1",)),
+        (["subset=random", "subset.seed=-1"], ("subset.seed=-1",)),
         (["prompts=file"], ("prompts.path", "text file")),
         (["prompts=file", "prompts.path=none.txt"], ("prompts.path=none.txt", "cannot be read")),
         (["prompts=file", "prompts.path=empty.txt"], ("prompts.path=empty.txt", "no prompts")),
@@ -428,7 +464,7 @@ def test_a_bad_value_is_named_with_what_is_allowed(folder: Path, overrides: list
     Path("empty.txt").write_text("\n  \n")
     Path("binary.txt").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigError) as error:
-        built(*overrides).choose_images(range(2), no_latents)
+        built(*overrides).collect.subset(range(2), no_latents)
     message = str(error.value)
     assert "\n" not in message
     for word in words:
@@ -454,7 +490,7 @@ def test_a_bad_value_is_named_with_what_is_allowed(folder: Path, overrides: list
     ],
 )
 def test_values_of_the_right_type_pass_and_have_that_type(value: Any, annotation: Any, expected: Any) -> None:
-    found = typed("key", value, annotation)
+    found = check("key", value, annotation)
     assert found == expected
     assert type(found) is type(expected)
 
@@ -486,7 +522,7 @@ def test_values_of_the_right_type_pass_and_have_that_type(value: Any, annotation
 )
 def test_values_of_another_type_are_refused(value: Any, annotation: Any) -> None:
     with pytest.raises(ConfigError, match=r"some\.key"):
-        typed("some.key", value, annotation)
+        check("some.key", value, annotation)
 
 
 def test_a_folder_that_cannot_be_made_is_refused_and_one_that_can_is_left_unmade(tmp_path: Path) -> None:

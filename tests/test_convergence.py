@@ -18,9 +18,9 @@ from calib.analysis.convergence import (
     convergence,
     estimates,
     image_counts,
+    image_prompts,
     layer_values,
     movements,
-    prompts_of,
     read_image_ranges,
     resample,
 )
@@ -374,9 +374,9 @@ def test_a_prompts_images_are_found_again_from_any_folder(
 ) -> None:
     assert json.loads((repeated / METADATA).read_text())["data_dir"] == "dataset"
     monkeypatch.chdir(tmp_path)
-    assert prompts_of(repeated, [0, 1, 3]) == ([TEXTS[0], TEXTS[1], TEXTS[0]], "")
+    assert image_prompts(repeated, [0, 1, 3]) == ([TEXTS[0], TEXTS[1], TEXTS[0]], "")
     monkeypatch.chdir(repeated)
-    assert prompts_of(Path("."), [2])[0] == [TEXTS[2]]
+    assert image_prompts(Path("."), [2])[0] == [TEXTS[2]]
     assert METADATA == collecting.METADATA
 
 

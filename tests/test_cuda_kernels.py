@@ -6,11 +6,11 @@ On a machine with an NVIDIA GPU ``calib doctor --selftest`` checks them as they 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from calib.activations import observer_cuda as cuda
+from calib.activations import cuda_launch, observer_cuda
 from calib.activations.observer import Observer
 from calib.activations.observer_cuda import CudaObserver
-from calib.activations.observer_mlx import PlainObserver
-from calib.cli.main import selftest
+from calib.activations.observer_mlx import MlxObserver
+from calib.cli import selftest_collection
 
 import cuda_emulator
 import mlx.core as mx
@@ -34,7 +34,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def forget_kernels() -> None:
-    for value in vars(cuda).values():
+    for value in vars(cuda_launch).values():
         if hasattr(value, "cache_clear"):
             value.cache_clear()
 
@@ -112,32 +112,32 @@ def check_alike(found: Observer, plain: Observer, forwards: Sequence[Mapping[str
 @pytest.mark.parametrize("dtype", list(MLX_DTYPES))
 def test_every_value_of_any_activation_is_seen(dtype: str) -> None:
     forwards = [in_type(activations(rows, seed), dtype) for seed, rows in enumerate((3, 3, 1))]
-    check_alike(CudaObserver(1), PlainObserver(1), forwards, every_row=True)
+    check_alike(CudaObserver(1), MlxObserver(1), forwards, every_row=True)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16"])
 @pytest.mark.parametrize("stride", [7, 1000])
 def test_the_same_rows_are_sampled(dtype: str, stride: int) -> None:
     forwards = [in_type(activations(rows, seed), dtype) for seed, rows in enumerate((2, 2, 1))]
-    check_alike(CudaObserver(stride), PlainObserver(stride), forwards, every_row=False)
+    check_alike(CudaObserver(stride), MlxObserver(stride), forwards, every_row=False)
 
 
 def test_more_taps_than_a_launch_takes_of_several_types_in_turn(emulator: Emulator) -> None:
     """Every change of type begins a launch, and so does a full one."""
     random = np.random.RandomState(0)
-    dtypes = [*["float16"] * (cuda.TAPS + 3), "float32", "float32", "float16", "bfloat16"]
+    dtypes = [*["float16"] * (cuda_launch.TAPS + 3), "float32", "float32", "float16", "bfloat16"]
     forwards = [
         {f"{i}": array(random, rows, 4 + i % 3, 8 + i).astype(MLX_DTYPES[dtype]) for i, dtype in enumerate(dtypes)}
         for rows in (2, 2)
     ]
-    check_alike(CudaObserver(1), PlainObserver(1), forwards, every_row=True)
+    check_alike(CudaObserver(1), MlxObserver(1), forwards, every_row=True)
     assert emulator.launches == 2 * (5 * 2 + 2), "two kernels over each of five groups, two over all"
 
 
 def test_counters_are_emptied_before_they_could_overflow(monkeypatch: pytest.MonkeyPatch) -> None:
     random = np.random.RandomState(0)
     forwards = [{"x": array(random, 2, 30, 16), "y": array(random, 2, 1, 8)} for _ in range(4)]
-    monkeypatch.setattr(cuda, "MOST_COUNTS", 2 * 960)
+    monkeypatch.setattr(observer_cuda, "MOST_COUNTS", 2 * 960)
     emptied = 0
     empty = CudaObserver._empty_counters
 
@@ -147,16 +147,16 @@ def test_counters_are_emptied_before_they_could_overflow(monkeypatch: pytest.Mon
         empty(observer)
 
     monkeypatch.setattr(CudaObserver, "_empty_counters", counted)
-    check_alike(CudaObserver(1), PlainObserver(1), forwards, every_row=True)
+    check_alike(CudaObserver(1), MlxObserver(1), forwards, every_row=True)
     assert emptied >= 2, "in between, and in the end"
 
 
 @pytest.mark.parametrize("most", [256, 32])
 def test_sums_do_not_depend_on_how_tokens_are_shared_out(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
-    monkeypatch.setattr(cuda, "MOST_TOKENS", most)
+    monkeypatch.setattr(cuda_launch, "MOST_TOKENS", most)
     random = np.random.RandomState(0)
     forwards = [{"x": array(random, rows, 700, 40, mean=100, spread=0.1)} for rows in (2, 1)]
-    check_alike(CudaObserver(1), PlainObserver(1), forwards, every_row=True)
+    check_alike(CudaObserver(1), MlxObserver(1), forwards, every_row=True)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e30])
@@ -180,17 +180,20 @@ def test_all_patterns_of_a_type_are_counted() -> None:
 def test_the_activation_that_is_passed_on_is_the_one_that_was_seen() -> None:
     observer, x = CudaObserver(1), array(np.random.RandomState(0), 2, 5, 8)
     observer.begin(0)
-    for i in range(cuda.TAPS + 1):
+    for i in range(cuda_launch.TAPS + 1):
         observer.see(f"{i}", x)
         assert np.array_equal(np.array(observer.tie(x)), np.array(x))
 
 
 def test_the_self_test_of_a_gpu_passes_and_notices_a_kernel_that_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     def observer(stride: int, finite_only: bool = False) -> Observer:
-        return PlainObserver(stride, finite_only) if finite_only else CudaObserver(stride)
+        return MlxObserver(stride, finite_only) if finite_only else CudaObserver(stride)
 
-    monkeypatch.setattr(selftest, "new_observer", observer)
-    assert [check for check in selftest.check_collection() if not check.passed] == []
+    monkeypatch.setattr(selftest_collection, "new_observer", observer)
+    assert [check for check in selftest_collection.check_collection() if not check.passed] == []
     forget_kernels()
-    monkeypatch.setattr(cuda.kernels, "MERGE", cuda.kernels.MERGE.replace("2.0 * shift * sum", "1.9 * shift * sum"))
-    assert {check.name.rpartition(": ")[2] for check in selftest.check_collection() if not check.passed} == {"std"}
+    kernels = cuda_launch.kernels
+    monkeypatch.setattr(kernels, "MERGE", kernels.MERGE.replace("2.0 * shift * sum", "1.9 * shift * sum"))
+    assert {check.name.rpartition(": ")[2] for check in selftest_collection.check_collection() if not check.passed} == {
+        "std"
+    }

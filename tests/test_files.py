@@ -1,4 +1,4 @@
-"""Files are whole or absent, whatever interrupts."""
+"""Files are whole or absent, whatever interrupts; errors about them are one line."""
 
 import errno
 import json
@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from calib.base.errors import CalibError
+from calib.base.errors import CalibError, ConfigError, check_format, in_a_line, lacks_or_garbles, reason_of
 from calib.base.files import (
     abandoned_temporaries,
     checksum,
@@ -37,7 +37,7 @@ JSON: st.SearchStrategy[Any] = st.recursive(
 )
 
 
-def test_until_it_is_whole_a_file_is_what_it_was(tmp_path: Path) -> None:
+def test_replacing(tmp_path: Path) -> None:
     path = tmp_path / "new" / "file.txt"
     with replacing(path) as temporary:
         temporary.write_text("first")
@@ -52,7 +52,7 @@ def test_until_it_is_whole_a_file_is_what_it_was(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path: Path, error: type[BaseException]) -> None:
+def test_error_while_writing(tmp_path: Path, error: type[BaseException]) -> None:
     path = tmp_path / "file.txt"
     write_text(path, "old")
     with pytest.raises(error), replacing(path) as temporary:
@@ -62,7 +62,7 @@ def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path: Path, error: ty
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_process_killed_while_writing_leaves_the_old_file(tmp_path: Path) -> None:
+def test_killed_while_writing(tmp_path: Path) -> None:
     path = tmp_path / "file.txt"
     write_text(path, "old")
     code = (
@@ -78,7 +78,7 @@ def test_a_process_killed_while_writing_leaves_the_old_file(tmp_path: Path) -> N
     assert half.read_text() == "half of the ne"
 
 
-def test_what_a_living_writer_has_half_written_is_not_abandoned(tmp_path: Path) -> None:
+def test_living_writer(tmp_path: Path) -> None:
     code = (
         "import sys\nfrom pathlib import Path\nfrom calib.base.files import replacing\n"
         "with replacing(Path('file.txt')) as temporary:\n"
@@ -102,7 +102,7 @@ def test_what_a_living_writer_has_half_written_is_not_abandoned(tmp_path: Path) 
     assert list(tmp_path.iterdir()) == [tmp_path / "file.txt"]
 
 
-def test_only_what_dead_writers_left_is_removed(tmp_path: Path) -> None:
+def test_remove_abandoned(tmp_path: Path) -> None:
     (tmp_path / ".file.txt.abc.tmp").write_text("half")
     (tmp_path / "kept.tmp").write_text("")
     with replacing(tmp_path / "file.txt") as temporary:
@@ -112,7 +112,7 @@ def test_only_what_dead_writers_left_is_removed(tmp_path: Path) -> None:
     assert (tmp_path / "file.txt").read_text() == "whole"
 
 
-def test_a_lock_is_waited_for_and_that_is_said(tmp_path: Path) -> None:
+def test_locked(tmp_path: Path) -> None:
     path, order = tmp_path / "new" / ".lock", []
     with locked(path, lambda: order.append("no wait")):
         waiting = threading.Thread(target=lambda: hold(path, order))
@@ -130,7 +130,7 @@ def hold(path: Path, order: list[str]) -> None:
         order.append("second has it")
 
 
-def test_room_is_taken_or_refused(tmp_path: Path) -> None:
+def test_take_room(tmp_path: Path) -> None:
     with open(tmp_path / "file", "wb") as file:
         take_room(file, 5000)
         assert (tmp_path / "file").stat().st_size in (0, 5000), "taken where the system can"
@@ -140,21 +140,21 @@ def test_room_is_taken_or_refused(tmp_path: Path) -> None:
     assert free_bytes(tmp_path / "not" / "yet") == pytest.approx(free_bytes(tmp_path), rel=0.1)
 
 
-def test_files_have_the_permissions_of_any_other(tmp_path: Path) -> None:
+def test_permissions(tmp_path: Path) -> None:
     write_text(tmp_path / "ours", "")
     (tmp_path / "plain").write_text("")
     assert (tmp_path / "ours").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
 @given(value=JSON)
-def test_json_makes_the_round_trip(tmp_path_factory: pytest.TempPathFactory, value: Any) -> None:
+def test_json_round_trip(tmp_path_factory: pytest.TempPathFactory, value: Any) -> None:
     path = tmp_path_factory.getbasetemp() / "value.json"
     write_json(path, value)
     assert read_json(path) == value
     assert path.read_bytes().endswith(b"\n")
 
 
-def test_numbers_that_json_does_not_have_are_refused_and_leave_the_old_file(tmp_path: Path) -> None:
+def test_json_has_no_nan(tmp_path: Path) -> None:
     path = tmp_path / "value.json"
     write_json(path, {"a": 1})
     with pytest.raises(ValueError):
@@ -164,7 +164,7 @@ def test_numbers_that_json_does_not_have_are_refused_and_leave_the_old_file(tmp_
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"{} {}"])
-def test_damaged_json_is_an_error_that_names_the_file(tmp_path: Path, content: bytes) -> None:
+def test_damaged_json(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "value.json"
     path.write_bytes(content)
     with pytest.raises(CalibError, match=r"value\.json.*not valid JSON"):
@@ -174,14 +174,63 @@ def test_damaged_json_is_an_error_that_names_the_file(tmp_path: Path, content: b
 
 
 @given(value=st.dictionaries(st.text(), st.integers() | st.text(), max_size=6))
-def test_a_hash_does_not_depend_on_the_order_of_keys(value: dict[str, Any]) -> None:
+def test_short_hash(value: dict[str, Any]) -> None:
     backwards = dict(reversed(value.items()))
     assert short_hash(backwards) == short_hash(value) == short_hash(json.loads(json.dumps(value)))
     assert len(short_hash(value, digits=16)) == 16
     assert short_hash({**value, "one more": 0}) != short_hash(value) or "one more" in value
 
 
-def test_a_checksum_is_that_of_the_bytes(tmp_path: Path) -> None:
+def test_checksum(tmp_path: Path) -> None:
     (tmp_path / "abc").write_bytes(b"abc")
     known = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     assert checksum(tmp_path / "abc") == f"sha256:{known}"
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (CalibError("runs/a: is empty"), "runs/a: is empty"),
+        (ConfigError("seed=x: must be an integer"), "seed=x: must be an integer"),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory", "a.txt"), "a.txt: No such file or directory"),
+        (OSError(errno.ENOSPC, "No space left on device"), "run: No space left on device"),
+        (OSError("HDF5 cannot\nwrite"), "run: HDF5 cannot write"),
+        (RuntimeError("two\n  lines"), "RuntimeError: two lines"),
+    ],
+    ids=str,
+)
+def test_in_a_line(error: BaseException, line: str) -> None:
+    assert in_a_line(error, "run") == line
+
+
+def test_reason_of() -> None:
+    assert reason_of(ValueError("two\n  lines")) == "two lines"
+    assert reason_of(EOFError()) == "EOFError"
+
+
+def test_lacks_or_garbles() -> None:
+    error = lacks_or_garbles("plan.json", KeyError("bits"), "calib analyze writes it", part="layer 'x'")
+    assert str(error) == "plan.json: layer 'x' lacks or garbles 'bits'; calib analyze writes it"
+
+
+@pytest.mark.parametrize(
+    ("document", "line"),
+    [
+        ({"format": "calib-x", "format_version": 2}, None),
+        ({"format": "calib-x", "format_version": 3}, "f: has format version 3, this calib reads 1 and 2; do it again"),
+        ({"format": "calib-x"}, "f: has format version None, this calib reads 1 and 2; do it again"),
+        ({"format": "calib-y", "format_version": 2}, "f: not a calib-x file; do it again"),
+        ([], "f: not a calib-x file; do it again"),
+    ],
+    ids=str,
+)
+def test_check_format(document: object, line: str | None) -> None:
+    if line is None:
+        check_format("f", document, "calib-x", (1, 2), "do it again")
+        return
+    with pytest.raises(CalibError) as error:
+        check_format("f", document, "calib-x", (1, 2), "do it again")
+    assert str(error.value) == line

@@ -13,12 +13,11 @@ from typing import Any
 
 from calib.activations.format import Block
 from calib.activations.histogram import Histogram
-from calib.activations.observer import Seen
+from calib.activations.observer import TapResult
 from calib.activations.record import StepRecord
 from calib.activations.statistics import Moments, Statistics
-from calib.activations.store import write_activations
+from calib.activations.store import Records, write_activations
 from calib.activations.taps import TapPoint
-from calib.models.architecture import Source
 
 import h5py
 import numpy as np
@@ -445,14 +444,15 @@ def test_a_flipped_bit_in_a_chunk_is_an_error(files: dict[str, Path], tmp_path: 
 
 def written(path: Path, seen: Mapping[str, Statistics]) -> Path:
     """A file of one step of one image."""
-    record = StepRecord(0, [0], {name: Seen("float32", found, np.zeros((1, 4))) for name, found in seen.items()})
+    record = StepRecord(0, [0], {name: TapResult("float32", found, np.zeros((1, 4))) for name, found in seen.items()})
 
     def load(names: Any) -> dict[int, StepRecord]:
         return {0: StepRecord(0, [0], {name: record.seen[name] for name in names})}
 
-    source = Source(list(seen), load, 1 << 20, [Block(0, (0,))], 1)
+    source = Records(list(seen), load, 1 << 20, [Block(0, (0,))], 1)
+    order = {name: place for place, name in enumerate(seen)}
     manifest: Any = SimpleNamespace(num_steps=1, sigmas=[1.0, 0.0], timesteps=[1000.0, 0.0])
-    write_activations(path, source, [TapPoint(name, "embedding") for name in seen], manifest, [0], {}, {})
+    write_activations(path, source, [TapPoint(name, "embedding") for name in seen], manifest, [0], {}, {}, order)
     return path
 
 

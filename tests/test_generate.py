@@ -239,7 +239,7 @@ def values(path: Path) -> NDArray[Any]:
 def test_a_dataset_of_chosen_states_serves_its_schedule_and_no_other(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    common = ["num_images=2", "sampler.num_steps=8", "sampler.batch_size=2", "taps.include=['*.fc2']"]
+    common = ["num_images=2", "sampler.num_steps=8", "sampler.batch_size=2", "taps.include=['*.fc2']", "report=none"]
     chosen = [*common, "dataset.steps=schedule", "timestep_schedule=quarters"]
     for name, job in (("some", chosen), ("full", [*common, "timestep_schedule=quarters"])):
         outcome = run_here(["generate", *job, f"data_dir={name}", f"hydra.run.dir=generate-{name}"], capsys)
@@ -346,7 +346,8 @@ def test_shards_in_any_order_give_the_files_of_one_process(
 
 
 def test_a_shard_says_what_it_did(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    given = ["generate", "num_images=5", "sampler.num_steps=1", "sampler.batch_size=2", "data_dir=dataset"]
+    given = ["generate", "num_images=5", "sampler.num_steps=1", "sampler.batch_size=2"]
+    given += ["data_dir=dataset", "report=none"]
     said = []
     for index in (2, 0, 1):
         job = [*given, f"shard.index={index}", "shard.count=3", f"hydra.run.dir=run{index}"]

@@ -1,5 +1,6 @@
-"""Generation survives what happens to long jobs: kills, signals, company and full disks; in real processes."""
+"""Generation survives what happens to long jobs: kills, signals, company and full disks."""
 
+import io
 import json
 import random
 import re
@@ -9,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import chdir, redirect_stderr, redirect_stdout
 from pathlib import Path
 
 from calib.dataset import prompts
@@ -24,11 +26,13 @@ from helpers import (
     end,
     environment,
     everything,
+    exit_status,
     fill,
     is_one_clear_line,
     lines_of,
     listed,
     run_here,
+    run_in,
     run_process,
     start_process,
     temporaries,
@@ -43,7 +47,8 @@ KILLS = 10
 def arguments(num_images: int, num_steps: int = STEPS, *more: str) -> list[str]:
     """Of ``calib generate`` for the dataset that :func:`undisturbed` makes."""
     sampler = (f"sampler.num_steps={num_steps}", "sampler.batch_size=2")
-    return ["generate", f"num_images={num_images}", *sampler, "data_dir=dataset", "hydra.run.dir=run", *more]
+    own = ("data_dir=dataset", "hydra.run.dir=run", "report=none")
+    return ["generate", f"num_images={num_images}", *sampler, *own, *more]
 
 
 def undisturbed(
@@ -105,6 +110,7 @@ def kill_many_times(work: Path, storage: StorageFormat) -> tuple[int, int]:
     return num_images, halves
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_the_next_process_goes_on_to_the_same_files(model: DiffusionModel, tmp_path: Path) -> None:
     works = {storage: tmp_path / storage for storage in StorageFormat}
     for work in works.values():
@@ -125,21 +131,21 @@ def test_killed_at_any_moment_the_next_process_goes_on_to_the_same_files(model: 
 # Several processes
 
 
-def test_shards_fill_one_dataset_at_the_same_time_and_one_of_them_may_die(
-    model: DiffusionModel, tmp_path: Path
-) -> None:
-    shards = [arguments(11, STEPS, f"shard.index={i}", "shard.count=3", f"hydra.run.dir=run{i}") for i in range(3)]
-    processes = [start_process(tmp_path, *shard) for shard in shards]
-    wait_until(lambda: (tmp_path / "dataset/samples/0002.h5").exists(), processes[1])
-    processes[1].kill()
-    assert end(processes[1])[0] == -signal.SIGKILL
-    processes[1] = start_process(tmp_path, *shards[1])
-    for process in processes:
-        status, err = end(process)
-        assert status == 0, err
-    assert listed(tmp_path / "dataset") == set(range(11))
-    assert contents(tmp_path / "dataset") == undisturbed(model, tmp_path / "whole", 11)
-    assert temporaries(tmp_path) == set()
+def test_shards_fill_one_dataset_at_the_same_time_and_one_of_them_may_die(model: DiffusionModel, folder: Path) -> None:
+    shards = [arguments(11, STEPS, f"shard.index={i}", "shard.count=2", f"hydra.run.dir=run{i}") for i in range(2)]
+    process = start_process(folder, *shards[1])
+    wait_until(lambda: (folder / "dataset/samples/0002.h5").exists(), process)
+    process.kill()
+    assert end(process)[0] == -signal.SIGKILL
+    process = start_process(folder, *shards[1])
+    wait_until(lambda: bool(temporaries(folder / "dataset")), process)
+    outcome = run_in(folder, *shards[0])
+    assert outcome.status == 0, outcome.err
+    status, err = end(process)
+    assert status == 0, err
+    assert listed(folder / "dataset") == set(range(11))
+    assert contents(folder / "dataset") == undisturbed(model, folder / "whole", 11)
+    assert temporaries(folder) == set()
 
 
 @pytest.fixture
@@ -157,7 +163,7 @@ def drawing(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
 def test_a_second_process_on_the_same_shard_ends_with_one_clear_line(
     drawing: subprocess.Popen[str], model: DiffusionModel, tmp_path: Path
 ) -> None:
-    outcome = run_process(tmp_path, *arguments(4), "hydra.run.dir=run2")
+    outcome = run_in(tmp_path, *arguments(4), "hydra.run.dir=run2")
     assert "another process is drawing this dataset" in is_one_clear_line(outcome, status=1)
     assert json.loads((tmp_path / "run2" / "status.json").read_text())["state"] == "failed"
     drawing.send_signal(signal.SIGCONT)
@@ -166,38 +172,46 @@ def test_a_second_process_on_the_same_shard_ends_with_one_clear_line(
     assert contents(tmp_path / "dataset") == undisturbed(model, tmp_path / "whole", 4)
 
 
-SWEEP = ["generate", "-m", "keep_awake=false,true", "hydra.sweep.dir=run2"]
+STAGES = [
+    ["run", "hydra.run.dir=run2"],
+    pytest.param(["generate", "-m", "keep_awake=false,true", "hydra.sweep.dir=run2"], marks=pytest.mark.slow),
+]
 
 
-@pytest.mark.parametrize("stage", [["run", "hydra.run.dir=run2"], SWEEP], ids=["run", "sweep"])
+@pytest.mark.parametrize("stage", STAGES, ids=["run", "sweep"])
 def test_runs_and_sweeps_wait_for_the_process_that_draws_and_say_so(
     drawing: subprocess.Popen[str], model: DiffusionModel, tmp_path: Path, stage: list[str]
 ) -> None:
-    given = [*stage, *arguments(4)[1:], "timestep_schedule=quarters", "taps.include=[x_embedder]"]
+    given = [*stage, *arguments(4)[1:], "timestep_schedule=quarters", "taps.include=[x_embedder]", "evaluation=none"]
     if "-m" not in stage:
         given.remove("hydra.run.dir=run")
-    log = tmp_path / "log"
-    with open(log, "w") as file:
-        waiting = subprocess.Popen(command(*given), cwd=tmp_path, env=environment(), stdout=file, stderr=file)
-    try:
-        wait_until(lambda: "waiting for the process that draws dataset" in log.read_text(), waiting)
-        assert waiting.poll() is None, log.read_text()
-        assert listed(tmp_path / "dataset") == set()
-        drawing.send_signal(signal.SIGCONT)
-        status, err = end(drawing)
-        assert status == 0, err
-        assert waiting.wait(timeout=120) == 0, log.read_text()
-    finally:
-        waiting.kill()
-        waiting.wait()
-    assert "(4 images, 0 new)" in log.read_text()
+    waited = False
+
+    class Listener(io.StringIO):
+        """Lets the drawing process go on once this one says that it waits."""
+
+        def write(self, text: str) -> int:
+            nonlocal waited
+            if "waiting for the process that draws dataset" in text:
+                assert listed(tmp_path / "dataset") == set()
+                waited = True
+                drawing.send_signal(signal.SIGCONT)
+            return super().write(text)
+
+    with chdir(tmp_path), redirect_stderr(Listener()) as err, redirect_stdout(io.StringIO()) as out:
+        status = exit_status(given)
+    assert waited and status == 0, err.getvalue()
+    assert end(drawing)[0] == 0
+    assert "(4 images, 0 new)" in out.getvalue()
     assert contents(tmp_path / "dataset") == undisturbed(model, tmp_path / "whole", 4)
 
 
 # Signals
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
+)
 def test_a_signal_ends_the_drawing_within_a_step(tmp_path: Path, number: signal.Signals, status: int) -> None:
     process = start_process(tmp_path, *arguments(2, num_steps=3000))  # minutes for the one block
     wait_until((tmp_path / "dataset/manifest.json").exists, process)
@@ -225,12 +239,13 @@ def test_terminated_between_blocks_what_is_done_is_kept(model: DiffusionModel, t
     assert 2 <= len(kept) < 12
     (line,) = lines_of(err)
     assert line.startswith(f"interrupted; {len(kept)} of 12 images done and kept in dataset;")
-    outcome = run_process(tmp_path, *arguments(12))
+    outcome = run_in(tmp_path, *arguments(12))
     assert outcome.status == 0, outcome.err
     assert f"(12 images, {12 - len(kept)} new)" in outcome.out
     assert contents(tmp_path / "dataset") == undisturbed(model, tmp_path / "whole", 12)
 
 
+@pytest.mark.slow
 def test_an_interruption_that_python_swallows_is_not_lost(tmp_path: Path) -> None:
     """It arrives in a callback of the garbage collector, whose exceptions are printed and dropped."""
     code = """
@@ -288,7 +303,9 @@ def test_a_disk_that_cannot_hold_the_images_is_refused_before_anything_is_made(
     assert everything(small_disk) == before
 
 
-@pytest.mark.parametrize("run", ["run", "disk/run"], ids=["", "with the run directory"])
+@pytest.mark.parametrize(
+    "run", [pytest.param("run", marks=pytest.mark.slow), "disk/run"], ids=["", "with the run directory"]
+)
 def test_a_disk_that_fills_while_images_are_drawn_loses_nothing(
     small_disk: Path, model: DiffusionModel, folder: Path, run: str
 ) -> None:
@@ -307,14 +324,14 @@ def test_a_disk_that_fills_while_images_are_drawn_loses_nothing(
     assert f"{len(kept)} of 12 images done and kept in disk/dataset" in line
     assert temporaries(small_disk) == set()
     ballast.unlink()
-    outcome = run_process(folder, *given)
+    outcome = run_in(folder, *given)
     assert outcome.status == 0, outcome.err
     assert contents(small_disk / "dataset") == undisturbed(model, folder / "whole", 12)
 
 
 def test_a_disk_that_is_full_from_the_start_ends_with_one_clear_line(small_disk: Path, folder: Path) -> None:
     fill(small_disk)
-    outcome = run_process(folder, *arguments(1), "hydra.run.dir=disk/run")
+    outcome = run_in(folder, *arguments(1), "hydra.run.dir=disk/run")
     assert outcome.status == 1
     assert len(lines_of(outcome.err)) == 1
     assert "No space left on device" in outcome.err

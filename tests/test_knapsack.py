@@ -23,7 +23,7 @@ from plans import (
     SHAPES,
     realistic,
 )
-from scipy.optimize import linprog
+from scipy import optimize
 
 
 def by_trying(cost: Sequence[Sequence[int]], nbytes: Sequence[Sequence[int]], budget: int) -> int:
@@ -142,7 +142,7 @@ def test_a_large_model_takes_seconds(noise: float) -> None:
     one_each = np.kron(np.eye(len(shapes)), np.ones(18))
     scaled = np.concatenate(cost) / np.concatenate(cost).mean()
     sizes = np.concatenate(nbytes) / budget
-    bound = linprog(scaled, sizes[None], [1.0], one_each, np.ones(len(shapes)), bounds=(0, 1))
+    bound = optimize.linprog(scaled, sizes[None], [1.0], one_each, np.ones(len(shapes)), bounds=(0, 1))
     found = math.fsum(scaled[18 * layer + option] for layer, option in enumerate(choice))
     assert bound.fun * (1 - 1e-7) <= found <= bound.fun * 1.001
 
@@ -155,8 +155,8 @@ def contested() -> tuple[list[NDArray[np.float64]], list[NDArray[np.int64]], int
 
 def test_the_contested_instance_needs_highs(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    solver = knapsack.milp
-    monkeypatch.setattr(knapsack, "milp", lambda *a, **k: calls.append(a[0]) or solver(*a, **k))
+    solver = optimize.milp
+    monkeypatch.setattr(optimize, "milp", lambda *a, **k: calls.append(a[0]) or solver(*a, **k))
     knapsack.solve(*contested())
     (costs,) = calls
     assert len(costs) > 50
@@ -164,7 +164,7 @@ def test_the_contested_instance_needs_highs(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_an_optimum_that_is_not_proven_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     failed = SimpleNamespace(status=1, message="Time limit reached.", x=None)
-    monkeypatch.setattr(knapsack, "milp", lambda *_, **__: failed)
+    monkeypatch.setattr(optimize, "milp", lambda *_, **__: failed)
     with pytest.raises(CalibError, match=r"no optimum \(Time limit reached\.\)"):
         knapsack.solve(*contested())
 
@@ -181,7 +181,7 @@ def test_what_highs_returns_is_checked(monkeypatch: pytest.MonkeyPatch, lowest: 
             x[own[sizes[own].argmin() if lowest else sizes[own].argmax()]] = 1
         return SimpleNamespace(status=0, message="Optimal", x=x)
 
-    monkeypatch.setattr(knapsack, "milp", wrong)
+    monkeypatch.setattr(optimize, "milp", wrong)
     with pytest.raises(CalibError, match="does not fit or is worse"):
         knapsack.solve(*contested())
 
@@ -190,13 +190,14 @@ TALKATIVE = """
 import ctypes, os, sys
 sys.path.insert(0, "tests")
 from calib.analysis import knapsack
+from scipy import optimize
 from test_knapsack import contested
-libc, solver = ctypes.CDLL(None), knapsack.milp
+libc, solver = ctypes.CDLL(None), optimize.milp
 def talkative(*arguments, **options):
     libc.puts(b"from a buffer")
     os.write(1, b"at once")
     return solver(*arguments, **options)
-knapsack.milp = talkative
+optimize.milp = talkative
 libc.puts(b"before")
 knapsack.solve(*contested())
 libc.puts(b"after")

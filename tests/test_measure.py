@@ -3,8 +3,10 @@
 import json
 import shutil
 import signal
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +14,14 @@ from calib.activations.batches import StoredStates
 from calib.activations.states import read_states
 from calib.activations.taps import TapPoint, TapSelection, tap_points, tapped
 from calib.analysis.measure import measure
+from calib.analysis.plan import WEIGHT_BITS
 from calib.analysis.sensitivities import Sensitivities
 from calib.base.errors import CalibError
+from calib.base.files import locked
 from calib.base.progress import note
-from calib.dataset.generate import generate
 from calib.dataset.load import load_manifest
 from calib.dataset.manifest import Manifest
-from calib.dataset.settings import SamplerSettings
-from calib.dataset.store import StateDtype
-from calib.models.mmdit.modulation import modulated
-from helpers import velocity
-from calib.models.mmdit.resume import Output, block_count, block_of, keeping, resumed
+from calib.models.mmdit.architecture import MMDiTArchitecture
 from calib.models.model import DiffusionModel, weights_fingerprint
 
 import mlx.core as mx
@@ -30,52 +29,67 @@ import numpy as np
 import pytest
 from damage import restated, set_states
 from diffusionkit.mlx.mmdit import MMDiT
-from helpers import PROMPTS, end, lines_of, run_here, start_process, temporaries, wait_until
+from helpers import end, lines_of, run_here, start_process, temporaries, wait_until
 from mlx import nn
-from tiny_flux import flux_model
+from tiny_models import STRUCTURES, draw, tiny_model
 from watching import keep
 
 Ranges = Mapping[str, tuple[float, float]]
 
-#: Of every kind, and from the beginning of the network to its end.
-LAYERS = (
-    *("context_embedder", "t_embedder.2", "y_embedder.0", "mm_block_0.image.attn.q_proj", "mm_block_0.text.adaln"),
-    *("mm_block_0.text.mlp.fc2", "mm_block_1.text.attn.o_proj", "mm_block_2.image.adaln", "mm_block_3.image.mlp.fc1"),
-    *("mm_block_3.text.attn.k_proj", "final_layer.linear", "final_layer.adaln"),
+
+@dataclass(frozen=True)
+class Tried:
+    """Layers of every kind, from the beginning of a network to its end; taps, and the range their inputs have."""
+
+    layers: Sequence[str]
+    ranges: Ranges
+
+
+_SD3 = Tried(
+    (
+        *("context_embedder", "t_embedder.2", "y_embedder.0", "mm_block_0.image.attn.q_proj", "mm_block_0.text.adaln"),
+        *("mm_block_0.text.mlp.fc2", "mm_block_1.text.attn.o_proj", "mm_block_1.image.adaln"),
+        *("mm_block_2.image.mlp.fc1", "mm_block_2.text.attn.k_proj", "final_layer.linear", "final_layer.adaln"),
+    ),
+    {
+        "x_embedder": (-3.0, 3.0),
+        "t_embedder.2": (-0.3, 1.5),
+        "mm_block_0.image.adaln": (-0.3, 2.0),
+        "mm_block_1.image.attn.q_proj": (-2.0, 2.5),
+        "mm_block_1.text.mlp.fc2": (-0.2, 5.0),
+        "mm_block_2.text.attn.q_proj": (-3.0, 3.0),
+        "final_layer.linear": (0.5, 8.0),  # which covers zero alone to one side
+    },
 )
-#: Taps and the range their inputs are quantized over; the last one covers zero alone to one side.
-RANGES: Ranges = {
-    "x_embedder": (-3.0, 3.0),
-    "t_embedder.2": (-0.3, 1.5),
-    "mm_block_0.image.adaln": (-0.3, 2.0),
-    "mm_block_1.image.attn.q_proj": (-2.0, 2.5),
-    "mm_block_2.text.mlp.fc2": (-0.2, 5.0),
-    "mm_block_3.text.attn.q_proj": (-3.0, 3.0),
-    "final_layer.linear": (0.5, 8.0),
-}
-FLUX_LAYERS = (
-    *("context_embedder", "mm_block_0.text.mlp.fc1", "mm_block_1.image.attn.v_proj", "mm_block_1.text.mlp.fc2"),
-    *("unified_block_0.adaln", "unified_block_0.attn.q_proj", "unified_block_0.mlp.fc2", "unified_block_1.attn.o_proj"),
-    *("unified_block_1.mlp.fc1", "final_layer.linear"),
+_FLUX = Tried(
+    (
+        *("context_embedder", "mm_block_0.text.mlp.fc1", "mm_block_1.image.attn.v_proj", "mm_block_1.text.mlp.fc2"),
+        *("unified_block_0.adaln", "unified_block_0.attn.q_proj", "unified_block_0.mlp.fc2"),
+        *("unified_block_1.attn.o_proj", "unified_block_1.mlp.fc1", "final_layer.linear"),
+    ),
+    {
+        "mm_block_1.text.mlp.fc1": (-2.0, 2.0),
+        "unified_block_0.attn.q_proj": (-2.0, 2.0),
+        "unified_block_1.mlp.fc2": (-0.2, 2.0),
+    },
 )
-FLUX_RANGES: Ranges = {
-    "mm_block_1.text.mlp.fc1": (-2.0, 2.0),
-    "unified_block_0.attn.q_proj": (-2.0, 2.0),
-    "unified_block_1.mlp.fc2": (-0.2, 2.0),
-}
+TRIED = {"sd3": _SD3, "flux": _FLUX, "serial": _FLUX, "emoji": _SD3}
 
 
 def chosen(model: DiffusionModel, names: Sequence[str]) -> dict[str, nn.Module]:
-    layers = model.architecture.layers()
-    return {name: layers[name] for name in layers if name in names}
+    return {name: layer for name, layer in model.architecture.layers().items() if name in names}
 
 
 def points_of(model: DiffusionModel, ranges: Ranges) -> list[TapPoint]:
     return [point for point in tap_points(model.architecture, TapSelection()) if point.name in ranges]
 
 
-def states_of(data_dir: Path, images: Sequence[int] = (0, 1), steps: Sequence[int] = (0, 5)) -> StoredStates:
+def states_of(data_dir: Path, images: Sequence[int] = (0, 1), steps: Sequence[int] = (0, 3)) -> StoredStates:
     return StoredStates(data_dir, load_manifest(data_dir), images, steps)
+
+
+def module_ids(model: DiffusionModel) -> list[int]:
+    return [id(module) for module in model.transformer.modules()]
 
 
 def never() -> DiffusionModel:
@@ -100,9 +114,9 @@ class Slow:
             text = model.encode([str(manifest.images[image].prompt)], manifest.cfg_weight)
             for step in self._states.steps:
                 x = mx.array(read_states(self._states.data_dir, manifest, [image], step))
-                rows = mx.concatenate([x] * len(text.tokens))
                 timestep = mx.array([manifest.timesteps[step]])
-                v = velocity(model.transformer, rows, text.tokens, text.pooled, timestep)
+                mx.eval(timestep)
+                v = model.architecture.velocity(mx.concatenate([x] * len(text.tokens)), text, timestep)
                 found[step, image] = np.array(v).astype(np.float64)
         return found
 
@@ -137,70 +151,71 @@ class Slow:
             return self._changed()
 
 
-def check_against_whole_forwards(
-    model: DiffusionModel, states: StoredStates, layers: Sequence[str], ranges: Ranges, size: int, cache_dir: Path
-) -> Sensitivities:
-    before, points = weights_fingerprint(model.transformer), points_of(model, ranges)
-    modules = [id(module) for module in model.transformer.modules()]
-    found = measure(lambda: model, chosen(model, layers), points, states, ranges, cache_dir, [size])
+@pytest.fixture(scope="module", params=[*STRUCTURES, pytest.param("emoji", marks=pytest.mark.slow)])
+def drawn(
+    request: pytest.FixtureRequest, model: DiffusionModel, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, DiffusionModel, Path]:
+    """A structure, such a model, and three images of four steps that it drew."""
+    own = model if request.param == "emoji" else tiny_model(model, request.param)
+    return request.param, own, draw(own, tmp_path_factory.mktemp("drawn") / "dataset")
+
+
+def test_whole_forwards(drawn: tuple[str, DiffusionModel, Path], tmp_path: Path) -> None:
+    """S of weights and inputs, measured from a layer's block on, is that of whole forwards."""
+    structure, model, data_dir = drawn
+    tried, states, size = TRIED[structure], states_of(data_dir, [2, 0]), 64 if structure == "emoji" else 32
+    before, modules, points = weights_fingerprint(model.transformer), module_ids(model), points_of(model, tried.ranges)
+    found = measure(lambda: model, chosen(model, tried.layers), points, states, tried.ranges, tmp_path, [size])
     assert weights_fingerprint(model.transformer) == before
-    assert [id(module) for module in model.transformer.modules()] == modules
+    assert module_ids(model) == modules
     assert (found.steps, found.num_steps) == (tuple(states.steps), states.manifest.num_steps)
-    assert set(found.weights) == set(found.shapes) == set(layers)
+    assert set(found.weights) == set(found.shapes) == set(tried.layers)
     slow = Slow(model, states)
-    for name in layers:
+    for name in tried.layers:
         assert found.shapes[name] == model.architecture.layers()[name].weight.shape
-        assert set(found.weights[name]) == {(bits, size) for bits in (2, 3, 4, 5, 6, 8)}
+        assert set(found.weights[name]) == {(bits, size) for bits in WEIGHT_BITS}
         for option in ((2, size), (8, size)):
             expected = slow.weights(name, *option)
             assert min(expected) > 0, "every layer matters"
             np.testing.assert_allclose(found.weights[name][option], expected, rtol=1e-3, err_msg=f"{name} {option}")
-    assert {name for point in points for name in point.names} == set(found.activations)
+        by_bits = [found.weights[name][bits, size].mean() for bits in (2, 4, 8)]
+        assert by_bits == sorted(by_bits, reverse=True), "more bits do less"
+    assert set(found.activations) == {name for point in points for name in point.names}
+    assert len(points) == len(tried.ranges)
     for point in points:
         for bits in (4, 8):
-            expected = slow.inputs(point.names, *ranges[point.name], bits)
+            expected = slow.inputs(point.names, *tried.ranges[point.name], bits)
             assert min(expected) > 0
             for name in point.names:
                 np.testing.assert_allclose(found.activations[name][bits], expected, rtol=1e-3, err_msg=f"{name} {bits}")
-    return found
 
 
-def test_sensitivities_are_those_of_whole_forwards(model: DiffusionModel, data_dir: Path, tmp_path: Path) -> None:
-    found = check_against_whole_forwards(model, states_of(data_dir), LAYERS, RANGES, 64, tmp_path)
-    assert len(found.activations) == 1 + 1 + 9 + 3 + 1 + 3 + 1
-    for name in LAYERS:
-        by_bits = [found.weights[name][bits, 64].mean() for bits in (2, 3, 4, 5, 6, 8)]
-        assert by_bits == sorted(by_bits, reverse=True), "more bits do less"
+def test_an_architecture_that_cannot_resume(sd3: DiffusionModel, data_dir: Path, tmp_path: Path) -> None:
+    """Whole forwards give the same."""
+
+    class Plain(MMDiTArchitecture):
+        keeping = None
+
+    plain = replace(sd3, architecture=Plain(sd3.transformer))
+    given = [states_of(data_dir, [0], [3]), FEW_RANGES]
+    found = [
+        measure(lambda m=m: m, chosen(m, FEW), points_of(m, FEW_RANGES), *given, tmp_path / m.name, [64])
+        for m in (sd3, replace(plain, name="plain"))
+    ]
+    for name in FEW:
+        for option, s in found[0].weights[name].items():
+            np.testing.assert_allclose(found[1].weights[name][option], s, rtol=1e-3)
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["parallel", "serial"])
-def flux(
-    request: pytest.FixtureRequest, model: DiffusionModel, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[DiffusionModel, Path]:
-    """A small FLUX and what it drew: three images of four steps, without guidance."""
-    small, folder = flux_model(model, request.param), tmp_path_factory.mktemp("flux") / "dataset"
-    settings = SamplerSettings(num_steps=4, cfg_weight=0, batch_size=3)
-    generate(small, PROMPTS, 3, folder, settings, dtype=StateDtype.FLOAT32)
-    return small, folder
-
-
-def test_sensitivities_of_unified_blocks_are_those_of_whole_forwards(
-    flux: tuple[DiffusionModel, Path], tmp_path: Path
-) -> None:
-    small, folder = flux
-    states = states_of(folder, [0, 2, 1], [0, 3])
-    check_against_whole_forwards(small, states, FLUX_LAYERS, FLUX_RANGES, 32, tmp_path)
-
-
-def test_only_groups_that_divide_a_width_are_tried(model: DiffusionModel, data_dir: Path, tmp_path: Path) -> None:
-    layers = chosen(model, ["x_embedder", "final_layer.linear"])
+def test_groups_that_divide_a_width_are_tried(sd3: DiffusionModel, data_dir: Path, tmp_path: Path) -> None:
+    layers = chosen(sd3, ["x_embedder", "context_embedder"])
     narrow = {**layers, "narrow": nn.Linear(48, 8)}
-    found = measure(lambda: model, layers, [], states_of(data_dir, [0], [3]), {}, tmp_path)
-    assert set(found.shapes) == {"final_layer.linear"}, "a convolution is no layer that MLX quantizes"
-    assert {size for _, size in found.weights["final_layer.linear"]} == {32, 64, 128}
-    assert found.shapes["final_layer.linear"] == (64, 256)
+    found = measure(lambda: sd3, layers, [], states_of(data_dir, [0], [3]), {}, tmp_path)
+    assert set(found.shapes) == {"context_embedder"}, "a convolution is no layer that MLX quantizes"
+    assert {size for _, size in found.weights["context_embedder"]} == {32, 64, 128}
+    assert found.shapes["context_embedder"] == (64, 256)
     again = measure(never, narrow, [], states_of(data_dir, [0], [3]), {}, tmp_path)
-    assert set(again.shapes) == {"final_layer.linear"}
+    assert set(again.shapes) == {"context_embedder"}
 
 
 # Beginning in the middle
@@ -209,51 +224,36 @@ def test_only_groups_that_divide_a_width_are_tried(model: DiffusionModel, data_d
 class Begun:
     """Forwards of two rows through one transformer, whole or begun after a block."""
 
-    def __init__(self, transformer: MMDiT, x: mx.array, tokens: mx.array, pooled: mx.array):
-        self.transformer, self._x, self._tokens, self._pooled = transformer, x, tokens, pooled
-        self.blocks = block_count(transformer)
+    def __init__(self, architecture: MMDiTArchitecture, *arguments: Any):
+        self.architecture, self._arguments = architecture, arguments
+        self.blocks = len(architecture.blocks())
 
-    def forward(self, block: int = -1, output: Output | None = None) -> np.ndarray:
-        with modulated(self.transformer, self._pooled, mx.array(400.0), len(self._x)) as key:
-            assert output is not None or block < 0
-            with resumed(self.transformer, block, output, self._tokens.shape[1]):
-                return np.array(self.transformer(self._x, self._tokens[:, :, None, :], key))
+    def forward(self, block: int = -1, output: Any = None) -> np.ndarray:
+        if output is None:
+            return np.array(self.architecture.velocity(*self._arguments))
+        return np.array(self.architecture.velocity_after(block, output, *self._arguments))
 
-    def kept(self, block: int, after: int = -1, output: Output | None = None) -> Output:
+    def kept(self, block: int, after: int = -1, output: Any = None) -> Any:
         """What ``block`` gives in a forward begun after an earlier one."""
         found: list[Any] = []
-        with keeping(self.transformer, block, found.append):
+        with self.architecture.keeping(block, found.append):
             self.forward(after, output)
         (kept,) = found
         return kept
 
     def modules(self) -> list[int]:
-        return [id(module) for module in self.transformer.modules()]
+        return [id(module) for module in self.architecture.module.modules()]
 
 
-@pytest.fixture(scope="module", params=["emoji", "parallel", "serial"])
+@pytest.fixture(scope="module", params=STRUCTURES)
 def begun(request: pytest.FixtureRequest, model: DiffusionModel) -> Begun:
-    """The emoji model, and a small FLUX as it is and with its MLP after the attention."""
-    own = model if request.param == "emoji" else flux_model(model, request.param == "parallel")
     text = model.encode(["red apple", "rocket"], 0)
-    random = np.random.RandomState(0)
-    return Begun(own.transformer, mx.array(random.randn(2, 16, 16, 16).astype(np.float32)), text.tokens, text.pooled)
+    x, timestep = mx.array(np.random.RandomState(0).randn(2, 16, 16, 16).astype(np.float32)), mx.array(400.0)
+    mx.eval(timestep)
+    return Begun(tiny_model(model, request.param).architecture, x, text, timestep)
 
 
-def test_blocks_are_numbered_through(begun: Begun) -> None:
-    config = begun.transformer.config
-    multimodal = config.depth_multimodal
-    assert begun.blocks == multimodal + config.depth_unified
-    for name in begun.architecture.layers():
-        kind, _, number = name.split(".")[0].rpartition("_")
-        first = {"mm_block": 0, "unified_block": multimodal}.get(kind)
-        if name.startswith("final_layer"):
-            assert block_of(name, begun.transformer) == begun.blocks
-        else:
-            assert block_of(name, begun.transformer) == (None if first is None else first + int(number)), name
-
-
-def test_a_forward_from_any_block_on_gives_what_the_whole_does(begun: Begun) -> None:
+def test_a_forward_from_any_block_is_the_whole(begun: Begun) -> None:
     plain, modules = begun.forward(), begun.modules()
     for block in range(begun.blocks):
         assert np.array_equal(begun.forward(block, begun.kept(block)), plain), block
@@ -261,7 +261,7 @@ def test_a_forward_from_any_block_on_gives_what_the_whole_does(begun: Begun) -> 
     assert np.array_equal(begun.forward(), plain)
 
 
-def test_outputs_of_later_blocks_are_those_kept_in_the_whole_forward(begun: Begun) -> None:
+def test_later_outputs_are_those_of_the_whole(begun: Begun) -> None:
     first = begun.kept(0)
     for block in range(1, begun.blocks):
         expected, found = begun.kept(block), begun.kept(block, 0, first)
@@ -273,7 +273,7 @@ def test_outputs_of_later_blocks_are_those_kept_in_the_whole_forward(begun: Begu
 
 def test_what_lies_before_is_not_run(begun: Begun) -> None:
     points = tap_points(begun.architecture, TapSelection())
-    place = {point.name: block_of(point.name, begun.transformer) for point in points}
+    place = {point.name: begun.architecture.block_of(point.name) for point in points}
     for block in range(begun.blocks):
         output = begun.kept(block)
         seen: dict[str, mx.array] = {}
@@ -290,25 +290,39 @@ def test_blocks_are_put_back_when_a_forward_fails(begun: Begun) -> None:
     def fail(_: Any) -> None:
         raise RuntimeError("enough")
 
-    with pytest.raises(RuntimeError, match="enough"), keeping(begun.transformer, begun.blocks - 1, fail):
+    with pytest.raises(RuntimeError, match="enough"), begun.architecture.keeping(begun.blocks - 1, fail):
         begun.forward(1, output)
     assert begun.modules() == modules
 
 
 # What is kept
 
-FEW = ("mm_block_3.image.mlp.fc1", "final_layer.linear")
+FEW = ("mm_block_2.image.mlp.fc1", "context_embedder")
 FEW_RANGES: Ranges = {"final_layer.linear": (-3.0, 8.0)}
 
 
+@pytest.fixture(scope="module")
+def sd3(model: DiffusionModel) -> DiffusionModel:
+    return tiny_model(model, "sd3")
+
+
+@pytest.fixture(scope="module")
+def data_dir(sd3: DiffusionModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three images of four steps; tests copy what they change."""
+    return draw(sd3, tmp_path_factory.mktemp("sd3") / "dataset")
+
+
+Ask = Callable[..., Sensitivities]
+
+
 @pytest.fixture
-def ask(model: DiffusionModel, data_dir: Path, tmp_path: Path) -> Callable[..., Sensitivities]:
+def ask(sd3: DiffusionModel, data_dir: Path, tmp_path: Path) -> Ask:
     """Two layers and one input, of one state, into a cache of its own."""
 
-    def call(load: Callable[[], DiffusionModel] = lambda: model, **given: Any) -> Sensitivities:
+    def call(load: Callable[[], DiffusionModel] = lambda: sd3, **given: Any) -> Sensitivities:
         wanted = {"layers": FEW, "ranges": FEW_RANGES, "states": states_of(data_dir, [0], [3]), "sizes": [64]} | given
-        points = wanted.get("points", points_of(model, wanted["ranges"]))
-        layers, place = chosen(model, wanted["layers"]), (wanted["states"], wanted["ranges"], tmp_path)
+        points = wanted.get("points", points_of(sd3, wanted["ranges"]))
+        layers, place = chosen(sd3, wanted["layers"]), (wanted["states"], wanted["ranges"], tmp_path)
         return measure(load, layers, points, *place, wanted["sizes"], wanted.get("drawn_by"))
 
     note.cache_clear()
@@ -335,9 +349,8 @@ def cached(folder: Path) -> Path:
     return path
 
 
-def test_what_was_measured_is_not_measured_again_and_needs_no_model(
-    ask: Callable[..., Sensitivities], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_nothing_is_measured_twice(ask: Ask, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What was measured needs no model."""
     first = ask()
     assert trials(capsys) == 2 * 6 + 3
     content, time = cached(tmp_path).read_bytes(), cached(tmp_path).stat().st_mtime_ns
@@ -346,9 +359,7 @@ def test_what_was_measured_is_not_measured_again_and_needs_no_model(
     assert (cached(tmp_path).read_bytes(), cached(tmp_path).stat().st_mtime_ns) == (content, time)
 
 
-def test_only_what_is_missing_is_measured(
-    ask: Callable[..., Sensitivities], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_is_missing_is_measured(ask: Ask, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first = ask()
     capsys.readouterr()
     more = ask(layers=(*FEW, "mm_block_1.text.attn.q_proj"))
@@ -365,9 +376,9 @@ def test_only_what_is_missing_is_measured(
     assert temporaries(tmp_path) == set()
 
 
-def test_an_input_that_other_layers_read_too_is_another_measurement(ask: Callable[..., Sensitivities]) -> None:
+def test_an_input_of_several_layers_is_another(ask: Ask) -> None:
     """All that read it are tried at once: what one alone does is less."""
-    q, *others = (f"mm_block_3.image.attn.{which}_proj" for which in "qkv")
+    q, *others = (f"mm_block_2.image.attn.{which}_proj" for which in "qkv")
     ranges = {q: (-2.0, 2.0)}
     alone, together = (TapPoint(q, "modulated", aliases) for aliases in ((), tuple(others)))
     first = ask(points=[alone], ranges=ranges)
@@ -377,11 +388,9 @@ def test_an_input_that_other_layers_read_too_is_another_measurement(ask: Callabl
     check_same(ask(never, points=[alone], ranges=ranges), first)
 
 
-def test_other_states_are_another_measurement(
-    ask: Callable[..., Sensitivities], data_dir: Path, tmp_path: Path
-) -> None:
+def test_other_states_are_another_measurement(ask: Ask, data_dir: Path, tmp_path: Path) -> None:
     first = ask()
-    for states in (states_of(data_dir, [1], [3]), states_of(data_dir, [0], [4]), states_of(data_dir, [0, 1], [3])):
+    for states in (states_of(data_dir, [1], [3]), states_of(data_dir, [0], [2]), states_of(data_dir, [0, 1], [3])):
         with pytest.raises(AssertionError, match="the model was loaded"):
             ask(never, states=states)
     shutil.copytree(data_dir, tmp_path / "copy")
@@ -398,21 +407,19 @@ def older(manifest: Manifest) -> Manifest:
     return replace(manifest, fingerprint=None, text_encoders=None, images=images)
 
 
-def test_older_datasets_of_other_states_or_another_model_are_another_measurement(
-    ask: Callable[..., Sensitivities], model: DiffusionModel, data_dir: Path, tmp_path: Path
-) -> None:
-    """They have no checksums, and do not say which model drew them."""
+def test_older_datasets(ask: Ask, sd3: DiffusionModel, data_dir: Path, tmp_path: Path) -> None:
+    """They have no checksums, and do not say which model drew them: other states or models are another measurement."""
     shutil.copytree(data_dir, tmp_path / "copy")
     set_states(tmp_path / "copy" / "samples/0000.h5", lambda x: x.__setitem__(3, x[3] * 2))
     one, other = (
         StoredStates(folder, older(load_manifest(folder)), [0], [3]) for folder in (data_dir, tmp_path / "copy")
     )
-    own = {"drawn_by": (model.fingerprint, model.text_encoders)}
+    own = {"drawn_by": (sd3.fingerprint, sd3.text_encoders)}
     first, second = ask(states=one, **own), ask(states=other, **own)
-    assert first.weights["final_layer.linear"][2, 64] != second.weights["final_layer.linear"][2, 64]
-    another = replace(model, transformer=MMDiT(model.transformer.config))
+    assert first.weights[FEW[0]][2, 64] != second.weights[FEW[0]][2, 64]
+    another = replace(sd3, architecture=MMDiTArchitecture(MMDiT(sd3.transformer.config)))
     third = ask(lambda: another, states=one, drawn_by=(another.fingerprint, another.text_encoders))
-    assert first.weights["final_layer.linear"][2, 64] != third.weights["final_layer.linear"][2, 64]
+    assert first.weights[FEW[0]][2, 64] != third.weights[FEW[0]][2, 64]
     check_same(ask(never, states=one, **own), first)
 
 
@@ -430,8 +437,8 @@ DAMAGE: dict[str, Callable[[dict[str, Any]], Any]] = {
 
 
 @pytest.mark.parametrize("case", [*DAMAGE, "cut short", "empty", "no text"])
-def test_a_damaged_cache_is_told_and_measured_again(
-    ask: Callable[..., Sensitivities], tmp_path: Path, capsys: pytest.CaptureFixture[str], case: str
+def test_a_damaged_cache_is_measured_again(
+    ask: Ask, tmp_path: Path, capsys: pytest.CaptureFixture[str], case: str
 ) -> None:
     layers = {"layers": FEW[:1], "ranges": {}}
     first = ask(**layers)
@@ -448,9 +455,7 @@ def test_a_damaged_cache_is_told_and_measured_again(
     assert path.read_bytes() == whole
 
 
-def test_a_state_that_is_lost_is_named_before_the_model_is_loaded(
-    ask: Callable[..., Sensitivities], data_dir: Path, tmp_path: Path
-) -> None:
+def test_a_lost_state_is_named_before_the_model_is_loaded(ask: Ask, data_dir: Path, tmp_path: Path) -> None:
     shutil.copytree(data_dir, tmp_path / "copy")
     (tmp_path / "copy" / "samples/0001.h5").unlink()
     with pytest.raises(CalibError, match=r"samples/0001\.h5 is missing"):
@@ -458,9 +463,7 @@ def test_a_state_that_is_lost_is_named_before_the_model_is_loaded(
     assert not list((tmp_path / "sensitivity").glob("*.json"))
 
 
-def test_an_output_that_is_not_finite_ends_in_one_clear_line(
-    ask: Callable[..., Sensitivities], data_dir: Path, tmp_path: Path
-) -> None:
+def test_an_output_that_is_not_finite_ends_in_one_line(ask: Ask, data_dir: Path, tmp_path: Path) -> None:
     shutil.copytree(data_dir, tmp_path / "copy")
     set_states(tmp_path / "copy" / "samples/0000.h5", lambda x: x.__setitem__((3, 2, 2, 2), np.nan))
     restated(tmp_path / "copy")
@@ -470,20 +473,9 @@ def test_an_output_that_is_not_finite_ends_in_one_clear_line(
     assert temporaries(tmp_path) == set()
 
 
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-@pytest.mark.parametrize(("where", "left"), [("weights", 6 + 3), ("input", 3)])
-def test_the_model_is_the_loaded_one_again_however_it_ends_and_finished_layers_are_kept(
-    ask: Callable[..., Sensitivities],
-    model: DiffusionModel,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    error: type[BaseException],
-    where: str,
-    left: int,
-) -> None:
-    """It ends while the last layer is tried."""
-    before, fingerprint = [id(module) for module in model.transformer.modules()], weights_fingerprint(model.transformer)
+@contextmanager
+def ending(model: DiffusionModel, error: type[BaseException], where: str) -> Iterator[None]:
+    """Within the context a forward raises while the weights, or the input, of the last layer are tried."""
     layer, forward = model.transformer.final_layer.linear, MMDiT.__call__
     own = layer.weight
 
@@ -492,33 +484,66 @@ def test_the_model_is_the_loaded_one_again_however_it_ends_and_finished_layers_a
             raise error
         return forward(transformer, *arguments)
 
-    with monkeypatch.context() as patch, pytest.raises(error):
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(MMDiT, "__call__", failing)
-        ask()
-    assert [id(module) for module in model.transformer.modules()] == before
-    assert weights_fingerprint(model.transformer) == fingerprint
-    assert not any("_modulation_params" in module for _, module in model.transformer.named_modules())
+        yield
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize(("where", "left"), [("weights", 6 + 3), ("input", 3)])
+def test_however_it_ends(
+    ask: Ask,
+    sd3: DiffusionModel,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    error: type[BaseException],
+    where: str,
+    left: int,
+) -> None:
+    """The model is the loaded one again, and finished layers are kept."""
+    layers = {"layers": (FEW[0], "final_layer.linear")}
+    before, fingerprint = module_ids(sd3), weights_fingerprint(sd3.transformer)
+    with ending(sd3, error, where), pytest.raises(error):
+        ask(**layers)
+    assert module_ids(sd3) == before
+    assert weights_fingerprint(sd3.transformer) == fingerprint
+    assert not any("_modulation_params" in module for _, module in sd3.transformer.named_modules())
     capsys.readouterr()
-    ask()
+    ask(**layers)
     assert trials(capsys) == left
     assert temporaries(tmp_path) == set()
 
 
-# Processes
+def test_another_that_measures_the_same_is_waited_for(
+    ask: Ask, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What it finds in the meantime is not measured again."""
+    first = ask()
+    content = cached(tmp_path).read_bytes()
+    cached(tmp_path).unlink()
+    capsys.readouterr()
+    held, found = threading.Event(), []
+
+    def other() -> None:
+        with locked(cached_path.with_suffix(".lock"), lambda: None):
+            held.set()
+            while "waiting" not in "".join(heard):
+                heard.append(capsys.readouterr().err)
+            cached_path.write_bytes(content)
+
+    cached_path, heard = next(iter((tmp_path / "sensitivity").glob("*.lock"))).with_suffix(".json"), [""]
+    thread = threading.Thread(target=other)
+    thread.start()
+    held.wait()
+    found.append(ask(never))
+    thread.join()
+    check_same(found[0], first)
+    assert "waiting for the process that measures the same sensitivities" in "".join(heard)
+
+
+# Whole jobs
 
 SENSITIVITY = ("analysis=sensitivity", "sensitivity.images=1", "sensitivity.steps=1", "sensitivity.group_sizes=[64]")
-
-
-@pytest.fixture(scope="module")
-def collected(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Statistics of a quarter of the layers."""
-    folder = tmp_path_factory.mktemp("collected")
-    taps = "taps.include=['mm_block_[23].image.*','final_layer.*']"
-    given = ["collect", f"data_dir={data_dir}", "sampler.num_steps=8", "timestep_schedule=quarters", taps]
-    process = start_process(folder, *given, "hydra.run.dir=run")
-    status, err = end(process)
-    assert status == 0, err
-    return folder / "run"
 
 
 def measured(folder: Path) -> dict[str, Any]:
@@ -527,7 +552,42 @@ def measured(folder: Path) -> dict[str, Any]:
     return json.loads(paths[0].read_text()) if paths else {"weights": {}, "inputs": {}}
 
 
-def test_killed_in_the_middle_another_that_waits_goes_on_from_there(
+def test_interrupted_it_says_so_and_keeps_what_is_done(
+    tiny_run: Path, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = MMDiT.__call__
+
+    def interrupted(transformer: MMDiT, *arguments: Any) -> Any:
+        if len(measured(folder)["weights"]) >= 2:
+            raise KeyboardInterrupt
+        return forward(transformer, *arguments)
+
+    monkeypatch.setattr(MMDiT, "__call__", interrupted)
+    given = [f"stats={tiny_run}", f"data_dir={tiny_run.parent / 'dataset'}", "hydra.run.dir=run"]
+    outcome = run_here(["analyze", *given, *SENSITIVITY], capsys)
+    assert outcome.status == 130, outcome.err
+    (line,) = lines_of(outcome.err)
+    assert line.startswith("interrupted; ") and "the same command goes on" in line
+    assert len(measured(folder)["weights"]) == 2
+    assert temporaries(folder) == set()
+    assert json.loads((folder / "run" / "status.json").read_text())["state"] == "failed"
+
+
+@pytest.fixture(scope="module")
+def collected(model: DiffusionModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Statistics of a quarter of the emoji model's layers."""
+    folder = tmp_path_factory.mktemp("collected")
+    data_dir = draw(model, folder / "dataset")
+    taps = "taps.include=['mm_block_[23].image.*','final_layer.*']"
+    given = ["collect", f"data_dir={data_dir}", "sampler.num_steps=4", "timestep_schedule=quarters", taps]
+    process = start_process(folder, *given, "hydra.run.dir=run")
+    status, err = end(process)
+    assert status == 0, err
+    return folder / "run"
+
+
+@pytest.mark.slow
+def test_killed_another_that_waits_goes_on(
     collected: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = ["analyze", f"stats={collected}", *SENSITIVITY]
@@ -567,7 +627,8 @@ def test_killed_in_the_middle_another_that_waits_goes_on_from_there(
     assert "loaded emoji" not in (folder / "three" / "run.log").read_text()
 
 
-def test_interrupted_by_the_keyboard_it_says_so_and_keeps_what_is_done(collected: Path, folder: Path) -> None:
+@pytest.mark.slow
+def test_interrupted_by_the_keyboard(collected: Path, folder: Path) -> None:
     process = start_process(folder, "analyze", f"stats={collected}", *SENSITIVITY, "hydra.run.dir=run")
     wait_until(lambda: len(measured(folder)["weights"]) >= 2, process)
     process.send_signal(signal.SIGINT)

@@ -7,9 +7,12 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
-from helpers import Outcome, everything, is_one_clear_line, run_here, run_process
+from helpers import Outcome, everything, is_one_clear_line, run_here, run_in
 
-TINY = ("num_images=5", "sampler.num_steps=4", "timestep_schedule=quarters", "sampler.batch_size=2", "data_dir=dataset")
+FIVE = (
+    *("num_images=5", "sampler.num_steps=4", "sampler.batch_size=2", "data_dir=dataset"),
+    *("timestep_schedule=quarters", "report=none"),
+)
 KEPT = ("taps=all", "taps.cfg_halves=apart", "storage=sampled", "taps.include=[x_embedder,'*.fc2',mm_block_1]")
 SHARDS = 3
 
@@ -31,15 +34,15 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with run directories of the whole and of three shards, each with a cache of its own."""
     folder = tmp_path_factory.mktemp("merge")
     for arguments in [
-        ("generate", *TINY, "hydra.run.dir=drawn"),
-        ("collect", *TINY, *KEPT, "hydra.run.dir=whole", "cache_dir=cache"),
+        ("generate", *FIVE, "hydra.run.dir=drawn"),
+        ("collect", *FIVE, *KEPT, "hydra.run.dir=whole", "cache_dir=cache"),
         *(
-            ("collect", *TINY, *KEPT, *shard(i), f"hydra.run.dir=shards/{i}", f"cache_dir=cache{i}")
+            ("collect", *FIVE, *KEPT, *shard(i), f"hydra.run.dir=shards/{i}", f"cache_dir=cache{i}")
             for i in range(SHARDS)
         ),
-        ("collect", *TINY, "taps.include=x_embedder", "shard.index=0", "shard.count=3", "hydra.run.dir=other"),
+        ("collect", *FIVE, "taps.include=x_embedder", "shard.index=0", "shard.count=3", "hydra.run.dir=other"),
     ]:
-        outcome = run_process(folder, *arguments)
+        outcome = run_in(folder, *arguments)
         assert outcome.status == 0, outcome.err
     return folder
 
@@ -84,7 +87,7 @@ def test_the_folder_of_a_sweep_stands_for_its_run_directories(
 def test_what_was_merged_can_be_analysed(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     into = tmp_path / "joined"
     assert merge(capsys, *(runs / "shards" / str(i) for i in range(3)), "--into", into).status == 0
-    outcome = run_process(tmp_path, "analyze", f"stats={into}", "hydra.run.dir=plan")
+    outcome = run_in(tmp_path, "analyze", f"stats={into}", "hydra.run.dir=plan", "report=none")
     assert outcome.status == 0, outcome.err
     assert (tmp_path / "plan" / "quantization_config.json").exists()
 
@@ -126,7 +129,7 @@ def test_a_folder_with_something_in_it_is_not_merged_into(
 
 
 def test_more_shards_than_blocks_is_said(runs: Path) -> None:
-    outcome = run_process(runs, "collect", *TINY, "shard.index=3", "shard.count=4", "hydra.run.dir=empty")
+    outcome = run_in(runs, "collect", *FIVE, "shard.index=3", "shard.count=4", "hydra.run.dir=empty")
     assert outcome.status == 2
     line = is_one_clear_line(outcome)
     assert "shard.count=4: 5 images make 3 blocks of 2; so many shards at most" in line

@@ -5,8 +5,8 @@ from typing import Any
 
 from calib.activations import observer_mlx as plain
 from calib.activations.histogram import BINS, Histogram
-from calib.activations.observer import Seen
-from calib.activations.observer_mlx import PICKED, PlainObserver, first_sampled, pick_stride
+from calib.activations.observer import TapResult
+from calib.activations.observer_mlx import PICKED, MlxObserver, first_sampled, pick_stride
 
 import mlx.core as mx
 import numpy as np
@@ -37,7 +37,7 @@ def bits_of(x: mx.array) -> NDArray[Any]:
     return wide.reshape(-1, wide.shape[-1])
 
 
-def check_seen(seen: Seen, arrays: Sequence[mx.array]) -> None:
+def check_seen(seen: TapResult, arrays: Sequence[mx.array]) -> None:
     """``seen`` is of ``arrays``, one a forward, every row of which entered the histogram."""
     parts = [by_row(x) for x in arrays]
     assert seen.dtype == name_of(arrays[0])
@@ -95,7 +95,7 @@ def forwards(draw: st.DrawFn) -> list[dict[str, mx.array]]:
 
 @given(forwards=forwards(), finite_only=st.booleans())
 def test_what_is_seen_of_any_forwards_equals_numpys(forwards: list[dict[str, mx.array]], finite_only: bool) -> None:
-    observer = PlainObserver(1, finite_only)
+    observer = MlxObserver(1, finite_only)
     seen = watch(observer, forwards)
     assert observer.sound
     assert list(seen) == list(forwards[0])
@@ -111,7 +111,7 @@ def test_rows_that_run_in_parts_are_seen_in_their_order(dtype: str) -> None:
         [{name: x[first:last] for name, x in forward.items()} for first, last in zip([0, *cut], [*cut, 5], strict=True)]
         for forward, cut in zip(whole, cuts, strict=True)
     ]
-    seen = watch(PlainObserver(1), parts)
+    seen = watch(MlxObserver(1), parts)
     for name in ("a", "b"):
         check_seen(seen[name], [forward[name] for forward in whole])
 
@@ -120,7 +120,7 @@ def test_rows_that_run_in_parts_are_seen_in_their_order(dtype: str) -> None:
 def test_sampled_rows_are_those_of_every_forwards_phase(device: None, dtype: str) -> None:
     arrays = [array(4, 50, 1, 12, dtype=dtype, seed=i) for i in range(4)]
     phases, stride = (0, 65_535, 30_000), 7
-    seen = watch(PlainObserver(stride), [{"x": x, "row": x[:, :1]} for x in arrays], phases)
+    seen = watch(MlxObserver(stride), [{"x": x, "row": x[:, :1]} for x in arrays], phases)
     counts, alone = np.zeros(BINS, int), np.zeros(BINS, int)
     for number, x in enumerate(arrays):
         bits = bits_of(x)
@@ -137,10 +137,10 @@ def test_sampled_rows_are_those_of_every_forwards_phase(device: None, dtype: str
 
 def test_what_leaves_the_device_early_changes_nothing(device: None, monkeypatch: pytest.MonkeyPatch) -> None:
     forwards = [{"a": array(3, 60, 20, seed=i), "b": array(3, 8, 16, dtype="float16", seed=i)} for i in range(5)]
-    expected = watch(PlainObserver(3), forwards, (1000, 50_000))
+    expected = watch(MlxObserver(3), forwards, (1000, 50_000))
     for most in ("MOST_PENDING", "MOST_PENDING_GPU", "MOST_COUNTS"):
         monkeypatch.setattr(plain, most, 1)
-    found = watch(PlainObserver(3), forwards, (1000, 50_000))
+    found = watch(MlxObserver(3), forwards, (1000, 50_000))
     for name in expected:
         for field in ("minimum", "maximum", "count", "mean", "std"):
             one, other = (getattr(seen[name].statistics, field) for seen in (found, expected))
@@ -151,7 +151,7 @@ def test_what_leaves_the_device_early_changes_nothing(device: None, monkeypatch:
 
 
 def test_the_activation_that_is_passed_on_is_the_one_that_was_seen(device: None) -> None:
-    observer, x = PlainObserver(1), array(2, 30, 16)
+    observer, x = MlxObserver(1), array(2, 30, 16)
     observer.begin(0)
     observer.see("x", x)
     tied = observer.tie(x)
@@ -165,10 +165,10 @@ def test_one_bad_value_in_one_forward_makes_what_was_seen_unsound(dtype: str, ba
     values = [np.random.RandomState(i).randn(2, 70, 9).astype(np.float32) for i in range(3)]
     values[1][1, 66, 4] = bad
     forwards = [{"good": array(2, 5, 8, dtype=dtype), "x": mx.array(v).astype(MLX_DTYPES[dtype])} for v in values]
-    observer = PlainObserver(1)
+    observer = MlxObserver(1)
     watch(observer, forwards)
     assert not observer.sound
-    careful = PlainObserver(1, finite_only=True)
+    careful = MlxObserver(1, finite_only=True)
     seen = watch(careful, forwards)
     assert careful.sound
     assert (seen["x"].statistics.nan, seen["x"].statistics.inf) == ((1, 0) if np.isnan(bad) else (0, 1))
@@ -187,7 +187,7 @@ def test_one_bad_value_in_one_forward_makes_what_was_seen_unsound(dtype: str, ba
 
 def test_a_tap_with_nothing_finite_has_no_ranges_and_takes_none_from_the_others() -> None:
     nothing = mx.full((2, 5, 4), float("nan"))
-    observer = PlainObserver(1, finite_only=True)
+    observer = MlxObserver(1, finite_only=True)
     seen = watch(observer, [{"x": nothing, "y": array(2, 5, 4)}])
     assert seen["x"].statistics.count.tolist() == [0] * 4
     assert seen["x"].statistics.nan == 40
@@ -200,27 +200,27 @@ def test_a_tap_with_nothing_finite_has_no_ranges_and_takes_none_from_the_others(
 
 def test_values_too_large_to_be_squared_are_unsound_and_then_exact() -> None:
     x = mx.array(np.random.RandomState(0).uniform(-1e30, 1e30, (2, 60, 5)).astype(np.float32))
-    observer = PlainObserver(1)
+    observer = MlxObserver(1)
     watch(observer, [{"x": x}])
     assert not observer.sound
-    seen = watch(PlainObserver(1, finite_only=True), [{"x": x}])["x"]
+    seen = watch(MlxObserver(1, finite_only=True), [{"x": x}])["x"]
     check_statistics(seen.statistics, float64(x).reshape(-1, 5), "float32")
 
 
 @given(data=st.data())
 def test_what_was_seen_merges_in_order(data: st.DataObject) -> None:
     arrays = [array(data.draw(st.integers(1, 3)), 20, 6, seed=i) for i in range(data.draw(st.integers(2, 5)))]
-    each = [watch(PlainObserver(1), [{"x": x}])["x"] for x in arrays]
+    each = [watch(MlxObserver(1), [{"x": x}])["x"] for x in arrays]
     cut = data.draw(st.integers(1, len(each) - 1))
 
-    def together(parts: Sequence[Seen]) -> Seen:
+    def together(parts: Sequence[TapResult]) -> TapResult:
         merged = parts[0]
         for part in parts[1:]:
             merged = merged.merge(part)
         return merged
 
     merged = together(each[:cut]).merge(together(each[cut:]))
-    whole = watch(PlainObserver(1), [{"x": x} for x in arrays])["x"]
+    whole = watch(MlxObserver(1), [{"x": x} for x in arrays])["x"]
     assert np.array_equal(merged.ranges, whole.ranges)
     for field in ("minimum", "maximum", "count", "mean", "std"):
         assert np.array_equal(getattr(merged.statistics, field), getattr(whole.statistics, field)), field

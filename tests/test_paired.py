@@ -1,28 +1,29 @@
 """Paired comparisons: what is not changed is the same to the bit, and what is changed is counted as by hand."""
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 from calib.activations.states import read_states
 from calib.activations.taps import TapPoint, tapped
 from calib.base.errors import CalibError
-from calib.dataset.generate import generate
 from calib.dataset.load import load_manifest
 from calib.dataset.settings import SamplerSettings
-from calib.dataset.store import StateDtype
 from calib.evaluation.metrics import ssim
-from calib.evaluation.paired import Paired, Reference, rounded_to_bfloat16
-from helpers import velocity
+from calib.evaluation.paired import Outcome, Paired, Reference, rounded_to_bfloat16
+from calib.evaluation.reference import control_of, draw_reference
 from calib.models.model import DiffusionModel, weights, weights_fingerprint
 
 import mlx.core as mx
 import numpy as np
 import pytest
-from helpers import PROMPTS
+from helpers import PROMPTS, contents
 from PIL import Image
-from tiny_flux import flux_model
+from tiny_models import draw, tiny_model
 from watching import keep
 
 STEPS = (0, 2, 3)
@@ -30,16 +31,35 @@ STEPS = (0, 2, 3)
 Change = Callable[[], AbstractContextManager[None]]
 
 
-@pytest.fixture(scope="module", params=["emoji", "flux"])
-def drawn(
-    request: pytest.FixtureRequest, model: DiffusionModel, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[DiffusionModel, Reference]:
-    """The emoji model with guidance and a small FLUX without, and three pictures of each, drawn two at a time."""
-    folder = tmp_path_factory.mktemp("drawn") / "dataset"
-    own = model if request.param == "emoji" else flux_model(model)
-    settings = SamplerSettings(num_steps=4, cfg_weight=3.0 if own is model else 0, batch_size=2)
-    generate(own, PROMPTS, 3, folder, settings, seed=7, dtype=StateDtype.FLOAT32)
-    return own, Reference(folder, load_manifest(folder), STEPS)
+@dataclass(frozen=True)
+class Drawn:
+    """A model, three pictures of it in full precision, and comparisons with them."""
+
+    model: DiffusionModel
+    reference: Reference
+    paired: Paired
+
+    def modules(self) -> list[int]:
+        return [id(module) for module in self.model.transformer.modules()]
+
+
+@pytest.fixture(scope="module", params=["sd3", "flux"])
+def drawn(request: pytest.FixtureRequest, model: DiffusionModel, tmp_path_factory: pytest.TempPathFactory) -> Drawn:
+    """A small SD3 with guidance, and a small FLUX without."""
+    own = tiny_model(model, request.param)
+    folder = draw(own, tmp_path_factory.mktemp("drawn") / "dataset", batch_size=2)
+    reference = Reference(folder, load_manifest(folder), STEPS)
+    return Drawn(own, reference, Paired(own, reference))
+
+
+@pytest.fixture(scope="module")
+def rounded(drawn: Drawn) -> Outcome:
+    """One layer's weights rounded; the first comparison of all."""
+    before, modules = weights_fingerprint(drawn.model.transformer), drawn.modules()
+    outcome = drawn.paired.compare(rounding(drawn.model), "rounded")
+    assert weights_fingerprint(drawn.model.transformer) == before
+    assert drawn.modules() == modules
+    return outcome
 
 
 def rounding(model: DiffusionModel, digits: int = 2) -> Change:
@@ -58,13 +78,11 @@ def rounding(model: DiffusionModel, digits: int = 2) -> Change:
     return change
 
 
-def test_an_unchanged_model_draws_the_same_pictures_to_the_bit(drawn: tuple[DiffusionModel, Reference]) -> None:
-    model, reference = drawn
-    paired = Paired(model, reference)
-    outcome = paired.compare(nullcontext, "unchanged")
+def test_an_unchanged_model_is_equal_to_the_bit(drawn: Drawn) -> None:
+    outcome = drawn.paired.compare(nullcontext, "unchanged")
     assert outcome.pictures.dtype == np.float32
     assert outcome.pictures.shape == (3, 64, 64, 3)
-    assert np.array_equal(outcome.pictures, paired.pictures)
+    assert np.array_equal(outcome.pictures, drawn.paired.pictures)
     found = outcome.fidelity
     assert found.psnr.tolist() == [np.inf] * 3
     assert found.ssim == pytest.approx(np.ones(3), abs=1e-12)
@@ -72,16 +90,15 @@ def test_an_unchanged_model_draws_the_same_pictures_to_the_bit(drawn: tuple[Diff
     assert found.steps.tolist() == list(STEPS)
 
 
-def test_the_references_pictures_are_those_of_the_dataset(drawn: tuple[DiffusionModel, Reference]) -> None:
-    model, reference = drawn
-    pictures = Paired(model, reference).pictures
+def test_the_references_pictures_are_the_datasets(drawn: Drawn) -> None:
+    reference, pictures = drawn.reference, drawn.paired.pictures
     assert reference.images == [0, 1, 2]
     assert reference.prompts == list(PROMPTS[:3])
     for picture, entry in zip(pictures, reference.manifest.images.values(), strict=True):
         with Image.open(reference.data_dir / entry.filename) as stored:
             assert np.array_equal(stored, (255 * picture).astype(np.uint8)), "as DiffusionKit stores it"
     some = {i: reference.manifest.images[i] for i in (0, 2)}
-    fewer = Paired(model, replace(reference, manifest=replace(reference.manifest, images=some)))
+    fewer = Paired(drawn.model, replace(reference, manifest=replace(reference.manifest, images=some)))
     assert np.array_equal(fewer.pictures, pictures[[0, 2]])
 
 
@@ -95,66 +112,50 @@ def outputs(model: DiffusionModel, reference: Reference, change: Change) -> np.n
             x = mx.array(read_states(reference.data_dir, manifest, [image], step))
             rows, timestep = mx.concatenate([x] * len(text.tokens)), mx.array([manifest.timesteps[step]])
             with change():
-                found.append(np.array(velocity(model.transformer, rows, text.tokens, text.pooled, timestep)))
+                mx.eval(timestep)
+                found.append(np.array(model.architecture.velocity(rows, text, timestep)))
     return np.array(found).astype(np.float64).reshape(len(reference.images), len(reference.steps), -1)
 
 
-def test_errors_are_those_of_the_outputs_by_hand(drawn: tuple[DiffusionModel, Reference]) -> None:
-    model, reference = drawn
-    change = rounding(model)
-    before, modules = weights_fingerprint(model.transformer), [id(m) for m in model.transformer.modules()]
-    paired = Paired(model, reference)
-    outcome = paired.compare(change, "rounded")
-    assert weights_fingerprint(model.transformer) == before
-    assert [id(m) for m in model.transformer.modules()] == modules
-    v, v_q = (outputs(model, reference, c) for c in (nullcontext, change))
+def test_errors_by_hand(drawn: Drawn, rounded: Outcome) -> None:
+    v, v_q = (outputs(drawn.model, drawn.reference, c) for c in (nullcontext, rounding(drawn.model)))
     expected = np.sum((v - v_q) ** 2, axis=2) / np.sum(v**2, axis=2)
     assert expected.min() > 1e-7
-    np.testing.assert_allclose(outcome.fidelity.error, expected, rtol=1e-3)
-    for i, (plain, changed) in enumerate(zip(paired.pictures, outcome.pictures, strict=True)):
+    np.testing.assert_allclose(rounded.fidelity.error, expected, rtol=1e-3)
+    for i, (plain, changed) in enumerate(zip(drawn.paired.pictures, rounded.pictures, strict=True)):
         mse = np.mean((plain.astype(np.float64) - changed) ** 2)
-        assert outcome.fidelity.psnr[i] == pytest.approx(10 * np.log10(1 / mse))
-        assert outcome.fidelity.ssim[i] == pytest.approx(ssim(plain, changed))
-    assert np.isfinite(outcome.fidelity.psnr).all()
+        assert rounded.fidelity.psnr[i] == pytest.approx(10 * np.log10(1 / mse))
+        assert rounded.fidelity.ssim[i] == pytest.approx(ssim(plain, changed))
+    assert np.isfinite(rounded.fidelity.psnr).all()
 
 
-def test_pictures_of_a_changed_model_are_those_it_draws(
-    drawn: tuple[DiffusionModel, Reference], tmp_path: Path
-) -> None:
+def test_pictures_are_those_a_changed_model_draws(drawn: Drawn, rounded: Outcome, tmp_path: Path) -> None:
     """The same prompts, seeds, blocks and sampler as a dataset of its own."""
-    model, reference = drawn
-    manifest = reference.manifest
-    change = rounding(model)
-    found = Paired(model, reference).compare(change, "rounded").pictures
-    settings = SamplerSettings(num_steps=4, cfg_weight=manifest.cfg_weight, batch_size=2)
-    with change():
-        generate(model, PROMPTS, 3, tmp_path / "own", settings, seed=7, dtype=StateDtype.FLOAT32)
-    own = Reference(tmp_path / "own", load_manifest(tmp_path / "own"), STEPS)
-    assert np.array_equal(found, Paired(model, own).pictures)
+    with rounding(drawn.model)():
+        folder = draw(drawn.model, tmp_path / "own", batch_size=2)
+    own = Reference(folder, load_manifest(folder), STEPS)
+    assert np.array_equal(rounded.pictures, Paired(drawn.model, own).pictures)
 
 
-def test_comparisons_do_not_depend_on_those_before(drawn: tuple[DiffusionModel, Reference]) -> None:
+def test_comparisons_do_not_depend_on_those_before(drawn: Drawn, rounded: Outcome) -> None:
     """What the reference has in common for all is computed at full precision, whichever comes first."""
-    model, reference = drawn
-    paired = Paired(model, reference)
-    several = [paired.compare(change, "some") for change in (rounding(model), rounding(model, 1), nullcontext)]
-    alone = Paired(model, reference).compare(rounding(model, 1), "alone")
-    assert np.array_equal(several[1].fidelity.error, alone.fidelity.error)
-    assert np.array_equal(several[1].pictures, alone.pictures)
-    assert several[2].fidelity.error.max() == 0
-    assert several[0].fidelity.error.mean() < several[1].fidelity.error.mean()
+    later = drawn.paired.compare(rounding(drawn.model, 1), "later")
+    alone = Paired(drawn.model, drawn.reference).compare(rounding(drawn.model, 1), "alone")
+    assert np.array_equal(later.fidelity.error, alone.fidelity.error)
+    assert np.array_equal(later.pictures, alone.pictures)
+    assert rounded.fidelity.error.mean() < later.fidelity.error.mean()
 
 
-def test_the_control_is_the_model_in_bfloat16_and_gives_it_back(drawn: tuple[DiffusionModel, Reference]) -> None:
-    model, reference = drawn
-    before, modules = weights_fingerprint(model.transformer), [id(m) for m in model.transformer.modules()]
-    own = weights(model.transformer)
+def test_control(drawn: Drawn) -> None:
+    """The model in bfloat16; afterwards it is what it was."""
+    model, reference = drawn.model, drawn.reference
+    before, modules, own = weights_fingerprint(model.transformer), drawn.modules(), weights(model.transformer)
     seen: dict[str, mx.array] = {}
-    state = mx.array(read_states(reference.data_dir, reference.manifest, [0], 2))
-    text = model.encode([PROMPTS[0]], 0)
+    state, timestep = mx.array(read_states(reference.data_dir, reference.manifest, [0], 2)), mx.array([500.0])
+    mx.eval(timestep)
     # The control's rounding is put around the tap: it sees what the layer reads.
     with tapped(model.architecture, [TapPoint("x_embedder", "")], keep(seen)), rounded_to_bfloat16(model):
-        mx.eval(velocity(model.transformer, state, text.tokens, text.pooled, mx.array([500.0])))
+        mx.eval(model.velocity(state, model.encode([PROMPTS[0]], 0), timestep))
     x = seen["x_embedder"]
     assert mx.array_equal(x.astype(mx.bfloat16).astype(mx.float32), x)
     with rounded_to_bfloat16(model):
@@ -166,23 +167,21 @@ def test_the_control_is_the_model_in_bfloat16_and_gives_it_back(drawn: tuple[Dif
             changed += not mx.array_equal(rounded, array)
         assert changed > 20
     assert weights_fingerprint(model.transformer) == before
-    assert [id(m) for m in model.transformer.modules()] == modules
+    assert drawn.modules() == modules
     with pytest.raises(RuntimeError, match="enough"), rounded_to_bfloat16(model):
         raise RuntimeError("enough")
     assert weights_fingerprint(model.transformer) == before
-    assert [id(m) for m in model.transformer.modules()] == modules
-    control = Paired(model, reference).compare(lambda: rounded_to_bfloat16(model), "control").fidelity
+    assert drawn.modules() == modules
+    control = drawn.paired.compare(lambda: rounded_to_bfloat16(model), "control").fidelity
     assert weights_fingerprint(model.transformer) == before
     assert np.all((control.error > 0) & (control.error < 1e-2))
     assert np.isfinite(control.psnr).all()
 
 
-def test_a_changed_model_that_is_not_finite_ends_in_one_clear_line(drawn: tuple[DiffusionModel, Reference]) -> None:
-    model, reference = drawn
-
+def test_a_changed_model_that_is_not_finite_ends_in_one_line(drawn: Drawn) -> None:
     @contextmanager
     def broken() -> Iterator[None]:
-        layer = model.transformer.final_layer.linear
+        layer = drawn.model.transformer.final_layer.linear
         own = layer.bias
         try:
             layer.bias = mx.full(own.shape, float("nan"))
@@ -191,6 +190,33 @@ def test_a_changed_model_that_is_not_finite_ends_in_one_clear_line(drawn: tuple[
             layer.bias = own
 
     with pytest.raises(CalibError) as error:
-        Paired(model, reference).compare(broken, "broken")
+        drawn.paired.compare(broken, "broken")
     assert "not finite" in str(error.value)
     assert "\n" not in str(error.value)
+
+
+# The reference and its control
+
+
+def test_reference_and_control_are_kept(drawn: Drawn, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Pictures that are there are not drawn again, and a control that was measured is read; a damaged one is not."""
+    sampler = SamplerSettings(num_steps=4, cfg_weight=drawn.reference.manifest.cfg_weight, batch_size=2)
+    given = (drawn.model, tmp_path / "dataset", PROMPTS, 2, sampler, 7, 2)
+    reference = draw_reference(*given)
+    assert (reference.images, list(reference.steps)) == ([0, 1], [0, 3])
+    fingerprints = contents(tmp_path / "dataset")
+    assert draw_reference(*given).manifest == reference.manifest
+    assert contents(tmp_path / "dataset") == fingerprints
+    paired = Paired(drawn.model, reference)
+    found = control_of(drawn.model, reference, paired, tmp_path)
+    (path,) = (tmp_path / "evaluation").glob("control_*.json")
+    assert found.to_json() == json.loads(path.read_text())
+
+    def never(change: Change, label: str) -> Outcome:
+        raise AssertionError("measured again")
+
+    kept = control_of(drawn.model, reference, cast(Paired, SimpleNamespace(compare=never)), tmp_path)
+    assert kept.to_json() == found.to_json()
+    for damage in ('{"psnr": ', "[]", '{"psnr": [1], "ssim": [1], "error": [[1]], "steps": [1, 2]}'):
+        path.write_text(damage)
+        assert control_of(drawn.model, reference, paired, tmp_path).to_json() == found.to_json()

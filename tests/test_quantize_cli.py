@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from calib.analysis.steps import read_steps
-from calib.base.progress import note
 from calib.dataset.load import load_manifest
 from calib.quantization.checkpoint import load
 
@@ -23,7 +22,7 @@ from helpers import (
     is_one_clear_line,
     lines_of,
     run_here,
-    run_process,
+    run_in,
     temporaries,
 )
 
@@ -39,7 +38,6 @@ Calib = Callable[..., Outcome]
 def calib(folder: Path, capsys: pytest.CaptureFixture[str], tiny_run: Path) -> Calib:
     """``calib`` in an empty folder, on the shared run's dataset and with its cache; ``run`` is the run directory."""
     shared = (f"data_dir={tiny_run.parent / 'dataset'}", f"cache_dir={tiny_run.parent / 'calibration_cache'}")
-    note.cache_clear()
 
     def call(stage: str, *more: str, run: str = "run") -> Outcome:
         given = [argument for argument in shared if argument.split("=")[0] not in {m.split("=")[0] for m in more}]
@@ -60,7 +58,7 @@ def plan(folder: Path, tiny_run: Path) -> Path:
 @pytest.fixture(scope="module")
 def few(tiny_run: Path) -> Path:
     """Statistics of a few layers, collected into the shared cache."""
-    outcome = run_process(tiny_run.parent, "collect", *TINY, "data_dir=dataset", FEW, "hydra.run.dir=few")
+    outcome = run_in(tiny_run.parent, "collect", *TINY, "data_dir=dataset", FEW, "hydra.run.dir=few")
     assert outcome.status == 0, outcome.err
     return tiny_run.parent / "few"
 
@@ -106,7 +104,7 @@ def check_failed_run(run: Path, message: str) -> None:
     assert status["state"] == "failed"
     assert message in status["error"]
     assert {path.name for path in run.iterdir()} == {
-        *(".hydra", ".lock", "config.resolved.yaml", "env.json", "report.html", "run.log", "status.json")
+        *(".hydra", ".lock", "config.resolved.yaml", "env.json", "run.log", "status.json")
     }
 
 

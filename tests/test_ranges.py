@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from calib.activations.format import Block, Levels
-from calib.activations.observer_mlx import PlainObserver
+from calib.activations.observer_mlx import MlxObserver
 from calib.activations.reader import ActivationFile
 from calib.activations.record import StepRecord
-from calib.activations.store import write_activations
+from calib.activations.store import Records, write_activations
 from calib.activations.taps import TapPoint
 from calib.analysis import ranges
-from calib.analysis.observed import channel_extremes, drift_text, observe
+from calib.analysis.observed import channel_extremes, drift_text, observe, range_drift
 from calib.analysis.ranges import (
     Observed,
     RangeRule,
@@ -22,12 +22,14 @@ from calib.analysis.ranges import (
     grouped,
     per_step,
     polynomial,
+    ranges_from_json,
+    ranges_to_json,
     static,
 )
 from calib.base.errors import CalibError
+from calib.base.values import bind_target
 from calib.dataset.manifest import Manifest
-from calib.dataset.timesteps import drift
-from calib.models.architecture import Source
+from calib.models.model import DiffusionModel
 
 import mlx.core as mx
 import numpy as np
@@ -37,7 +39,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from omegaconf import OmegaConf
-from watching import Whole, watch
+from watching import Whole, watch, write_collected
 
 NUMBER = st.floats(-1e4, 1e4, allow_subnormal=False)
 RULES: dict[str, RangeRule] = {rule.__name__: rule for rule in (static, per_step, grouped, polynomial)}
@@ -287,13 +289,13 @@ def test_the_options_file_names_every_parameter_with_its_default(name: str) -> N
 def written(path: Path, values: Mapping[int, NDArray[np.float64]], num_steps: int, sigmas: Mapping[int, float]) -> Path:
     """An ``activations.h5`` with ``values``, (rows, tokens, channels) at each step, going into layer x."""
     records = {
-        step: StepRecord(step, [0], watch(PlainObserver(1, finite_only=True), [{"x": mx.array(x).astype(mx.float16)}]))
+        step: StepRecord(step, [0], watch(MlxObserver(1, finite_only=True), [{"x": mx.array(x).astype(mx.float16)}]))
         for step, x in values.items()
     }
-    source = Source(["x"], lambda names: records, 1 << 20, [Block(0, (0,))], halves=1)
+    source = Records(["x"], lambda names: records, 1 << 20, [Block(0, (0,))], halves=1)
     levels = Levels(num_steps, sigmas, {step: 1000 * sigma for step, sigma in sigmas.items()})
     attributes = {"producer": "calib test", "git_commit": "unknown", "config": "{}"}
-    write_activations(path, source, [TapPoint("x", "modulated")], levels, list(values), {}, attributes)
+    write_activations(path, source, [TapPoint("x", "modulated")], levels, list(values), {}, attributes, {"x": 0})
     return path
 
 
@@ -402,10 +404,10 @@ def test_a_layer_that_is_not_there_is_an_error_that_names_it(path: Path) -> None
                 look()
 
 
-def test_layers_of_a_model_are_observed_as_they_were_seen(whole: Whole, manifest: Manifest, tmp_path: Path) -> None:
-    collection, path = whole.collection, tmp_path / "activations.h5"
-    write_activations(path, collection.source(STEPS), collection.points, manifest, STEPS, {}, {})
-    with ActivationFile(path) as file:
+def test_layers_of_a_model_are_observed_as_they_were_seen(
+    model: DiffusionModel, whole: Whole, manifest: Manifest, tmp_path: Path
+) -> None:
+    with ActivationFile(write_collected(tmp_path / "activations.h5", model, whole.collection, STEPS)) as file:
         found = {name: observe(file, name, (0, 100)) for name in whole.activations[0]}
         clipped = {name: observe(file, name, (1, 99)) for name in found}
         from_below = {name: observe(file, name, (0, 99)) for name in found}
@@ -429,7 +431,7 @@ def test_layers_of_a_model_are_observed_as_they_were_seen(whole: Whole, manifest
 @given(observed=observations())
 def test_drift_is_the_share_of_its_width_that_a_layer_loses(observed: Observed) -> None:
     widths = observed.high - observed.low
-    found = drift(observed)
+    found = range_drift(observed)
     assert 0 <= found <= 1
     assert found * widths.max() == pytest.approx(widths.max() - widths.min(), abs=1e-9)
     if not widths.any():

@@ -1,4 +1,7 @@
-"""The pages in a real browser: Debian's Chromium, headless. Skipped where it is not installed."""
+"""The pages in a real browser: Debian's Chromium, headless. Skipped where it is not installed.
+
+One test is in the fast tier: a page that works at all. The others are slow.
+"""
 
 import json
 import os
@@ -9,6 +12,7 @@ from pathlib import Path
 from calib.runs.compare.comparison import compare
 from calib.runs.find import read_runs
 from calib.runs.pages.comparison import comparison_page
+from calib.runs.pages.run import write_page
 
 import pytest
 from selenium.webdriver import Chrome, ChromeOptions, Keys
@@ -52,6 +56,17 @@ def run_page(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def dit_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page of a plan for a network of another family, alone in its directory."""
+    run = tmp_path_factory.mktemp("dit")
+    entry = {"suggested_weight_bits": 4, "suggested_activation_bits": 8, "use_percentile_clipping": False}
+    layers = [f"blocks.{i}.{kind}" for i in range(12) for kind in ("attn.qkv", "mlp.fc1", "mlp.fc2")]
+    plan = {name: entry | {"clip_percentile": [0, 100]} for name in ["patch.proj", *layers, "head.linear"]}
+    (run / "quantization_config.json").write_text(json.dumps(plan))
+    return write_page(run)
+
+
+@pytest.fixture(scope="module")
 def comparison(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("comparison")
     sweep = sweep_of_copies(tiny_run, folder / "sweep")
@@ -78,8 +93,9 @@ def requests(browser: Chrome) -> list[str]:
     return [address for address in sent if not address.startswith("data:")]
 
 
-@pytest.mark.parametrize("which", ["run_page", "comparison"])
-def test_a_page_loads_nothing_and_reports_no_error(browser: Chrome, which: str, request: pytest.FixtureRequest) -> None:
+@pytest.mark.parametrize("which", ["run_page", pytest.param("comparison", marks=pytest.mark.slow)])
+def test_works_alone(browser: Chrome, which: str, request: pytest.FixtureRequest) -> None:
+    """Every button pressed, a page reports no error and asks for nothing."""
     page: Path = request.getfixturevalue(which)
     opened(browser, page)
     for button in browser.find_elements(By.CSS_SELECTOR, "button"):
@@ -93,11 +109,10 @@ def test_a_page_loads_nothing_and_reports_no_error(browser: Chrome, which: str, 
     assert len(text) - pictures < 2_000_000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", ["run_page", "comparison"])
 @pytest.mark.parametrize("width", [375, 1200])
-def test_nothing_scrolls_sideways_but_figures_and_tables_in_their_own_frames(
-    browser: Chrome, which: str, width: int, request: pytest.FixtureRequest
-) -> None:
+def test_no_sideways_scroll(browser: Chrome, which: str, width: int, request: pytest.FixtureRequest) -> None:
     opened(browser, request.getfixturevalue(which), width)
     assert browser.execute_script("return document.documentElement.scrollWidth") <= width
     for text in browser.find_elements(By.CSS_SELECTOR, "p, h1, h2, .tile"):
@@ -105,7 +120,8 @@ def test_nothing_scrolls_sideways_but_figures_and_tables_in_their_own_frames(
             assert text.rect["x"] + text.rect["width"] <= width
 
 
-def test_light_and_dark_follow_the_system_until_the_reader_chooses(browser: Chrome, run_page: Path) -> None:
+@pytest.mark.slow
+def test_theme(browser: Chrome, run_page: Path) -> None:
     colours = {}
     for dark in (False, True):
         opened(browser, run_page, dark=dark)
@@ -122,7 +138,8 @@ def cut_of(browser: Chrome, number: int = 0) -> str:
     return str(browser.execute_script(script))
 
 
-def test_the_slider_moves_by_keys_by_pointer_and_by_the_buttons(browser: Chrome, run_page: Path) -> None:
+@pytest.mark.slow
+def test_slider(browser: Chrome, run_page: Path) -> None:
     opened(browser, run_page)
     assert "50%" in cut_of(browser)
     slider = browser.find_element(By.CSS_SELECTOR, ".stage input")
@@ -140,7 +157,8 @@ def test_the_slider_moves_by_keys_by_pointer_and_by_the_buttons(browser: Chrome,
     assert "100%" not in cut_of(browser) and quantized.get_attribute("aria-pressed") == "true"
 
 
-def test_bits_of_inputs_are_shown_in_place_of_those_of_weights(browser: Chrome, run_page: Path) -> None:
+@pytest.mark.slow
+def test_bits_of_inputs(browser: Chrome, run_page: Path) -> None:
     opened(browser, run_page)
     cells = browser.find_elements(By.CSS_SELECTOR, ".bits td span")
     assert [cell.text for cell in cells] == [cell.get_attribute("data-w") for cell in cells]
@@ -149,11 +167,12 @@ def test_bits_of_inputs_are_shown_in_place_of_those_of_weights(browser: Chrome, 
     assert {cell.text for cell in cells} <= {"4", "6", "8"}
 
 
-def test_a_heat_map_reads_out_the_value_under_the_pointer(browser: Chrome, run_page: Path) -> None:
+@pytest.mark.slow
+def test_heat_readout(browser: Chrome, run_page: Path) -> None:
     opened(browser, run_page)
     figure = browser.find_element(By.CSS_SELECTOR, "figure[data-heat=range-data]")
     data = json.loads(browser.execute_script("return document.getElementById('range-data').textContent"))
-    image = figure.find_element(By.CSS_SELECTOR, "svg image")
+    image = figure.find_element(By.TAG_NAME, "img")
     browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", image)
     rows, columns = len(data["rows"]), len(data["steps"])
     box = browser.execute_script("const b = arguments[0].getBoundingClientRect(); return [b.width, b.height]", image)
@@ -163,11 +182,12 @@ def test_a_heat_map_reads_out_the_value_under_the_pointer(browser: Chrome, run_p
     assert readout.text == f"{data['rows'][rows // 2]}, step {data['steps'][-1]}: {data['values'][rows // 2][-1]:g}"
 
 
-def test_dots_have_tooltips(browser: Chrome, run_page: Path) -> None:
+@pytest.mark.slow
+def test_tooltips(browser: Chrome, run_page: Path) -> None:
     opened(browser, run_page)
-    script = "return [...document.querySelectorAll('svg g > title')].map((t) => t.textContent)"
+    script = "return [...document.querySelectorAll('svg use > title')].map((t) => t.textContent)"
     tips = browser.execute_script(script)
-    assert len(tips) == 2 * 61 and all("S = " in tip and "kB" in tip for tip in tips)
+    assert len(tips) == 61 and all("S = " in tip and "kB" in tip for tip in tips)
 
 
 def names(browser: Chrome) -> list[str]:
@@ -176,7 +196,8 @@ def names(browser: Chrome) -> list[str]:
     return [row.find_elements(By.TAG_NAME, "td")[1].text for row in rows if row.is_displayed()]
 
 
-def test_the_table_is_sorted_narrowed_and_shows_differences(browser: Chrome, comparison: Path) -> None:
+@pytest.mark.slow
+def test_table(browser: Chrome, comparison: Path) -> None:
     opened(browser, comparison)
     headings = browser.find_elements(By.CSS_SELECTOR, "#runs thead th")
     psnr = next(heading for heading in headings if heading.text.startswith("PSNR"))
@@ -199,21 +220,66 @@ def test_the_table_is_sorted_narrowed_and_shows_differences(browser: Chrome, com
     assert not any(delta.is_displayed() for delta in deltas)
 
 
+#: Of every figure: what it shows, whether it lies in the page, its smallest letters in pixels; texts that touch others
+#: or stick out.
+FIGURES = """
+return [...document.querySelectorAll("figure svg")].map((svg) => {
+  const box = svg.getBoundingClientRect(), scale = box.width / svg.viewBox.baseVal.width;
+  const texts = [...svg.querySelectorAll("text")].filter((text) => text.textContent.trim());
+  const places = texts.map((text) => text.getBoundingClientRect());
+  const apart = (a, b) => a.right <= b.left || b.right <= a.left || a.bottom <= b.top + 3 || b.bottom <= a.top + 3;
+  const inside = ({ left, right, top, bottom }) =>
+    left > box.left - 1 && right < box.right + 1 && top > box.top - 3 && bottom < box.bottom + 3;
+  return {
+    label: svg.getAttribute("aria-label"), inside: box.width > 0 && box.left >= 0 && box.right <= innerWidth,
+    letters: Math.min(...texts.map((text) => parseFloat(getComputedStyle(text).fontSize) * scale)),
+    wrong: texts.filter((t, i) => !inside(places[i]) || places.some((p, j) => j !== i && !apart(places[i], p)))
+      .map((text) => text.textContent),
+  };
+});
+"""
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("which", ["run_page", "comparison"])
-def test_a_phone_gets_figures_of_its_own_width(browser: Chrome, which: str, request: pytest.FixtureRequest) -> None:
-    for width, other in ((375, ".wide"), (1200, ".narrow")):
-        opened(browser, request.getfixturevalue(which), width)
-        figures = browser.find_elements(By.CSS_SELECTOR, "figure svg")
-        shown = [figure for figure in figures if figure.is_displayed()]
-        assert len(shown) * 2 == len(figures)
-        assert not any(figure.is_displayed() for figure in browser.find_elements(By.CSS_SELECTOR, other))
-        for figure in shown:
-            assert figure.rect["x"] >= 0 and figure.rect["x"] + figure.rect["width"] <= width
-            script = "return arguments[0].getBoundingClientRect().width / arguments[0].viewBox.baseVal.width"
-            assert browser.execute_script(script, figure) > 0.9, "letters of seven points stay legible"
+@pytest.mark.parametrize("width", [375, 480, 700, 1200])
+def test_figures_drawn_once(browser: Chrome, which: str, width: int, request: pytest.FixtureRequest) -> None:
+    """One drawing of each figure serves every width: whole, with legible letters that do not touch."""
+    opened(browser, request.getfixturevalue(which), width)
+    figures = browser.execute_script(FIGURES)
+    assert len({figure["label"] for figure in figures}) == len(figures) >= 2
+    for figure in figures:
+        assert figure["inside"] and figure["letters"] > 8.5 and figure["wrong"] == [], figure
+    ids = browser.execute_script("return [...document.querySelectorAll('[id]')].map((element) => element.id)")
+    assert len(ids) == len(set(ids)), "figures share one namespace"
 
 
-def test_on_paper_everything_is_open(browser: Chrome, run_page: Path) -> None:
+@pytest.mark.slow
+def test_heat_map_fits(browser: Chrome, run_page: Path) -> None:
+    for width in (375, 1200):
+        opened(browser, run_page, width)
+        for heat in browser.find_elements(By.CLASS_NAME, "heat"):
+            image, names = heat.find_element(By.TAG_NAME, "img"), heat.find_elements(By.CSS_SELECTOR, ".names span")
+            assert image.rect["width"] > 0.45 * heat.rect["width"]
+            assert image.rect["height"] == pytest.approx(sum(name.rect["height"] for name in names), abs=2)
+            assert all(name.rect["height"] >= 12 for name in names)
+
+
+@pytest.mark.slow
+def test_any_network_has_tables(browser: Chrome, dit_page: Path) -> None:
+    opened(browser, dit_page)
+    blocks, others = browser.find_elements(By.CLASS_NAME, "bits")
+    assert blocks.find_element(By.TAG_NAME, "caption").text == "Blocks"
+    columns = [heading.text for heading in blocks.find_elements(By.CSS_SELECTOR, "thead th[scope]")]
+    assert columns == [str(number) for number in range(12)]
+    rows = [row.text for row in blocks.find_elements(By.CSS_SELECTOR, "tbody th")]
+    assert rows == ["attn.qkv", "mlp.fc1", "mlp.fc2"]
+    assert len(blocks.find_elements(By.CSS_SELECTOR, "td span")) == 36
+    assert [row.text for row in others.find_elements(By.CSS_SELECTOR, "tbody th")] == ["patch.proj", "head.linear"]
+
+
+@pytest.mark.slow
+def test_print_opens(browser: Chrome, run_page: Path) -> None:
     opened(browser, run_page)
     closed = "return document.querySelectorAll('details:not([open])').length"
     before = browser.execute_script(closed)
@@ -224,7 +290,8 @@ def test_on_paper_everything_is_open(browser: Chrome, run_page: Path) -> None:
     assert browser.execute_script(closed) == before
 
 
-def test_pages_print_in_light_without_controls(browser: Chrome, run_page: Path) -> None:
+@pytest.mark.slow
+def test_print_light(browser: Chrome, run_page: Path) -> None:
     opened(browser, run_page, dark=True)
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
     ground = browser.find_element(By.TAG_NAME, "body").value_of_css_property("background-color")

@@ -6,16 +6,15 @@ from pathlib import Path
 
 from calib.activations.collect import Collection
 from calib.activations.format import Block
-from calib.activations.observer_mlx import PlainObserver
+from calib.activations.observer_mlx import MlxObserver
 from calib.activations.reader import ActivationFile
 from calib.activations.record import StepRecord
 from calib.activations.statistics import Statistics
-from calib.activations.store import write_activations
+from calib.activations.store import Records, write_activations
 from calib.activations.taps import Halves, TapPoint, TapSelection
 from calib.activations.weights import WEIGHT_BITS, weight_sqnr
 from calib.base.errors import CalibError
 from calib.dataset.manifest import Manifest
-from calib.models.architecture import Source
 from calib.models.model import DiffusionModel
 
 import h5py
@@ -24,7 +23,7 @@ import numpy as np
 import pytest
 from helpers import MLX_DTYPES, STEPS, flip_byte, run_process
 from mlx import nn
-from watching import collected, collection_of, pooled, watch
+from watching import collected, collection_of, pooled, watch, write_collected
 
 PER_CHANNEL = ("channel_min", "channel_max", "channel_mean", "channel_std")
 ATTRIBUTES = {"producer": "calib test", "git_commit": "unknown", "config": "{}"}
@@ -38,10 +37,9 @@ def stored(
     records: dict[int, StepRecord],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
-    path = tmp_path_factory.mktemp("store") / "activations.h5"
     sqnr = {name: weight_sqnr(module) for name, module in model.architecture.layers().items()}
-    write_activations(path, collection.source(STEPS), collection.points, manifest, STEPS, sqnr, ATTRIBUTES)
-    return path
+    path = tmp_path_factory.mktemp("store") / "activations.h5"
+    return write_collected(path, model, collection, STEPS, weight_sqnr=sqnr, attributes=ATTRIBUTES)
 
 
 def test_root_has_dimension_scales_and_what_lies_along_them(stored: Path, manifest: Manifest) -> None:
@@ -99,7 +97,8 @@ def test_layers_that_share_an_input_share_their_arrays_by_hard_link(stored: Path
         for point in collection.points:
             for alias in point.aliases:
                 one, other = file["layers"][point.name], file["layers"][alias]
-                assert dict(one.attrs) == dict(other.attrs)
+                assert dict(one.attrs) | {"order": 0} == dict(other.attrs) | {"order": 0}
+                assert one.attrs["order"] < other.attrs["order"]
                 assert set(one) - {"weight_sqnr"} == set(other) - {"weight_sqnr"}
                 for field in set(one) - {"weight_sqnr"}:
                     assert one[field] == other[field], f"{alias} {field}: the very same dataset"
@@ -175,23 +174,19 @@ def test_merged_views_are_the_merged_statistics(stored: Path, records: dict[int,
 
 
 def test_moments_can_be_kept_to_the_last_bit(
-    collection: Collection, records: dict[int, StepRecord], manifest: Manifest, tmp_path: Path
+    model: DiffusionModel, collection: Collection, records: dict[int, StepRecord], tmp_path: Path
 ) -> None:
-    path = tmp_path / "activations.h5"
-    write_activations(path, collection.source([3]), collection.points, manifest, [3], {}, ATTRIBUTES, exact=True)
+    path = write_collected(tmp_path / "activations.h5", model, collection, [3], exact=True)
     with ActivationFile(path) as file:
         for name, own in records[3].seen.items():
             np.testing.assert_array_equal(file.statistics(name).moments.sums, own.statistics.moments.sums)
 
 
-def test_halves_that_were_kept_apart_can_be_asked_for(
-    model: DiffusionModel, data_dir: Path, manifest: Manifest, tmp_path: Path
-) -> None:
+def test_halves_that_were_kept_apart_can_be_asked_for(model: DiffusionModel, data_dir: Path, tmp_path: Path) -> None:
     taps = TapSelection(include=("mm_block_0.image.attn.?_proj", "x_embedder"), cfg_halves=Halves.APART)
     collection = collection_of(model, data_dir, tmp_path, [0, 1], taps)
     own = collected(collection, [3])[3]
-    path = tmp_path / "activations.h5"
-    write_activations(path, collection.source([3]), collection.points, manifest, [3], {}, ATTRIBUTES)
+    path = write_collected(tmp_path / "activations.h5", model, collection, [3])
     with ActivationFile(path) as file:
         assert set(file.layers) == {"x_embedder", *(f"mm_block_0.image.attn.{x}_proj" for x in "qkvo")}
         for name in file.layers:
@@ -206,11 +201,7 @@ def test_halves_that_were_kept_apart_can_be_asked_for(
 
 
 def test_a_file_is_the_same_however_few_taps_fit_into_memory(
-    stored: Path,
-    collection: Collection,
-    manifest: Manifest,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    model: DiffusionModel, stored: Path, collection: Collection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All but the order of what lies in the file."""
     path = tmp_path / "activations.h5"
@@ -218,7 +209,7 @@ def test_a_file_is_the_same_however_few_taps_fit_into_memory(
     groups = [names for names, _ in collection.source(STEPS).groups()]
     assert len(groups) > 6
     assert [name for names in groups for name in names] == list(collection.source(STEPS).names)
-    write_activations(path, collection.source(STEPS), collection.points, manifest, STEPS, {}, ATTRIBUTES)
+    write_collected(path, model, collection, STEPS, attributes=ATTRIBUTES)
     with ActivationFile(stored) as one, ActivationFile(path) as other:
         assert one.layers == other.layers
         for name in one.layers:
@@ -245,11 +236,11 @@ def test_any_activation_type_with_nan_and_inf_makes_the_round_trip(
         values = np.random.RandomState(step).randn(3, 100, 7).astype(np.float32)
         values[0, 3, 1], values[1, 4, 2], values[1, 5, 2] = np.nan, np.inf, -np.inf
         x = mx.array(values).astype(MLX_DTYPES[dtype])
-        seen = watch(PlainObserver(1, finite_only=True), [{"x_embedder": x}])
+        seen = watch(MlxObserver(1, finite_only=True), [{"x_embedder": x}])
         records[step] = StepRecord(step, [4, 0, 9], seen)
-    source = Source(["x_embedder"], lambda names: records, 1 << 20, [Block(0, (4, 0)), Block(1, (9,))], halves=1)
+    source = Records(["x_embedder"], lambda names: records, 1 << 20, [Block(0, (4, 0)), Block(1, (9,))], halves=1)
     path = tmp_path / "a.h5"
-    write_activations(path, source, [TapPoint("x_embedder", "embedding")], manifest, [2, 5], {}, ATTRIBUTES)
+    write_activations(path, source, [TapPoint("x_embedder", "embedding")], manifest, [2, 5], {}, ATTRIBUTES, {"x_embedder": 0})
     with ActivationFile(path) as file:
         assert file.images == [4, 0, 9]
         for step in (2, 5):

@@ -32,7 +32,7 @@ OVERRIDES = st.dictionaries(KEYS, VALUES, min_size=0, max_size=4).map(
 @example(overrides=["prompts.path=" + "𝒜" * 200], data=None)
 @example(overrides=["prompts.path=../../etc/passwd"], data=None)
 @example(overrides=["taps.include=['*.fc2','x_embedder']", "seed=" + "9" * 300], data=None)
-def test_a_jobs_folder_name_is_safe_and_stable(overrides: list[str], data: st.DataObject | None) -> None:
+def test_job_name(overrides: list[str], data: st.DataObject | None) -> None:
     swept = [] if data is None else data.draw(st.lists(KEYS, unique=True, max_size=3))
     name = job_name(overrides, swept)
     assert name
@@ -50,44 +50,41 @@ def test_a_jobs_folder_name_is_safe_and_stable(overrides: list[str], data: st.Da
 @example(one=["a=[1,2]"], other=["a=_1,2_"], data=None)
 @example(one=["prompts.path=A.txt"], other=["prompts.path=a.txt"], data=None)
 @example(one=["a=" + "x" * 100], other=["a=" + "x" * 101], data=None)
-def test_different_jobs_have_different_folder_names(
-    one: list[str], other: list[str], data: st.DataObject | None
-) -> None:
+def test_job_names_differ(one: list[str], other: list[str], data: st.DataObject | None) -> None:
     swept = [] if data is None else data.draw(st.lists(KEYS, unique=True, max_size=3))
     if sorted(one) != sorted(other):
         # Some file systems, most Macs' among them, do not tell A from a.
         assert job_name(one, swept).lower() != job_name(other, swept).lower()
 
 
-def test_a_readable_name_stays_readable() -> None:
-    assert (
-        job_name(["stage=run", "timestep_schedule=key", "analysis=range"], []) == "analysis=range,timestep_schedule=key"
-    )
+def test_readable_name() -> None:
+    name = job_name(["stage=run", "timestep_schedule=key", "analysis=range"], [])
+    assert name == "analysis=range,timestep_schedule=key"
     assert job_name([], []) == job_name(["stage=run"], [])
 
 
-def test_values_of_a_repeated_key_keep_their_order() -> None:
+def test_repeated_key() -> None:
     assert job_name(["seed=1", "seed=2"]) != job_name(["seed=2", "seed=1"])
 
 
-def test_the_stage_is_in_the_name() -> None:
+def test_stage_in_name() -> None:
     names = [job_name([f"stage={stage}", "seed=1"], ["seed"]) for stage in ("run", "generate", "collect")]
     assert names == ["seed=1", "generate,seed=1", "collect,seed=1"]
 
 
-def test_what_no_result_depends_on_is_in_no_name() -> None:
+def test_keys_without_effect() -> None:
     plain = ["seed=1", "num_images=3"]
     besides = [*plain, "cache_dir=elsewhere", "keep_awake=true", "swept=[seed]"]
     assert job_name(besides, ["seed"]) == job_name(plain, ["seed"])
     assert sweep_name(besides, ["seed"]) == sweep_name(plain, ["seed"])
 
 
-def test_what_no_result_depends_on_is_in_the_name_where_it_varies() -> None:
+def test_keys_without_effect_that_vary() -> None:
     names = [job_name(["seed=1", f"keep_awake={awake}"], ["keep_awake"]) for awake in ("false", "true")]
     assert len(set(names)) == 2 and names[1].startswith("keep_awake=true-")
 
 
-def test_a_sweep_has_one_folder_whatever_its_values_and_another_for_another_sweep() -> None:
+def test_sweep_name() -> None:
     assert sweep_name(["seed=1,2", "analysis=range,cv"], ["seed", "analysis"]) == "analysis,seed"
     fixed = sweep_name(["seed=1,2", "num_images=3"], ["seed"])
     assert fixed == sweep_name(["num_images=3", "seed=7"], ["seed"]), "the same for the sweep and in each of its jobs"
@@ -111,9 +108,8 @@ def resolvers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize(
     ("search", "jobs"), [("timesteps", 5), ("heuristics", 7), ("budgets", 7), ("timesteps_and_heuristics", 12)]
 )
-def test_every_ready_sweep_is_as_many_jobs_each_with_a_folder_of_its_own(
-    resolvers: Path, search: str, jobs: int
-) -> None:
+def test_ready_sweep(resolvers: Path, search: str, jobs: int) -> None:
+    """As many jobs as it has, each with a folder of its own."""
     what = planned(take_apart([f"hparams_search={search}"]))
     assert what.multirun, "a ready sweep needs no -m"
     assert len({folder.name.lower() for folder in what.folders}) == len(what.folders) == jobs
@@ -121,12 +117,12 @@ def test_every_ready_sweep_is_as_many_jobs_each_with_a_folder_of_its_own(
     assert not list(resolvers.iterdir())
 
 
-def test_all_ready_sweeps_are_tried() -> None:
+def test_ready_sweeps_are_all_tried() -> None:
     found = {path.stem for path in (CONF / "hparams_search").glob("*.yaml")}
     assert found == {"timesteps", "heuristics", "budgets", "timesteps_and_heuristics"}
 
 
-def test_the_command_line_has_the_last_word_on_a_ready_sweep(resolvers: Path) -> None:
+def test_ready_sweep_overridden(resolvers: Path) -> None:
     what = planned(take_apart(["hparams_search=timesteps_and_heuristics", "analysis=cv", "timestep_schedule=key,all"]))
     names = [folder.name.rpartition("-")[0] for folder in what.folders]
     assert names == ["timestep_schedule=key", "timestep_schedule=all"]
@@ -135,20 +131,20 @@ def test_the_command_line_has_the_last_word_on_a_ready_sweep(resolvers: Path) ->
 @pytest.mark.parametrize(
     ("sweep", "values"),
     [
-        ("seed=range(0,8)", [f"seed={i}" for i in range(8)]),
+        ("seed=range(0,3)", [f"seed={i}" for i in range(3)]),
         ("analysis=glob(s*)", ["analysis=sensitivity", "analysis=sqnr"]),
         ("seed=sort(3,1,2)", ["seed=1", "seed=2", "seed=3"]),
         ("+experiment=quick,origin", ["+experiment=quick", "+experiment=origin"]),
     ],
 )
-def test_what_hydra_can_express_is_a_sweep(resolvers: Path, sweep: str, values: list[str]) -> None:
+def test_kinds_of_sweeps(resolvers: Path, sweep: str, values: list[str]) -> None:
     if sweep.startswith("+"):
         sweep, values = sweep[1:], [value[1:] for value in values]
     what = planned(take_apart(["-m", sweep]))
     assert [folder.name for folder in what.folders] == values
 
 
-def test_folders_of_the_users_own_are_known_beforehand(resolvers: Path) -> None:
+def test_folders_of_the_users_choice(resolvers: Path) -> None:
     given = ["-m", "seed=1,2", "hydra.sweep.dir=sweeps/${now:%f}", "hydra.sweep.subdir=job${hydra.job.num}"]
     what = planned(take_apart(given))
     assert [folder.name for folder in what.folders] == ["job0", "job1"]
@@ -156,18 +152,18 @@ def test_folders_of_the_users_own_are_known_beforehand(resolvers: Path) -> None:
     assert sweep_dir == f"hydra.sweep.dir='{what.folders[0].parent}'", "named once, for all that composes it again"
 
 
-def test_two_jobs_never_share_a_folder(resolvers: Path) -> None:
+def test_shared_folder(resolvers: Path) -> None:
     with pytest.raises(ConfigError, match="gives two jobs the folder same"):
         planned(take_apart(["-m", "seed=1,2", "hydra.sweep.subdir=same"]))
 
 
-def test_two_lists_of_one_key_are_refused_and_a_list_replaces_a_single_value(resolvers: Path) -> None:
+def test_lists_of_one_key(resolvers: Path) -> None:
     with pytest.raises(ConfigError, match=r"^seed: two lists of values; name them all in one$"):
         planned(take_apart(["-m", "seed=1,2", "seed=3,4"]))
     assert len(planned(take_apart(["-m", "seed=5", "seed=1,2"])).folders) == 2
 
 
-def test_a_value_named_twice_is_said_to_be(resolvers: Path) -> None:
+def test_value_named_twice(resolvers: Path) -> None:
     with pytest.raises(ConfigError, match=r"^seed=1: this job twice; name it once$"):
         planned(take_apart(["-m", "seed=1,2,1"]))
 
@@ -176,17 +172,16 @@ def test_a_value_named_twice_is_said_to_be(resolvers: Path) -> None:
     ("experiment", "images", "steps", "collected", "guidance"),
     [("quick", 4, 10, 5, 3.0), ("origin", 1000, 50, 17, 3.0), ("taqdit", 256, 100, 25, 1.5)],
 )
-def test_every_ready_experiment_is_the_recipe_it_is_named_after(
-    experiment: str, images: int, steps: int, collected: int, guidance: float
-) -> None:
+def test_ready_experiment(experiment: str, images: int, steps: int, collected: int, guidance: float) -> None:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         config = OmegaConf.to_container(compose("config", overrides=[f"experiment={experiment}"]), resolve=True)
     assert isinstance(config, dict)
     settings = build({str(name): value for name, value in config.items()})
-    assert settings.num_images == images and settings.sampler.num_steps == steps
-    assert isinstance(settings.steps, tuple) and len(settings.steps) == collected
-    assert settings.sampler.cfg_weight == guidance
-    chosen = settings.choose_images(range(images), None)
+    sampler, schedule = settings.generate.sampler, settings.collect.timestep_schedule
+    assert settings.generate.num_images == images and sampler.num_steps == steps
+    assert isinstance(schedule, tuple) and len(schedule) == collected
+    assert sampler.cfg_weight == guidance
+    chosen = settings.collect.subset(range(images), None)
     assert len(chosen) == {"origin": 100}.get(experiment, images)
 
 
@@ -203,9 +198,8 @@ def test_every_ready_experiment_is_the_recipe_it_is_named_after(
         (["-m", "seed=1,(2"], ["seed=1,(2", "not a valid override"]),
     ],
 )
-def test_a_sweep_that_cannot_be_is_one_clear_line_before_a_folder_is_made(
-    resolvers: Path, arguments: list[str], words: list[str]
-) -> None:
+def test_impossible_sweep(resolvers: Path, arguments: list[str], words: list[str]) -> None:
+    """One clear line before any folder is made."""
     with pytest.raises(ConfigError) as error:
         planned(take_apart(arguments))
     message = str(error.value)
@@ -221,7 +215,7 @@ def test_a_sweep_that_cannot_be_is_one_clear_line_before_a_folder_is_made(
     memory=st.integers(0, 2**40),
     transformer=st.integers(0, 2**36),
 )
-def test_jobs_side_by_side_are_no_more_than_fit(jobs: int, processors: int, memory: int, transformer: int) -> None:
+def test_sensible_jobs(jobs: int, processors: int, memory: int, transformer: int) -> None:
     count = sensible_jobs(jobs, processors, memory, transformer)
     assert 1 <= count <= min(jobs, processors)
     assert count == 1 or count * 4 * transformer <= memory

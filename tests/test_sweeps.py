@@ -8,9 +8,9 @@ from pathlib import Path
 
 from calib.activations.reader import ActivationFile
 from calib.base.files import is_locked
-from calib.cli.job import _lacking
-from calib.cli.names import Ended
+from calib.cli.sweep import _lacking
 from calib.dataset.load import load_manifest
+from calib.runs.record import RunState, Standing
 
 import pytest
 from helpers import (
@@ -19,6 +19,7 @@ from helpers import (
     end,
     is_one_clear_line,
     run_here,
+    run_in,
     run_process,
     run_without_rights,
     start_process,
@@ -26,16 +27,16 @@ from helpers import (
 )
 
 #: A job in a second: nothing is drawn again.
-SMALL = (*TINY[:4], "evaluation=none", "taps.include=['*.fc2']")
+SMALL = (*TINY[:4], "evaluation=none", "taps.include=['*.fc2']", "report=none")
 
 BROKEN = '''
 """A heuristic that is broken, until a file says that it was mended."""
 from pathlib import Path
-from calib.analysis.layers import LayerSummary
+from calib.analysis.layers import PROBE, LayerSummary
 from calib.analysis.plan import LayerPlan
 
 def plan_layer(layer: LayerSummary) -> LayerPlan:
-    if layer.num_samples > 1 and not Path("mended").exists():
+    if layer is not PROBE and not Path("mended").exists():
         raise ZeroDivisionError("a mistake of the user's own")
     return LayerPlan(4, 8)
 '''
@@ -110,7 +111,8 @@ def test_a_job_that_cannot_begin_is_recorded_too(
     (folder / "damaged").mkdir()
     (folder / "damaged" / "manifest.json").write_text((data_dir / "manifest.json").read_text())
     given = ["collect", "-m", f"data_dir=damaged,{data_dir}", "sampler.num_steps=8", "timestep_schedule=quarters"]
-    outcome = run_here([*given, "generate_missing=false", "taps.include=['*.fc2']", "hydra.sweep.dir=sweep"], capsys)
+    given += ["generate_missing=false", "taps.include=['*.fc2']", "report=none"]
+    outcome = run_here([*given, "hydra.sweep.dir=sweep"], capsys)
     assert outcome.status == 1
     found = {path.parent.name: json.loads(path.read_text()) for path in folder.glob("sweep/*/status.json")}
     assert sorted(status["state"] for status in found.values()) == ["complete", "failed"]
@@ -138,7 +140,11 @@ def test_no_jobs_at_once_is_refused(folder: Path, capsys: pytest.CaptureFixture[
 
 
 def test_jobs_that_another_process_runs_are_not_called_failed() -> None:
-    lacking = [Ended(Path("a"), "running"), Ended(Path("b"), "failed", "x"), Ended(Path("c"), "incomplete")]
+    lacking = [
+        Standing(Path("a"), RunState.RUNNING),
+        Standing(Path("b"), RunState.FAILED, "x"),
+        Standing(Path("c"), RunState.INCOMPLETE),
+    ]
     told = _lacking(lacking, 4)
     assert "1 of the sweep's 4 jobs failed (b)" in told
     assert "1 of the sweep's 4 jobs are run by another process (a); wait for it" in told
@@ -178,36 +184,53 @@ def test_a_killed_sweep_goes_on_where_it_was(folder: Path, capsys: pytest.Captur
     assert sum(found["images_generated"] for found in metrics) == 2, "drawn once"
 
 
-@pytest.fixture(scope="module")
-def two_ways(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
-    """The same sweep one after the other and side by side; what the latter said."""
-    one, other = (tmp_path_factory.mktemp(name) for name in ("serial", "joblib"))
-    given = ["-m", *TINY, "taps.include=['*.fc2']", "timestep_schedule=quarters,all", "analysis=range,uniform"]
-    outcome = run_process(one, *given)
+def test_side_by_side_gives_what_one_after_the_other_gives(tmp_path: Path) -> None:
+    """Jobs share one dataset and what is collected either way."""
+    one, other = tmp_path / "serial", tmp_path / "joblib"
+    given = ["-m", *SMALL, "timestep_schedule=quarters,all", "analysis=range"]
+    one.mkdir()
+    outcome = run_in(one, *given)
     assert outcome.status == 0, outcome.err
+    other.mkdir()
     outcome = run_process(other, *given, "hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
     assert outcome.status == 0, outcome.err
-    return one, other, outcome.err
+    check_shared(one, runs=2, drawings=1)
+    check_shared(other, runs=2, drawings=1)
+    check_side_by_side(one, other, outcome.err, runs=2)
 
 
-def test_jobs_share_one_dataset_and_what_is_collected(two_ways: tuple[Path, Path, str]) -> None:
-    one, other, _ = two_ways
+@pytest.mark.slow
+def test_more_jobs_than_go_side_by_side_with_pages_and_evaluations(tmp_path: Path) -> None:
+    one, other = tmp_path / "serial", tmp_path / "joblib"
+    given = ["-m", *TINY[:-1], "taps.include=['*.fc2']", "timestep_schedule=quarters,all", "analysis=range,uniform"]
+    one.mkdir()
+    outcome = run_process(one, *given)
+    assert outcome.status == 0, outcome.err
+    other.mkdir()
+    outcome = run_process(other, *given, "hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
+    assert outcome.status == 0, outcome.err
     for folder in (one, other):
-        runs = [path for path in the_sweep(folder).iterdir() if path.is_dir()]
-        assert len(runs) == 4
-        dataset, evaluation = sorted((folder / "calibration_data").iterdir())
-        assert sorted(load_manifest(dataset).images) == sorted(load_manifest(evaluation).images) == [0, 1]
-        metrics = [json.loads((run / "metrics.json").read_text()) for run in runs]
-        assert sorted(found["images_generated"] for found in metrics) == [0, 0, 0, 2], "drawn once"
+        check_shared(folder, runs=4, drawings=2)
         assert len(list((folder / "calibration_cache").glob("evaluation/*.json"))) == 1
-        assert len(list((folder / "calibration_cache").glob("activations/*/step_*.npz"))) == 5
-        assert not list(folder.rglob("*.tmp"))
+    check_side_by_side(one, other, outcome.err, runs=4)
 
 
-def test_side_by_side_gives_what_one_after_the_other_gives(two_ways: tuple[Path, Path, str]) -> None:
-    one, other, said = two_ways
+def check_shared(folder: Path, runs: int, drawings: int) -> None:
+    """Images and statistics were made once for all runs; ``drawings`` counts the folders of drawn images."""
+    made = [path for path in the_sweep(folder).iterdir() if path.is_dir()]
+    assert len(made) == runs
+    drawn = sorted((folder / "calibration_data").iterdir())
+    assert [sorted(load_manifest(dataset).images) for dataset in drawn] == [[0, 1]] * drawings
+    metrics = [json.loads((run / "metrics.json").read_text()) for run in made]
+    assert sorted(found["images_generated"] for found in metrics) == [*[0] * (runs - 1), 2], "drawn once"
+    assert len(list((folder / "calibration_cache").glob("activations/*/step_*.npz"))) == 5
+    assert not list(folder.rglob("*.tmp"))
+
+
+def check_side_by_side(one: Path, other: Path, said: str, runs: int) -> None:
+    """The sweep in ``other`` ran in two processes, and made what that in ``one`` made."""
     assert "2 jobs side by side" in said
-    assert said.count(" done in ") == 4
+    assert said.count(" done in ") == runs
     assert "collect 2 images" not in said, "progress of jobs side by side goes to files of their own"
     for run in (path for path in the_sweep(one).iterdir() if path.is_dir()):
         twin = the_sweep(other) / run.name
@@ -230,6 +253,7 @@ def held(folder: Path) -> list[Path]:
     return [lock for lock in folder.rglob("multirun/*/*/.lock") if is_locked(lock)]
 
 
+@pytest.mark.slow
 def test_killed_side_by_side_it_leaves_no_process_and_goes_on(folder: Path) -> None:
     given = ["-m", *SMALL, "analysis=range,uniform,sqnr", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
     process = start_process(folder, *given)

@@ -11,13 +11,15 @@ from typing import Any, TypeAlias
 from calib.activations import step
 from calib.activations.collect import Collection
 from calib.activations.format import Block
-from calib.activations.observer import Observer, Seen
+from calib.activations.observer import Observer, TapResult
 from calib.activations.record import StepRecord
 from calib.activations.statistics import Statistics, merge_all
 from calib.activations.step import CollectSettings
+from calib.activations.store import write_activations
 from calib.activations.taps import Recorder, TapKind, TapSelection, tap_points
 from calib.dataset.load import load_manifest
 from calib.dataset.shards import Shard
+from calib.models.architecture import names_in_order
 from calib.models.model import DiffusionModel
 
 import mlx.core as mx
@@ -36,7 +38,7 @@ Activations: TypeAlias = Mapping[str, mx.array]
 
 def watch(
     observer: Observer, forwards: Sequence[Activations | Sequence[Activations]], phases: Sequence[int] = (0,)
-) -> dict[str, Seen]:
+) -> dict[str, TapResult]:
     """What ``observer`` says of several forwards; each has a phase, in turn."""
     for number, forward in enumerate(forwards):
         last = []
@@ -74,7 +76,17 @@ def collection_of(
     points = tap_points(model.architecture, selection)
     own = CollectSettings(**{"batch_size": 2, "cfg_halves": selection.cfg_halves} | settings)
     place = (data_dir, load_manifest(data_dir), image_ids, points, own, cache_dir, shard)
-    return Collection(model.transformer, load or (lambda: model), *place)
+    return Collection(model.architecture, load or (lambda: model), *place)
+
+
+def write_collected(
+    path: Path, model: DiffusionModel, collection: Collection, steps: Sequence[int], **given: Any
+) -> Path:
+    """An ``activations.h5`` of what is in the cache; ``given`` are arguments of :func:`write_activations`."""
+    order = {name: place for place, name in enumerate(names_in_order(model.architecture))}
+    own: dict[str, Any] = {"weight_sqnr": {}, "attributes": {}} | given
+    write_activations(path, collection.source(steps), collection.points, collection.manifest, steps, order=order, **own)
+    return path
 
 
 def in_parts(patch: pytest.MonkeyPatch, *sizes: int) -> None:

@@ -1,1 +1,1 @@
-"""Observing a transformer's activations: taps, exact streaming statistics, and the file they are kept in."""
+"""Observe a transformer's activations: taps, exact streaming statistics, and the file that stores them."""

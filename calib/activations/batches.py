@@ -1,4 +1,4 @@
-"""Stored states in batches, with their prompts encoded, for forwards of the transformer outside of drawing."""
+"""Batches of stored states with encoded prompts, for forward passes of the transformer outside of sampling."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,12 +20,12 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class Batch:
-    """States side by side: with guidance all conditional rows first, then as many unconditional ones.
+    """A batch of states: with guidance all conditional rows first, then as many unconditional rows.
 
     Attributes:
-        images, steps: image id and step index of each state; twice as many rows with guidance.
+        images, steps: image id and step index of each state; with guidance there are two rows for each.
         x: (rows, height, width, channels) in the model's type.
-        timesteps: evaluated, (rows,); of size 1 where all states are of one step.
+        timesteps: (rows,), evaluated; of size 1 where all states are of one step.
     """
 
     images: tuple[int, ...]
@@ -35,7 +35,7 @@ class Batch:
     timesteps: mx.array
 
     def of_states(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
-        """What rows have, (rows,), added up for each state over the guidance halves, (states,)."""
+        """Sum ``values`` (rows,) over the guidance halves of each state, (states,)."""
         total: NDArray[np.float64] = values.reshape(-1, len(self.images)).sum(axis=0)
         return total
 
@@ -54,9 +54,9 @@ class StoredStates:
         check_states(self.data_dir, self.manifest, self.images, self.steps)
 
     def batches(self, model: DiffusionModel, size: int, mixed: bool = False) -> list["LazyBatch"]:
-        """Batches of at most ``size`` states, of one step each or, if ``mixed``, of any.
+        """Batches of at most ``size`` states, each of one step or, if ``mixed``, of any steps.
 
-        Each is read and its prompts encoded when it is called; images go in blocks of ``size``.
+        A batch is read and its prompts encoded when it is called. Images are taken in blocks of ``size``.
         """
         found = []
         for first in range(0, len(self.images), size):
@@ -83,7 +83,7 @@ LazyBatch: TypeAlias = Callable[[], Batch]
 
 
 def timesteps_of_rows(batch: Batch, part: slice) -> mx.array:
-    """The timesteps of some rows, evaluated."""
+    """The timesteps of the rows ``part``, evaluated."""
     if batch.timesteps.size == 1:
         return batch.timesteps
     chosen = batch.timesteps[part]
@@ -91,9 +91,9 @@ def timesteps_of_rows(batch: Batch, part: slice) -> mx.array:
 
 
 def by_parts(rows: int, compute: Callable[[slice], mx.array], lazily: bool = False) -> mx.array:
-    """``compute`` of all rows, concatenated; on a CPU parts of them run side by side, started here unless ``lazily``.
+    """Concatenate ``compute`` over all rows; on a CPU parts of the rows run in parallel, started unless ``lazily``.
 
-    Within :func:`calib.activations.replay.shared_cores` each part has its share of the processors.
+    In a :func:`calib.activations.replay.shared_cores` context each part has its share of the processors.
     """
     parts = parts_of(rows)
     outputs = []
@@ -101,7 +101,7 @@ def by_parts(rows: int, compute: Callable[[slice], mx.array], lazily: bool = Fal
         with mx.stream(stream):
             outputs.append(compute(part))
     if not lazily:
-        mx.async_eval(outputs)  # what joins them is on one stream, and would ask for one after the other
+        mx.async_eval(outputs)  # the concatenation, on one stream, would evaluate one after the other
     return mx.concatenate(outputs) if len(outputs) > 1 else outputs[0]
 
 

@@ -1,8 +1,8 @@
-"""Statistics that runs share: a file a step, in a folder named by the content that they are of.
+"""Cache of statistics shared by runs: one file per step, in a folder named by a hash of everything they depend on.
 
-``<cache_dir>/activations/<key>/`` holds ``about.json`` (what the key stands for), ``step_<i>.npz``, and while images
-are still collected in parts ``step_<i>.part_<k>.npz``; each with a ``.samples`` file beside it where activations are
-kept. A file that cannot be used, damaged or of another version, is told and made again.
+``<cache_dir>/activations/<key>/`` holds ``about.json`` (the hashed document), ``step_<i>.npz`` and, while images are
+collected in parts, ``step_<i>.part_<k>.npz``; each has a ``.samples`` file beside it where activations are kept. A file
+that is damaged or of another version is reported and made again.
 """
 
 import json
@@ -16,7 +16,7 @@ from typing import Any
 
 from calib.activations.record import StepRecord, pack, unpack
 from calib.activations.samples import joined, shifted
-from calib.base.errors import CalibError
+from calib.base.errors import CalibError, check_format, reason_of
 from calib.base.files import locked, remove_abandoned, replacing, short_hash, write_bytes, write_json
 from calib.base.progress import note, say
 
@@ -26,7 +26,7 @@ FORMAT, FORMAT_VERSION = "calib-step-statistics", 1
 
 
 def check_size(path: Path, table: Mapping[str, Any], taps: Sequence[Mapping[str, Any]]) -> None:
-    """Raise where a file of samples is not there, or not as long as its ``table`` says."""
+    """Raise ValueError where a file of samples is missing, or its length differs from that in its ``table``."""
     widths = {tap["name"]: tap["channels"] for tap in taps}
     rows = sum(widths[name] * sum(rows for _, rows, _ in entry["segments"]) for name, entry in table.items())
     if not path.exists() or path.stat().st_size != 2 * rows:
@@ -34,7 +34,7 @@ def check_size(path: Path, table: Mapping[str, Any], taps: Sequence[Mapping[str,
 
 
 class StepCache:
-    """The steps of one key; ``identity`` is what their content follows from, JSON-able."""
+    """The cached steps of one key; ``identity`` is the JSON-able document that the key is a hash of."""
 
     def __init__(self, cache_dir: Path, identity: Mapping[str, Any]):
         self.identity = dict(identity)
@@ -47,11 +47,11 @@ class StepCache:
         return self.path(step, part).with_suffix(".samples")
 
     def has(self, step: int, part: int | None = None) -> bool:
-        """Whether the file is there and sound; one that is not is told."""
+        """Whether the step is cached in a sound file; an unusable file is reported."""
         return self.load(step, part, names=()) is not None
 
     def load(self, step: int, part: int | None = None, names: Collection[str] | None = None) -> StepRecord | None:
-        """The record of a step, of all taps or of ``names``; None where there is none that can be used."""
+        """The record of a step, with all taps or those in ``names``; None where there is no usable file."""
         path = self.path(step, part)
         try:
             content = path.read_bytes()
@@ -61,22 +61,20 @@ class StepCache:
             raise CalibError(f"{path}: cannot be read ({error.strerror})") from None
         try:
             if names == () and zipfile.ZipFile(BytesIO(content)).testzip() is not None:
-                raise ValueError("its checksum does not hold")  # what is read is checked in reading
+                raise ValueError("its checksum does not hold")  # reading an array checks that array alone
             with np.load(BytesIO(content)) as archive:
                 header = json.loads(archive["header"].tobytes())
-                if (header["format"], header["format_version"]) != (FORMAT, FORMAT_VERSION):
-                    raise ValueError(f"written by another version of calib, format {header['format_version']}")
+                check_format("its header", header, FORMAT, (FORMAT_VERSION,), "written by another version of calib")
                 arrays = {} if names == () else {name: archive[name] for name in archive.files if name != "header"}
             if header["samples"]:
                 check_size(self.samples_path(step, part), header["samples"], header["taps"])
             return unpack(header, arrays, names)
-        except Exception as error:  # zip and array readers raise what they like for a damaged file
-            reason = " ".join(str(error).split()) or type(error).__name__
-            note(f"{path}: cannot be used ({reason}); step {step} is collected again")
+        except Exception as error:  # readers of damaged files raise errors of any class
+            note(f"{path}: cannot be used ({reason_of(error)}); step {step} is collected again")
             return None
 
     def header(self, step: int) -> dict[str, Any]:
-        """What a step's file says of itself: its taps with their counts of NaN and infinity among it."""
+        """The header of a step's file, which includes its taps with their counts of NaN and infinity."""
         try:
             with np.load(self.path(step)) as archive:
                 header: dict[str, Any] = json.loads(archive["header"].tobytes())
@@ -85,7 +83,7 @@ class StepCache:
         return header
 
     def forget(self, step: int) -> None:
-        """Remove a step that turned out to be damaged."""
+        """Remove the files of a damaged step."""
         self.path(step).unlink(missing_ok=True)
         self.samples_path(step).unlink(missing_ok=True)
 
@@ -101,10 +99,10 @@ class StepCache:
         write_bytes(self.path(record.step, part), archive.getvalue())
 
     def join_parts(self, step: int, parts: int) -> None:
-        """Merge the ``parts`` of a step into its record, and remove them."""
+        """Merge the parts 0 … ``parts`` - 1 of a step into its record, and remove them."""
         merged: StepRecord | None = None
         tables = []
-        for part in range(parts):  # one at a time: of a hundred thousand images there are hundreds
+        for part in range(parts):  # one at a time: a hundred thousand images have hundreds of parts
             record = self.load(step, part)
             if record is None:
                 raise CalibError(f"{self.path(step, part)}: was damaged just now; run the same command again")
@@ -129,7 +127,7 @@ class StepCache:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the key for writing; waits, and says so, where another process holds it."""
+        """Hold the key's lock for writing; where another process holds it, report that and wait."""
         waiting = f"waiting for the process that collects the same statistics ({self.folder})"
         with locked(self.folder / ".lock", lambda: say(waiting)):
             remove_abandoned(self.folder)

@@ -1,4 +1,4 @@
-"""Which states differ most from one another: the schedule that statistics choose (``timestep_schedule=drift``)."""
+"""Choose the states whose statistics differ most from one another (``timestep_schedule=drift``)."""
 
 from collections.abc import Mapping
 
@@ -9,20 +9,20 @@ from numpy.typing import NDArray
 
 
 def distances(records: Mapping[int, StepRecord]) -> NDArray[np.float64]:
-    """How far the states are from one another, (states, states), 0 … 1.
+    """Distances between the states, (states, states), 0 … 1.
 
-    Of two states of one layer: the change of the central range r = p99 - p01, or that of the mean, whichever is more,
-    relative to the larger r. Of two states: the largest over all layers (this project's own; after the density and
-    variety weights of EDA-DM, arXiv 2401.04585).
+    The distance of two states is the largest over all layers of the change of the central range r = p99 - p01 or of the
+    mean, whichever is larger, relative to the larger r (this project's own; after the density and variety weights of
+    EDA-DM, arXiv 2401.04585).
     """
-    # One record after the other: they may be read from a disk one by one.
+    # One record at a time, as a mapping may read each from the disk.
     features = np.array([_features(record) for record in records.values()])
     total = np.zeros((len(features), len(features)))
     for spread, mean in features.transpose(1, 2, 0):
         larger = np.maximum(spread[:, None], spread)
         change = np.maximum(np.abs(spread[:, None] - spread), np.abs(mean[:, None] - mean))
         relative = np.divide(change, larger, out=np.zeros_like(change), where=larger > 0)
-        total = np.fmax(total, np.minimum(relative, 1))  # a layer with nothing finite says nothing
+        total = np.fmax(total, np.minimum(relative, 1))  # a layer without finite values is ignored
     return total
 
 
@@ -37,7 +37,7 @@ def _features(record: StepRecord) -> list[tuple[float, float]]:
 
 
 def farthest_first(distance: NDArray[np.float64], count: int) -> list[int]:
-    """``count`` rows of a distance matrix: the first, then ever the one farthest from those chosen; ascending."""
+    """``count`` rows of a distance matrix: the first, then repeatedly the one farthest from those chosen; ascending."""
     chosen, nearest = [0], distance[0].copy()
     while len(chosen) < count:
         nearest[chosen] = -1

@@ -1,14 +1,14 @@
-"""Replay stored states through the tapped transformer, and keep what was seen for every run that asks again.
+"""Collect statistics: replay stored states through the tapped transformer, and cache the results by step.
 
-Images go in blocks, each prompt is encoded once, and no image is drawn again. What is collected at a step is written
-to the cache at once: an interrupted collection goes on from there, and another run that wants the step finds it.
+Images are replayed in blocks, each prompt is encoded once, and no image is drawn again. The statistics of a step are
+written to the cache as soon as they are complete, so that an interrupted collection continues from there and other
+runs reuse them.
 """
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,14 @@ from calib.activations.record import StepRecord
 from calib.activations.replay import traced_shapes
 from calib.activations.samples import Samples, SampleSettings, read_rows
 from calib.activations.states import check_states, identity_of
-from calib.activations.step import CollectSettings, Setup, replayed
+from calib.activations.step import CollectionSetup, CollectSettings, replayed
 from calib.activations.store import Records
 from calib.activations.taps import Halves, TapPoint
 from calib.base.errors import CalibError
 from calib.base.files import device_of, free_bytes
 from calib.base.progress import Progress, readable_bytes, say
 from calib.base.versions import versions
+from calib.dataset.check_model import checked_model
 from calib.dataset.manifest import Manifest
 from calib.dataset.shards import Shard
 from calib.models.architecture import Architecture
@@ -35,18 +36,18 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-#: While all steps are replayed the prompts of so many images stay encoded as take this share of the weights' memory:
-#: with SD3, 40 of 10 MB each with T5, 170 without.
+#: Share of the weights' memory for prompts that stay encoded while all steps are replayed: with SD3, 40 images of 10 MB
+#: each with T5, 170 without.
 TEXT_SHARE = 0.1
 
 
 class Collection:
-    """Statistics of one subset of a dataset's images, step by step, in the cache or yet to be collected.
+    """Statistics of one subset of a dataset's images by step, in the cache or yet to be collected.
 
     Args:
-        architecture: the model's, or one of its shape without weights.
+        architecture: the model's, or one of the same shapes without weights.
         model: loads the model; called only if a step is not in the cache.
-        shard: the part of the blocks that is collected.
+        shard: the share of the blocks to collect.
     """
 
     def __init__(
@@ -61,7 +62,7 @@ class Collection:
         cache_dir: Path,
         shard: Shard | None = None,
     ):
-        if manifest.cfg_weight <= 0:  # no halves to keep apart
+        if manifest.cfg_weight <= 0:  # there are no guidance halves
             settings = replace(settings, cfg_halves=Halves.POOLED)
         if settings.samples.kind is Samples.NONE:
             settings = replace(settings, samples=SampleSettings())
@@ -76,12 +77,12 @@ class Collection:
         self.cache = StepCache(cache_dir, self._identity(architecture))
         streams = {point.name: architecture.streams(point.name) for point in points if point.kind == "block"}
         more = (self.batch_size, self.stride, self.cache.samples_path)
-        self._setup = Setup(data_dir, manifest, points, streams, settings, *more)
+        self._setup = CollectionSetup(data_dir, manifest, points, streams, settings, *more)
 
     def _identity(self, architecture: Architecture) -> dict[str, Any]:
-        """What the statistics of a step follow from."""
+        """Everything that the statistics of a step depend on, JSON-able."""
         manifest = self.manifest
-        # An older dataset does not say what drew it: the model that replays it does.
+        # An older dataset does not record its model: the one that replays it counts.
         model = self._model() if manifest.fingerprint is None else None
         return {
             "dataset": {
@@ -107,20 +108,23 @@ class Collection:
         }
 
     def missing(self, steps: Sequence[int]) -> list[int]:
-        """Steps that the cache does not hold."""
+        """Steps that are not in the cache."""
         return [step for step in steps if not self.cache.has(step)]
 
     def collect(self, steps: Sequence[int], into: Path | None = None) -> None:
-        """Have all of ``steps`` in the cache; what is kept of activations is to be copied to the folder ``into``.
+        """Collect those of ``steps`` that are not in the cache.
+
+        Args:
+            into: the folder that kept activations will be copied to, for a check of its free space.
 
         Raises:
             CalibError: the dataset was made by another model, states are missing or damaged, or the disk cannot hold
-                the activations that are to be kept.
+                the activations to keep.
         """
         if not self.missing(steps):
             return
         with self.cache.lock():
-            todo = self.missing(steps)  # another process may have been at it
+            todo = self.missing(steps)  # another process may have collected some meanwhile
             if todo:
                 check_states(self.data_dir, self.manifest, self.images, todo)
                 model = self._model()
@@ -129,7 +133,7 @@ class Collection:
                 self._collect(model, todo)
 
     def records(self, steps: Sequence[int], names: Sequence[str] | None = None) -> dict[int, StepRecord]:
-        """What was seen at ``steps``, at all taps or at ``names``."""
+        """Records of ``steps`` from the cache, with all taps or those in ``names``."""
         found = {}
         for step in steps:
             record = self.cache.load(step, names=names)
@@ -139,11 +143,11 @@ class Collection:
         return found
 
     def lazy(self, steps: Sequence[int]) -> "LazyRecords":
-        """:meth:`records`, each read when it is asked for and not held."""
+        """:meth:`records`, each read at access and not held in memory."""
         return LazyRecords(self, steps)
 
     def source(self, steps: Sequence[int]) -> Records:
-        """What is in the cache of ``steps``, for a file of activations."""
+        """The cached statistics of ``steps``, for :func:`calib.activations.store.write_activations`."""
         kept = self.settings.samples.kind is not Samples.NONE
         return Records(
             names=[tap["name"] for tap in self.cache.header(steps[0])["taps"]],
@@ -167,12 +171,12 @@ class Collection:
             raise CalibError(f"{self.cache.samples_path(record.step)}: {error}; {again}") from None
 
     def _check_room(self, model: DiffusionModel, todo: int, steps: int, into: Path | None) -> None:
-        """Say how much the activations to be kept will take, and raise where the disk cannot hold them."""
+        """Report the space that the activations to keep will take, and raise where the disk cannot hold them."""
         rows = len(self.images) * (2 if self.manifest.cfg_weight > 0 else 1)
         shapes = traced_shapes(model, self.points).values()
         each = sum(2 * rows * self.settings.samples.rows(tokens) * channels for tokens, channels in shapes)
         folder = self.cache.folder
-        # In the cache; where images are collected in parts a step is there twice for a moment. HDF5 adds a little.
+        # One step more in the cache, as merging the parts of a step holds it twice for a moment; HDF5 adds a little.
         kept, copied = (todo + 1) * each, steps * each * 11 // 10
         if into is None:
             needs = {folder: kept}
@@ -191,7 +195,7 @@ class Collection:
                 raise CalibError(f"{place}: {sizes}; choose fewer taps, steps or images, or make room")
 
     def _parts(self, model: DiffusionModel) -> list[list[Block]]:
-        """Blocks whose prompts are encoded together."""
+        """The blocks in parts whose prompts stay encoded together."""
         halves = 2 if self.manifest.cfg_weight > 0 else 1
         text = halves * model.text_length * model.architecture.text_widths()[0] * model.dtype.size
         each = max(1, int(TEXT_SHARE * nbytes(model.transformer) / text) // self.batch_size)
@@ -215,11 +219,11 @@ class Collection:
                     saving = [writer.submit(self._save, record, number, len(parts))]
             for done in saving:
                 done.result()
-        for step in self.missing(steps):  # whose last part was there already
+        for step in self.missing(steps):  # steps whose last part was collected before
             self.cache.join_parts(step, len(parts))
 
     def _has_part(self, step: int, number: int, part: Sequence[Block]) -> bool:
-        """Whether this part of a step was collected before; on another machine parts may be others."""
+        """Whether this part of a step was collected before; parts of another machine may hold other images."""
         record = self.cache.load(step, number, names=())
         return record is not None and record.images == [i for block in part for i in block.images]
 
@@ -230,7 +234,7 @@ class Collection:
 
 
 class LazyRecords(Mapping[int, StepRecord]):
-    """Records of a collection by step, one in memory at a time."""
+    """Records of a collection by step, each read from the cache at access."""
 
     def __init__(self, collection: Collection, steps: Sequence[int]):
         self._collection, self._steps = collection, steps
@@ -245,44 +249,12 @@ class LazyRecords(Mapping[int, StepRecord]):
         return len(self._steps)
 
 
-def checked_model(
-    data_dir: Path, manifest: Manifest, model: Callable[[], DiffusionModel]
-) -> Callable[[], DiffusionModel]:
-    """``model``, which raises where what it loads cannot have drawn the dataset."""
-
-    @cache
-    def checked() -> DiffusionModel:
-        loaded = model()
-        check_model(data_dir, manifest, loaded)
-        return loaded
-
-    return checked
-
-
-def check_model(data_dir: Path, manifest: Manifest, model: DiffusionModel) -> None:
-    """Raise where ``model`` cannot have drawn the dataset; one of the older layout does not name its weights."""
-    if manifest.fingerprint not in (None, model.fingerprint):
-        raise CalibError(
-            f"{data_dir}: made by {manifest.model} with other weights ({manifest.fingerprint}, not {model.fingerprint})"
-        )
-    if manifest.text_encoders not in (None, model.text_encoders):
-        raise CalibError(
-            f"{data_dir}: its prompts were encoded by {manifest.text_encoders}, not {model.text_encoders}; set the "
-            "model's options as they were when it was drawn"
-        )
-    if manifest.latent_shape != model.latent_shape:
-        raise CalibError(
-            f"{data_dir}: holds latents of shape {manifest.latent_shape}, {model.name} has {model.latent_shape}; set "
-            "model and sampler.image_size as they were when it was drawn"
-        )
-
-
 def histogram_stride(
     architecture: Architecture, manifest: Manifest, batch_size: int, histogram_rows: int | None
 ) -> int:
-    """Every how many rows one is counted, so that a full forward's image stream gives ``histogram_rows``.
+    """Sampling stride of rows for histograms: about ``histogram_rows`` per forward pass in an image stream.
 
-    Coprime to the number of tokens, or the same places of every image would be sampled.
+    The stride is coprime to the number of tokens, as otherwise the same positions of every image would be sampled.
     """
     if histogram_rows is None:
         return 1

@@ -1,10 +1,10 @@
-"""Sources of :mod:`calib.activations.observer_cuda`: each reads an activation once, as it lies, many taps a launch.
+"""CUDA sources of :mod:`calib.activations.observer_cuda`: each kernel reads activations of many taps once, uncopied.
 
-``{cases}`` is filled with the choice among a launch's inputs. Arrays of ``int`` describe the taps, a row of fields
+``{cases}`` is replaced by the switch over a launch's inputs. Arrays of ``int`` describe the taps, one row of fields
 each.
 """
 
-#: Warps of an observing block work each by itself, on 256 channels of some tokens of a row: 8 channels a thread.
+#: Each warp of an observing block works independently on 256 channels of some tokens of a row: 8 channels per thread.
 OBSERVE_THREADS = 256
 WARPS = OBSERVE_THREADS // 32
 COLUMN = 256
@@ -13,11 +13,11 @@ FIELDS = (
     *("warp", "columns", "tokens", "channels", "splits", "per_split", "sums", "token_axis", "channel_axis"),
     *("picked", "pick_stride", "picks", "rows", "count_block", "count_rows", "counted_stride", "counts"),
 )
-#: Bit patterns of one sign; a block counts those of one sign, in 16-bit counters: 64 kB.
+#: Number of bit patterns of one sign; a block counts those of one sign in 16-bit counters, 64 kB.
 SIGNED_BINS = 32768
 COUNT_THREADS = 1024
 COUNT_SHARED = 2 * SIGNED_BINS
-#: So many values at most are counted by a block, or a counter could overflow.
+#: Largest number of values that a block counts, so that no counter overflows.
 MOST_COUNTED = 65535
 
 HEADER = r"""
@@ -28,7 +28,7 @@ template <typename T> __device__ __forceinline__ unsigned calib_pattern(T v) {
   else return *reinterpret_cast<const unsigned short*>(&v);
 }
 
-// Eight channels of one token, as one or two loads of 16 bytes where they lie so; what is beyond ``wanted`` is 0.
+// Eight channels of one token, in one or two loads of 16 bytes where contiguous; those beyond ``wanted`` are 0.
 template <typename T>
 __device__ __forceinline__ CalibPack<T> calib_load(const T* p, long long step, bool whole, int wanted) {
   if (whole && wanted >= 8) return *reinterpret_cast<const CalibPack<T>*>(p);
@@ -38,7 +38,7 @@ __device__ __forceinline__ CalibPack<T> calib_load(const T* p, long long step, b
   return pack;
 }
 
-// A copy into shared memory that is under way while its thread goes on, where the GPU has it.
+// An asynchronous copy into shared memory, where the GPU supports it.
 template <typename T> __device__ __forceinline__ void calib_copy(CalibPack<T>* to, const T* from) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
 #pragma unroll
@@ -85,7 +85,7 @@ struct CalibSums {
 };
 """
 
-#: Which of the launch's inputs a tap is, with its strides.
+#: Selects the launch's input of a tap, with its strides.
 CASE = """
     case {i}:
       x = x{i}, row_step = x{i}_strides[0], token_step = x{i}_strides[f[7]], step = x{i}_strides[f[8]];
@@ -102,7 +102,7 @@ _INPUT = r"""
       reinterpret_cast<unsigned long long>(x) % 16 == 0;
 """
 
-#: sums: of each split of each row shift, Σd, Σd², min, max of every channel; picked: bit patterns of each row.
+#: sums: shift, Σd, Σd², min, max of every channel for each split of each row; picked: bit patterns of each row.
 OBSERVE = (
     r"""
   const int lane = threadIdx.x % 32, warp = blockIdx.x * 8 + threadIdx.x / 32;
@@ -116,7 +116,7 @@ OBSERVE = (
   const int row = split / f[4], first = split % f[4] * f[5], last = min(first + f[5], tokens);
   const int channel = column * 256 + lane * 8, wanted = channels - channel;
   const T* base = x + row * row_step + channel * step;
-  // Any value near the mean will do as a shift; of four tokens, as one may be an outlier.
+  // Any value near the mean suffices as a shift; the mean of four tokens, as one may be an outlier.
   float shift[8] = {{}};
   for (int u = 0; u < 4; ++u) {{
     const CalibPack<T> pack = calib_load(base + (first + (last - first) * u / 4) * token_step, step, whole, wanted);
@@ -125,7 +125,7 @@ OBSERVE = (
   }}
   CalibSums s(shift);
   if (whole && wanted >= 8) {{
-    // Each thread copies ahead of itself into a ring of its own: in registers the compiler keeps one load in flight.
+    // Each thread prefetches into a ring buffer of its own: in registers the compiler keeps one load in flight.
     constexpr int RING = sizeof(T) == 4 ? 4 : 8;
     __shared__ CalibPack<T> ring[RING][256];
     for (int token = first; token < first + RING; ++token) {{
@@ -163,8 +163,8 @@ OBSERVE = (
 """
 )
 
-#: Adds to ``counters`` in place, 65,536 of each tap: adding commutes, so launches need not know of one another.
-#: ``done`` only orders what comes after.
+#: Adds to ``counters`` in place, 65,536 per tap: addition commutes, so launches need no order. ``done`` only orders
+#: later work after it.
 COUNT = (
     r"""
   extern __shared__ unsigned words[];  // two counters each, of the patterns of one sign
@@ -204,8 +204,9 @@ COUNT = (
 """
 )
 
-#: A thread a channel: adds every split's shifted sums to the doubled sums so far (:class:`.statistics.Moments`).
-#: ``taps`` is (taps, 6): first channel, launch, place in its sums, splits, tokens, tokens of a split.
+#: One thread per channel adds every split's shifted sums to the double-double sums so far
+#: (:class:`.statistics.Moments`). ``taps`` is (taps, 6): first channel, launch, offset in its sums, splits, tokens,
+#: tokens of a split.
 MERGE = r"""
   const int channel = blockIdx.x * 256 + threadIdx.x;
   if (channel >= CHANNELS) return;
@@ -249,8 +250,8 @@ MERGE = r"""
 MERGE_CASE = """
     case {i}: sums = sums{i}; break;"""
 
-#: A block a row of a tap: its min, max, 1st and 99th percentile into ``ranges`` (rows, 4), taps one after the other.
-#: ``taps`` is (taps, 8): first row, launch, place in ``picked``, picks, place in ``sums``, splits of a row, channels,
+#: One block per row of a tap writes min, max, 1st and 99th percentile to ``ranges`` (rows, 4), one tap after the other.
+#: ``taps`` is (taps, 8): first row, launch, offset in ``picked``, picks, offset in ``sums``, splits of a row, channels,
 #: and 0 for bfloat16, 1 for float16, 2 for float32.
 RANGES_THREADS = 256
 RANGES = r"""
@@ -308,7 +309,7 @@ RANGES = r"""
       const unsigned short bits = static_cast<unsigned short>(key & 32768 ? key ^ 32768 : key ^ 65535);
       if (f[7] == 1)
         value[k] = __half2float(*reinterpret_cast<const __half*>(&bits));
-      else  // of a float32 the upper half is known: the middle of what it may be, or zero
+      else  // the upper 16 bits of a float32: the midpoint of their bin, or zero
         value[k] = __uint_as_float(static_cast<unsigned>(bits) << 16 | (f[7] == 2 && bits & 32767 ? 32768u : 0u));
     }}
     ranges[block * 4 + 2 + tid] = static_cast<float>(value[0] + (value[1] - value[0]) * (place - below));

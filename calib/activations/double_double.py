@@ -1,7 +1,7 @@
-"""Sums of float64 numbers kept as two: a leading part and what it lacks, 106 bits together.
+"""Double-double arithmetic: numbers as a sum of two float64, a leading part and a remainder, 106 bits together.
 
-Sums of such numbers hardly depend on the order of adding: merged in any order they round to the same float64. The
-steps are error-free transformations (Dekker 1971; Shewchuk 1997, theorems 7 and 18).
+Sums of such numbers hardly depend on the order of addition: merged in any order they round to the same float64. The
+operations are error-free transformations (Dekker 1971; Shewchuk 1997, theorems 7 and 18).
 """
 
 from typing import TypeAlias
@@ -15,14 +15,14 @@ _SPLITTER = 2.0**27 + 1
 
 
 def two_sum(a: Array, b: Array) -> tuple[Array, Array]:
-    """a + b, rounded, and the rounding error, exactly."""
+    """a + b rounded, and its exact rounding error."""
     total = a + b
     share = total - a
     return total, (a - (total - share)) + (b - share)
 
 
 def two_product(a: Array, b: Array) -> tuple[Array, Array]:
-    """a · b, rounded, and the rounding error, exactly; for magnitudes below 2^996."""
+    """a · b rounded, and its exact rounding error; for magnitudes below 2^996."""
     product = a * b
     a_high, b_high = _high(a), _high(b)
     a_low, b_low = a - a_high, b - b_high
@@ -36,7 +36,7 @@ def _high(a: Array) -> Array:
 
 
 def add(a: tuple[Array, Array], b: tuple[Array, Array]) -> tuple[Array, Array]:
-    """a + b of two doubled numbers."""
+    """a + b of two double-double numbers."""
     high, low = two_sum(a[0], b[0])
     lower, rest = two_sum(a[1], b[1])
     high, low = two_sum(high, low + lower)
@@ -44,13 +44,13 @@ def add(a: tuple[Array, Array], b: tuple[Array, Array]) -> tuple[Array, Array]:
 
 
 def multiply(a: tuple[Array, Array], b: tuple[Array, Array]) -> tuple[Array, Array]:
-    """a · b of two doubled numbers."""
+    """a · b of two double-double numbers."""
     high, low = two_product(a[0], b[0])
     return two_sum(high, low + (a[0] * b[1] + a[1] * b[0]))
 
 
 def divide(a: tuple[Array, Array], by: Array) -> tuple[Array, Array]:
-    """A doubled number over a plain one."""
+    """a / by, of a double-double number and a float64."""
     quotient = a[0] / by
     high, low = two_product(quotient, by)
     rest = ((a[0] - high) - low) + a[1]

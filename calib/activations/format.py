@@ -1,4 +1,4 @@
-"""What writing and reading ``activations.h5`` have in common; docs/FORMAT.md is its specification."""
+"""Definitions that writing and reading ``activations.h5`` share; docs/FORMAT.md is its specification."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -6,14 +6,14 @@ from dataclasses import dataclass
 FORMAT, FORMAT_VERSION = "calib-activations", 2
 READABLE = (1, FORMAT_VERSION)
 
-#: Statistics of one half of the guidance batch, kept beside those of both under ``<tap>/conditional``.
+#: Names of the halves of the guidance batch, whose own statistics are stored under ``<tap>/<half>``.
 HALVES = ("conditional", "unconditional")
-#: How the histogram of a type is keyed.
+#: Encoding of histogram keys by type of the activations.
 ENCODINGS = {"float32": "ordered-bfloat16-midpoint", "float16": "ordered-float16", "bfloat16": "ordered-bfloat16"}
 
 RANGE_STATISTICS = ("min", "max", "p01", "p99")
 MOMENTS = ("sum", "sum_remainder", "sum_of_squares", "sum_of_squares_remainder")
-#: What lies along which dimension scales, in a group of a layer and at the root.
+#: Dimension scales of each dataset, in the group of a layer and at the root.
 AXES = {
     "sigma": ("step_index",),
     "timestep": ("step_index",),
@@ -39,7 +39,7 @@ AXES = {
 
 @dataclass(frozen=True)
 class Block:
-    """Images replayed side by side; ``number`` counts the blocks of the whole subset."""
+    """Images replayed in one batch; ``number`` is the index among the blocks of the whole subset."""
 
     number: int
     images: tuple[int, ...]
@@ -47,7 +47,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Levels:
-    """A trajectory's number of steps, and sigma and timestep by step index, where no manifest is at hand."""
+    """A trajectory's number of steps, and sigma and timestep by step index, where there is no manifest."""
 
     num_steps: int
     sigmas: Mapping[int, float]

@@ -1,8 +1,8 @@
 """Exact histograms of 16-bit floats by bit pattern, and percentiles read from them.
 
-A 16-bit float has 65,536 patterns; counting them is an exact histogram that merges by addition. Patterns are put
-in the order of their values by the usual key: all bits of a negative number flipped, the sign bit of a positive
-one. Of a float32 the top 16 bits are kept and a bin is read at its midpoint (relative error at most 2^-8).
+A 16-bit float has 65,536 patterns; their counts are an exact histogram that merges by addition. Patterns are sorted by
+value with the usual key: all bits of a negative number flipped, and the sign bit of a positive one. For float32 the top
+16 bits are counted and a bin is read at its midpoint (relative error at most 2^-8).
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 BINS = 1 << 16
 
-#: The pattern of infinity; what is above, the sign left out, is NaN.
+#: The pattern of infinity; larger ones, without the sign, are NaN.
 INFINITY = {"float16": 0x7C00, "bfloat16": 0x7F80, "float32": 0x7F80}
 
 
@@ -25,7 +25,7 @@ def ordered_keys(bits: NDArray[Any]) -> NDArray[np.uint16]:
 
 
 def key_values(keys: NDArray[np.uint16], dtype: str) -> NDArray[np.float64]:
-    """The value each key stands for, as float64; ``dtype`` is float16, bfloat16 or float32."""
+    """Values of keys, as float64; ``dtype`` is float16, bfloat16 or float32."""
     wide = keys.astype(np.uint32)
     bits = np.where(wide & 0x8000, wide ^ 0x8000, wide ^ 0xFFFF).astype(np.uint16)
     if dtype == "float16":
@@ -34,15 +34,15 @@ def key_values(keys: NDArray[np.uint16], dtype: str) -> NDArray[np.float64]:
     patterns = bits.astype(np.uint32) << 16
     if dtype == "float32":
         patterns |= 0x8000
-        # Zero is by far the commonest value of its bin, whose midpoint would be a denormal: keep it exact.
+        # Zero is by far the most frequent value of its bin, whose midpoint would be a denormal: keep it exact.
         patterns[(bits & 0x7FFF) == 0] = 0
-    with np.errstate(invalid="ignore"):  # NaN patterns are values like any other here
+    with np.errstate(invalid="ignore"):  # NaN patterns are valid here
         return patterns.view(np.float32).astype(np.float64)
 
 
 @dataclass
 class Histogram:
-    """Sparse histogram: ``keys`` ascending (n,) uint16 and their ``counts`` (n,) uint64, of finite values only."""
+    """Sparse histogram of finite values: ascending ``keys``, (n,) uint16, and their ``counts``, (n,) uint64."""
 
     dtype: str
     keys: NDArray[np.uint16] = field(default_factory=lambda: np.empty(0, np.uint16))
@@ -50,7 +50,7 @@ class Histogram:
 
     @classmethod
     def from_counts(cls, counts: NDArray[Any], dtype: str) -> Self:
-        """From how often each of the 65,536 bit patterns occurs; NaN and infinities are left out."""
+        """Build from the counts of the 65,536 bit patterns; NaN and infinities are left out."""
         bits = np.flatnonzero(counts)
         bits = bits[(bits & 0x7FFF) < INFINITY[dtype]]
         # The keys of negative numbers ascend as their patterns descend, and come first.
@@ -66,11 +66,11 @@ class Histogram:
         return key_values(self.keys, self.dtype)
 
     def merge(self, other: "Histogram") -> "Histogram":
-        """Counts of both."""
+        """Add the counts of both histograms."""
         return merge_histograms([self, other])
 
     def percentiles(self, percents: Sequence[float]) -> NDArray[np.float64]:
-        """Percentiles with linear interpolation between order statistics: ``numpy.percentile`` of the values."""
+        """Percentiles (0 … 100) with linear interpolation between order statistics, as ``numpy.percentile``."""
         if not self.total:
             return np.full(len(percents), np.nan)
         ends, values = np.cumsum(self.counts), self.values()
@@ -93,7 +93,7 @@ class Histogram:
 
 
 def merge_histograms(parts: Sequence[Histogram]) -> Histogram:
-    """Counts of all; at least one part, all of one dtype."""
+    """Add the counts of one or more histograms, all of one dtype."""
     dtype = parts[0].dtype
     if any(part.dtype != dtype for part in parts):
         raise ValueError(f"cannot merge histograms of {' and '.join(dict.fromkeys(part.dtype for part in parts))}")
@@ -104,5 +104,5 @@ def merge_histograms(parts: Sequence[Histogram]) -> Histogram:
     dense = np.zeros(max(int(keys[-1]) for keys in filled) - first + 1, np.uint64)
     for part in parts:
         dense[part.keys.astype(np.intp) - first] += part.counts  # keys are distinct within a part
-    places = np.flatnonzero(dense)
-    return Histogram(dtype, (places + first).astype(np.uint16), dense[places])
+    filled_bins = np.flatnonzero(dense)
+    return Histogram(dtype, (filled_bins + first).astype(np.uint16), dense[filled_bins])

@@ -1,4 +1,4 @@
-"""Joining the files of shards: statistics of a whole collection, the same as if it had not been split."""
+"""Merge the files of shards into the statistics of the whole collection, the same as without shards."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from calib.activations.format import Block
-from calib.activations.observer import Seen
+from calib.activations.observer import TapResult
 from calib.activations.reader import ActivationFile
 from calib.activations.record import StepRecord
 from calib.activations.samples import Samples, SampleSettings
@@ -23,10 +23,10 @@ from numpy.typing import NDArray
 
 
 class Shards:
-    """Files of all shards of one collection, ascending by shard; use as a context.
+    """Open files of all shards of one collection, ascending by shard; use as a context.
 
     Raises:
-        ConfigError: they are not the shards of one collection, or not all of them.
+        ConfigError: the files are not the shards of one collection, or not all of them.
     """
 
     def __init__(self, runs: Sequence[Path]):
@@ -55,7 +55,7 @@ class Shards:
         self._stack.__exit__(*exception)
 
     def points(self) -> list[TapPoint]:
-        """The taps, with the layers that share an input."""
+        """The taps, each with the layers that share its input."""
         file = self.files[0]
         names: dict[str, list[str]] = {}
         for layer in file.layers:
@@ -63,7 +63,7 @@ class Shards:
         return [TapPoint(name, file.kind(name), tuple(rest[1:])) for name, rest in names.items()]
 
     def source(self) -> Records:
-        """What they hold together, for a file of its own."""
+        """The merged statistics, for :func:`calib.activations.store.write_activations`."""
         file = self.files[0]
         names = [name for point in self.points() for name in (point.name, *file.halves(point.name))]
         settings = self.collection["settings"]
@@ -95,13 +95,13 @@ class Shards:
                 for part in parts[1:]:
                     statistics = statistics.merge(part[step])
                 dtype = statistics.histogram.dtype
-                records[step].seen[name] = Seen(dtype, statistics, ranges[row].astype(np.float64))
+                records[step].seen[name] = TapResult(dtype, statistics, ranges[row].astype(np.float64))
                 if info is not None:
                     records[step].samples[name] = info
         return records
 
     def _rows(self, record: StepRecord, name: str) -> Iterator[NDArray[np.uint16]]:
-        """Rows that were kept, block after block, whichever shard they come from."""
+        """Yield the kept rows, block by block, from whichever shard has the block."""
         rows = [file.samples(name, record.step).view(np.uint16) for file in self.files]
         each = [len(own) // len(file.images) for own, file in zip(rows, self.files, strict=True)]
         done = [0] * len(rows)
@@ -111,7 +111,7 @@ class Shards:
             done[number] += count
 
     def weight_sqnr(self) -> dict[str, dict[int, float]]:
-        """As measured by the first shard; it is the model's."""
+        """SQNR of the model's weights, as measured by the first shard."""
         return {layer: self.files[0].weight_sqnr(layer) for layer in self.files[0].layers}
 
 

@@ -1,4 +1,4 @@
-"""What watches a transformer's forwards: the interface, and what an observer has seen in the end."""
+"""The interface of observers of a transformer's forward passes, and the statistics that they return."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -11,52 +11,58 @@ from numpy.typing import NDArray
 
 
 @dataclass
-class Seen:
-    """What went by at one tap.
+class TapResult:
+    """Statistics of the activations at one tap.
 
     Attributes:
-        dtype: of the activations.
+        dtype: type of the activations.
         ranges: min, max, 1st and 99th percentile of each row of the batches, in their order, (rows, 4). Minimum and
-            maximum are exact, the percentiles those of some thousand values of a row.
+            maximum are exact; the percentiles are those of about a thousand values of a row.
     """
 
     dtype: str
     statistics: Statistics
     ranges: NDArray[np.float64]
 
-    def merge(self, later: "Seen") -> "Seen":
-        """Both, the other's rows after these."""
+    def merge(self, later: "TapResult") -> "TapResult":
+        """Merge with the result of later forward passes, whose rows come after these."""
         ranges = np.concatenate([self.ranges, later.ranges])
-        return Seen(self.dtype, self.statistics.merge(later.statistics), ranges)
+        return TapResult(self.dtype, self.statistics.merge(later.statistics), ranges)
 
 
 class Observer(Protocol):
-    """Gathers statistics of any number of forwards, on the device as far as it can."""
+    """Accumulates statistics over any number of forward passes, on the device as far as possible.
+
+    For each forward pass: :meth:`begin` for each part of its batch, :meth:`see` and :meth:`tie` at every tap while the
+    graph is built, :meth:`end_forward`, evaluation by the caller, and meanwhile :meth:`settle`.
+    """
 
     @property
     def sound(self) -> bool:
-        """After :meth:`results`: False where NaN, infinity or overflow was met; then the results are void."""
+        """Whether :meth:`results` is valid, known after it: False where NaN, infinity or overflow occurred."""
 
     def begin(self, phase: int) -> None:
-        """A forward begins, or a part of one: of some of its rows. ``phase`` (0 … 65,535) moves the sampled rows."""
+        """Begin a forward pass or a part of its rows; ``phase`` (0 … 65,535) shifts the rows sampled for histograms."""
 
     def see(self, name: str, x: mx.array, before: int = 0, whole: int | None = None) -> None:
-        """Take notice of ``x`` (rows, …, channels) at tap ``name``; lazy.
+        """Add the activation ``x`` (rows, …, channels) at tap ``name``; lazy.
 
-        Of a part: its batch has ``whole`` rows, ``before`` of which come before those of ``x``.
+        Args:
+            before: number of rows of the batch before those of ``x``.
+            whole: number of rows of the batch; None: those of ``x``.
         """
 
     def tie(self, x: mx.array) -> mx.array:
-        """``x`` itself, computed only after what was noticed so far: so activations live no longer than they must."""
+        """``x`` with a dependency on the statistics so far, so that activations are freed once they are summarised."""
 
     def end_forward(self) -> list[list[mx.array]]:
-        """The forward's graph is built: what is to be computed with it, in the order in which it can be."""
+        """Arrays to evaluate with the forward pass whose graph is complete, in the order in which they can be."""
 
     def settle(self) -> None:
-        """The forward is being computed: time to see to what earlier ones left."""
+        """Process results of earlier forward passes on the host; called while a forward pass is computed."""
 
     def fetch(self) -> None:
-        """The last forward is computed, nothing else is yet: bring to the host what would wait for what comes next."""
+        """Copy results to the host; called after the last forward pass, before the next computation starts."""
 
-    def results(self) -> dict[str, Seen]:
-        """What was seen at each tap, over all forwards."""
+    def results(self) -> dict[str, TapResult]:
+        """Statistics of each tap over all forward passes."""

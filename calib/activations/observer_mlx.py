@@ -1,4 +1,4 @@
-"""Summaries of activations in plain MLX operations: the base on every device; faster ones are checked against it."""
+"""The observer in plain MLX operations: the reference on every device, against which faster ones are tested."""
 
 import math
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ from typing import TypeAlias
 
 from calib.activations.bits import DTYPES, count_bits, top_bits
 from calib.activations.histogram import BINS, Histogram, key_values, ordered_keys
-from calib.activations.observer import Seen
+from calib.activations.observer import TapResult
 from calib.activations.statistics import Moments, Statistics
 from calib.base.device import on_gpu
 
@@ -16,26 +16,26 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-#: About so many values of each row of a batch tell its own percentiles.
+#: Approximate number of values of each row of a batch from which the row's percentiles are computed.
 PICKED = 1024
-#: Summaries wait on the device until they are so many bytes; on a GPU each read is a wait.
+#: Bytes of summaries that stay on the device before they are read; on a GPU each read waits for the device.
 MOST_PENDING, MOST_PENDING_GPU = 8 << 20, 64 << 20
-#: Counters of 32 bits are emptied before they could overflow.
+#: Largest count in the 32-bit counters before they are read and reset.
 MOST_COUNTS = 1 << 31
-#: Sums of float32 lose digits with their length: they go in two levels.
+#: Length of the first level of float32 sums, which lose digits with their length and so are taken in two levels.
 BLOCK = 64
-#: Parts of a stride that a phase counts.
+#: Number of phases, the possible shifts of the sampled rows within a stride.
 PHASES = 1 << 16
 
 
 def first_sampled(rows: int, stride: int, phase: int) -> int:
-    """The first of ``rows`` rows to be sampled, in the first ``stride``; ``phase`` is in 0 … PHASES - 1."""
+    """Index of the first sampled row of ``rows``, within the first ``stride``; ``phase`` is in 0 … PHASES - 1."""
     return phase * min(stride, rows) // PHASES
 
 
 @cache
 def pick_stride(size: int, channels: int) -> int:
-    """Every how many of a row's ``size`` values one is picked: evenly over tokens and over channels."""
+    """Stride between the values that are picked of a row of ``size``, coprime to ``channels`` to reach all channels."""
     stride = max(1, size // PICKED)
     while math.gcd(stride, channels) > 1:
         stride += 1
@@ -61,18 +61,20 @@ def summarize(
     before: int = 0,
     whole: int | None = None,
 ) -> dict[str, mx.array]:
-    """Lazy statistics of ``x`` (rows, …, channels): per channel min, max, count and shifted sums of every value.
+    """Lazy statistics of ``x`` (rows, …, channels): per channel min, max, count and shifted sums over all values.
 
-    ``first`` and ``second`` are Σd and Σd² of d = x / scale - shift, the shift being near the mean: so a mean large
-    against the spread costs no accuracy. ``row_min`` and ``row_max`` are each row's; ``picked`` (rows, values) are bit
-    patterns to tell a row's percentiles from. Every ``histogram_stride``-th token of all rows enters the histogram, or
-    all of an input with no token axis: counted here as ``histogram``, or handed over as ``sampled`` patterns where the
-    host counts faster: MLX's scatter takes 20 ns a value on a CPU, NumPy's bincount one.
+    ``first`` and ``second`` are Σd and Σd² of d = x / scale - shift, with the shift near the mean, so that a mean large
+    relative to the spread costs no accuracy. ``row_min`` and ``row_max`` are the extremes of each row; ``picked``
+    (rows, values) are bit patterns for a row's percentiles. The histogram has every ``histogram_stride``-th token of
+    all rows, or all values of an input without token axis: counted here as ``histogram``, or returned as ``sampled``
+    patterns where counting on the host is faster: on a CPU MLX's scatter takes 20 ns per value, NumPy's bincount 1 ns.
 
-    ``x`` may be some rows of a batch of ``whole``, ``before`` of which come first: they are sampled as in the whole.
-
-    The plain version is for finite data of ordinary size; see :func:`is_sound`. Where it fails the caller repeats
-    with ``finite_only=True``, which leaves NaN and infinities out, counts them, and scales by the largest magnitude.
+    Args:
+        phase: shifts the sampled tokens, 0 … PHASES - 1.
+        finite_only: leave NaN and infinities out, count them, and scale by the largest magnitude. Without it data must
+            be finite and of ordinary size; see :func:`is_sound`.
+        before: number of rows of the batch before those of ``x``.
+        whole: number of rows of the batch, whose sampling does not depend on its parts; None: those of ``x``.
     """
     rows, channels = x.shape[0], x.shape[-1]
     x = x.reshape(rows, -1, channels)
@@ -82,7 +84,7 @@ def summarize(
     summary = {"picked": top_bits(picked), **_count(x, histogram_stride, phase, before, whole or rows)}
     if not finite_only:
         low, high = mx.min(x, axis=1), mx.max(x, axis=1)
-        # Any value near the mean will do; four tokens of every row, as one may be an outlier.
+        # Any value near the mean suffices; the mean of four tokens of every row, as one may be an outlier.
         shift = mx.mean(mx.stack([wide[:, eighth * tokens // 8] for eighth in (1, 3, 5, 7)]), axis=(0, 1))
         d = wide - shift
         summary |= {
@@ -131,12 +133,15 @@ def _count(x: mx.array, stride: int, phase: int, before: int, whole: int) -> dic
 
 
 def is_sound(summary: Mapping[str, NDArray[np.generic]]) -> bool:
-    """False where a plain summary met NaN, infinity or overflow."""
+    """Whether a summary without ``finite_only`` is free of NaN, infinity and overflow."""
     return all(bool(np.isfinite(summary[name]).all()) for name in ("first", "second"))
 
 
 def row_percentiles(picked: NDArray[np.uint16], dtype: str) -> NDArray[np.float64]:
-    """1st and 99th percentile of each row, (rows, 2), from its ``picked`` patterns (rows, values); NaN where none."""
+    """1st and 99th percentile of each row, (rows, 2), from bit patterns ``picked`` (rows, values).
+
+    NaN for a row without finite values.
+    """
     keys = np.sort(ordered_keys(picked), axis=1)
     values = key_values(keys, dtype)
     if np.isfinite(values).all():
@@ -148,17 +153,17 @@ def row_percentiles(picked: NDArray[np.uint16], dtype: str) -> NDArray[np.float6
     return np.array([np.percentile(row, (1, 99)) if len(row) else (np.nan, np.nan) for row in rows])
 
 
-#: Tap, type of its activations, what :func:`summarize` gave.
+#: Tap, type of its activations, result of :func:`summarize`.
 _Summary: TypeAlias = tuple[str, str, dict[str, mx.array]]
 
 
-def read(summary: Mapping[str, mx.array]) -> dict[str, NDArray[np.generic]]:
-    """An evaluated summary on the host."""
+def to_host(summary: Mapping[str, mx.array]) -> dict[str, NDArray[np.generic]]:
+    """Copy an evaluated summary to the host."""
     return {name: np.array(value) for name, value in summary.items()}
 
 
-def seen(host: Mapping[str, NDArray[np.generic]], dtype: str) -> Seen:
-    """What a summary says; an empty histogram where it holds neither ``histogram`` nor ``sampled`` patterns."""
+def tap_result(host: Mapping[str, NDArray[np.generic]], dtype: str) -> TapResult:
+    """The statistics of a summary; the histogram is empty where it has neither ``histogram`` nor ``sampled``."""
     count = host["count"].astype(np.uint64)
     shift, first, second, scale = (host[name].astype(np.float64) for name in ("shift", "first", "second", "scale"))
     statistics = Statistics(
@@ -171,25 +176,27 @@ def seen(host: Mapping[str, NDArray[np.generic]], dtype: str) -> Seen:
         int(host.get("inf", np.zeros(()))),
     )
     ends = np.stack([host["row_min"], host["row_max"]], axis=1).astype(np.float64)
-    return Seen(dtype, statistics, np.concatenate([ends, row_percentiles(host["picked"].astype(np.uint16), dtype)], 1))
+    return TapResult(
+        dtype, statistics, np.concatenate([ends, row_percentiles(host["picked"].astype(np.uint16), dtype)], 1)
+    )
 
 
 def counts(host: Mapping[str, NDArray[np.generic]]) -> NDArray[np.int64]:
-    """How often each bit pattern was sampled."""
+    """Counts of the sampled bit patterns, (65536,)."""
     if "histogram" in host:
         return host["histogram"].astype(np.int64)
     return np.bincount(host.get("sampled", np.zeros(0)).astype(np.int64), minlength=BINS)
 
 
-class PlainObserver:
-    """Gathers summaries of forwards; they stay on the device until they are many."""
+class MlxObserver:
+    """Observer whose summaries stay on the device until they exceed a number of bytes."""
 
     def __init__(self, histogram_stride: int, finite_only: bool = False):
         self._stride, self._finite_only = histogram_stride, finite_only
         self._parts: list[list[_Summary]] = []
         self._newest: list[_Summary] = []
         self._waiting: list[_Summary] = []
-        self._found: dict[str, Seen] = {}
+        self._found: dict[str, TapResult] = {}
         self._untied: list[mx.array] = []
         self._histograms: dict[str, mx.array] = {}
         self._host_counts: dict[str, NDArray[np.int64]] = {}
@@ -204,7 +211,7 @@ class PlainObserver:
     def see(self, name: str, x: mx.array, before: int = 0, whole: int | None = None) -> None:
         summary = summarize(x, self._stride, self._phase, self._finite_only, before, whole)
         if on_gpu():
-            # 256 kB a tap: they are added up there, and read once.
+            # 256 kB per tap: added up on the device, and read once.
             self._counted[name] = self._counted.get(name, 0) + x.size
             histogram = summary.pop("histogram")
             if name in self._histograms:
@@ -224,7 +231,7 @@ class PlainObserver:
     def end_forward(self) -> list[list[mx.array]]:
         parts, self._parts, self._untied = self._parts, [], []
         self._newest = [summary for part in parts for summary in part]
-        # The parts in turn: each is a stream of its own, and goes on while the others are told their next piece.
+        # A piece of each part in turn: each part is a stream, and runs while the others get their next piece.
         turns = [summary for together in zip_longest(*parts) for summary in together if summary is not None]
         ordered = [list(values.values()) for *_, values in turns]
         if not on_gpu():
@@ -242,16 +249,16 @@ class PlainObserver:
 
     def _drain(self) -> None:
         for name, dtype, summary in self._waiting:
-            host = read(summary)
+            host = to_host(summary)
             if not (self._finite_only or is_sound(host)):
                 self.sound = False
                 break
-            new = seen(host, dtype)
+            new = tap_result(host, dtype)
             self._found[name] = self._found[name].merge(new) if name in self._found else new
         self._waiting = []
 
     def fetch(self) -> None:
-        """Nothing: the host reads an array as soon as it is computed, whatever is computed next."""
+        """Do nothing: the host can read an array once it is computed, whatever is computed next."""
 
     def _read_histograms(self) -> None:
         for name, histogram in self._histograms.items():
@@ -259,7 +266,7 @@ class PlainObserver:
             self._host_counts[name] = self._host_counts[name] + counts if name in self._host_counts else counts
         self._histograms, self._counted = {}, {}
 
-    def results(self) -> dict[str, Seen]:
+    def results(self) -> dict[str, TapResult]:
         self._drain()
         self._read_histograms()
         if not self.sound:

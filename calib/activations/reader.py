@@ -1,4 +1,4 @@
-"""Reads ``activations.h5``, of this and earlier versions; docs/FORMAT.md is its specification."""
+"""Read ``activations.h5``, of this and earlier versions; docs/FORMAT.md is its specification."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ from typing import Any, Self
 from calib.activations.format import FORMAT, HALVES, READABLE, Block, Levels
 from calib.activations.histogram import Histogram
 from calib.activations.statistics import Moments, Statistics, merge_all
-from calib.base.errors import CalibError, suggest
+from calib.base.errors import CalibError, check_format, reason_of, suggest
 from calib.base.layout import ACTIVATIONS
 from calib.models.mmdit.names import network_order
 
@@ -30,11 +30,11 @@ class ActivationFile:
     ...     file.percentiles("mm_block_0.image.mlp.fc2", [1, 99], steps=[0, 5, 10])
 
     Attributes:
-        attributes: those of the file's root.
-        steps: the step indices collected, ascending.
-        layers: the layers' names, and those of blocks and their streams, in the order of the network.
-        order: the place of each in it.
-        images: the ids of the images collected; empty in files of version 1.
+        attributes: attributes of the file's root.
+        steps: collected step indices, ascending.
+        layers: names of layers, blocks and their streams, in network order.
+        order: the position of each in the network.
+        images: ids of the collected images; empty in files of version 1.
     """
 
     def __init__(self, path: Path):
@@ -46,7 +46,7 @@ class ActivationFile:
         try:
             with self._reading():
                 self.attributes: dict[str, Any] = dict(self._file.attrs)
-                self._check_version()
+                check_format(self.path, self.attributes, FORMAT, READABLE, "update calib, or collect again")
                 self.steps: list[int] = self._file["step_index"][:].tolist()
                 self.images: list[int] = self._file["image_id"][:].tolist() if "image_id" in self._file else []
                 self.order: dict[str, int] = self._order()
@@ -58,16 +58,8 @@ class ActivationFile:
             self._file.close()
             raise
 
-    def _check_version(self) -> None:
-        version = self.attributes.get("format_version")
-        if self.attributes.get("format") != FORMAT:
-            raise CalibError(f"{self.path}: not a {FORMAT} file")
-        if version not in READABLE:
-            known = f"this calib reads {' and '.join(map(str, READABLE))}"
-            raise CalibError(f"{self.path}: has format version {version}, {known}; update calib, or collect again")
-
     def _order(self) -> dict[str, int]:
-        """Files of calib 0.1.0 do not say in which order their layers run; all were MMDiTs."""
+        """Positions of the layers; files of calib 0.1.0, which were all of MMDiTs, do not record them."""
         places = {name: group.attrs.get("order") for name, group in self._file["layers"].items()}
         if None in places.values():
             return {name: place for place, name in enumerate(sorted(places, key=network_order))}
@@ -75,14 +67,12 @@ class ActivationFile:
 
     @contextmanager
     def _reading(self) -> Iterator[None]:
-        """Whatever a damaged file makes h5py raise becomes one line that names the file."""
+        """Turn h5py's errors for a damaged file into a CalibError that names the file."""
         try:
             yield
         except (OSError, KeyError, ValueError, TypeError, IndexError, RuntimeError) as error:
-            reason = " ".join(str(error).split())
-            raise CalibError(
-                f"{self.path}: damaged or not an {ACTIVATIONS} ({reason}); run calib collect again"
-            ) from None
+            what = f"damaged or not an {ACTIVATIONS} ({reason_of(error)})"
+            raise CalibError(f"{self.path}: {what}; run calib collect again") from None
 
     def __enter__(self) -> Self:
         return self
@@ -91,13 +81,13 @@ class ActivationFile:
         self._file.close()
 
     def evaluated_steps(self) -> list[int]:
-        """The steps that the sampler feeds to the model while drawing: all but the finished latent."""
+        """Collected steps that the sampler evaluates the model at: all but the finished latent."""
         with self._reading():
             flags = self._file["evaluated_by_sampler"][:]
         return [step for step, flag in zip(self.steps, flags, strict=True) if flag]
 
     def levels(self) -> Levels:
-        """Number of steps of the trajectories, and what the collected ones are."""
+        """Number of steps of the trajectories, and sigma and timestep of the collected steps."""
         with self._reading():
             sigmas, timesteps = (self._file[name][:].tolist() for name in ("sigma", "timestep"))
             num_steps = int(self.attributes["num_steps"])
@@ -105,18 +95,18 @@ class ActivationFile:
         return Levels(num_steps, by_step[0], by_step[1])
 
     def kind(self, layer: str) -> str:
-        """What the layer reads: modulated, post-gelu, … or block."""
+        """Kind of the layer's input: modulated, post-gelu, …; 'block' for a block's output."""
         with self._reading():
             return str(self._group(layer).attrs["kind"])
 
     def halves(self, layer: str) -> list[str]:
-        """Names under which the halves of the guidance batch can be asked for; empty where they were pooled."""
+        """Names of the layer's guidance halves for the other methods; empty where they were pooled."""
         with self._reading():
             self._group(layer)
             return [f"{layer}/{half}" for half in HALVES if f"{half}/{layer}" in self._file]
 
     def weight_sqnr(self, layer: str) -> dict[int, float]:
-        """SQNR, dB, of the layer's weights at each bit-width; empty where they cannot be quantized."""
+        """SQNR of the layer's weights by bit-width, dB; empty where they cannot be quantized."""
         with self._reading():
             group = self._group(layer)
             if "weight_sqnr" not in group:
@@ -125,7 +115,7 @@ class ActivationFile:
         return dict(zip(bits, values, strict=True))
 
     def by_step(self, layer: str) -> dict[int, Statistics]:
-        """Statistics of one layer at each collected step; every dataset is read once."""
+        """Statistics of one layer by collected step; every dataset is read once."""
         with self._reading():
             group = self._group(layer)
             data = {name: group[name][:] for name in _PER_STEP}
@@ -146,27 +136,38 @@ class ActivationFile:
             )
         return found
 
+    def extremes(self, layer: str) -> NDArray[np.float64]:
+        """Return the smallest and the largest value of a layer at each collected step, (steps, 2)."""
+        with self._reading():
+            group = self._group(layer)
+            low, high = group["channel_min"][:].min(axis=1), group["channel_max"][:].max(axis=1)
+        return np.stack([low, high], axis=1).astype(np.float64)
+
     @staticmethod
     def _moments(group: h5py.Group, counts: NDArray[np.uint64]) -> list[Moments]:
-        """In full precision where the file has them, else from mean and standard deviation."""
+        """Moments in full precision where the file has them, else from mean and standard deviation."""
         if "channel_sums" in group:
             return [Moments(sums) for sums in group["channel_sums"][:]]
         means, stds = (group[name][:].astype(np.float64) for name in ("channel_mean", "channel_std"))
         return [Moments.of(*row) for row in zip(counts, means, stds, strict=True)]
 
     def statistics(self, layer: str, steps: Sequence[int] | None = None) -> Statistics:
-        """Statistics of one layer merged over ``steps`` (all where None)."""
+        """Statistics of one layer merged over ``steps``; None: all."""
         by_step = self.by_step(layer)
         return merge_all([by_step[step] for step in self._chosen(steps)])
 
     def percentiles(
         self, layer: str, percents: Sequence[float], steps: Sequence[int] | None = None
     ) -> NDArray[np.float64]:
-        """Percentiles (0 … 100) of one layer's values over ``steps`` (all where None), from its histograms."""
+        """Percentiles (0 … 100) of one layer's values over ``steps`` from its histograms; None: all steps."""
         return self.statistics(layer, steps).histogram.percentiles(percents)
 
     def image_ranges(self, layer: str, steps: Sequence[int] | None = None) -> NDArray[np.float32]:
-        """Min, max, 1st and 99th percentile of each image at ``steps``, (steps, images, 4)."""
+        """Min, max, 1st and 99th percentile of each image at ``steps``, (steps, images, 4); None: all steps.
+
+        Raises:
+            CalibError: the file is of version 1, which has none.
+        """
         rows = [self.steps.index(step) for step in self._chosen(steps)]
         with self._reading():
             group = self._group(layer)
@@ -176,7 +177,11 @@ class ActivationFile:
         return ranges[rows]
 
     def samples(self, layer: str, step: int) -> NDArray[Any]:
-        """Activations of a layer that were kept at a step, (rows, channels); bfloat16 as its bits, uint16."""
+        """Stored activations of a layer at a step, (rows, channels); bfloat16 as its bits, uint16.
+
+        Raises:
+            CalibError: none were stored.
+        """
         with self._reading():
             group = self._group(layer)
             if "samples" not in group:
@@ -185,20 +190,20 @@ class ActivationFile:
         return rows
 
     def sample_info(self, layer: str) -> dict[str, Any] | None:
-        """Type of the samples of a layer and its number of tokens; None where there are none."""
+        """Type of a layer's stored activations and its number of tokens; None where none were stored."""
         with self._reading():
             group = self._group(layer)
             return dict(group["samples"].attrs) if "samples" in group else None
 
     def blocks(self) -> list[Block]:
-        """The images in the blocks in which they were replayed, by number."""
+        """Blocks of images as they were replayed, ascending by number."""
         with self._reading():
             numbers = self._file["image_block"][:].tolist()
         pairs = list(zip(numbers, self.images, strict=True))
         return [Block(n, tuple(i for number, i in pairs if number == n)) for n in dict.fromkeys(numbers)]
 
     def same_data(self, layer: str) -> str:
-        """The first layer whose statistics are this one's: layers that read one array share their datasets."""
+        """The first layer that shares this layer's datasets, as layers with the same input array do."""
         return self._first_with[_address(self._group(layer))]
 
     def _chosen(self, steps: Sequence[int] | None) -> list[int]:

@@ -1,4 +1,4 @@
-"""Statistics of one step over some images: what the cache keeps, in flat arrays over all taps."""
+"""Statistics of one step over some images, and their form in the cache: flat arrays over all taps."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -6,7 +6,7 @@ from typing import Any
 
 from calib.activations.format import HALVES
 from calib.activations.histogram import Histogram
-from calib.activations.observer import Seen
+from calib.activations.observer import TapResult
 from calib.activations.statistics import Moments, Statistics
 
 import numpy as np
@@ -15,48 +15,48 @@ from numpy.typing import NDArray
 
 @dataclass
 class StepRecord:
-    """What was seen at one step.
+    """Statistics of one step.
 
     Attributes:
-        images: ids, in the order of every tap's ``ranges``, which hold a row for each.
-        seen: by tap; streams of blocks, and halves of the guidance batch, have entries of their own.
-        finite_output: False where the transformer's own output held NaN or infinity.
-        samples: where the rows that were kept lie in the file beside, see :mod:`calib.activations.samples`.
+        images: image ids, in the order of every tap's ``ranges``, which have one row for each.
+        seen: statistics by tap; streams of blocks and halves of the guidance batch have their own entries.
+        finite_output: False where the transformer's output held NaN or infinity.
+        samples: table of the kept rows in the file of samples, see :mod:`calib.activations.samples`.
     """
 
     step: int
     images: list[int]
-    seen: dict[str, Seen] = field(default_factory=dict)
+    seen: dict[str, TapResult] = field(default_factory=dict)
     finite_output: bool = True
     samples: dict[str, Any] = field(default_factory=dict)
 
     def merge(self, other: "StepRecord") -> "StepRecord":
-        """Both sets of images, the other's after these; samples are joined with their files."""
+        """Merge with the record of other images, which come after these; tables of samples are merged separately."""
         seen = {name: own.merge(other.seen[name]) for name, own in self.seen.items()}
         return StepRecord(self.step, [*self.images, *other.images], seen, self.finite_output and other.finite_output)
 
 
-def merge_halves(seen: Mapping[str, Seen]) -> dict[str, Seen]:
-    """``seen`` with both guidance halves of a tap together under its own name, where they were kept apart."""
-    merged: dict[str, Seen] = {}
+def merge_halves(seen: Mapping[str, TapResult]) -> dict[str, TapResult]:
+    """``seen`` with an entry under a tap's own name that merges its guidance halves, where they are separate."""
+    merged: dict[str, TapResult] = {}
     for name, own in seen.items():
         tap, _, half = name.partition("/")
         if half == HALVES[0]:
             other = seen[f"{tap}/{HALVES[1]}"]
             ranges = over_rows(np.stack([own.ranges, other.ranges]))
-            merged[tap] = Seen(own.dtype, own.statistics.merge(other.statistics), ranges)
+            merged[tap] = TapResult(own.dtype, own.statistics.merge(other.statistics), ranges)
         merged[name] = own
     return merged
 
 
 def over_rows(ranges: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Ranges (rows, images, 4) of the same images in several rows, as one each: extremes, and percentiles' means."""
+    """Merge ``ranges`` (rows, images, 4) over the rows of each image: extremes, and means of the percentiles."""
     low, high = ranges[..., 0].min(axis=0), ranges[..., 1].max(axis=0)
     return np.stack([low, high, ranges[..., 2].mean(axis=0), ranges[..., 3].mean(axis=0)], axis=-1)
 
 
 def pack(record: StepRecord) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
-    """A JSON-able header and flat arrays."""
+    """Convert a record to a JSON-able header and flat arrays."""
     taps = [
         {
             "name": name,
@@ -91,9 +91,9 @@ def pack(record: StepRecord) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
 def unpack(
     header: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]], names: Collection[str] | None = None
 ) -> StepRecord:
-    """The inverse of :func:`pack`, of all taps or only of ``names``; nothing of the arrays is held on to."""
+    """The inverse of :func:`pack`, for all taps or those in ``names``; arrays are copied."""
     record = StepRecord(header["step"], list(header["images"]), {}, header["finite_output"], header["samples"])
-    for number, (tap, channels, bins) in enumerate(_places(header["taps"])):
+    for number, (tap, channels, bins) in enumerate(_slices(header["taps"])):
         if names is not None and tap["name"] not in names:
             continue
         histogram = Histogram(tap["dtype"], arrays["keys"][bins].copy(), arrays["counts"][bins].copy())
@@ -106,11 +106,12 @@ def unpack(
             tap["nan"],
             tap["inf"],
         )
-        record.seen[tap["name"]] = Seen(tap["dtype"], statistics, arrays["ranges"][number].copy())
+        record.seen[tap["name"]] = TapResult(tap["dtype"], statistics, arrays["ranges"][number].copy())
     return record
 
 
-def _places(taps: Sequence[Mapping[str, Any]]) -> Iterator[tuple[Mapping[str, Any], slice, slice]]:
+def _slices(taps: Sequence[Mapping[str, Any]]) -> Iterator[tuple[Mapping[str, Any], slice, slice]]:
+    """Yield each tap with its channels and its histogram bins in the flat arrays."""
     channel = bin_ = 0
     for tap in taps:
         yield tap, slice(channel, channel + tap["channels"]), slice(bin_, bin_ + tap["bins"])

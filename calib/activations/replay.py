@@ -1,4 +1,4 @@
-"""Forwards of the transformer over stored states, watched by an observer."""
+"""Observed forward passes of the transformer over stored states."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -10,11 +10,12 @@ from typing import Any, Self
 from calib.activations.format import HALVES
 from calib.activations.observer import Observer
 from calib.activations.observer_cuda import CudaObserver
-from calib.activations.observer_mlx import PlainObserver
+from calib.activations.observer_mlx import MlxObserver
 from calib.activations.samples import SampleWriter
 from calib.activations.taps import TapPoint, tapped
 from calib.base import blas
 from calib.base.device import cores, on_cuda, on_gpu
+from calib.base.errors import CalibError
 from calib.models.architecture import Conditioning
 from calib.models.model import DiffusionModel
 
@@ -22,10 +23,10 @@ import mlx.core as mx
 
 
 def new_observer(histogram_stride: int, finite_only: bool = False) -> Observer:
-    """The fastest observer of this device; ``finite_only`` leaves NaN and infinities out, and counts them."""
+    """The fastest observer for this device; with ``finite_only`` NaN and infinities are left out and counted."""
     if on_cuda() and not finite_only:
         return CudaObserver(histogram_stride)
-    return PlainObserver(histogram_stride, finite_only)
+    return MlxObserver(histogram_stride, finite_only)
 
 
 @cache
@@ -34,10 +35,10 @@ def _streams(count: int) -> list[mx.Stream]:
 
 
 def parts_of(rows: int) -> list[slice]:
-    """Rows of a batch that run side by side: all on a GPU; on a CPU as many parts as there are processors.
+    """Parts of a batch's rows that run in parallel: one on a GPU, on a CPU as many as there are processors.
 
-    Of MLX's operations on a CPU only products use more than one processor. Rows do not see each other, so their
-    forwards can run at once, each a stream with its share of BLAS threads: half the time for the emoji model on two.
+    On a CPU only MLX's matrix products use more than one processor. As rows are independent, parts of them run at once,
+    each on its own stream with its share of BLAS threads: half the time for the emoji model on two processors.
     """
     count = 1 if on_gpu() else min(cores(), rows)
     bounds = [rows * i // count for i in range(count + 1)]
@@ -45,19 +46,19 @@ def parts_of(rows: int) -> list[slice]:
 
 
 def streams_of(parts: int) -> list[mx.Stream]:
-    """A stream for each of so many parts of a batch; the device's own where there is one part."""
+    """A stream for each of ``parts`` parts of a batch; the device's default stream for a single part."""
     return _streams(parts) if parts > 1 else [mx.default_stream(mx.default_device())]
 
 
 @contextmanager
 def shared_cores(rows: int) -> Iterator[None]:
-    """Within the context products leave room for the other parts of a batch of ``rows``."""
+    """Limit BLAS threads in the context to a part's share of the processors, for a batch of ``rows``."""
     with blas.threads(max(1, cores() // len(parts_of(rows)))):
         yield
 
 
 def traced_shapes(model: DiffusionModel, points: Sequence[TapPoint]) -> dict[str, tuple[int, int]]:
-    """Tokens and channels of one row at each tap, from a forward that is built and never computed."""
+    """Tokens and channels of one row at each tap, from a forward pass that is traced and not evaluated."""
     found: dict[str, tuple[int, int]] = {}
 
     def record(name: str, activation: mx.array) -> mx.array:
@@ -76,16 +77,18 @@ def traced_shapes(model: DiffusionModel, points: Sequence[TapPoint]) -> dict[str
 
 
 class Replay:
-    """Watched forwards of one model, in a context that places the taps; one is prepared while another is computed.
+    """Observed forward passes of one model, in a context that installs the taps.
+
+    The graph of one forward pass is built while the previous one is computed.
 
     Args:
-        apart: observe the halves of the guidance batch each by itself.
+        apart: observe the halves of the guidance batch separately.
     """
 
     def __init__(self, model: DiffusionModel, points: Sequence[TapPoint], apart: bool = False):
         self._model, self._points, self._apart = model, points, apart
         self._running: list[mx.array] = []
-        self._watch: _Watch | None = None
+        self._part: _PartObserver | None = None
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
@@ -96,8 +99,8 @@ class Replay:
         self._stack.__exit__(*exception)
 
     def _record(self, name: str, activation: mx.array) -> mx.array:
-        assert self._watch is not None
-        return self._watch.record(name, activation)
+        assert self._part is not None
+        return self._part.record(name, activation)
 
     def forward(
         self,
@@ -111,10 +114,15 @@ class Replay:
         sampler: SampleWriter | None = None,
         between: Callable[[], None] = lambda: None,
     ) -> mx.array:
-        """Start a forward over states ``x`` (batch, height, width, channels).
+        """Start a forward pass over states ``x`` (batch, height, width, channels).
 
-        Returns whether its output is finite; lazy. ``timestep`` must be evaluated, ``phase`` moves the sampled rows.
-        ``sampler`` keeps rows of ``images``; ``between`` is called when the forward before is done.
+        Returns whether its output is finite; lazy.
+
+        Args:
+            timestep: evaluated.
+            phase: shifts the rows sampled for histograms.
+            images: image ids of the states, for ``sampler``, which stores rows of their activations.
+            between: called after the previous forward pass and before this one is computed.
         """
         rows = (mx.concatenate([x, x]) if guidance else x).astype(self._model.dtype)
         half = len(x) if guidance and self._apart else None
@@ -124,7 +132,7 @@ class Replay:
         for part, stream in zip(parts, streams_of(len(parts)), strict=True):
             with mx.stream(stream):
                 observer.begin(phase)
-                self._watch = _Watch(observer, len(rows), half, part, sampler, owners[part])
+                self._part = _PartObserver(observer, len(rows), half, part, sampler, owners[part])
                 outputs.append(self._model.velocity(rows[part], text[part], timestep))
         finite = mx.stack([mx.all(mx.isfinite(output)) for output in outputs]).all()
         todo = observer.end_forward()
@@ -141,8 +149,15 @@ class Replay:
 
 
 @dataclass(frozen=True)
-class _Watch:
-    """What watches one part of a forward; ``half`` is the batch's first unconditional row, if halves are kept apart."""
+class _PartObserver:
+    """Observes one part of a forward pass.
+
+    Attributes:
+        whole: number of rows of the batch.
+        half: index of the batch's first unconditional row; None where the guidance halves are pooled.
+        part: rows of the batch in this part.
+        images: image id of each row of the part, for ``sampler``.
+    """
 
     observer: Observer
     whole: int
@@ -152,7 +167,11 @@ class _Watch:
     images: Sequence[int]
 
     def record(self, name: str, activation: mx.array) -> mx.array:
-        """Called by every tap."""
+        """Pass an activation to the observer and the sampler; called by every tap."""
+        rows = self.part.stop - self.part.start
+        if len(activation) != rows:
+            shape = f"{name} reads an array of shape {activation.shape} in a forward of {rows} rows"
+            raise CalibError(f"{shape}; Architecture.velocity must give every layer as many rows")
         if self.half is None:
             self.observer.see(name, activation, self.part.start, self.whole)
         else:

@@ -1,9 +1,9 @@
-"""Activations kept as they are, for later reconstruction: some rows of every image, or all; 16 bits a value.
+"""Activations stored for later reconstruction: some rows of every image, or all, in 16 bits per value.
 
-While a step is collected they go into one file beside its statistics, forward by forward, so memory stays flat; the
-step's header says where each tap's rows lie, with a checksum. A row is a token of one image in one guidance half. Rows
-are in the order of the blocks; in a block all conditional images, then all unconditional ones; of an image its tokens,
-ascending.
+While a step is collected they are written to one file beside its statistics after each forward pass, so that memory
+stays constant; a table in the step's header has the offset and checksum of each tap's rows. A row is a token of one
+image in one guidance half. Rows are in the order of the blocks; within a block all conditional images, then all
+unconditional ones; within an image by ascending token.
 """
 
 import zlib
@@ -25,11 +25,9 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-LARGEST_FLOAT16 = 65504.0
-
 
 class Samples(StrEnum):
-    """Which rows are kept: none, some of each image, or all."""
+    """Selection of rows to store: none, some of each image, or all."""
 
     NONE = "none"
     ROWS = "rows"
@@ -46,14 +44,14 @@ def _drawn(count: int, seed: int, image_id: int, step: int, tokens: int) -> NDAr
 
 @dataclass(frozen=True)
 class SampleSettings:
-    """Which rows are kept, how many of each image and guidance half, and in what type; None for the model's own."""
+    """Selection of rows to store, their number per image and guidance half, and their type; None: the model's."""
 
     kind: Samples = Samples.NONE
     rows_per_image: int = 2
     dtype: StateDtype | None = None
 
     def rows(self, tokens: int) -> int:
-        """Rows of one image and guidance half at a layer of so many ``tokens``."""
+        """Number of rows per image and guidance half at a layer of ``tokens`` tokens."""
         if self.kind is Samples.NONE:
             return 0
         return tokens if self.kind is Samples.ALL else min(self.rows_per_image, tokens)
@@ -63,15 +61,15 @@ class SampleSettings:
         return self.dtype.value if self.dtype is not None else "bfloat16" if dtype == "bfloat16" else "float16"
 
     def tokens(self, seed: int, image_id: int, step: int, tokens: int) -> NDArray[np.int32]:
-        """The tokens that are kept of one image at one step, ascending; the same at every layer of so many."""
+        """Tokens to store of one image at one step, ascending; the same at every layer of ``tokens`` tokens."""
         return _drawn(self.rows(tokens), seed, image_id, step, tokens)
 
 
 class SampleWriter:
-    """Writes the rows of one step to ``path``, which is whole or absent.
+    """Writes the rows of one step to the file ``path``, whole or not at all.
 
     Attributes:
-        table: by tap the rows' type, the layer's tokens, and segments of (offset, rows, checksum).
+        table: by tap the rows' type, the layer's number of tokens, and segments of (offset, rows, checksum).
     """
 
     def __init__(self, path: Path, settings: SampleSettings, seed: int, step: int):
@@ -84,7 +82,10 @@ class SampleWriter:
         self.table: dict[str, Any] = {}
 
     def take(self, name: str, x: mx.array, images: Sequence[int]) -> mx.array:
-        """Keep rows of ``x`` (rows, …, channels), those of ``images``; lazy. Returns ``x``, computed after that."""
+        """Select rows of the activation ``x`` (rows, …, channels) of ``images``; lazy.
+
+        Returns ``x`` with a dependency on the selected rows.
+        """
         rows = x.reshape(len(images), -1, x.shape[-1])
         tokens = rows.shape[1]
         kept = np.stack([self._settings.tokens(self._seed, i, self._step, tokens) for i in images])
@@ -98,11 +99,11 @@ class SampleWriter:
         return tied
 
     def end_forward(self) -> list[mx.array]:
-        """The forward's graph is built: what is to be computed with it."""
+        """Arrays to evaluate with the forward pass whose graph is complete."""
         return [value for *_, packed, lost in self._forward for value in (packed, lost)]
 
     def settle(self) -> None:
-        """The forward is being computed: write the rows of the one before."""
+        """Write the rows of the previous forward pass; called while a forward pass is computed."""
         self._write()
         self._waiting, self._forward = self._forward, []
 
@@ -124,18 +125,18 @@ class SampleWriter:
         self._waiting = []
 
     def finish(self) -> dict[str, Any]:
-        """Write what is left and put the file in its place; returns the table."""
+        """Write the remaining rows and rename the file to ``path``; returns the table."""
         self._write()
         self._stack.close()
         return self.table
 
     def abandon(self, error: BaseException) -> None:
-        """Leave no file behind."""
+        """Remove the temporary file after ``error``."""
         self._stack.__exit__(type(error), error, error.__traceback__)
 
 
 def read_rows(path: Path, entry: Mapping[str, Any], channels: int) -> Iterator[NDArray[np.uint16]]:
-    """One tap's rows, segment by segment, (rows, channels) bit patterns; raises where the file is damaged."""
+    """Yield one tap's rows by segment, (rows, channels) bit patterns; raises ValueError where the file is damaged."""
     with open(path, "rb") as file:
         for offset, rows, checksum in entry["segments"]:
             file.seek(offset)
@@ -146,7 +147,7 @@ def read_rows(path: Path, entry: Mapping[str, Any], channels: int) -> Iterator[N
 
 
 def shifted(table: Mapping[str, Any], by: int) -> dict[str, Any]:
-    """A table of rows that lie ``by`` bytes further on in a file."""
+    """``table`` with all offsets increased by ``by`` bytes."""
     return {
         name: {**entry, "segments": [(offset + by, rows, crc) for offset, rows, crc in entry["segments"]]}
         for name, entry in table.items()
@@ -154,7 +155,7 @@ def shifted(table: Mapping[str, Any], by: int) -> dict[str, Any]:
 
 
 def joined(tables: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The rows of several tables, one after the other."""
+    """One table with the segments of several, in their order."""
     return {
         name: {**entry, "segments": [segment for table in tables for segment in table[name]["segments"]]}
         for name, entry in tables[0].items()
@@ -163,14 +164,14 @@ def joined(tables: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class RowIdentity:
-    """What the rows of a layer are: image id and guidance half (0 conditional, 1 unconditional), each (rows,)."""
+    """Image id and guidance half (0 conditional, 1 unconditional) of each row of a layer, (rows,)."""
 
     image: NDArray[np.int64]
     half: NDArray[np.uint8]
 
     @classmethod
     def of(cls, blocks: Sequence[Sequence[int]], halves: int, each: int) -> "RowIdentity":
-        """Of ``blocks`` of image ids, with ``each`` rows of an image and half."""
+        """The identity of rows of ``blocks`` of image ids, with ``each`` rows per image and half."""
         pairs = [(image, half) for block in blocks for half in range(halves) for image in block for _ in range(each)]
         table = np.array(pairs, np.int64).reshape(-1, 2)
         return cls(table[:, 0], table[:, 1].astype(np.uint8))

@@ -1,4 +1,4 @@
-"""Stored states for replaying: checked before the work begins, read while the work before goes on."""
+"""Check stored states before they are replayed, and read them in advance."""
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,9 +19,9 @@ MOST_NAMED = 3
 
 
 def check_states(data_dir: Path, manifest: Manifest, images: Sequence[int], steps: Sequence[int]) -> None:
-    """Raise where files that hold ``steps`` of ``images`` are missing or not what was written; names them.
+    """Raise where files of ``steps`` of ``images`` are missing or damaged; the message names them.
 
-    Those of an older dataset, which has no checksums, are only looked for.
+    For an older dataset, which has no checksums, only the existence of files is checked.
     """
     single = manifest.storage == StorageFormat.HDF5
     wanted = []
@@ -54,7 +54,7 @@ def check_states(data_dir: Path, manifest: Manifest, images: Sequence[int], step
 
 
 def identity_of(data_dir: Path, entry: ImageEntry) -> list[str]:
-    """Prompt and content of one image's states; of an older dataset, without checksums, size and time."""
+    """Prompt and checksums of one image's states; size and time of the files in an older dataset without checksums."""
     if entry.checksums:
         return [str(entry.prompt), *(entry.checksums.get(name, "") for name in entry.samples)]
     found = [path.stat() for name in entry.samples if (path := data_dir / name).exists()]
@@ -69,7 +69,7 @@ def read_states(data_dir: Path, manifest: Manifest, images: Sequence[int], step:
 def ahead(
     reader: ThreadPoolExecutor, data_dir: Path, manifest: Manifest, work: Sequence[tuple[Sequence[int], int]]
 ) -> Iterator[NDArray[Any]]:
-    """States of one (images, step) after the other; the next are read meanwhile."""
+    """Yield the states of each (images, step) of ``work``; the next are read in the background."""
     coming = reader.submit(read_states, data_dir, manifest, *work[0])
     for following in [*work[1:], None]:
         states = coming.result()

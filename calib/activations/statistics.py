@@ -1,22 +1,23 @@
-"""Statistics of one layer's activations on the host: merged exactly, whatever the split.
+"""Statistics of one layer's activations on the host, which merge exactly.
 
-Counts, extremes and histograms are exact by nature. Moments are kept as Σx and Σx² in 106 bits (see
-:mod:`calib.activations.double_double`), so that images, steps, batches and shards merged in any order give the same
-mean and standard deviation; a device hands over shifted sums (Chan, Golub, LeVeque 1983, section 3), which lose no
-digits where the mean is large against the spread.
+Counts, extremes and histograms are exact. Moments are Σx and Σx² in 106 bits (:mod:`calib.activations.double_double`),
+so that images, steps, batches and shards merged in any order give the same mean and standard deviation. The device
+returns shifted sums (Chan, Golub, LeVeque 1983, section 3), which lose no digits where the mean is large relative to
+the spread.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
-from calib.activations import double_double as doubled
+from calib.activations import double_double
 from calib.activations.histogram import Histogram, merge_histograms
 
 import numpy as np
 from numpy.typing import NDArray
 
-#: Of Σx²; above the rounding of doubled numbers, far below any spread that float32 can show.
+#: Share of Σx² below which Σ(x - mean)² is rounding: above the rounding of double-double numbers, and far below any
+#: spread that float32 can show.
 _ROUNDING = 2.0**-95
 
 PERCENTILES = {"p001": 0.1, "p01": 1.0, "p05": 5.0, "p50": 50.0, "p95": 95.0, "p99": 99.0, "p999": 99.9}
@@ -24,7 +25,7 @@ PERCENTILES = {"p001": 0.1, "p01": 1.0, "p05": 5.0, "p50": 50.0, "p95": 95.0, "p
 
 @dataclass
 class Moments:
-    """Σx and Σx² of each channel: (4, …, channels) float64, first Σx, what it lacks, Σx², what it lacks."""
+    """Σx and Σx² of each channel as double-double numbers: (4, …, channels) float64, Σx, remainder, Σx², remainder."""
 
     sums: NDArray[np.float64]
 
@@ -41,39 +42,39 @@ class Moments:
         second: NDArray[np.float64],
         scale: NDArray[np.float64] | None = None,
     ) -> Self:
-        """From Σd and Σd² of d = x / scale - shift over ``count`` values; each (channels,)."""
-        base = doubled.two_product(count, shift)
+        """Moments from Σd and Σd² of d = x / scale - shift over ``count`` values; each (channels,)."""
+        base = double_double.two_product(count, shift)
         nothing = np.zeros_like(first)
-        total = doubled.add(base, (first, nothing))
+        total = double_double.add(base, (first, nothing))
         # Σ(d + shift)² = Σd² + shift (2 Σd + count shift)
-        inner = doubled.add(base, (2 * first, nothing))
-        square = doubled.add(doubled.multiply(inner, (shift, nothing)), (second, nothing))
+        inner = double_double.add(base, (2 * first, nothing))
+        square = double_double.add(double_double.multiply(inner, (shift, nothing)), (second, nothing))
         if scale is not None:
-            total = doubled.multiply(total, (scale, nothing))
-            square = doubled.multiply(square, doubled.two_product(scale, scale))
+            total = double_double.multiply(total, (scale, nothing))
+            square = double_double.multiply(square, double_double.two_product(scale, scale))
         return cls(np.stack([*total, *square]))
 
     @classmethod
     def of(cls, count: NDArray[np.uint64], mean: NDArray[np.float64], std: NDArray[np.float64]) -> Self:
-        """From a mean and a standard deviation (population) of each channel."""
+        """Moments from the mean and the standard deviation (population) of each channel."""
         wide = count.astype(np.float64)
         return cls.shifted(wide, mean, np.zeros_like(mean), std**2 * wide)
 
     def merge(self, other: "Moments") -> "Moments":
         a, b = self.sums, other.sums
-        total, square = doubled.add((a[0], a[1]), (b[0], b[1])), doubled.add((a[2], a[3]), (b[2], b[3]))
+        total, square = double_double.add((a[0], a[1]), (b[0], b[1])), double_double.add((a[2], a[3]), (b[2], b[3]))
         return Moments(np.stack([*total, *square]))
 
     def mean(self, count: NDArray[np.uint64]) -> NDArray[np.float64]:
-        """Of each channel; 0 where nothing was counted."""
-        return doubled.divide((self.sums[0], self.sums[1]), np.maximum(count, 1).astype(np.float64))[0]
+        """Mean of each channel; 0 where nothing was counted."""
+        return double_double.divide((self.sums[0], self.sums[1]), np.maximum(count, 1).astype(np.float64))[0]
 
     def m2(self, count: NDArray[np.uint64]) -> NDArray[np.float64]:
         """Σ(x - mean)² of each channel."""
         total, square = (self.sums[0], self.sums[1]), (self.sums[2], self.sums[3])
-        taken = doubled.divide(doubled.multiply(total, total), -np.maximum(count, 1).astype(np.float64))
-        left = doubled.add(square, taken)[0]
-        # What is left of a constant channel is the rounding of 106 bits, not a spread.
+        taken = double_double.divide(double_double.multiply(total, total), -np.maximum(count, 1).astype(np.float64))
+        left = double_double.add(square, taken)[0]
+        # The remainder of a constant channel is the rounding of 106 bits, not a spread.
         result: NDArray[np.float64] = np.where(left > _ROUNDING * square[0], left, 0)
         return result
 
@@ -87,7 +88,7 @@ class Moments:
 class Statistics:
     """Statistics of one layer over any set of values; arrays are (channels,).
 
-    ``count`` is per channel, finite values only; ``nan`` and ``inf`` count the others over all channels.
+    ``count`` is the number of finite values of each channel; ``nan`` and ``inf`` count the others over all channels.
     """
 
     minimum: NDArray[np.float32]
@@ -104,20 +105,20 @@ class Statistics:
 
     @property
     def mean(self) -> NDArray[np.float64]:
-        """Mean per channel."""
+        """Mean of each channel."""
         return self.moments.mean(self.count)
 
     @property
     def std(self) -> NDArray[np.float64]:
-        """Standard deviation per channel (population)."""
+        """Standard deviation (population) of each channel."""
         return self.moments.std(self.count)
 
     def merge(self, other: "Statistics") -> "Statistics":
-        """Statistics of both sets of values together."""
+        """Statistics of the union of both sets of values."""
         return merge_all([self, other])
 
     def over_channels(self) -> tuple[float, float, float, float, int]:
-        """(min, max, mean, std, number of values) over all channels; NaNs where there is no finite value."""
+        """(min, max, mean, std, number of values) over all channels; NaNs and 0 where there is no finite value."""
         total = int(self.count.sum())
         if not total:
             return (np.nan, np.nan, np.nan, np.nan, 0)
@@ -127,14 +128,14 @@ class Statistics:
         return float(self.minimum.min()), float(self.maximum.max()), mean, float(np.sqrt(m2 / total)), total
 
     def percentiles(self) -> dict[str, float]:
-        """The standard percentiles, by name; never outside the exact min and max."""
+        """The standard percentiles by name, clipped to the exact min and max."""
         low, high, *_ = self.over_channels()
         values = np.clip(self.histogram.percentiles(list(PERCENTILES.values())), low, high)
         return {name: float(value) for name, value in zip(PERCENTILES, values, strict=True)}
 
 
 def merge_all(parts: Sequence[Statistics]) -> Statistics:
-    """Statistics of all the sets of values together; at least one."""
+    """Statistics of the union of one or more sets of values."""
     moments = parts[0].moments
     for part in parts[1:]:
         moments = moments.merge(part.moments)
@@ -150,5 +151,5 @@ def merge_all(parts: Sequence[Statistics]) -> Statistics:
 
 
 def stacked_moments(parts: Sequence[Statistics]) -> Moments:
-    """Those of all parts, (4, parts, channels)."""
+    """Moments of all parts in one array, (4, parts, channels)."""
     return Moments(np.stack([part.moments.sums for part in parts], axis=1))

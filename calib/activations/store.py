@@ -1,4 +1,4 @@
-"""Writes ``activations.h5``; docs/FORMAT.md is its specification, :mod:`calib.activations.reader` reads it."""
+"""Write ``activations.h5``; docs/FORMAT.md is its specification, :mod:`calib.activations.reader` reads it."""
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,26 +20,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 CHUNK_BYTES = 1 << 20
-#: What a layer's group takes beside its data, at most.
+#: Upper bound of the bytes of a layer's group besides its data.
 GROUP_BYTES = 1 << 16
-#: Records of all steps are held for so many bytes' worth of taps at a time.
+#: Bytes of records, of all steps and some taps, that are held in memory at a time.
 HELD_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
 class Records:
-    """Where the statistics of a file come from.
+    """The statistics to write to a file.
 
     Attributes:
-        names: every tap, halves among them as ``<tap>/conditional``.
-        load: the records of all steps with some of the taps.
-        nbytes: of all taps and steps in memory, about.
-        blocks: of images, in the order of every record's ranges.
-        halves: of the guidance batch: 2 with guidance, else 1.
-        samples: which activations were kept as they are; None where none.
-        rows: those of a tap at a step, bit patterns (rows, channels), in as many pieces as there are.
-        sample_bytes: of all of them.
-        seed: what they were drawn by.
+        names: names of all taps, guidance halves as ``<tap>/conditional``.
+        load: loads the records of all steps with the given taps.
+        nbytes: approximate bytes of all taps and steps in memory.
+        blocks: blocks of images, in the order of every record's ranges.
+        halves: number of halves of the guidance batch: 2 with guidance, else 1.
+        samples: selection of the stored activations; None where there are none.
+        rows: yields the stored activations of a tap at a step in pieces, bit patterns (rows, channels).
+        sample_bytes: bytes of all stored activations.
+        seed: seed of their selection.
     """
 
     names: Sequence[str]
@@ -53,7 +53,7 @@ class Records:
     seed: int = 0
 
     def groups(self) -> Iterator[tuple[Sequence[str], Mapping[int, StepRecord]]]:
-        """Some taps with their records at a time, a tap always together with its halves."""
+        """Yield groups of taps with their records; a tap and its halves are in one group."""
         taps = [name for name in self.names if "/" not in name]
         count = max(1, -(-self.nbytes // HELD_BYTES))
         for part in np.array_split(np.arange(len(taps)), min(count, len(taps))):
@@ -73,12 +73,12 @@ def write_activations(
     order: Mapping[str, int],
     exact: bool = False,
 ) -> None:
-    """Write what was seen at ``steps``.
+    """Write the statistics of ``steps`` to the file ``path``.
 
     Args:
-        attributes: root attributes beside format and version.
-        order: each layer's and block's place in the network.
-        exact: keep the moments in full precision too, so that files of shards merge to that of the whole.
+        attributes: root attributes besides format and version.
+        order: position of each layer and block in the network.
+        exact: store moments in full precision too, so that files of shards merge to that of the whole.
     """
     by_name = {point.name: point for point in points}
     groups = len(source.names) + sum(len(point.aliases) for point in points)
@@ -108,8 +108,8 @@ def write_activations(
 
 @contextmanager
 def _new_file(path: Path, nbytes: int) -> Iterator[h5py.File]:
-    """A new file, whole or not at all; its room is taken first, as a disk that fills under HDF5 ends the process."""
-    # Unlocked by HDF5: the temporary file is locked already.
+    """Yield a new file, written whole or not at all; space is allocated first, as a full disk ends HDF5's process."""
+    # Without HDF5's own lock: the temporary file is locked already.
     with replacing(path) as temporary:
         with h5py.File(temporary, "w", locking=False) as file:
             with open(temporary, "r+b") as raw:
@@ -119,7 +119,7 @@ def _new_file(path: Path, nbytes: int) -> Iterator[h5py.File]:
 
 
 def _end(path: Path) -> int:
-    """Where a closed HDF5 file ends, by its superblock (HDF5 format specification, II.A); room is left behind it."""
+    """Size of a closed HDF5 file by its superblock (HDF5 format specification, II.A), excess space not included."""
     with open(path, "rb") as file:
         head = file.read(48)
     start = 40 if head[8] < 2 else 28
@@ -127,9 +127,9 @@ def _end(path: Path) -> int:
 
 
 def _write_axes(file: h5py.File, source: Records, levels: Manifest | Levels, steps: Sequence[int], exact: bool) -> None:
-    """Dimension scales, and what lies along the steps."""
+    """Write the dimension scales, and the datasets along the steps."""
     blocks = source.blocks
-    # A scale lists what lies along it in an attribute; only with creation order kept may that exceed 64 KiB.
+    # A scale lists its datasets in an attribute, which may exceed 64 KiB only if creation order is tracked.
     file.create_dataset("step_index", data=np.asarray(steps, np.int64), track_order=True).make_scale("step_index")
     for group in ("layers", *dict.fromkeys(name.partition("/")[2] for name in source.names if "/" in name)):
         file.create_group(group, track_order=True)
@@ -154,9 +154,10 @@ def _add_scale(group: h5py.Group, name: str, values: np.ndarray) -> None:
 
 
 def _attach_scales(file: h5py.File) -> None:
-    """Last, and all at once: a scale's list of what lies along it is written anew with every entry.
+    """Attach dimension scales to all datasets.
 
-    While other things are written in between, the room of the old lists stays empty: a fifth of a large file.
+    At the end, in one go: a scale's list of datasets is rewritten with every entry, and with other writes in between
+    the space of the old lists stays unused, a fifth of a large file.
     """
     found: list[h5py.Dataset] = []
     file.visititems(lambda name, item: found.append(item) if isinstance(item, h5py.Dataset) else None)
@@ -167,8 +168,8 @@ def _attach_scales(file: h5py.File) -> None:
 
 
 def _chunked(group: h5py.Group, name: str, values: np.ndarray, compress: bool = False) -> h5py.Dataset:
-    """With a checksum; compressed where that pays: counts do, floats do not."""
-    if not values.size:  # bins of a layer that saw no finite value; HDF5 has no empty chunks
+    """Write a chunked dataset with checksums; compression is worthwhile for counts, not for floats."""
+    if not values.size:  # bins of a layer without finite values; HDF5 has no empty chunks
         return group.create_dataset(name, data=values)
     chunks = (_even(len(values), CHUNK_BYTES // max(1, values[:1].nbytes)), *values.shape[1:])
     packed = {"compression": "gzip", "compression_opts": 1, "shuffle": True} if compress else {}
@@ -176,12 +177,12 @@ def _chunked(group: h5py.Group, name: str, values: np.ndarray, compress: bool = 
 
 
 def _even(rows: int, most: int) -> int:
-    """Rows of a chunk, ``most`` at most: all as long, as HDF5 fills the last one up."""
+    """Rows per chunk, at most ``most``, so that all chunks have about one size, as HDF5 pads the last one."""
     return -(-rows // max(1, -(-rows // max(1, most))))
 
 
 def _link(file: h5py.File, path: str, group: h5py.Group) -> h5py.Group:
-    """A layer that reads the same array: a group of its own with the same datasets."""
+    """Make a group with the datasets of ``group``, for a layer that reads the same array."""
     alias = file.create_group(path)
     alias.attrs.update(group.attrs)
     for name, item in group.items():
@@ -225,7 +226,7 @@ def _write_layer(file: h5py.File, name: str, records: Sequence[StepRecord], exac
     }
     for field, values in bins.items():
         _chunked(group, field, values, compress=True)
-    # Of themselves: their lengths are those of no other axis.
+    # Each is its own scale, as its length is that of no other axis.
     group["histogram_keys"].make_scale("histogram_keys")
     group["histogram_offsets"].make_scale("histogram_offsets")
     for field in ("nan", "inf"):
@@ -237,7 +238,7 @@ def _write_layer(file: h5py.File, name: str, records: Sequence[StepRecord], exac
 def _write_samples(
     file: h5py.File, group: h5py.Group, name: str, source: Records, records: Mapping[int, StepRecord]
 ) -> None:
-    """Rows that were kept, (steps, rows, channels), and what each is: image, guidance half and token."""
+    """Write stored activations, (steps, rows, channels), with image, guidance half and token of each row."""
     assert source.samples is not None and source.rows is not None
     steps, entry = list(records), records[next(iter(records))].samples[name]
     channels, tokens = int(group.attrs["channels"]), int(entry["tokens"])

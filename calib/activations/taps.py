@@ -1,7 +1,7 @@
-"""Taps: observe the input of every linear layer, and the outputs of blocks, without touching the network's code.
+"""Taps: observe the inputs of linear layers and the outputs of blocks, without changing the network's code.
 
-MLX has no hooks. For the time of a context, each observed child module is replaced by a wrapper that reports what
-it sees and calls the child; ``finally`` puts every child back, so weights and structure are the loaded ones.
+MLX has no hooks. Within a context each observed module is replaced by a wrapper that records its input or output and
+calls the module; ``finally`` restores the original modules.
 """
 
 import fnmatch
@@ -18,12 +18,12 @@ from calib.models.architecture import Architecture, parent_of
 import mlx.core as mx
 from mlx import nn
 
-#: Called as record(tap name, activation) during a forward; returns the activation, and may have tied it to other work.
+#: Called as record(tap name, activation) during a forward pass; returns the activation, possibly with dependencies.
 Recorder = Callable[[str, mx.array], mx.array]
 
 
 class TapKind(StrEnum):
-    """What is observed: inputs of linear layers, outputs of blocks, or both."""
+    """Kinds of taps: inputs of linear layers, outputs of blocks, or both."""
 
     LINEAR = "linear"
     BLOCK = "block"
@@ -31,7 +31,7 @@ class TapKind(StrEnum):
 
 
 class Halves(StrEnum):
-    """Whether both halves of the guidance batch are observed together, or each also by itself."""
+    """Statistics of the guidance batch: both halves pooled, or each half also separately."""
 
     POOLED = "pooled"
     APART = "apart"
@@ -39,12 +39,12 @@ class Halves(StrEnum):
 
 @dataclass(frozen=True)
 class TapPoint:
-    """One place of observation.
+    """One tap.
 
     Attributes:
         name: canonical name of the layer whose input is observed, or of the block whose output is.
-        aliases: further layers that read the very same array.
-        kind: what the layer reads, as the architecture says (modulated, post-gelu …), or block.
+        kind: kind of the layer's input by the architecture (modulated, post-gelu …), or 'block'.
+        aliases: further layers with the same input array.
     """
 
     name: str
@@ -58,7 +58,7 @@ class TapPoint:
 
 @dataclass(frozen=True)
 class TapSelection:
-    """Which taps to place: a kind, narrowed by patterns over canonical names (``*.mlp.fc2``); what they tell apart."""
+    """Selection of taps: a kind, restricted by patterns over canonical names (``*.mlp.fc2``), and guidance halves."""
 
     kind: TapKind = TapKind.LINEAR
     include: Sequence[str] = field(default=("*",))
@@ -71,14 +71,18 @@ def _matching(names: Sequence[str], patterns: Sequence[str], key: str) -> set[st
     for pattern in patterns:
         hits = fnmatch.filter(names, pattern)
         if not hits:
-            near = {*names, *("*." + ".".join(name.split(".")[-2:]) for name in names if "." in name)}
+            near = {*names, *("*." + ".".join(name.split(".")[-2:]) for name in names if name.count(".") > 1)}
             raise ConfigError(f"taps.{key}={pattern}: matches no layer.{suggest(pattern, near)}")
         chosen.update(hits)
     return chosen
 
 
 def tap_points(architecture: Architecture, selection: TapSelection) -> list[TapPoint]:
-    """The taps of ``selection``, in network order; layers that share an input share a tap."""
+    """The taps of ``selection``, in network order; layers with the same input array share a tap.
+
+    Raises:
+        ConfigError: a pattern matches no layer, or none is left.
+    """
     linear = list(architecture.layers()) if selection.kind is not TapKind.BLOCK else []
     blocks = architecture.blocks() if selection.kind is not TapKind.LINEAR else []
     known = [*linear, *blocks]
@@ -94,7 +98,7 @@ def tap_points(architecture: Architecture, selection: TapSelection) -> list[TapP
 
 
 class InputTap(nn.Module):
-    """Reports the input of ``inner`` and calls it; any other attribute is that of ``inner``."""
+    """Records the input of ``inner`` and calls it; all other attributes are those of ``inner``."""
 
     def __init__(self, inner: nn.Module, name: str, record: Recorder):
         super().__init__()
@@ -116,7 +120,7 @@ class InputTap(nn.Module):
 
 
 class BlockTap(nn.Module):
-    """Reports the outputs of a block, of several streams each apart (``name.stream``), and passes them on."""
+    """Calls a block and records its outputs, those of several streams separately (``name.stream``)."""
 
     def __init__(self, inner: nn.Module, name: str, streams: Sequence[str], record: Recorder):
         super().__init__()
@@ -138,7 +142,7 @@ class BlockTap(nn.Module):
 
 @contextmanager
 def tapped(architecture: Architecture, points: Sequence[TapPoint], record: Recorder) -> Iterator[None]:
-    """Within the context every forward reports to ``record``; afterwards the children are the original objects."""
+    """Install taps, which call ``record`` in every forward pass, for the time of the context; then remove them."""
     replaced: list[tuple[Any, str | int, nn.Module]] = []
     # Blocks last: once a block is wrapped, paths into it lead through the wrapper.
     ordered = sorted(points, key=lambda point: point.kind == "block")
@@ -146,7 +150,7 @@ def tapped(architecture: Architecture, points: Sequence[TapPoint], record: Recor
         for point in ordered:
             parent, key = parent_of(architecture.module, architecture.path(point.name))
             child = parent[key]
-            # Noted first: an interrupt between the two lines must not leave the wrapper behind.
+            # Recorded first: an interrupt between the two statements must not leave the wrapper in place.
             replaced.append((parent, key, child))
             if point.kind == "block":
                 parent[key] = BlockTap(child, point.name, architecture.streams(point.name), record)

@@ -1,4 +1,4 @@
-"""How well a layer's weights survive rounding, measured once for a model."""
+"""SQNR of a model's weights under quantization, measured once per model."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -23,10 +23,10 @@ def energy(x: mx.array) -> float:
 
 
 def weight_sqnr(layer: nn.Module) -> dict[int, float]:
-    """Signal to quantization noise, dB, of MLX's affine rounding at each bit-width in groups of 64.
+    """Signal-to-quantization-noise ratio, dB, of MLX's affine quantization by bit-width, in groups of 64.
 
-    Empty for layers that MLX cannot quantize so: convolutions, already quantized layers, and widths that 64 does
-    not divide. SQNR = 10 log10(Σw² / Σ(w - Q(w))²), in float32.
+    SQNR = 10 log10(Σw² / Σ(w - Q(w))²), in float32. Empty for layers that MLX cannot quantize in this way:
+    convolutions, already quantized layers, and widths that 64 does not divide.
     """
     if not isinstance(layer, nn.Linear) or layer.weight.shape[-1] % GROUP_SIZE:
         return {}
@@ -44,11 +44,11 @@ def weight_sqnr(layer: nn.Module) -> dict[int, float]:
 def cached_weight_sqnr(
     cache_dir: Path, fingerprint: str, names: Sequence[str], layers: Callable[[], Mapping[str, nn.Module]]
 ) -> dict[str, dict[int, float]]:
-    """:func:`weight_sqnr` of the layers ``names`` that are such, from ``cache_dir`` where it was measured before.
+    """:func:`weight_sqnr` of those layers ``names`` that have one, from ``cache_dir`` where it was measured before.
 
     Args:
-        fingerprint: of the model's weights.
-        layers: every linear layer by name; called only if one is not known yet.
+        fingerprint: fingerprint of the model's weights.
+        layers: returns every linear layer by name; called only if one is not cached.
     """
     path = cache_dir / "weights" / f"{fingerprint}.json"
     known = _known(path)
@@ -69,7 +69,7 @@ def cached_weight_sqnr(
 
 
 def _known(path: Path) -> dict[str, dict[str, float | None]]:
-    """What was measured before; a lost or damaged file is measured again, one of damaged content too."""
+    """Cached results; empty where the file is missing or damaged, so that they are measured again."""
     with suppress(CalibError, AttributeError, TypeError):
         return {name: dict(sqnr.items()) for name, sqnr in read_json(path).items()}
     return {}

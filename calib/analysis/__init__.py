@@ -1,1 +1,1 @@
-"""From statistics to a plan: how many bits each layer may have."""
+"""Make a plan from statistics: bit-widths, clipping and activation ranges of every layer."""

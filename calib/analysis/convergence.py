@@ -1,23 +1,24 @@
-"""How far ranges and percentiles of layers still move with more images: a bootstrap over prompts.
+"""Estimate how much ranges and percentiles of layers change with the number of images: a bootstrap over prompts.
 
-From min, max, p01 and p99 of each image, pooled over the steps that the sampler evaluates, four values of a layer are
-formed (METHODS §2): its full range max - min; p01 and p99, estimated by the mean of the images' own; and the central
-range between these. Each is formed again, many times, from N images drawn at random. How far those lie from the value
-of all images, in parts of its width, is the movement.
+Four values of a layer are formed from min, max, p01 and p99 of each image, pooled over the steps that the sampler
+evaluates (docs/METHODS.md §2): the full range max - min; p01 and p99, each the mean over images; and the central range
+p99 - p01. Each is computed again from many sets of N images drawn at random. The movement is the deviation of these
+from the value of all images, relative to its width.
 
-What these figures mean:
+How to read these figures:
 
-- Prompts are drawn, each with all its images, as the images of one prompt are alike, and the tokens of one image more
-  so: resampling those would call everything settled.
+- Prompts are resampled, each with all its images, as images of one prompt are alike, and tokens of one image more so:
+  resampling images or tokens would underestimate the movement.
 - They are drawn with replacement. Without it N = n would show no movement at all, though n other prompts would give
-  other statistics. The spread of a mean over N images is then σ/√N (σ: between the images), also at N = n, where it is
-  the standard error of the value at hand. It is low by the factor √(1 - 1/prompts): 5% with 10 prompts.
-- The full range is an extreme. N images never show more of it than all do: it is biased low and moves one way. At
+  other statistics. The spread of a mean over N images is σ/√N (σ: between images), also at N = n, where it is the
+  standard error of the value from all images. It is low by the factor √(1 - 1/prompts): 5% with 10 prompts.
+- The full range is an extreme. N images never show more of it than all images: it is biased low and moves one way. At
   N = n the bootstrap of an extreme is not consistent, for N much below n it is (Bickel & Freedman 1981; Bickel, Götze,
-  van Zwet 1997), and at no N can it tell how far values reach beyond those seen. So read its movement as what N images
-  miss of the range that was seen. A resample at N = n holds 63% of the prompts: a range that falls short there is owed
-  to few of them. The next image, of a new prompt, exceeds the range of n images with probability up to 2/(n + 1).
-- Nothing here is a correction: all images together are the best estimate at hand.
+  van Zwet 1997), and at no N does it show how far values extend beyond those observed. So its movement is the part of
+  the observed range that N images miss. A resample at N = n has 63% of the prompts: a range that falls short there
+  depends on few of them. The next image, of a new prompt, exceeds the range of n images with probability up to
+  2/(n + 1).
+- The figures are no correction: all images together give the best available estimate.
 """
 
 import os
@@ -40,16 +41,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 COUNTS = (10, 25, 50, 100)
-#: Where there are not many more images than the first of COUNTS, the curve begins here.
+#: Numbers of images at which the curve begins where a run has at most SMALL images.
 SMALL_COUNTS, SMALL = (2, 5), 25
 DRAWS = 2000
 SEED = 0
-#: Of resamples, and of layers in the verdict.
+#: Share of resamples, and of layers in the verdict, that figures cover.
 COVERAGE = 0.95
 
 
 class Quantity(StrEnum):
-    """What is estimated of a layer; movements of ``range`` are parts of itself, all others of the central range."""
+    """Estimated values of a layer; movements of ``range`` are relative to itself, all others to the central range."""
 
     RANGE = "range"
     CENTRAL = "central_range"
@@ -59,17 +60,17 @@ class Quantity(StrEnum):
 
 @dataclass(frozen=True)
 class ImageRanges:
-    """What every image contributes, in the units of the activations.
+    """Ranges of every image at every layer, in the units of the activations.
 
     Attributes:
-        images: their ids.
-        prompts: (images,), equal where images were drawn from one prompt.
-        prompts_unknown: why every image counts as a prompt of its own; empty where the prompts are known.
-        steps: the step indices pooled over.
-        steps_left_out: those collected that the sampler never evaluates.
+        images: image ids.
+        prompts: (images,), equal numbers for images of one prompt.
+        prompts_unknown: why every image counts as a separate prompt; empty where the prompts are known.
+        steps: step indices that are pooled.
+        steps_left_out: collected steps that the sampler never evaluates.
         layers: (images, 4) by layer name, in network order: min, max, and the means over steps of p01 and p99.
-        same_input: the further layers that read the same array, by layer name.
-        not_finite: layers that are not in ``layers``, with the number of images without any finite value at some step.
+        same_input: further layers with the same input array, by layer name.
+        not_finite: layers that are not in ``layers``, with the number of images without finite values at some step.
     """
 
     images: list[int]
@@ -84,13 +85,13 @@ class ImageRanges:
 
 @dataclass(frozen=True)
 class Movement:
-    """How resamples lie about the value of all images, in parts of its width (0.03: 3%).
+    """Distribution of resamples about the value of all images, relative to its width (0.03: 3%).
 
     Attributes:
         bias: mean of the signed deviations.
         expected: mean of their magnitudes.
-        low, high: the central 95% of the signed deviations.
-        most: 95% of the magnitudes are not above it.
+        low, high: the central 95% interval of the signed deviations.
+        most: 95th percentile of the magnitudes.
     """
 
     bias: float
@@ -109,7 +110,7 @@ class Movement:
 
 @dataclass(frozen=True)
 class LayerConvergence:
-    """One layer: its values from all images, and their movement by number of images."""
+    """Values of one layer from all images, and their movements by number of images."""
 
     name: str
     same_input: list[str]
@@ -123,7 +124,7 @@ class LayerConvergence:
 
 @dataclass(frozen=True)
 class Convergence:
-    """All layers of a run, in network order; ``counts`` are the numbers of images, the last one all of them."""
+    """All layers of a run, in network order; ``counts`` are ascending numbers of images, the last all of them."""
 
     source: ImageRanges
     counts: list[int]
@@ -132,18 +133,22 @@ class Convergence:
     layers: list[LayerConvergence]
 
     def worst(self, quantity: Quantity) -> list[LayerConvergence]:
-        """Layers by their movement with all images, then with fewer, the worst first."""
+        """Layers by descending movement with all images, then with fewer."""
         counts = self.counts[::-1]
         return sorted(self.layers, key=lambda layer: [-layer.movements[n][quantity].most for n in counts])
 
     def most_of_layers(self, quantity: Quantity) -> float:
-        """95% of the layers move by no more than this with all images."""
+        """95th percentile over the layers of their movement with all images."""
         moved = [layer.most(quantity) for layer in self.layers]
         return float(np.quantile(moved, COVERAGE, method="higher"))
 
 
 def read_image_ranges(run: Path) -> ImageRanges:
-    """Of a run directory; prompts come from the dataset's manifest, if that is still there."""
+    """Read the ranges of a run directory; prompts come from the dataset's manifest, if it still exists.
+
+    Raises:
+        CalibError: the run has no ``activations.h5``, or fewer than two images or prompts, or no finite layer.
+    """
     if not run.is_dir():
         raise CalibError(f"{run}: no such directory")
     if not (run / ACTIVATIONS).exists():
@@ -173,15 +178,15 @@ def read_image_ranges(run: Path) -> ImageRanges:
         raise CalibError(f"{run}: holds {len(images)} image; how statistics converge takes 2 or more")
     if not found:
         raise CalibError(f"{run}: no layer has finite activations in every image; look at {METADATA}")
-    prompts, unknown = prompts_of(run, images)
+    prompts, unknown = image_prompts(run, images)
     if len(set(prompts)) < 2:
         raise CalibError(f"{run}: its {len(images)} images are all of one prompt; it takes 2 prompts or more")
     numbers = np.unique(prompts, return_inverse=True)[1]
     return ImageRanges(images, numbers, unknown, steps, left_out, found, same_input, not_finite)
 
 
-def prompts_of(run: Path, images: Sequence[int]) -> tuple[list[str], str]:
-    """The prompt of each image, and why they are unknown: then each image has a text of its own."""
+def image_prompts(run: Path, images: Sequence[int]) -> tuple[list[str], str]:
+    """The prompt of each image, and why prompts are unknown; then each image has a text of its own."""
     own = [f"image {image}" for image in images]
     try:
         metadata: Any = read_json(run / METADATA)
@@ -209,17 +214,16 @@ def prompts_of(run: Path, images: Sequence[int]) -> tuple[list[str], str]:
 
 
 def image_counts(images: int) -> list[int]:
-    """The numbers of images to look at, ascending, the last one all."""
+    """Numbers of images to examine, ascending; the last is ``images``."""
     standard = (*SMALL_COUNTS, *COUNTS) if images <= SMALL else COUNTS
     return [*(count for count in standard if count < images), images]
 
 
 def resample(prompts: NDArray[np.int64], count: int, draws: int = DRAWS, seed: int = SEED) -> NDArray[np.int64]:
-    """How often each image is in each of ``draws`` random sets of ``count`` images, (draws, images).
+    """Multiplicities of the images in ``draws`` random sets of ``count`` images, (draws, images).
 
-    Prompts (numbered from 0, one for each image) are drawn with replacement, each with all its images, until there are
-    enough; of the last one so many images, at random, as are still wanted. The same for the same arguments,
-    whichever other counts are looked at.
+    Prompts (numbered from 0, one for each image) are drawn with replacement, each with all its images, until a set is
+    full; of the last prompt only as many images, at random, as still fit. The result depends on the arguments alone.
     """
     rng = np.random.default_rng([seed, count])
     sizes = np.bincount(prompts)
@@ -236,15 +240,15 @@ def resample(prompts: NDArray[np.int64], count: int, draws: int = DRAWS, seed: i
 
 
 def estimates(ranges: NDArray[np.float64], chosen: NDArray[np.int64]) -> dict[Quantity, NDArray[np.float64]]:
-    """Every quantity from each set of images, (draws,).
+    """Every quantity estimated from each set of images, (draws,).
 
     Args:
         ranges: (images, 4): min, max, p01, p99 of each image.
-        chosen: (draws, images): how often each image is in each set.
+        chosen: (draws, images): multiplicities of the images in each set.
     """
     low, high, p01, p99 = ranges.T
     means = chosen @ np.stack([p01, p99], axis=1) / chosen.sum(axis=1, keepdims=True)
-    # Of the images in order of their extremes the first that is in the set decides: faster than gathering values.
+    # The first image of a set, in the order of extremes, has the set's extreme: faster than gathering values.
     present = chosen > 0
     lowest, highest = np.argsort(low), np.argsort(-high)
     least = low[lowest][np.argmax(present[:, lowest], axis=1)]
@@ -258,17 +262,17 @@ def estimates(ranges: NDArray[np.float64], chosen: NDArray[np.int64]) -> dict[Qu
 
 
 def layer_values(ranges: NDArray[np.float64]) -> dict[Quantity, float]:
-    """Every quantity of a layer from all images; ``ranges`` is (images, 4)."""
+    """Every quantity of a layer estimated from all images; ``ranges`` is (images, 4)."""
     everyone = np.ones((1, len(ranges)), np.int64)
     return {quantity: float(values[0]) for quantity, values in estimates(ranges, everyone).items()}
 
 
 def movements(ranges: NDArray[np.float64], chosen: NDArray[np.int64]) -> dict[Quantity, Movement]:
-    """How each quantity of one layer moves over sets of images; arguments as of :func:`estimates`."""
+    """Movement of each quantity of one layer over sets of images; arguments as for :func:`estimates`."""
     values = layer_values(ranges)
     found = {}
     for quantity, resampled in estimates(ranges, chosen).items():
-        # Where the central range is 0, the percentiles may still move; where the full one is, nothing can.
+        # Where the central range is 0 the percentiles may still move; where the full range is 0 nothing can.
         central = values[Quantity.CENTRAL] if quantity is not Quantity.RANGE else 0.0
         width = central or values[Quantity.RANGE] or 1.0
         found[quantity] = Movement.of((resampled - values[quantity]) / width)
@@ -278,12 +282,12 @@ def movements(ranges: NDArray[np.float64], chosen: NDArray[np.int64]) -> dict[Qu
 def convergence(
     source: ImageRanges, counts: Sequence[int] | None = None, draws: int = DRAWS, seed: int = SEED
 ) -> Convergence:
-    """How all layers move with the number of images (:func:`image_counts` where ``counts`` is None)."""
+    """Movements of all layers by number of images; ``counts`` None: :func:`image_counts`."""
     counts = image_counts(len(source.images)) if counts is None else sorted(counts)
     moved: dict[str, dict[int, dict[Quantity, Movement]]] = {name: {} for name in source.layers}
     with Progress("convergence", len(counts) * len(moved), "layer", delay=2.0) as progress:
         for count in counts:
-            # The same sets for all layers, as a run with so many images would have them.
+            # The same sets for all layers, as in a run with that number of images.
             chosen = resample(source.prompts, count, draws, seed)
             for name, ranges in source.layers.items():
                 moved[name][count] = movements(ranges, chosen)

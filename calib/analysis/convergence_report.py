@@ -1,4 +1,4 @@
-"""What :func:`calib.analysis.convergence.convergence` found: a table, a JSON document, a picture."""
+"""Report the results of :func:`calib.analysis.convergence.convergence`: a table, a JSON document, a plot."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -16,16 +16,16 @@ import numpy as np
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-#: What the table and the picture show, with how it is formed.
+#: Quantities that the table and the plot show, with their definitions.
 SHOWN = {Quantity.CENTRAL: "percentiles: central range, p99 - p01", Quantity.RANGE: "full range, max - min"}
-#: Layers that get a colour in each panel of the picture; with more they cannot be told apart.
+#: Largest number of coloured layers in a panel of the plot; more would be indistinguishable.
 MOST_NAMED = 6
-#: A bootstrap over fewer prompts calls the spread smaller than it is by more than 5%.
+#: Number of prompts below which a bootstrap underestimates the spread by more than 5%.
 FEW_PROMPTS = 10
 
 
 def convergence_text(found: Convergence, run: Path, layers: int) -> str:
-    """What was looked at, a table for each quantity with the ``layers`` worst, notes, the verdict."""
+    """The report as text: what was examined, a table per quantity of the ``layers`` worst, notes, the verdict."""
     source, count = found.source, len(found.source.images)
     prompts = ", each a prompt of its own" if source.prompts_unknown else f" of {_prompts(found)} prompts"
     inputs = len(found.layers)
@@ -115,7 +115,7 @@ def _verdicts(found: Convergence) -> list[str]:
 
 
 def convergence_json(found: Convergence, run: Path, plot: Path) -> dict[str, Any]:
-    """Everything, of all layers; movements are parts of 1."""
+    """The full results of all layers, JSON-able; movements are fractions."""
     source = found.source
     return {
         "run": str(run),
@@ -154,8 +154,8 @@ def convergence_json(found: Convergence, run: Path, plot: Path) -> dict[str, Any
 
 
 def write_plot(found: Convergence, path: Path, layers: int) -> None:
-    """A PNG with a panel for each quantity: movement against number of images, the worst of ``layers`` named."""
-    # Slow to import, and needed here only; a Figure of its own asks for no display.
+    """Write a PNG with a panel per quantity: movement against number of images, the ``layers`` worst named."""
+    # Imported here, as it is slow; a Figure without pyplot needs no display.
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 6.2), layout="constrained")
@@ -195,7 +195,7 @@ def _draw_panel(axes: "Axes", found: Convergence, quantity: Quantity, named: int
     axes.set_xlabel("number of images N (log scale)")
     axes.set_ylabel(f"movement, % of the value of all images\n({COVERAGE:.0%} of resamples stay below)")
     axes.grid(alpha=0.25)
-    # Below: within, it would hide curves.
+    # Below the axes, as it would hide curves within.
     axes.legend(fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.13), frameon=False)
 
 
@@ -204,5 +204,5 @@ def _curve(layer: LayerConvergence, found: Convergence, quantity: Quantity) -> l
 
 
 def _apart(counts: Sequence[int]) -> list[int]:
-    """Those whose labels do not overlap on a log axis; the last always among them."""
+    """The counts whose labels do not overlap on a log axis, including the last."""
     return [a for a, b in pairwise(counts) if b > 1.1 * a] + [counts[-1]]

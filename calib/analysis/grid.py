@@ -1,7 +1,8 @@
-"""Grids of uniform quantization, and their arithmetic on the host and on the device.
+"""Uniform quantization grids, on the host and on the device.
 
-An asymmetric grid of b bits over [low, high] has 2^b values, a step s apart; zero is one of them, so that what is
-zero stays zero (padding, the many zeros after a GELU). Q(x) = s (clip(round(x / s) + z, 0, 2^b - 1) - z).
+An asymmetric grid of b bits over [low, high] has 2^b values at distance s, the scale. Zero is one of them, so that
+zeros are exact (padding, the many zeros after a GELU). With the zero point z,
+Q(x) = s (clip(round(x / s) + z, 0, 2^b - 1) - z).
 """
 
 from dataclasses import dataclass
@@ -16,12 +17,12 @@ class Grid:
     """The grid of ``bits`` that covers [low, high] and zero.
 
     Attributes:
-        step: between neighbouring values; 0 where ``low`` and ``high`` are both 0: then nothing is changed.
-        zero: the place of zero among the values 0 … 2^bits - 1.
+        scale: distance of neighbouring values; 0 where ``low`` and ``high`` are both 0: values are left unchanged.
+        zero_point: the integer of zero, 0 … 2^bits - 1.
     """
 
-    step: float
-    zero: int
+    scale: float
+    zero_point: int
     bits: int
 
     @classmethod
@@ -32,16 +33,16 @@ class Grid:
 
     def apply(self, x: NDArray[np.float64]) -> NDArray[np.float64]:
         """Q(x), in float64."""
-        if not self.step:
+        if not self.scale:
             return x
-        places = np.clip(np.round(x / self.step) + self.zero, 0, 2**self.bits - 1)
-        result: NDArray[np.float64] = (places - self.zero) * self.step
+        integers = np.clip(np.round(x / self.scale) + self.zero_point, 0, 2**self.bits - 1)
+        result: NDArray[np.float64] = (integers - self.zero_point) * self.scale
         return result
 
     def apply_mx(self, x: mx.array) -> mx.array:
-        """Q(x) of an array of the device, computed in float32 and returned in the type of ``x``."""
-        if not self.step:
+        """Q(x) on the device, computed in float32 and returned in the type of ``x``; lazy."""
+        if not self.scale:
             return x
-        lowest, highest = -self.zero, 2**self.bits - 1 - self.zero
-        places = mx.clip(mx.round(x.astype(mx.float32) * (1 / self.step)), lowest, highest)
-        return (places * self.step).astype(x.dtype)
+        lowest, highest = -self.zero_point, 2**self.bits - 1 - self.zero_point
+        integers = mx.clip(mx.round(x.astype(mx.float32) * (1 / self.scale)), lowest, highest)
+        return (integers * self.scale).astype(x.dtype)

@@ -1,22 +1,24 @@
-"""A heuristic as the stages see it: one that looks at each layer by itself, or one that decides about all at once.
+"""Call a heuristic by its signature: one that plans each layer by itself, or one that plans all layers at once.
 
-What it takes says which it is: a parameter ``layer`` gets one layer's statistics at a time, ``layers`` those of all by
-name, and ``sensitivities``, beside it, what quantizing each alone does to the model; they are measured only then.
+A parameter ``layer`` gets the statistics of one layer at a time, ``layers`` those of all layers by name. With
+``sensitivities`` beside ``layers`` it also gets the measured errors of quantizing each layer alone; they are measured
+only then.
 """
 
 import inspect
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, TypeAlias
 
 from calib.analysis.layers import PROBE, LayerSummary
-from calib.analysis.plan import LayerPlan, Plan
+from calib.analysis.plan import LayerPlan, Plan, fault_of
 from calib.analysis.sensitivities import Sensitivities
 from calib.base.errors import ConfigError
 
 import numpy as np
 
-#: A heuristic that looks at one layer at a time, its parameters bound.
+#: A heuristic over one layer at a time, its parameters bound.
 LayerHeuristic: TypeAlias = Callable[[LayerSummary], LayerPlan]
 
 
@@ -25,9 +27,11 @@ class Heuristic:
     """An option of the config group ``analysis``, its parameters bound.
 
     Attributes:
-        GIVEN: the parameters that are supplied to it, of those it has.
-        function: returns a LayerPlan where it is given ``layer``, else a Plan.
-        measures: whether it needs sensitivities, which take a model and stored states.
+        GIVEN: names of the parameters that calib supplies, where the function has them.
+        function: returns a LayerPlan where it takes ``layer``, else a Plan.
+        by_layer: whether it takes ``layer``.
+        measures: whether it takes ``sensitivities``, which need a model and stored states.
+        named: the option, for errors.
     """
 
     GIVEN: ClassVar = ("layer", "layers", "sensitivities")
@@ -35,77 +39,113 @@ class Heuristic:
     function: Callable[..., Any]
     by_layer: bool
     measures: bool
+    named: str
 
     @classmethod
     def of(cls, function: Callable[..., Any], named: str) -> "Heuristic":
-        """The heuristic that ``function`` is by its signature; ``named`` says which option it is, for errors.
+        """Build a heuristic from ``function`` by its signature; ``named`` names the option, for errors.
 
         Raises:
-            ConfigError: it takes neither ``layer`` nor ``layers``, or, tried on one layer, returns no LayerPlan.
+            ConfigError: it has another signature, or, tried on one layer, returns no LayerPlan.
         """
-        parameters = inspect.signature(function).parameters
-        by_layer, whole = "layer" in parameters, "layers" in parameters
-        if by_layer == whole or (by_layer and "sensitivities" in parameters):
-            takes = "must take layer, or layers, or layers and sensitivities"
-            raise ConfigError(f"{named}: a heuristic {takes}; this one takes {', '.join(parameters) or 'nothing'}")
-        found = cls(function, by_layer, "sensitivities" in parameters)
-        if by_layer and not isinstance(function(layer=PROBE), LayerPlan):
-            raise ConfigError(f"{named}: a heuristic that takes layer must return a LayerPlan")
+        check_signature(function, named)
+        given = inspect.signature(function).parameters
+        found = cls(function, "layer" in given, "sensitivities" in given, named)
+        if found.by_layer:
+            found.check("a made-up layer", function(layer=PROBE))
         return found
 
     def plan(self, layers: Mapping[str, LayerSummary], sensitivities: Callable[[], Sensitivities]) -> Plan:
-        """The plan for ``layers``, with the outliers that the statistics show."""
+        """The plan for ``layers``, with the outliers in their statistics."""
         if self.by_layer:
-            return make_plan(layers, lambda layer: self.function(layer=layer))
-        return with_outliers(self.whole(layers, sensitivities), layers)
+            plan = Plan({name: self.check(name, self.function(layer=layer)) for name, layer in layers.items()})
+        else:
+            plan = self.whole(layers, sensitivities)
+        return with_outliers(plan, layers)
 
-    def whole(self, layers: Mapping[str, LayerSummary], sensitivities: Callable[[], Sensitivities]) -> Plan:
-        """What a heuristic over all layers returns for ``layers``.
+    def whole(
+        self, layers: Mapping[str, LayerSummary], sensitivities: Callable[[], Sensitivities] | None = None
+    ) -> Plan:
+        """The plan of a heuristic over all layers; ``sensitivities`` is called if it measures.
 
         Raises:
             ConfigError: it is no Plan, or one of other layers.
         """
-        more = {"sensitivities": sensitivities()} if self.measures else {}
+        more = {}
+        if self.measures:
+            assert sensitivities is not None
+            more["sensitivities"] = sensitivities()
         plan = self.function(layers=layers, **more)
-        function = getattr(self.function, "func", self.function)
-        named = f"analysis: {getattr(function, '__module__', '')}.{getattr(function, '__qualname__', function)}"
         if not isinstance(plan, Plan):
-            raise ConfigError(
-                f"{named} returned {type(plan).__name__}; a heuristic that takes layers must return a Plan"
-            )
+            must = "a heuristic that takes layers must return a Plan"
+            raise ConfigError(f"{self.named}: returned {type(plan).__name__}; {must}")
         if missing := sorted(set(layers) ^ set(plan.layers)):
-            raise ConfigError(f"{named} must plan every layer once, and no other; look at {missing[0]}")
-        return plan
+            raise ConfigError(f"{self.named}: must plan every layer once, and no other; look at {missing[0]}")
+        return replace(plan, layers={name: self.check(name, plan.layers[name]) for name in layers})
+
+    def check(self, layer: str, plan: Any) -> LayerPlan:
+        """Check the plan of one layer, and replace NumPy's integers by Python's.
+
+        Raises:
+            ConfigError: it is no LayerPlan, or holds what MLX cannot run.
+        """
+        if not isinstance(plan, LayerPlan):
+            must = "a heuristic that takes layer must return a LayerPlan"
+            raise ConfigError(f"{self.named}: returned {type(plan).__name__} for {layer}; {must}")
+        try:
+            found = replace(
+                plan,
+                weight_bits=operator.index(plan.weight_bits),
+                activation_bits=operator.index(plan.activation_bits),
+                group_size=operator.index(plan.group_size),
+            )
+        except TypeError:
+            raise ConfigError(f"{self.named}: bits and group_size of {layer} must be integers") from None
+        if fault := fault_of(found):
+            raise ConfigError(f"{self.named}: {layer} has {fault}")
+        return found
 
     def phase_bits(self, layers: Mapping[str, LayerSummary], plan: Plan) -> dict[str, dict[str, int]]:
-        """Activation bits of every layer in each phase that was collected.
+        """Activation bits of every layer in each collected phase, by phase.
 
-        A heuristic that looks at single layers looks at those phase's statistics alone; of another they are the plan's.
+        A heuristic over single layers gets the statistics of each phase; for others the bits are those of the plan.
         """
         phases = dict.fromkeys(phase for layer in layers.values() for phase in layer.phases)
         if not self.by_layer:
             return {phase: {name: layer.activation_bits for name, layer in plan.layers.items()} for phase in phases}
         return {
-            phase: {name: self.function(layer=layer.phases[phase]).activation_bits for name, layer in layers.items()}
+            phase: {
+                name: self.check(name, self.function(layer=layer.phases[phase])).activation_bits
+                for name, layer in layers.items()
+            }
             for phase in phases
         }
 
 
+def check_signature(function: Callable[..., Any], named: str) -> None:
+    """Raise where the signature of ``function`` is not that of a heuristic."""
+    parameters = inspect.signature(function).parameters
+    by_layer, whole = "layer" in parameters, "layers" in parameters
+    if by_layer == whole or (by_layer and "sensitivities" in parameters):
+        takes = "must take layer, or layers, or layers and sensitivities"
+        raise ConfigError(f"{named}: a heuristic {takes}; this one takes {', '.join(parameters) or 'nothing'}")
+
+
 def make_plan(layers: Mapping[str, LayerSummary], heuristic: LayerHeuristic) -> Plan:
-    """Apply ``heuristic`` to every layer and name the outliers."""
+    """Apply ``heuristic`` to every layer, and add the outliers."""
     return with_outliers(Plan({name: heuristic(layer) for name, layer in layers.items()}), layers)
 
 
 def with_outliers(plan: Plan, layers: Mapping[str, LayerSummary]) -> Plan:
-    """``plan`` with the outliers that the statistics show."""
+    """``plan`` with the outlier layers and channels in the statistics."""
     channels = {name: found for name, layer in layers.items() if (found := outlier_channels(layer))}
     return replace(plan, outlier_layers=outlier_layers(layers), outlier_channels=channels)
 
 
 def outlier_channels(layer: LayerSummary, factor: float = 2.5) -> dict[int, float]:
-    """Channels whose range exceeds ``factor`` times the layer's median channel range (this project's origin).
+    """Channels whose range exceeds ``factor`` times the layer's median channel range, each with its ratio.
 
-    Each with its range in medians.
+    The rule of the scripts that calib started from.
     """
     if layer.channel_range is None or not len(layer.channel_range):
         return {}
@@ -117,7 +157,7 @@ def outlier_channels(layer: LayerSummary, factor: float = 2.5) -> dict[int, floa
 
 
 def outlier_layers(layers: Mapping[str, LayerSummary], threshold: float = 50.0) -> dict[str, float]:
-    """Layers with heavy tails: kurtosis of the pooled histogram above ``threshold`` (a normal distribution has 3)."""
+    """Layers with heavy tails: kurtosis of the pooled histogram above ``threshold`` (3 for a normal distribution)."""
     return {
         name: layer.kurtosis
         for name, layer in layers.items()

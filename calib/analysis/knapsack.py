@@ -1,9 +1,9 @@
-"""One option for each layer, the least total cost within a budget of bytes: a multiple-choice knapsack, exactly.
+"""Solve a multiple-choice knapsack exactly: one option for each layer, with the least total cost within a budget.
 
-The integer program of METHODS §4 ``allocate``, after MixDQ (arXiv 2405.17873) and HAWQ-V3 (arXiv 2011.10680), solved
-by HiGHS. HiGHS knows absolute tolerances (10⁻⁶ between a solution and its bound), in which sensitivities of 10⁻⁸
-vanish. So it is given what a Lagrangian bound leaves open, scaled to that bound's gap: the few options that an
-optimum may hold, with costs from 0 to :data:`SCALE`, and whole numbers of bytes divided by what all have in common.
+The integer program of docs/METHODS.md §4 ``allocate``, after MixDQ (arXiv 2405.17873) and HAWQ-V3 (arXiv 2011.10680),
+solved by HiGHS. HiGHS has absolute tolerances (10⁻⁶ between a solution and its bound), below which sensitivities of
+10⁻⁸ vanish. So it gets the problem that a Lagrangian bound leaves open, scaled to that bound's gap: the few options
+that an optimum may contain, with costs from 0 to :data:`SCALE`, and integer sizes in units of their common divisor.
 """
 
 import ctypes
@@ -15,12 +15,10 @@ from calib.base.errors import CalibError
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import sparse
-from scipy.optimize import Bounds, LinearConstraint, milp
 
-#: The largest cost that HiGHS sees: with its 10⁻⁶ the optimum is known to 10⁻¹² of what was left open.
+#: The largest cost given to HiGHS: with its tolerance of 10⁻⁶ the optimum is known to 10⁻¹² of the open gap.
 SCALE = 1e6
-#: Seconds after which HiGHS gives up; what is known as hard takes a few.
+#: Seconds after which HiGHS gives up; known hard problems take a few.
 TIME_LIMIT = 300.0
 
 Floats = NDArray[np.float64]
@@ -28,9 +26,9 @@ Choice = NDArray[np.intp]
 
 
 def solve(cost: Sequence[Floats], nbytes: Sequence[NDArray[np.int64]], budget: int) -> list[int]:
-    """For each layer the index of its option: Σ cost is least among all choices with Σ nbytes ≤ ``budget``.
+    """The index of each layer's option, such that Σ cost is least among all choices with Σ nbytes ≤ ``budget``.
 
-    ``cost[layer]`` and ``nbytes[layer]`` run along the layer's options; costs must be finite.
+    ``cost[layer]`` and ``nbytes[layer]`` have one entry per option of the layer; costs must be finite.
 
     Raises:
         CalibError: no choice fits, or HiGHS does not end with an optimum.
@@ -39,7 +37,7 @@ def solve(cost: Sequence[Floats], nbytes: Sequence[NDArray[np.int64]], budget: i
     if room < 0:
         raise CalibError(f"no choice fits into {budget} bytes: the smallest one takes {budget - room}")
     kept = [_undominated(*pair) for pair in zip(cost, nbytes, strict=True)]
-    # Above the layer's least, so that a large cost that cannot be avoided hides no small one.
+    # Relative to the layer's least cost, so that an unavoidable large cost does not hide small ones.
     value = _padded([costs[k] - costs[k].min() for costs, k in zip(cost, kept, strict=True)], np.inf)
     extra = [sizes[k] - sizes.min() for sizes, k in zip(nbytes, kept, strict=True)]
     unit = int(np.gcd.reduce(np.concatenate(extra))) or 1
@@ -54,7 +52,7 @@ def solve(cost: Sequence[Floats], nbytes: Sequence[NDArray[np.int64]], budget: i
 
 
 def _undominated(cost: Floats, nbytes: NDArray[np.int64]) -> NDArray[np.intp]:
-    """Options that cost less than every option of their size or a smaller one, by ascending size."""
+    """Options that cost less than every other option of the same or a smaller size, by ascending size."""
     order = np.lexsort((cost, nbytes))
     least = np.minimum.accumulate(cost[order])
     kept: NDArray[np.intp] = order[np.append(True, least[1:] < least[:-1])]
@@ -62,7 +60,7 @@ def _undominated(cost: Floats, nbytes: NDArray[np.int64]) -> NDArray[np.intp]:
 
 
 def _padded(rows: Sequence[NDArray[np.float64 | np.int64]], fill: float) -> Floats:
-    """(layers, options), shorter rows filled up."""
+    """Stack rows as (layers, options), shorter ones padded with ``fill``."""
     table = np.full((len(rows), max(map(len, rows))), fill)
     for line, row in zip(table, rows, strict=True):
         line[: len(row)] = row
@@ -74,7 +72,7 @@ def _sum(table: Floats, choice: Choice) -> float:
 
 
 def _price(value: Floats, size: Floats, units: int) -> float:
-    """The Lagrangian multiplier of the budget: the least price of a unit at which the cheapest options fit."""
+    """The Lagrange multiplier of the budget: the least price per unit at which the cheapest options fit."""
     low, high = 0.0, 2 * float(value[np.isfinite(value)].max())
     while low < (middle := (low + high) / 2) < high:
         if _sum(size, (value + middle * size).argmin(axis=1)) > units:
@@ -85,7 +83,7 @@ def _price(value: Floats, size: Floats, units: int) -> float:
 
 
 def _filled(value: Floats, size: Floats, units: int, choice: Choice) -> Choice:
-    """``choice``, which fits, bettered greedily: ever the change that saves most a unit, until no change fits."""
+    """``choice``, which fits, improved greedily by the change that saves most per unit, until no change fits."""
     choice = choice.copy()
     while True:
         at = choice[:, None]
@@ -94,24 +92,24 @@ def _filled(value: Floats, size: Floats, units: int, choice: Choice) -> Choice:
         useful = (saved > 0) & (more <= units - _sum(size, choice))
         if not useful.any():
             return choice
-        # What saves takes more: dominated options are gone.
+        # An option that saves cost is larger, as dominated ones are removed.
         rate = np.where(useful, saved / np.where(useful, more, 1.0), 0.0)
         layer, option = np.unravel_index(rate.argmax(), rate.shape)
         choice[layer] = option
 
 
 def _optimum(value: Floats, size: Floats, units: int, price: float, fitting: Choice) -> Choice:
-    """The optimum, as good as ``fitting`` or better.
+    """The optimum, given a choice ``fitting`` that fits.
 
-    Σ value = Σ reduced + price · (units not used) + what all choices have in common; no term is negative. So no option
-    whose own reduced cost exceeds the gap, what ``fitting`` has of that sum, is in a better choice.
+    Σ value = Σ reduced + price · (unused units) + a constant, without negative terms. So no option whose reduced cost
+    exceeds the gap, the sum of the first two terms for ``fitting``, is in a better choice.
     """
     priced = value + price * size
     least = priced.min(axis=1)
     reduced = priced - least[:, None]
     gap = _sum(reduced, fitting) + price * (units - _sum(size, fitting))
     rounding = float(np.finfo(np.float64).eps * least.sum())
-    if gap <= rounding:  # as near as the sum itself can be known
+    if gap <= rounding:  # equal within the precision of the sum
         return fitting
     open_ = reduced <= gap + rounding
     layer, option = np.nonzero(open_ & (open_.sum(axis=1, keepdims=True) > 1))
@@ -126,17 +124,20 @@ def _optimum(value: Floats, size: Floats, units: int, price: float, fitting: Cho
     choice[layer[chosen]] = option[chosen]
     left = units - _sum(size, choice)
     reached = _sum(reduced, choice) + price * left
-    # HiGHS has called infeasible or worse solutions optimal (scipy issue 24141): whole numbers decide.
+    # HiGHS has reported infeasible or worse solutions as optimal (scipy issue 24141): check with integers.
     if left < 0 or reached > gap * (1 + 1e-6) + rounding:
         raise CalibError("HiGHS returned a choice that does not fit or is worse than a known one; try another budget")
     return choice if reached < gap else fitting
 
 
 def _highs(costs: Floats, sizes: Floats, layer: NDArray[np.intp], units: float) -> NDArray[np.bool_]:
-    """Which options are chosen: one a layer, Σ costs · x least where Σ sizes · x and the units not used make ``units``.
+    """Choose one option per layer, with Σ costs · x least and Σ sizes · x plus the unused units equal to ``units``.
 
-    The last of ``costs`` is that of a unit not used.
+    The last entry of ``costs`` is that of an unused unit.
     """
+    from scipy import sparse  # slow to import: checking a configuration would wait for it
+    from scipy.optimize import Bounds, LinearConstraint, milp
+
     count = len(layer)
     names, line = np.unique(layer, return_inverse=True)
     one_each = sparse.csr_array((np.ones(count), (line, np.arange(count))), shape=(len(names), count + 1))
@@ -150,7 +151,7 @@ def _highs(costs: Floats, sizes: Floats, layer: NDArray[np.intp], units: float) 
                 LinearConstraint(one_each, 1, 1),
                 LinearConstraint(np.append(sizes, 1.0)[None], units, units),
             ],
-            # There is nothing left to presolve: without it the longest solves take half the time.
+            # Presolving finds nothing more: without it the longest solves take half the time.
             options={"mip_rel_gap": 0.0, "presolve": False, "time_limit": TIME_LIMIT},
         )
     if result.status != 0:
@@ -161,7 +162,7 @@ def _highs(costs: Floats, sizes: Floats, layer: NDArray[np.intp], units: float) 
 
 @contextmanager
 def _silenced() -> Iterator[None]:
-    """What C code prints goes nowhere: HiGHS 1.12 now and then says how it works, whatever it is told."""
+    """Discard what C code prints: HiGHS 1.12 sometimes logs, whatever its options."""
     libc, stdout = ctypes.CDLL(None), 1
     libc.fflush(None)
     kept = os.dup(stdout)

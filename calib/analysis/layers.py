@@ -1,14 +1,15 @@
-"""What a heuristic sees of a layer, read from a run directory or from a ``layer_statistics.json`` alone."""
+"""Statistics of layers for heuristics, read from a run directory or from a ``layer_statistics.json`` alone."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from calib.activations.histogram import Histogram
+from calib.activations.histogram import BINS, Histogram
 from calib.activations.reader import ActivationFile
 from calib.activations.statistics import PERCENTILES, Statistics, merge_all
-from calib.base.errors import CalibError, ConfigError
+from calib.analysis.plan import WEIGHT_BITS
+from calib.base.errors import CalibError, ConfigError, lacks_or_garbles
 from calib.base.files import read_json, write_json
 from calib.base.layout import ACTIVATIONS, STATISTICS
 from calib.dataset.timesteps import phase_bounds
@@ -23,14 +24,13 @@ class LayerSummary:
 
     Attributes:
         percentiles: p001 (the 0.1th) … p999 (the 99.9th).
-        num_samples: activation values that were seen.
-        channel_range: max - min of each channel.
-        kurtosis: of the pooled histogram; 3 for a normal distribution.
+        num_samples: number of activation values.
+        channel_range: max - min of each channel, (channels,).
+        kurtosis: kurtosis of the pooled histogram; 3 for a normal distribution.
         phases: the same layer over the steps of each phase alone.
         steps: min, max, p01 and p99 at each collected step that the sampler feeds to the model.
-        histogram: of the pooled values.
-        weight_sqnr: signal to quantization noise of the layer's own weights, dB, by bits in groups of 64; empty where
-            they cannot be quantized so.
+        histogram: histogram of the pooled values.
+        weight_sqnr: SQNR of the layer's weights, dB, by bits in groups of 64; empty where they cannot be quantized so.
     """
 
     minimum: float
@@ -70,17 +70,30 @@ class LayerSummary:
         }
 
 
-#: A layer no model has, to try a heuristic's parameters on before anything is loaded.
-PROBE = LayerSummary(
-    *(-1.0, 1.0, 0.0, 0.5, dict.fromkeys(("p001", "p01", "p05", "p50", "p95", "p99", "p999"), 0.5), 1),
-    histogram=Histogram("float16", np.array([0x8000], np.uint16), np.array([1], np.uint64)),
-)
+def _made_up() -> LayerSummary:
+    values = np.linspace(-1, 1, 257)
+    bits = values.astype(np.float16).view(np.uint16).astype(np.int64)
+    histogram = Histogram.from_counts(np.bincount(bits, minlength=BINS), "float16")
+    percentiles = dict(zip(PERCENTILES, histogram.percentiles(list(PERCENTILES.values())).tolist(), strict=True))
+    shape = (-1.0, 1.0, 0.0, float(values.std()), percentiles, len(values), np.full(8, 2.0), histogram.kurtosis())
+    step = {"min": -1.0, "max": 1.0, "p01": percentiles["p01"], "p99": percentiles["p99"]}
+    phases = {phase: LayerSummary(*shape, histogram=histogram) for phase in phase_bounds(3)}
+    sqnr = {b: 6.0 * b for b in WEIGHT_BITS}
+    return LayerSummary(*shape, phases, dict.fromkeys(range(3), step), histogram, sqnr)
+
+
+#: A made-up layer with all statistics of an ``activations.h5``, for trying heuristics before anything is loaded.
+PROBE = _made_up()
 
 
 def read_summaries(stats: Path) -> tuple[dict[str, LayerSummary], int | None]:
-    """Layers by name, and the trajectory's number of steps where known.
+    """Read layers by name, and the trajectory's number of steps where known.
 
     ``stats`` is a run directory (its ``activations.h5`` is used), that file, or a ``layer_statistics.json``.
+
+    Raises:
+        ConfigError: there is no such file.
+        CalibError: the file is damaged.
     """
     if stats.suffix == ".h5":
         return _from_activations(stats)
@@ -96,7 +109,7 @@ def read_summaries(stats: Path) -> tuple[dict[str, LayerSummary], int | None]:
 def write_summaries(run: Path) -> list[str]:
     """Write ``layer_statistics.json`` of a run directory from its ``activations.h5``.
 
-    Returns the layers that are left out, as they have not one finite value.
+    Returns the layers without any finite value, which are left out.
     """
     summaries, _ = read_summaries(run)
     write_json(run / STATISTICS, {name: layer.to_json() for name, layer in summaries.items() if layer.num_samples})
@@ -116,7 +129,7 @@ def _from_json(path: Path, name: str, entry: Mapping[str, Any]) -> LayerSummary:
         percentiles = {key: float(found[key]) for key in PERCENTILES if key in found or key in ("p01", "p99")}
         low, high, mean, std, count = (float(entry[key]) for key in ("min", "max", "mean", "std", "num_samples"))
     except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise CalibError(f"{path}: layer {name!r} lacks or garbles {error}") from None
+        raise lacks_or_garbles(path, error, "calib collect writes it", part=f"layer {name!r}") from None
     if not np.isfinite([low, high, mean, std, count, *percentiles.values()]).all():
         raise CalibError(f"{path}: layer {name!r} holds NaN or infinite numbers")
     return LayerSummary(low, high, mean, std, percentiles, int(count))
@@ -133,13 +146,13 @@ def _from_activations(path: Path) -> tuple[dict[str, LayerSummary], int]:
 
 
 def reported_layers(file: ActivationFile) -> list[str]:
-    """Layers that are summarised, in network order: every linear layer, and blocks whole, not stream by stream."""
+    """Names of the layers to summarise, in network order: linear layers, and blocks without their streams."""
     blocks = {name for name in file.layers if file.kind(name) == "block"}
     return [name for name in file.layers if name not in blocks or name.rpartition(".")[0] not in blocks]
 
 
 def summarise_layer(file: ActivationFile, name: str, num_steps: int) -> LayerSummary:
-    """One layer over all collected steps, over each phase, and step by step."""
+    """Summarise one layer over all collected steps, over each phase, and at each step."""
     by_step = file.by_step(name)
     pooled = LayerSummary.of(merge_all(list(by_step.values())))
     evaluated = file.evaluated_steps()

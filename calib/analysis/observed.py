@@ -1,4 +1,4 @@
-"""What layers were seen to span step by step, read from ``activations.h5``; what of a plan follows from it."""
+"""Ranges of layers at each denoising step, read from ``activations.h5``, and the step plan that follows from them."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,25 +17,25 @@ from calib.dataset.timesteps import phase_bounds
 import numpy as np
 from numpy.typing import NDArray
 
-#: Layers are told of whose range is so many times as wide at one step as at another.
-TOLD = 1.5
+#: Ratio of the widest to the narrowest range over the steps above which a layer is reported.
+REPORTED_DRIFT = 1.5
 
 
 def observe(
     file: ActivationFile, name: str, clip: tuple[float, float], divisors: NDArray[np.float64] | None = None
 ) -> Observed:
-    """What layer ``name`` spans at each collected step that the sampler feeds to the model.
+    """Ranges of the input of layer ``name`` at each collected step that the sampler feeds to the model.
 
-    The range is the exact minimum and maximum, or the percentiles ``clip`` of a step's histogram where those are not
+    The range is the exact minimum and maximum, or the percentiles ``clip`` of a step's histogram where ``clip`` is not
     (0, 100). With ``divisors``, (channels,), all positive, each input channel is divided by its own (SmoothQuant, arXiv
-    2211.10438), the range is exact, and ``clip`` does not apply: a histogram pools the channels. For that reason the
-    99th percentile then is where it lay in the undivided range, in proportion.
+    2211.10438); then the range is exact and ``clip`` does not apply, as a histogram pools the channels, and the 99th
+    percentile is placed in proportion to its position in the undivided range.
 
-    Noise levels that the file does not hold, of steps that were not collected, are interpolated linearly in the step
-    index, from 1 at step 0 to 0 in the finished latent.
+    Noise levels of steps that were not collected are interpolated linearly in the step index, from 1 at step 0 to 0 at
+    the finished latent.
 
     Raises:
-        CalibError: no such layer, or none of its values is finite at any of these steps.
+        CalibError: there is no such layer, or none of its values is finite at any of these steps.
     """
     by_step = _evaluated(file, name)
     found = {step: _range(statistics, clip, divisors) for step, statistics in by_step.items()}
@@ -47,12 +47,12 @@ def observe(
 
 
 def channel_extremes(file: ActivationFile, name: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Least and largest value of each channel of a layer over the same steps, (channels,) each.
+    """Minimum and maximum of each channel of a layer over the same steps, (channels,) each.
 
-    Of a channel without finite values +infinity and -infinity, as in the file.
+    They are +infinity and -infinity for a channel without finite values, as in the file.
 
     Raises:
-        CalibError: no such layer, or none of its values is finite at any of these steps.
+        CalibError: there is no such layer, or none of its values is finite at any of these steps.
     """
     by_step = _evaluated(file, name)
     if not any(statistics.count.any() for statistics in by_step.values()):
@@ -75,7 +75,7 @@ def _nothing(file: ActivationFile, name: str) -> CalibError:
 def _range(
     statistics: Statistics, clip: tuple[float, float], divisors: NDArray[np.float64] | None
 ) -> tuple[float, float, float]:
-    """Low, high, 99th percentile; not finite where the values are not."""
+    """Low, high and 99th percentile; not finite where there are no finite values."""
     least, most = float(statistics.minimum.min()), float(statistics.maximum.max())
     low, high, p99 = statistics.histogram.percentiles([*clip, 99]).clip(least, most)
     if divisors is not None:
@@ -87,7 +87,7 @@ def _range(
 
 
 def _sigmas(file: ActivationFile) -> NDArray[np.float64]:
-    """Noise level of every step that the model is evaluated at, (num_steps,)."""
+    """Noise level of every step at which the model is evaluated, (num_steps,)."""
     levels = file.levels()
     known = sorted(({0: 1.0, levels.num_steps: 0.0} | dict(levels.sigmas)).items())
     steps, sigmas = zip(*known, strict=True)
@@ -96,19 +96,21 @@ def _sigmas(file: ActivationFile) -> NDArray[np.float64]:
 
 
 def range_drift(observed: Observed) -> float:
-    """How far the width of the range moves over the steps: 1 - narrowest / widest, 0 … 1; 0 where it has none."""
+    """Drift of the width of the range over the steps: 1 - narrowest / widest, 0 … 1; 0 where all widths are 0."""
     widths = observed.high - observed.low
     widest = float(widths.max())
     return 1 - float(widths.min()) / widest if widest > 0 else 0.0
 
 
 def drift_text(layers: Mapping[str, Observed], most: int = 10) -> str:
-    """For people: the layers that drift most, ``most`` of them at most, and how many are above the threshold."""
+    """A table for people: at most ``most`` layers of largest drift, and the number of layers above the threshold."""
     drifts = {name: range_drift(observed) for name, observed in layers.items()}
-    told = sorted((name for name in drifts if drifts[name] > 1 - 1 / TOLD), key=lambda name: -drifts[name])
+    reported = sorted(
+        (name for name in drifts if drifts[name] > 1 - 1 / REPORTED_DRIFT), key=lambda name: -drifts[name]
+    )
     lines = ["  Drift over the steps (width at its widest : at its narrowest):"]
-    lines += [f"    - {name} ({_note(layers[name])})" for name in told[:most]]
-    lines.append(f"    {len(told)} of {len(layers)} layers above ×{TOLD}" if told else "    - none")
+    lines += [f"    - {name} ({_note(layers[name])})" for name in reported[:most]]
+    lines.append(f"    {len(reported)} of {len(layers)} layers above ×{REPORTED_DRIFT}" if reported else "    - none")
     return "\n".join(lines) + "\n"
 
 
@@ -120,7 +122,7 @@ def _note(observed: Observed) -> str:
 
 
 def observed_ranges(plan: Plan, activations: Path) -> dict[str, Observed]:
-    """What each planned layer's input spans at each collected step, after the plan's clipping."""
+    """Ranges of each planned layer's input at each collected step, after the plan's clipping."""
     with ActivationFile(activations) as file:
         return {name: observe(file, name, layer.clip_percentile) for name, layer in plan.layers.items()}
 
@@ -132,11 +134,11 @@ def plan_steps(
     rule: RangeRule,
     phase_bits: Mapping[str, Mapping[str, int]] | None = None,
 ) -> StepPlan:
-    """The part of ``plan`` that varies with the step.
+    """The part of ``plan`` that varies with the denoising step.
 
     Args:
         activations: the ``activations.h5`` that ``observed`` was read from.
-        rule: how ranges vary.
+        rule: makes the ranges of all steps from the observed ones.
         phase_bits: activation bits by phase and layer; None where they are the same at all steps.
     """
     with ActivationFile(activations) as file:
@@ -163,7 +165,7 @@ def plan_steps(
 
 
 def _timesteps(run: Path, known: Mapping[int, float], num_steps: int) -> list[float]:
-    """Timesteps of steps 0 … n - 1: as recorded, else between those that were collected, linear in the step."""
+    """Timesteps of steps 0 … n - 1: as recorded, else interpolated linearly in the step between the collected ones."""
     document = read_json(run / METADATA) if (run / METADATA).exists() else None
     recorded = document.get("timesteps") if isinstance(document, dict) else None
     if isinstance(recorded, list) and len(recorded) > num_steps:
@@ -174,6 +176,6 @@ def _timesteps(run: Path, known: Mapping[int, float], num_steps: int) -> list[fl
 
 
 def rule_document(rule: Callable[..., Any]) -> dict[str, Any]:
-    """A function with its parameters bound, as an option of a config group names it."""
+    """A function with bound parameters, in the form of an option of a config group."""
     function, parameters = getattr(rule, "func", rule), getattr(rule, "keywords", {})
     return {"_target_": f"{function.__module__}.{function.__qualname__}", **parameters}

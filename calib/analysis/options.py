@@ -1,4 +1,4 @@
-"""What each layer may have: bits in each phase, one group size, what it takes and what it does."""
+"""The options of each layer: bits in each phase and a group size, with their bytes and errors."""
 
 import math
 from collections.abc import Mapping
@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class Options:
-    """What one layer may have; options run along the first axis of each array.
+    """The options of one layer, along the first axis of each array.
 
     Attributes:
         bits: (options, phases); one column where all steps share the weights.
-        cost: S, each phase weighted by its share of the sampler's steps.
-        nbytes: of all copies.
-        weights: how many the layer has.
+        cost: S, each phase weighted by its share of the sampler's steps, (options,).
+        nbytes: bytes of all copies, (options,).
+        weights: number of weights of the layer.
     """
 
     bits: NDArray[np.int64]
@@ -30,15 +30,18 @@ class Options:
     weights: int
 
     def cost_at(self, average: float) -> float:
-        """The least cost within ``average`` bits a weight, or of the smallest option."""
+        """The least cost within ``average`` bits per weight, or that of the smallest option where none fits."""
         within = 8 * self.nbytes <= average * self.weights
         return float(self.cost[within].min() if within.any() else self.cost[self.nbytes.argmin()])
 
 
 def phase_shares(sensitivities: Sensitivities, per_phase: bool) -> dict[str, NDArray[np.float64]]:
-    """By phase, the weight of S at each measured step; Σ over all phases and steps is 1.
+    """The weight of S at each measured step by phase, (steps,); the sum over all phases and steps is 1.
 
-    A phase counts by its share of the sampler's steps, and the steps measured in it alike.
+    A phase is weighted by its share of the sampler's steps, and the steps measured in it equally.
+
+    Raises:
+        CalibError: no step of some phase was measured.
     """
     steps, n = np.array(sensitivities.steps), sensitivities.num_steps
     if not per_phase:
@@ -62,7 +65,7 @@ def options_by_layer(
     sensitivities: Sensitivities,
     shares: NDArray[np.float64],
 ) -> dict[str, Options]:
-    """Options by layer: for each group size every way to give the phases bits; ``shares`` is (phases, steps)."""
+    """Options by layer: for each group size all combinations of bits of the phases; ``shares`` is (phases, steps)."""
     return {name: _options_of(sensitivities.shapes[name], found, shares) for name, found in measured.items()}
 
 
@@ -75,7 +78,7 @@ def _options_of(
         bits = sorted(b for b, size in measured if size == group_size)
         cost = np.stack([measured[b, group_size] for b in bits]) @ shares.T
         nbytes = np.array([option_bytes(shape, b, group_size) for b in bits])
-        given = np.indices([len(bits)] * len(shares)).reshape(len(shares), -1).T  # (options, phases): places in bits
+        given = np.indices([len(bits)] * len(shares)).reshape(len(shares), -1).T  # (options, phases): indices into bits
         copies = (given[:, :, None] == np.arange(len(bits))).any(axis=1)  # (options, bits)
         sizes = np.full(len(given), group_size)
         parts.append((np.array(bits)[given], sizes, cost[given, phases].sum(axis=1), copies @ nbytes))
@@ -84,5 +87,5 @@ def _options_of(
 
 
 def weights_of(options: Mapping[str, Options]) -> int:
-    """How many weights all layers have together."""
+    """Total number of weights of all layers."""
     return sum(o.weights for o in options.values())

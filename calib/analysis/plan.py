@@ -1,6 +1,6 @@
-"""A plan: bits and clipping for every layer, and why. The content of ``quantization_config.json``.
+"""A plan: bits and clipping for every layer, with reasons. The content of ``quantization_config.json``.
 
-This is the one schema of that file, for those who write, apply and compare plans; it needs neither MLX nor h5py.
+This is the only schema of that file, for writing, applying and comparing plans; it imports neither MLX nor h5py.
 """
 
 from collections.abc import Mapping
@@ -8,33 +8,34 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from calib.base.errors import CalibError
+from calib.base.errors import CalibError, lacks_or_garbles
 from calib.base.files import read_json, short_hash
 
 NO_CLIP = (0.0, 100.0)
 
-#: What MLX runs: bits of weights, and how many neighbouring weights of a row share a scale and a bias.
+#: Bit-widths of weights that MLX supports, and numbers of neighbouring weights of a row that share a scale and a bias.
 WEIGHT_BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
 #: Weight bits where a heuristic sets none.
 DEFAULT_WEIGHT_BITS = 8
 DEFAULT_GROUP_SIZE = 64
-#: Bits of activations from which on they are left as they are: nothing finer than the 16-bit floats they come in.
+#: Activation bits that mean no quantization, as activations are 16-bit floats.
 UNQUANTIZED = 16
 
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What one layer gets.
+    """The plan of one layer.
 
     Attributes:
-        clip_percentile: activation percentiles at which the range is cut, if ``use_percentile_clipping``.
-        reason: what decided, in a few words for people: 'large range', 'narrow range' …
-        sensitive: needs careful handling; aggressive: may have 4 bits or fewer.
-        group_size: weights of a row that share a scale and a bias.
+        clip_percentile: activation percentiles at which the range is clipped, if ``use_percentile_clipping``.
+        reason: the reason in a few words for people: 'large range', 'narrow range' …
+        sensitive: needs careful handling.
+        aggressive: may have 4 bits or fewer.
+        group_size: number of weights of a row that share a scale and a bias.
         figure: the number behind the reason, with its name: 'r = 12.4'.
-        sensitivity: S of the layer's weights as planned, where it was measured: mean ‖v - v_q‖² / ‖v‖² of the output.
-        nbytes: that these weights then take, where it was counted.
+        sensitivity: S of the layer's planned weights, mean ‖v - v_q‖² / ‖v‖² of the model's output; None: not measured.
+        nbytes: bytes of the planned weights; None: not computed.
     """
 
     weight_bits: int
@@ -70,13 +71,13 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """Layer plans by name, and what stands out in the statistics.
+    """Layer plans by name, and outliers in the statistics.
 
     Attributes:
         outlier_layers: kurtosis of layers with heavy tails.
-        outlier_channels: by layer, channels whose range exceeds a multiple of the layer's median, with that multiple.
-        phase_weight_bits: by phase and layer, where weights vary with the step; every copy is kept.
-        notes: what people should know of how the plan was made, a line each.
+        outlier_channels: by layer, channels of large range, with the ratio to the layer's median channel range.
+        phase_weight_bits: weight bits by phase and layer, where they vary with the step; every copy is stored.
+        notes: notes for people on the making of the plan, a line each.
     """
 
     layers: dict[str, LayerPlan]
@@ -107,38 +108,60 @@ class Plan:
 
 
 def read_plan(path: Path) -> dict[str, LayerPlan]:
-    """The layers of a ``quantization_config.json``; keys beyond the four of the contract may be missing.
+    """The layers of a ``quantization_config.json`` that MLX can run.
 
     Raises:
-        CalibError: the file is missing, damaged, or holds what no plan can.
+        CalibError: the file is missing or damaged, or a layer has what MLX cannot run.
+    """
+    layers = read_layers(path)
+    for name, layer in layers.items():
+        if fault := fault_of(layer):
+            raise CalibError(f"{path}: layer {name!r} has {fault}")
+    return layers
+
+
+def read_layers(path: Path) -> dict[str, LayerPlan]:
+    """The layers of a ``quantization_config.json`` as planned, whether MLX can run them or not.
+
+    Keys beyond the four of the contract may be missing.
+
+    Raises:
+        CalibError: the file is missing or damaged.
     """
     document = read_json(path)
     if not isinstance(document, dict) or not document:
         raise CalibError(f"{path}: holds no layers; calib analyze writes a plan")
-    return {name: _layer_of(path, name, entry) for name, entry in document.items()}
+    return {name: read_layer(path, name, entry) for name, entry in document.items()}
 
 
-def _layer_of(path: Path, name: str, entry: Any) -> LayerPlan:
+def read_layer(path: Path, name: str, entry: Any) -> LayerPlan:
+    """The layer ``name`` of the plan in ``path``, from its ``entry`` there; a CalibError where it is damaged."""
     try:
-        weight_bits, activation_bits = entry["suggested_weight_bits"], entry["suggested_activation_bits"]
         clips, (low, high) = entry["use_percentile_clipping"], entry["clip_percentile"]
-        layer = LayerPlan(
-            weight_bits,
-            activation_bits,
+        return LayerPlan(
+            _whole("suggested_weight_bits", entry["suggested_weight_bits"]),
+            _whole("suggested_activation_bits", entry["suggested_activation_bits"]),
             (float(low), float(high)) if clips else NO_CLIP,
             str(entry.get("reason", "")),
             bool(entry.get("sensitive", False)),
             bool(entry.get("aggressive", False)),
-            entry.get("group_size", DEFAULT_GROUP_SIZE),
+            _whole("group_size", entry.get("group_size", DEFAULT_GROUP_SIZE)),
             str(entry.get("figure", "")),
+            None if (sensitivity := entry.get("sensitivity")) is None else float(sensitivity),
+            None if (nbytes := entry.get("bytes")) is None else _whole("bytes", nbytes),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CalibError(f"{path}: layer {name!r} lacks or garbles {error}; calib analyze writes a plan") from None
-    _check_layer(path, name, layer)
-    return layer
+        raise lacks_or_garbles(path, error, "calib analyze writes a plan", part=f"layer {name!r}") from None
 
 
-def _check_layer(path: Path, name: str, layer: LayerPlan) -> None:
+def _whole(key: str, value: Any) -> int:
+    if type(value) is not int:
+        raise ValueError(f"{key}={value}, no integer")
+    return value
+
+
+def fault_of(layer: LayerPlan) -> str | None:
+    """The first fault that prevents MLX from running a layer's plan, for people; None where there is none."""
     low, high = layer.clip_percentile
     faults = {
         f"suggested_weight_bits={layer.weight_bits}: MLX quantizes weights to {WEIGHT_BITS}": layer.weight_bits
@@ -150,11 +173,9 @@ def _check_layer(path: Path, name: str, layer: LayerPlan) -> None:
         and 2 <= layer.activation_bits <= UNQUANTIZED,
         f"clip_percentile={[low, high]}: must ascend, from 0 to 100": 0 <= low < high <= 100,
     }
-    for fault, holds in faults.items():
-        if not holds:
-            raise CalibError(f"{path}: layer {name!r} has {fault}")
+    return next((fault for fault, holds in faults.items() if not holds), None)
 
 
 def plan_hash(layers: Mapping[str, LayerPlan]) -> str:
-    """Hash of what of a plan decides about activations: layers, their bits, their clipping."""
+    """Hash of the parts of a plan that affect activations: layers, activation bits, clipping."""
     return short_hash([[name, plan.activation_bits, list(plan.clip_percentile)] for name, plan in layers.items()])

@@ -1,7 +1,7 @@
-"""Ranges of activations that vary with the denoising step, for quantizing them during sampling.
+"""Activation ranges that vary with the denoising step, for quantizing activations during sampling.
 
-The rules are the options of the config group ``ranges``. A function of your own, from your own package, is one as soon
-as a YAML file under ``ranges/`` names it as ``_target_``.
+The rules are the options of the config group ``ranges``. A function from your own package becomes an option when a YAML
+file under ``ranges/`` names it as ``_target_``.
 """
 
 import sys
@@ -18,20 +18,20 @@ from numpy.typing import NDArray
 
 GROUP = "ranges"
 
-#: Of a layer's whole width: what a grid of 16 bits, with which activations are left as they are, tells apart.
+#: Smallest relative width of a range: the resolution of a grid of 16 bits, at which activations are not quantized.
 FINEST = 2.0**-16
-#: Polynomials up to here are fitted well in double precision.
+#: Highest degree of polynomials that double precision fits well.
 MOST_DEGREE = 8
 
 
 @dataclass(frozen=True)
 class Observed:
-    """What a layer's input was seen to span at the steps that were collected and that the sampler feeds to the model.
+    """Ranges of a layer's input at the collected steps that the sampler feeds to the model.
 
     Attributes:
         steps: step indices, ascending, (k,); all below ``num_steps``.
-        low, high: the range at each, after the plan's clipping, (k,).
-        p99: 99th percentile at each, (k,).
+        low, high: the range at each step, after the plan's clipping, (k,).
+        p99: 99th percentile at each step, (k,).
         sigmas: noise level of every step 0 … num_steps - 1 of the trajectory, (num_steps,), falling from about 1.
     """
 
@@ -48,43 +48,44 @@ class Observed:
 
 @dataclass(frozen=True)
 class StepRanges:
-    """A range for every step, constant in between: from step ``from_step[i]`` on it is [low[i], high[i]]."""
+    """A range for every step, piecewise constant: from step ``from_step[i]`` on it is [low[i], high[i]]."""
 
     from_step: tuple[int, ...]
     low: tuple[float, ...]
     high: tuple[float, ...]
 
     def at(self, step: int) -> tuple[float, float]:
-        """The range at a step."""
+        """The range (low, high) at a step."""
         place = max(i for i, first in enumerate(self.from_step) if first <= max(step, 0))
         return self.low[place], self.high[place]
 
 
-#: A rule, its parameters bound: what an option of the config group ``ranges`` has to supply.
+#: A rule, its parameters bound: the type of an option of the config group ``ranges``.
 RangeRule: TypeAlias = Callable[[Observed], StepRanges]
 
 
 def static(observed: Observed) -> StepRanges:
-    """One range for all steps, from the least low to the largest high."""
+    """One range for all steps, from the lowest low to the highest high."""
     return StepRanges((0,), (float(observed.low.min()),), (float(observed.high.max()),))
 
 
 def per_step(observed: Observed) -> StepRanges:
-    """A range for every step; between collected steps linear in the step index, beyond them that of the nearest."""
+    """A range for every step, interpolated linearly between collected steps, constant beyond the first and last."""
     return _merged(*_interpolated(observed))
 
 
 def grouped(observed: Observed, groups: int = 4) -> StepRanges:
     """A range for each of ``groups`` groups of consecutive steps: the hull of the ranges of its collected steps.
 
-    Groups of neighbours, after HTG and TQ-DiT's TGQ (arXiv 2502.04056, time grouping), by this project's own cost: a
-    step whose range has width w, zero included as in a grid, loses log2(W / w) bits to a hull of width W; the sum over
-    the collected steps is least, found exactly by dynamic programming. That is what sharing a range costs, at narrow
-    steps as at wide ones; the 99th percentile, which HTG clusters too, says nothing of a hull. Measured on the emoji
-    model (50 steps, 17 collected, layers whose width doubles): 4-bit rounding noise 15% above that of ``per_step``,
-    where least squared deviations of (low, high, p99) leave 31%.
+    Groups of neighbouring steps, after HTG and TQ-DiT's TGQ (arXiv 2502.04056, time grouping), with this project's own
+    cost: a step whose range has width w, zero included as in a grid, loses log2(W / w) bits to a hull of width W. The
+    grouping with the least sum over the collected steps is found exactly by dynamic programming. This cost measures the
+    loss of sharing a range equally at narrow and wide steps; the 99th percentile, by which HTG clusters too, does not
+    affect a hull. Measured on the emoji model (50 steps, 17 collected, layers whose width doubles): 4-bit rounding
+    noise 15% above that of ``per_step``, where least squared deviations of (low, high, p99) leave 31%.
 
-    The border of two groups lies midway between their collected steps. Fewer collected steps make fewer groups.
+    The border of two groups lies midway between their collected steps. There are at most as many groups as collected
+    steps.
     """
     if groups < 1:
         raise ConfigError.bad_value(f"{GROUP}.groups", groups, "must be 1 or more")
@@ -99,10 +100,10 @@ def grouped(observed: Observed, groups: int = 4) -> StepRanges:
 def polynomial(observed: Observed, degree: int = 4, r_squared: float = 0.98) -> StepRanges:
     """low(sigma) and high(sigma) as polynomials, each of the lowest degree whose R² reaches ``r_squared``.
 
-    Where none up to ``degree`` reaches it, that of ``degree``: of least squares the nearest. The curves are trusted
-    only as far as this. A bound never leaves what the bounds of the collected steps around it span: those on either
-    side and that of the step itself; beyond the first and last it stays as there. At a collected step the range covers
-    what was seen. Where low and high would cross, the range is that of ``per_step``.
+    Where no degree up to ``degree`` reaches it, ``degree`` is used, the best least-squares fit. The curves are limited:
+    a bound stays within the bounds of the neighbouring collected steps and of the step itself, and is constant beyond
+    the first and last; at a collected step the range covers the observed one; where low and high would cross, the range
+    is that of ``per_step``.
     """
     if not 1 <= degree <= MOST_DEGREE:
         raise ConfigError.bad_value(f"{GROUP}.degree", degree, f"must be 1 to {MOST_DEGREE}")
@@ -120,11 +121,11 @@ def polynomial(observed: Observed, degree: int = 4, r_squared: float = 0.98) -> 
 
 
 def _curve(observed: Observed, bound: NDArray[np.float64], degree: int, r_squared: float) -> NDArray[np.float64]:
-    """The polynomial in sigma through ``bound`` (k,), at every step, (num_steps,)."""
+    """The polynomial in sigma fitted to ``bound`` (k,), at every step, (num_steps,)."""
     sigmas = observed.sigmas[observed.steps]
     allowed = (1 - r_squared) * np.sum((bound - bound.mean()) ** 2)
     for tried in range(min(degree, len(bound) - 1) + 1):
-        # It maps the sigmas to [-1, 1]; without `full` it warns where they crowd together.
+        # `fit` maps the sigmas to [-1, 1]; without `full` it warns where they are close together.
         curve, _ = Polynomial.fit(sigmas, bound, tried, full=True)
         if np.sum((curve(sigmas) - bound) ** 2) <= allowed:
             break
@@ -136,21 +137,21 @@ def _interpolated(observed: Observed) -> NDArray[np.float64]:
     """Low and high of every step, (2, num_steps)."""
     every = np.arange(observed.num_steps)
     low, high = (np.interp(every, observed.steps, bound) for bound in (observed.low, observed.high))
-    return np.stack([low, np.maximum(low, high)])  # rounding may cross them
+    return np.stack([low, np.maximum(low, high)])  # they may cross by rounding
 
 
 def _merged(low: NDArray[np.float64], high: NDArray[np.float64]) -> StepRanges:
-    """From a range for every step, (num_steps,); equal neighbours become one."""
+    """Build from a range for every step, (num_steps,); equal neighbours are merged."""
     changes = np.flatnonzero((np.diff(low) != 0) | (np.diff(high) != 0)) + 1
     starts = np.concatenate([[0], changes])
     return StepRanges(tuple(starts.tolist()), tuple(low[starts].tolist()), tuple(high[starts].tolist()))
 
 
 def _bits(low: NDArray[np.float64], high: NDArray[np.float64]) -> NDArray[np.float64]:
-    """log2 of the width of the hull of zero and rows i … j, times their number, (k, k); infinite where i > j."""
+    """Number of rows i … j times log2 of the width of the hull of these and zero, (k, k); infinite where i > j."""
     low, high, k = np.minimum(low, 0), np.maximum(high, 0), len(low)
     found = np.full((k, k), np.inf)
-    smallest = FINEST * (high.max() - low.min()) or 1.0  # of a layer of nothing but zeros any groups will do
+    smallest = FINEST * (high.max() - low.min()) or 1.0  # for a layer of zeros any grouping is equal
     for i in range(k):
         width = np.maximum.accumulate(high[i:]) - np.minimum.accumulate(low[i:])
         found[i, i:] = np.arange(1, k - i + 1) * np.log2(np.maximum(width, smallest))
@@ -158,9 +159,9 @@ def _bits(low: NDArray[np.float64], high: NDArray[np.float64]) -> NDArray[np.flo
 
 
 def _partition(cost: NDArray[np.float64], groups: int) -> list[int]:
-    """Where each of ``groups`` runs of consecutive rows begins at the least total cost.
+    """First rows of ``groups`` runs of consecutive rows, at the least total cost.
 
-    ``cost[i, j]``, (k, k), is that of a run of rows i … j; infinite where i > j.
+    ``cost[i, j]``, (k, k), is the cost of a run of rows i … j; infinite where i > j.
     """
     least, begins = cost[0], []
     for _ in range(1, groups):
@@ -173,7 +174,7 @@ def _partition(cost: NDArray[np.float64], groups: int) -> list[int]:
     return [0, *reversed(starts[1:])]
 
 
-# As ``timestep_config.json`` holds them: {layer: {from_step: […], low: […], high: […]}}
+# The form in ``timestep_config.json``: {layer: {from_step: […], low: […], high: […]}}
 
 
 def ranges_to_json(ranges: Mapping[str, StepRanges]) -> dict[str, dict[str, list[float]]]:
@@ -182,10 +183,10 @@ def ranges_to_json(ranges: Mapping[str, StepRanges]) -> dict[str, dict[str, list
 
 
 def ranges_from_json(document: Any, path: Path, num_steps: int) -> dict[str, StepRanges]:
-    """What :func:`ranges_to_json` made of ranges over ``num_steps``; ``document`` was read from ``path``.
+    """The inverse of :func:`ranges_to_json` for ranges over ``num_steps`` steps; ``document`` was read from ``path``.
 
     Raises:
-        CalibError: it is damaged; one line names the file, the layer and what is wrong.
+        CalibError: the document is damaged; the message names the file, the layer and the fault.
     """
     if not isinstance(document, dict):
         raise CalibError(f"{path}: activation_ranges must be an object of layer names; calib analyze writes it")
@@ -232,6 +233,6 @@ def _check_steps(steps: list[Any], num_steps: int) -> None:
 
 
 def _is_finite(value: Any) -> bool:
-    # Compared as it is: JSON has integers that are too large for a float.
+    # Compared without conversion: JSON has integers too large for a float.
     number = isinstance(value, int | float) and not isinstance(value, bool)
     return number and abs(value) <= sys.float_info.max

@@ -1,4 +1,4 @@
-"""Measured sensitivities: what quantizing one layer alone does to the model's output; what heuristics share of them."""
+"""Measured sensitivities: the error of the model's output with one layer quantized; helpers for heuristics."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -10,22 +10,22 @@ from calib.base.errors import CalibError, suggest
 import numpy as np
 from numpy.typing import NDArray
 
-#: Reason of a layer whose weights stay as they are.
+#: The reason given for a layer whose weights are not quantized.
 KEPT_AT_16_BITS = "kept, MLX cannot quantize it"
-#: Bits above the average from which on a layer counts as sensitive, and fewest that count as few.
+#: Bits above the average from which a layer counts as sensitive, and bits up to which it counts as aggressive.
 SENSITIVE_ABOVE, AGGRESSIVE_AT = 1.5, 4
 
 
 @dataclass(frozen=True)
 class Sensitivities:
-    """S = ‖v - v_q‖² / ‖v‖² of the model's output v, one layer quantized at a time, on stored states.
+    """S = ‖v - v_q‖² / ‖v‖² of the model's output v, with one layer quantized at a time, on stored states.
 
     Attributes:
-        steps: the step indices at which it was measured, ascending; (steps,) below runs along them.
-        num_steps: of the trajectory.
-        weights: by layer, by (bits, group size): S at each step, (steps,) float64.
-        activations: by layer, by bits: S at each step with that layer's input quantized over its full range.
-        shapes: (rows, columns) of each layer's weight; layers that MLX cannot quantize are not in here.
+        steps: indices of the measured steps, ascending.
+        num_steps: number of steps of the trajectory.
+        weights: S at each measured step, (steps,) float64, by layer and (bits, group size).
+        activations: S at each measured step, by layer and bits, with the layer's input quantized over its full range.
+        shapes: (rows, columns) of each layer's weight; without layers that MLX cannot quantize.
     """
 
     steps: tuple[int, ...]
@@ -41,10 +41,10 @@ def usable_options(
     weight_bits: Sequence[int] = WEIGHT_BITS,
     group_sizes: Sequence[int] = GROUP_SIZES,
 ) -> dict[str, dict[tuple[int, int], NDArray[np.float64]]]:
-    """S at each step by layer and option, of options that the layer's width allows; layers in the order of ``layers``.
+    """S at each step by layer and option, for options that the layer's width allows, in the order of ``layers``.
 
     Raises:
-        CalibError: a number or a layer is missing, or one is not what S can be.
+        CalibError: a number or a layer is missing, or a value is no finite, non-negative number.
     """
     _check(layers, sensitivities)
     usable = {}
@@ -90,31 +90,31 @@ def _listed(values: Sequence[int]) -> str:
 
 
 def option_bytes(shape: tuple[int, int], bits: int, group_size: int) -> int:
-    """Bytes of a packed weight: its integers, and a 16-bit scale and bias a group."""
+    """Bytes of a packed weight: its integers, and a 16-bit scale and bias per group."""
     rows, columns = shape
     return rows * columns * bits // 8 + rows * (columns // group_size) * 4
 
 
 def held_bits(bits: int, group_size: int) -> float:
-    """Bits a weight with its share of scale and bias."""
+    """Bits per weight, including its share of scale and bias."""
     return bits + 32 / group_size
 
 
 def judged(plan: LayerPlan, average: float) -> LayerPlan:
-    """``plan`` marked sensitive or aggressive, never both, where layers have ``average`` bits a weight with scales."""
+    """``plan`` marked sensitive or aggressive, never both, relative to ``average`` bits per weight with scales."""
     above = held_bits(plan.weight_bits, plan.group_size) - average
     sensitive = plan.weight_bits >= 8 or above >= SENSITIVE_ABOVE
     return replace(plan, sensitive=sensitive, aggressive=plan.weight_bits <= AGGRESSIVE_AT and not sensitive)
 
 
 def predicted(error: float, nbytes: int, weights: int) -> str:
-    """The note of what a plan is to do and takes."""
+    """The note on a plan's predicted error and size."""
     size = f"{8 * nbytes / weights:.3f} bits a weight, scales and biases counted, {nbytes / 1e6:.2f} MB"
     return f"predicted error ΣS = {error:.3g} at {size}"
 
 
 def kept_note(layers: Mapping[str, LayerSummary], sensitivities: Sensitivities) -> list[str]:
-    """The note of layers that are in no budget; none where there are none."""
+    """The note on layers that MLX cannot quantize and no budget counts; empty where there are none."""
     kept = len(layers) - len(sensitivities.shapes)
     note = f"weights are kept and not counted, as MLX cannot quantize them: {kept} of {len(layers)} layers"
     return [note] if kept else []

@@ -1,4 +1,4 @@
-"""What of a plan varies with the step: phases with their bits, ranges. The content of ``timestep_config.json``."""
+"""The parts of a plan that vary with the denoising step: bits of phases, ranges. ``timestep_config.json``."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -7,7 +7,7 @@ from typing import Any
 
 from calib.analysis.plan import WEIGHT_BITS
 from calib.analysis.ranges import StepRanges, ranges_from_json, ranges_to_json
-from calib.base.errors import CalibError
+from calib.base.errors import lacks_or_garbles
 from calib.base.files import read_json
 
 import numpy as np
@@ -15,18 +15,18 @@ import numpy as np
 
 @dataclass(frozen=True)
 class StepPlan:
-    """What varies with the step; empty where statistics say nothing of steps.
+    """The parts of a plan that vary with the denoising step; empty where the statistics have no steps.
 
     Attributes:
-        timesteps: of steps 0 … n - 1.
-        phases: first and last step of each.
-        activation_bits: by phase and layer, where they differ from phase to phase.
-        weight_bits: by phase and layer, where weights have copies.
-        ranges: of activations, by layer.
-        origin: where the statistics come from, where known: model, fingerprint, path.
-        plan: :func:`calib.analysis.plan.plan_hash` of the plan that this belongs to; empty where that is not known.
-        rule: the function that made the ranges, and its parameters, as an option of the config group names them.
-        drift: :func:`calib.analysis.observed.range_drift` of what each layer was seen to span, 0 … 1.
+        timesteps: timesteps of steps 0 … n - 1.
+        phases: first and last step of each phase.
+        activation_bits: by phase and layer, where they differ from the plan's.
+        weight_bits: by phase and layer, where layers have copies of their weights.
+        ranges: activation ranges by layer.
+        origin: origin of the statistics, where known: model, fingerprint, path.
+        plan: :func:`calib.analysis.plan.plan_hash` of the plan that this belongs to; empty where unknown.
+        rule: the function that made the ranges and its parameters, in the form of an option of the config group.
+        drift: :func:`calib.analysis.observed.range_drift` of each layer's observed ranges, 0 … 1.
     """
 
     timesteps: tuple[float, ...] = ()
@@ -40,7 +40,7 @@ class StepPlan:
     drift: dict[str, float] = field(default_factory=dict)
 
     def bits_by_step(self, name: str, default: int) -> tuple[int, ...]:
-        """Activation bits of a layer at every step; ``default`` outside the phases that were collected."""
+        """Activation bits of a layer at every step; ``default`` outside the collected phases."""
         bits = [default] * len(self.timesteps)
         for phase, (first, last) in self.phases.items():
             own = self.activation_bits.get(phase, {}).get(name, default)
@@ -66,10 +66,10 @@ class StepPlan:
 
 
 def read_steps(path: Path) -> StepPlan:
-    """A ``timestep_config.json``; nothing varies where there is none.
+    """Read a ``timestep_config.json``; an empty :class:`StepPlan` where there is none.
 
     Raises:
-        CalibError: it is damaged.
+        CalibError: the file is damaged.
     """
     if not path.exists():
         return StepPlan()
@@ -94,12 +94,12 @@ def read_steps(path: Path) -> StepPlan:
             {name: float(drift) for name, drift in document.get("drift", {}).items()},
         )
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        raise CalibError(f"{path}: lacks or garbles {error}; run calib analyze again") from None
+        raise lacks_or_garbles(path, error, "run calib analyze again") from None
 
 
 def _bounds(document: Any, num_steps: int) -> tuple[int, int]:
     first, last = (int(step) for step in document)
-    # Of one or two steps some phases have none: their last step is the one before their first.
+    # In a trajectory of one or two steps some phases are empty: their last step precedes their first.
     if not (0 <= first <= num_steps and first - 1 <= last < num_steps):
         raise ValueError(f"a phase from step {first} to {last}, of {num_steps} steps")
     return first, last

@@ -1,4 +1,4 @@
-"""The analysis as people read it: ``analysis.txt``."""
+"""The summary of a plan for people: ``analysis.txt``."""
 
 from collections import Counter
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Sensitivities that were measured: what was tried, and the file that keeps the results for later plans."""
+"""Trials of quantizing one layer or one tap's input, and the file that caches their results."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ from calib.base.progress import note
 
 @dataclass(frozen=True)
 class Trial:
-    """One thing to try on one layer or tap: weights of (bits, group size), or its input at ``bits``."""
+    """Quantization to try: of weights to ``bits`` in groups of ``group_size``, or of an input to ``bits``."""
 
     bits: int
     group_size: int | None = None
@@ -23,16 +23,34 @@ class Trial:
         return f"{self.bits}" if self.group_size is None else f"{self.bits}x{self.group_size}"
 
 
+@dataclass(frozen=True)
+class Task:
+    """Trials of one layer's weights, or of the input of one tap.
+
+    Attributes:
+        kind: 'weights' or 'inputs'.
+        key: key of the results in the cache.
+        names: the layer, or all layers of the tap.
+        range: the range that an input is quantized over.
+    """
+
+    kind: str
+    key: str
+    names: tuple[str, ...]
+    trials: list[Trial]
+    range: tuple[float, float] = (0.0, 0.0)
+
+
 @dataclass
 class TrialCache:
-    """What has been measured: by 'weights' or 'inputs', layer and trial; a list of S by step."""
+    """Cached results: S at each step, by 'weights' or 'inputs', then by layer or tap, then by trial."""
 
     path: Path
     identity: Mapping[str, Any]
     found: dict[str, dict[str, dict[str, list[float]]]] = field(default_factory=lambda: {"weights": {}, "inputs": {}})
 
     def load(self) -> None:
-        """What the file holds; one that is damaged is measured again, and said so."""
+        """Read the file; a damaged one is reported, and its results are measured again."""
         if not self.path.exists():
             return
         try:
@@ -53,6 +71,6 @@ class TrialCache:
         return [trial for trial in trials if trial.key not in have]
 
     def add(self, kind: str, name: str, results: Mapping[str, list[float]]) -> None:
-        """Keep, and write the file: whole, or as it was."""
+        """Add results, and rewrite the file, whole or not at all."""
         self.found[kind].setdefault(name, {}).update(results)
         write_json(self.path, {"identity": self.identity, **self.found})

@@ -1,1 +1,3 @@
-"""What every room stands on: errors, files, progress, versions. Imports nothing else of calib, and no MLX at import."""
+"""What every other room builds on: errors, files, progress, versions. Only ``device`` imports MLX."""
+
+VERSION = "0.1.0"

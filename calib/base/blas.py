@@ -1,8 +1,8 @@
 """Give MLX a fast BLAS on Linux CPU, before MLX is imported.
 
-The mlx-cpu wheel carries reference BLAS, some 30 times slower than a tuned one, and every dense product
-of the project runs on it. The dynamic linker resolves ``cblas_sgemm`` to the first library that offers it
-globally, so loading OpenBLAS or MKL with ``RTLD_GLOBAL`` before ``mlx.core`` is enough: nothing in MLX changes.
+The mlx-cpu wheel contains the reference BLAS, some 30 times slower than a tuned one, and every dense product runs on
+it. The dynamic linker resolves ``cblas_sgemm`` to the first library that exports it globally, so that loading OpenBLAS
+or MKL with ``RTLD_GLOBAL`` before ``mlx.core`` suffices; MLX itself stays as it is.
 
 ``CALIB_BLAS`` overrides the search: a path to a shared library, or ``none`` for the reference BLAS.
 """
@@ -29,14 +29,14 @@ SYSTEM_LIBRARIES = (
 
 @dataclass(frozen=True)
 class BlasStatus:
-    """What was loaded: ``library`` is a path or soname, or None where nothing was; ``reason`` says why."""
+    """Outcome of the search: ``library`` is the path or soname of what was loaded, or None; ``reason`` is why."""
 
     library: str | None
     reason: str
 
 
 def needed() -> bool:
-    """True where MLX computes on a Linux CPU; macOS has Accelerate, and with CUDA the CPU does no heavy work."""
+    """Whether MLX computes on a Linux CPU; macOS has Accelerate, and with CUDA the CPU does no heavy work."""
     if sys.platform != "linux":
         return False
     try:
@@ -46,17 +46,18 @@ def needed() -> bool:
     return True
 
 
-def candidates() -> list[str]:
-    """Shared libraries to try, best first: the system's OpenBLAS, the system's MKL, then pip's MKL."""
-    found = [path for path in SYSTEM_LIBRARIES if Path(path).exists()]
+def candidates() -> Iterator[str]:
+    """Yield shared libraries to try, best first: the system's OpenBLAS, the system's MKL, then pip's MKL."""
+    yield from (path for path in SYSTEM_LIBRARIES if Path(path).exists())
     if root := os.environ.get("MKLROOT"):  # set by Intel's own environment script
-        found.append(str(Path(root, "lib", "libmkl_rt.so")))
-    found += [name for name in map(find_library, ("openblas", "mkl_rt")) if name]
-    return found + _pip_mkl()
+        yield str(Path(root, "lib", "libmkl_rt.so"))
+    # Each search runs ldconfig, so it is left to the case that no library lies in a known place.
+    yield from filter(None, map(find_library, ("openblas", "mkl_rt")))
+    yield from _pip_mkl()
 
 
 def _pip_mkl() -> list[str]:
-    """MKL's one library to load, where the package of that name is installed."""
+    """MKL's single library to load, where the package of that name is installed."""
     try:
         files = importlib.metadata.files("mkl") or []
     except importlib.metadata.PackageNotFoundError:
@@ -66,7 +67,7 @@ def _pip_mkl() -> list[str]:
 
 @cache
 def status() -> BlasStatus:
-    """Load a BLAS where one is needed, once a process; what came of it."""
+    """Load a BLAS where one is needed, once a process; returns the outcome."""
     if not needed():
         return BlasStatus(None, "not needed on this platform")
     wanted = os.environ.get("CALIB_BLAS", "")
@@ -75,7 +76,7 @@ def status() -> BlasStatus:
     if "mlx.core" in sys.modules:
         return BlasStatus(None, "mlx was imported before calib; import calib first")
     failures = []
-    for path in [wanted] if wanted else candidates():
+    for path in (wanted,) if wanted else candidates():
         try:
             ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
         except OSError as error:
@@ -92,7 +93,7 @@ _GET_THREADS = ("MKL_Get_Max_Threads", "openblas_get_num_threads")
 
 @contextmanager
 def threads(count: int) -> Iterator[None]:
-    """Within the context a product takes ``count`` threads; no effect on a library that cannot be told."""
+    """Limit products to ``count`` threads within the context, where the library has a function for that."""
     loaded = status().library
     library = ctypes.CDLL(loaded) if loaded is not None else None
     setter, getter = (_first(library, names) for names in (_SET_THREADS, _GET_THREADS))

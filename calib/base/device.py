@@ -1,4 +1,4 @@
-"""What this process computes on."""
+"""The device that this process computes on."""
 
 import os
 from typing import Any
@@ -32,7 +32,7 @@ def device_name() -> str:
 
 
 def describe_device() -> dict[str, Any]:
-    """Kind, number of processors, and what MLX says of its default device."""
+    """Kind, number of processors, and what MLX reports of its default device."""
     return {"default": str(mx.default_device()), "kind": device_kind(), "cpus": os.cpu_count(), **mx.device_info()}
 
 

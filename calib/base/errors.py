@@ -1,43 +1,70 @@
-"""The errors calib ends with: one clear line, no traceback."""
+"""The errors calib ends with, one clear line each and no traceback, and any error as one line."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
 MOST_NAMES = 20
 
 
 class CalibError(Exception):
-    """Something the user can mend; ``str(error)`` is one line that says what and how. Exit status 1."""
+    """An error that the user can fix; ``str(error)`` is one line with cause and remedy. Exit status 1."""
 
     exit_status = 1
 
 
 class ConfigError(CalibError):
-    """A bad key or value, found before any work started. Exit status 2."""
+    """A bad key or value, found before any work starts. Exit status 2."""
 
     exit_status = 2
 
     @classmethod
     def bad_value(cls, key: str, value: object, allowed: str) -> "ConfigError":
-        """``key=value`` is not possible; ``allowed`` says what is."""
+        """Reject ``key=value``; ``allowed`` names what is possible instead."""
         return cls(f"{key}={value}: {allowed}")
 
 
 def in_a_line(error: BaseException, path: object = "files") -> str:
-    """What went wrong, for people, in one line; ``path`` is what an OSError concerns that names no file.
+    """One line about any error, with the name of its class only where the user cannot fix it.
 
-    What can be mended is said without the name of a class.
+    ``path`` names what an OSError without a file name is about.
     """
     if isinstance(error, CalibError):
         return str(error)
     if isinstance(error, OSError):
-        return f"{error.filename or path}: {error.strerror or error}"
+        return f"{error.filename or path}: {error.strerror or reason_of(error)}"
     return " ".join(f"{type(error).__name__}: {error}".split())
 
 
-def lacks_or_garbles(where: object, error: BaseException, again: str) -> CalibError:
-    """The error for a document that a reader stumbled over at ``error``; ``again`` says what writes it anew."""
-    return CalibError(f"{where}: lacks or garbles {error}; {again}")
+def reason_of(error: BaseException) -> str:
+    """A library's message in one line, to stand in a line that names the file; its class where it has no message."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of a library's message, where only that is about the cause; its class where it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def lacks_or_garbles(path: object, error: BaseException, again: str, part: str = "") -> CalibError:
+    """The error for a document that raised ``error`` while it was read.
+
+    ``part`` names the damaged entry; ``again`` is the command that writes the document anew.
+    """
+    return CalibError(f"{path}: {part}{' ' if part else ''}lacks or garbles {error}; {again}")
+
+
+def check_format(where: object, document: object, wanted: str, readable: Sequence[int], again: str) -> None:
+    """Raise unless ``document`` states the format ``wanted`` in one of the versions ``readable``.
+
+    ``where`` names the file; ``again`` is the remedy.
+    """
+    if not isinstance(document, Mapping) or document.get("format") != wanted:
+        raise CalibError(f"{where}: not a {wanted} file; {again}")
+    version = document.get("format_version")
+    if version not in readable:
+        known = " and ".join(map(str, readable))
+        raise CalibError(f"{where}: has format version {version}, this calib reads {known}; {again}")
 
 
 def suggest(name: str, known: Iterable[str], list_all: bool = True) -> str:

@@ -1,4 +1,4 @@
-"""Writing files that are whole or absent, whatever interrupts."""
+"""Read and write files; what is written is whole or absent, whatever interrupts."""
 
 import errno
 import fcntl
@@ -29,9 +29,9 @@ UMASK = _umask()
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``; when the body ends well it is synced and renamed to ``path``.
+    """Yield a temporary path beside ``path``, which is synced and renamed to ``path`` unless the body raises.
 
-    The temporary file is locked while its writer lives: what lies there unlocked was left by a killed process.
+    The temporary file is locked while its writer lives; an unlocked one was left by a killed process.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = _locked_temporary(path)
@@ -51,7 +51,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def _locked_temporary(path: Path) -> tuple[int, Path]:
-    """A new temporary file, locked; made again where another process cleaned it away before the lock was held."""
+    """Create a temporary file and lock it; again, if another process removes it before the lock is held."""
     while True:
         try:
             handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=TEMPORARY_SUFFIX, dir=path.parent)
@@ -66,16 +66,16 @@ def _locked_temporary(path: Path) -> tuple[int, Path]:
 
 
 def _sync(handle: int) -> None:
-    """Down to the disk itself: macOS' fsync stops at the drive's cache."""
+    """Write a file's data to the disk itself; macOS' fsync stops at the drive's cache."""
     if hasattr(fcntl, "F_FULLFSYNC"):
-        with suppress(OSError):  # a file system that does not know it, a network's
+        with suppress(OSError):  # not supported by network file systems
             fcntl.fcntl(handle, fcntl.F_FULLFSYNC)
             return
     os.fsync(handle)
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make a rename last through a power cut; some file systems refuse to, and do not need it."""
+    """Make a rename survive a power cut; file systems that refuse to do not need it."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         with suppress(OSError):
@@ -85,14 +85,14 @@ def _sync_folder(folder: Path) -> None:
 
 
 def abandoned_temporaries(folder: Path) -> list[Path]:
-    """Temporary files directly in ``folder`` whose writer is dead."""
+    """Temporary files directly in ``folder`` whose writer has died."""
     return [path for path in sorted(folder.glob(f".*{TEMPORARY_SUFFIX}")) if not is_locked(path)]
 
 
 def remove_abandoned(folder: Path) -> None:
-    """Remove what dead writers left half-written directly in ``folder``.
+    """Remove temporary files directly in ``folder`` whose writer has died.
 
-    A file goes while its lock is held: its writer, if it has only just made it, then makes another.
+    A file is removed while its lock is held, so that a writer that has just created it notices and creates another.
     """
     for path in folder.glob(f".*{TEMPORARY_SUFFIX}"):
         with suppress(OSError), open(path, "r+b") as file:
@@ -101,7 +101,7 @@ def remove_abandoned(folder: Path) -> None:
 
 
 def is_locked(path: Path) -> bool:
-    """Whether a living process holds the lock of a file; True where that cannot be known."""
+    """Whether a living process holds the lock of a file; True where that is unknown."""
     try:
         with open(path, "r+b" if os.access(path, os.W_OK) else "rb") as file:  # NFS locks only what may be written
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -113,7 +113,7 @@ def is_locked(path: Path) -> bool:
 
 
 def _existing(folder: Path) -> Path:
-    """``folder``, or the nearest above it that there is."""
+    """``folder``, or its nearest parent that exists."""
     existing = folder.absolute()
     while not existing.exists():
         existing = existing.parent
@@ -121,7 +121,7 @@ def _existing(folder: Path) -> Path:
 
 
 def check_writable(key: str, folder: Path) -> None:
-    """Raise a ConfigError unless ``folder``, the value of ``key``, can be written to, or made; leaves nothing."""
+    """Raise a ConfigError unless ``folder``, the value of ``key``, can be written to or created; leaves no trace."""
     try:
         probe = _existing(folder) / f".calib-probe-{os.getpid()}"
         probe.mkdir()
@@ -132,29 +132,29 @@ def check_writable(key: str, folder: Path) -> None:
 
 
 def free_bytes(folder: Path) -> int:
-    """Bytes that this user may still write where ``folder`` is or would be."""
+    """Bytes that this user may still write where ``folder`` is or would be created."""
     return shutil.disk_usage(_existing(folder)).free
 
 
 def device_of(folder: Path) -> int:
-    """The file system that ``folder`` is or would be on."""
+    """The file system where ``folder`` is or would be created."""
     return _existing(folder).stat().st_dev
 
 
 def take_room(file: IO[bytes], nbytes: int) -> None:
-    """Raise OSError (ENOSPC) unless ``file``, open for writing, has room for ``nbytes``; where possible they are taken.
+    """Reserve ``nbytes`` for ``file``, which is open for writing; raises OSError (ENOSPC) where the disk lacks them.
 
-    For files that a library writes to which a full disk is fatal.
+    For files written by a library that a full disk would crash. macOS cannot reserve; there the room is only checked.
     """
     if free_bytes(Path(file.name).parent) < nbytes:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    if hasattr(os, "posix_fallocate"):  # not on macOS
+    if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(file.fileno(), 0, nbytes)
 
 
 @contextmanager
 def locked(path: Path, on_wait: Callable[[], None]) -> Iterator[None]:
-    """Hold the lock file ``path``, made where missing; where another process holds it, ``on_wait`` and then wait."""
+    """Hold the lock file ``path`` within the context; calls ``on_wait`` before waiting for another process."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w") as file:
         try:
@@ -186,7 +186,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """The JSON value in ``path``; a missing or damaged file ends in a line that names it."""
+    """The JSON value in ``path``; raises a CalibError where the file is missing or damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -204,5 +204,5 @@ def checksum(path: Path) -> str:
 
 
 def short_hash(value: Any, digits: int = 8) -> str:
-    """Hash of a JSON-able value, the same for equal values in any key order."""
+    """Hash of a value that JSON can hold, independent of the order of keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:digits]

@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and a closed terminal end the work in order, with what is done kept and said."""
+"""End the work in order on Ctrl-C, SIGTERM and a closed terminal; what is finished is kept."""
 
 import signal
 import time
@@ -9,14 +9,14 @@ from types import FrameType
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, as schedulers send it some time before they kill, or SIGHUP, when the terminal is closed."""
+    """SIGTERM, which schedulers send some time before they kill, or SIGHUP, sent when the terminal is closed."""
 
     def __init__(self, signum: int):
         super().__init__()
         self.exit_status = 128 + signum
 
 
-#: Further signals are ignored for so long: they must not interrupt the orderly end that the first one began.
+#: Time after a signal in which others are ignored: they must not interrupt the orderly end that it began.
 PATIENCE_SECONDS = 2.0
 
 _received: list[KeyboardInterrupt] = []
@@ -33,7 +33,7 @@ def _interrupt(signum: int, frame: FrameType | None) -> None:
 
 
 def install() -> None:
-    """Handle the signals, from now on, in this process; those it was started to ignore stay ignored."""
+    """Handle the signals in this process from now on; those that it was started to ignore stay ignored."""
     _received.clear()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:  # nohup, and jobs put into the background
@@ -41,14 +41,14 @@ def install() -> None:
 
 
 def check() -> None:
-    """Raise an interruption again if it got lost: an exception inside a callback of C code is printed or dropped."""
+    """Raise the last interruption again, in case it was lost: C code prints or drops exceptions of its callbacks."""
     if _received:
         raise _received[-1]
 
 
 @contextmanager
 def in_threads() -> Iterator[ThreadPoolExecutor]:
-    """A pool that, interrupted, ends with the work at hand and forgets what still waits."""
+    """Yield a pool of threads that, interrupted, finishes the work at hand and drops what still waits."""
     pool = ThreadPoolExecutor()
     try:
         yield pool

@@ -14,7 +14,7 @@ SECONDS_TO_FAIL = 0.3
 
 
 def _command() -> list[str] | None:
-    """What holds sleep off until this process ends, however it ends; None where the system offers nothing."""
+    """The command that prevents sleep until this process ends, however it ends; None where there is none."""
     pid = str(os.getpid())
     if sys.platform == "darwin":
         return ["caffeinate", "-i", "-s", "-w", pid]
@@ -26,7 +26,7 @@ def _command() -> list[str] | None:
 
 @contextmanager
 def keep_awake() -> Iterator[None]:
-    """The machine does not fall asleep in this context, where the system lets calib ask for that; else a note says so.
+    """Keep the machine from falling asleep within the context; prints a note where the system offers no way.
 
     A laptop whose lid is closed sleeps nevertheless, unless it is on power with a display.
     """
@@ -35,7 +35,7 @@ def keep_awake() -> Iterator[None]:
         note("keep_awake: nothing found that holds sleep off (caffeinate, systemd-inhibit); keep it awake yourself")
         yield
         return
-    # A session of its own: an interrupt from the keyboard must not reach it, and it is ended with its child.
+    # In a session of its own, which an interrupt from the keyboard does not reach and which is ended as a whole.
     quiet = subprocess.DEVNULL
     process = subprocess.Popen(command, stdin=quiet, stdout=quiet, stderr=quiet, start_new_session=True)
     try:
@@ -44,6 +44,6 @@ def keep_awake() -> Iterator[None]:
             note(f"keep_awake: {command[0]} ended with status {status}; the machine may fall asleep")
         yield
     finally:
-        with suppress(OSError):  # gone already; macOS says of an ended one that it may not
+        with suppress(OSError):  # it has ended already, which macOS reports as a lack of permission
             os.killpg(process.pid, signal.SIGTERM)
         process.wait()

@@ -1,14 +1,15 @@
-"""Progress of long work: a bar with rate and time left on a terminal, plain lines where output is not one."""
+"""Progress of long work: a bar with rate and time left on a terminal, else plain lines."""
 
 import sys
 import time
 from functools import cache
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Any, Self
 
 from calib.base import interrupts
 
-from tqdm import tqdm
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 PLAIN_INTERVAL_SECONDS = 10.0
 
@@ -16,7 +17,7 @@ PLAIN_INTERVAL_SECONDS = 10.0
 class Progress:
     """Counts ``total`` units of work; use as a context and call :meth:`advance`.
 
-    Work that ends within ``delay`` seconds shows nothing.
+    Shows nothing of work that ends within ``delay`` seconds.
     """
 
     def __init__(self, label: str, total: int, unit: str, delay: float = 0.0):
@@ -24,11 +25,7 @@ class Progress:
         self._now, self._delay = label, delay
         self._start = time.monotonic()
         self._last_line = self._start
-        self._bar = (
-            tqdm(total=total, desc=label, unit=f" {unit}", dynamic_ncols=True, file=sys.stderr, delay=delay)
-            if sys.stderr.isatty()
-            else None
-        )
+        self._bar = _bar(label, total, unit, delay) if sys.stderr.isatty() else None
 
     def __enter__(self) -> Self:
         if self._bar is None and not self._delay:
@@ -36,20 +33,20 @@ class Progress:
         return self
 
     def describe(self, now: str) -> None:
-        """Say what is being done now, beside the bar or in the next line."""
+        """Show ``now``, what is being done, beside the bar or in the next line."""
         self._now = f"{self.label} {now}"
         if self._bar is not None:
             self._bar.set_description(self._now)
 
     def say(self, text: str) -> None:
-        """A line of its own, above the bar."""
+        """Print a line of its own, above the bar."""
         if self._bar is not None:
             self._bar.write(f"{self.label}: {text}", file=sys.stderr)
         else:
             self._print(self.label, text)
 
     def advance(self, amount: int = 1) -> None:
-        """So much more is done; the place where long work notices an interruption that got lost."""
+        """Count ``amount`` units as done; raises an interruption that was lost, as long work passes here often."""
         interrupts.check()
         self.done += amount
         if self._bar is not None:
@@ -75,13 +72,19 @@ class Progress:
         print(f"{label}: {text}", file=sys.stderr, flush=True)
 
 
+def _bar(label: str, total: int, unit: str, delay: float) -> "tqdm[Any]":
+    from tqdm import tqdm  # only a terminal needs it
+
+    return tqdm(total=total, desc=label, unit=f" {unit}", dynamic_ncols=True, file=sys.stderr, delay=delay)
+
+
 def counted(number: int, unit: str) -> str:
     """'1 image', '2 images'."""
     return f"{number} {unit}" if number == 1 else f"{number} {unit}s"
 
 
 def readable_bytes(count: float) -> str:
-    """``count`` bytes in the decimal unit that reads best."""
+    """``count`` bytes in the largest fitting decimal unit."""
     units = ["bytes", "kB", "MB", "GB", "TB"]
     while count >= 1000 and len(units) > 1:
         count /= 1000
@@ -90,7 +93,7 @@ def readable_bytes(count: float) -> str:
 
 
 def readable_duration(seconds: float) -> str:
-    """``seconds`` as people say it: 45 s, 12 min, 3 h 05 min."""
+    """``seconds`` for people: 45 s, 12 min, 3 h 05 min."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
@@ -98,11 +101,11 @@ def readable_duration(seconds: float) -> str:
 
 
 def say(text: str) -> None:
-    """Tell the user how long work will go."""
+    """Print a line for the user on stderr."""
     print(text, file=sys.stderr, flush=True)
 
 
 @cache
 def note(text: str) -> None:
-    """Tell the user something that is no error; once a process, as a configuration is built more than once."""
+    """Print a note for the user on stderr, once a process, as a configuration is built more than once."""
     print(f"calib: note: {text}", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""Seeded random numbers that stay the same across NumPy versions, and each image's own seed."""
+"""Seeded random numbers that are the same in every version of NumPy, and each image's own seed."""
 
 from calib.base.errors import ConfigError
 
@@ -6,7 +6,7 @@ import numpy as np
 
 
 def generator(key: str, *entropy: int) -> np.random.RandomState:
-    """A generator that depends on the integers ``entropy`` alone; a negative one is an error that names ``key``.
+    """A generator that depends on the integers ``entropy`` alone; raises an error that names ``key`` for negative ones.
 
     RandomState's streams are frozen by NumPy's compatibility policy; SeedSequence takes integers of any size.
     """
@@ -17,5 +17,5 @@ def generator(key: str, *entropy: int) -> np.random.RandomState:
 
 
 def image_seed(base_seed: int, image_id: int) -> int:
-    """The seed of one image, a function of the run's seed and the image's number alone (32 bits)."""
+    """The seed of one image (32 bits), which depends on the run's seed and the image's number alone."""
     return int(np.random.SeedSequence([base_seed, image_id]).generate_state(1)[0])

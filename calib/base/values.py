@@ -1,4 +1,4 @@
-"""Untyped configuration values checked against annotations: of a function's parameters, of a dataclass's fields."""
+"""Check untyped configuration values against annotations of a function's parameters and a dataclass's fields."""
 
 import inspect
 import math
@@ -20,13 +20,13 @@ _WORDS = {int: "an integer", float: "a number", str: "text", bool: "true or fals
 
 @dataclass(frozen=True)
 class AtLeast:
-    """In an annotation, ``Annotated[int, AtLeast(1)]``: the least that a number may be."""
+    """The least allowed value of a number, in an annotation: ``Annotated[int, AtLeast(1)]``."""
 
     least: float
 
 
 def check(key: str, value: Any, annotation: Any) -> Any:
-    """``value`` as ``annotation`` asks for it; raises a :class:`ConfigError` that names ``key`` where it is not."""
+    """Convert ``value`` to the type ``annotation``; raises a :class:`ConfigError` that names ``key`` if it is none."""
     origin = get_origin(annotation)
     if origin is Annotated:
         inner, *extras = get_args(annotation)
@@ -76,40 +76,56 @@ def at_least(key: str, value: float, low: float) -> None:
 
 
 def group(key: str, node: Any) -> Mapping[str, Any]:
-    """``node``, which must have keys of its own."""
+    """Return ``node``; raises unless it is a group of keys."""
     if not isinstance(node, Mapping):
         raise ConfigError.bad_value(key, node, f"must be a group of keys, e.g. {key}.key=value")
     return node
 
 
-def bind_target(key: str, node: Mapping[str, Any], given: Sequence[str] = ()) -> Callable[..., Any]:
-    """The function that ``node['_target_']`` names, with the node's other entries bound as checked parameters.
-
-    ``given`` names the parameters that the caller will supply.
-    """
+def target_of(key: str, node: Mapping[str, Any]) -> Callable[..., Any]:
+    """The function that ``node['_target_']`` names; raises where there is no such function."""
     target = node.get("_target_")
     try:
-        function = pkgutil.resolve_name(str(target))
-        signature, hints = inspect.signature(function), get_type_hints(function, include_extras=True)
-    except (ImportError, AttributeError, ValueError, TypeError) as error:
+        function: Callable[..., Any] = pkgutil.resolve_name(str(target))
+        inspect.signature(function), get_type_hints(function, include_extras=True)
+    except (ImportError, AttributeError, NameError, ValueError, TypeError) as error:
         raise ConfigError.bad_value(f"{key}._target_", target, f"names no function ({error})") from None
-    parameters = {}
+    return function
+
+
+def bind_target(
+    key: str, node: Mapping[str, Any], given: Sequence[str] = (), optional: Sequence[str] = ()
+) -> Callable[..., Any]:
+    """The function that ``node['_target_']`` names, with the node's other entries bound as checked parameters.
+
+    Args:
+        given: parameters that the caller will supply, all of which the function must have.
+        optional: parameters that the caller will supply where the function has them.
+    """
+    function, target = target_of(key, node), node.get("_target_")
+    signature, hints = inspect.signature(function), get_type_hints(function, include_extras=True)
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in signature.parameters.values())
+    if not takes_any and set(given) - set(signature.parameters):
+        takes = ", ".join(signature.parameters) or "nothing"
+        must = f"must take {' and '.join(given)}; this one takes {takes}"
+        raise ConfigError.bad_value(f"{key}._target_", target, must)
+    supplied, parameters = (*given, *optional), {}
     for name, value in node.items():
         if name == "_target_":
             continue
-        if name not in signature.parameters or name in given:
-            known = [n for n in signature.parameters if n not in given]
+        if name not in signature.parameters or name in supplied:
+            known = [n for n in signature.parameters if n not in supplied]
             raise ConfigError(f"{key}.{name}: no parameter of {target}.{suggest(name, known)}")
         parameters[name] = check(f"{key}.{name}", value, hints.get(name, Any))
     for name, parameter in signature.parameters.items():
         variable = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
-        if parameter.default is parameter.empty and not variable and name not in (*parameters, *given):
+        if parameter.default is parameter.empty and not variable and name not in (*parameters, *supplied):
             raise ConfigError(f"{key}.{name}: missing; {target} needs it")
     return partial(function, **parameters)
 
 
 def build_dataclass(key: str, node: Any, kind: type[T]) -> T:
-    """A dataclass of type ``kind`` from the group ``node``; fields that have no entry there keep their defaults."""
+    """Build a dataclass of type ``kind`` from the group ``node``; fields without an entry keep their defaults."""
     hints = get_type_hints(kind, include_extras=True)
     for name in group(key, node):
         if name not in hints:

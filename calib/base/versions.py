@@ -1,19 +1,19 @@
-"""Versions of what a result depends on."""
+"""Versions of the software that a result depends on."""
 
 import importlib.metadata
 import platform
 import subprocess
 from pathlib import Path
 
-import calib
+from calib.base import VERSION
 
 BACKENDS = ("mlx-cpu", "mlx-cuda-12", "mlx-cuda-13", "mlx-metal")
 PACKAGES = ("mlx", *BACKENDS, "diffusionkit", "numpy", "h5py", "hydra-core", "omegaconf", "pillow", "transformers")
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python, calib and what it builds on: 'absent' if not installed, of MLX's backends the installed."""
-    found = {"python": platform.python_version(), "calib": calib.__version__}
+    """Versions of Python, calib and its dependencies; 'absent' if not installed, absent backends of MLX left out."""
+    found = {"python": platform.python_version(), "calib": VERSION}
     for package in PACKAGES:
         try:
             found[package] = importlib.metadata.version(package)
@@ -24,7 +24,7 @@ def versions() -> dict[str, str]:
 
 
 def git_commit() -> str:
-    """Commit of the checkout that calib runs from; 'unknown' where it runs from an installed wheel."""
+    """Commit of the checkout that calib runs from; 'unknown' for an installed wheel."""
     checkout = Path(__file__).parents[2]
     if not (checkout / ".git").exists():
         return "unknown"

@@ -1,1 +1,1 @@
-"""The command line; nothing below knows Hydra."""
+"""The command line, the one room that knows Hydra."""

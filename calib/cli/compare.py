@@ -1,4 +1,4 @@
-"""``calib compare``: runs by their directories alone. It starts fast: neither MLX nor Hydra is loaded."""
+"""``calib compare``: runs beside each other, read from their directories alone, without MLX and Hydra."""
 
 import argparse
 import io
@@ -12,7 +12,6 @@ from calib.base.errors import ConfigError
 from calib.base.files import write_text
 from calib.cli.parser import Parser
 from calib.runs.compare.comparison import DEFAULT_PARETO, Comparison, compare
-from calib.runs.compare.plans import compare_plans, plans_csv, plans_json, plans_markdown, plans_text
 from calib.runs.compare.tables import csv_text, json_text, markdown_text, terminal_table
 from calib.runs.find import read_runs
 
@@ -58,7 +57,7 @@ def _parser() -> Parser:
 
 
 def _joined(arguments: Sequence[str]) -> list[str]:
-    """``--sort -psnr`` as argparse reads it: it takes what begins with a dash for a flag."""
+    """Join ``--sort -psnr`` to one argument, as argparse takes what begins with a dash for a flag."""
     joined: list[str] = []
     rest = list(arguments)
     while rest:
@@ -70,13 +69,16 @@ def _joined(arguments: Sequence[str]) -> list[str]:
 
 
 def compare_command(arguments: Sequence[str]) -> int:
-    """``calib compare``: runs by their directories alone; the exit status."""
+    """Run ``calib compare`` with ``arguments``; returns the exit status."""
     given = _parser().parse_args(_joined(arguments))
     runs = read_runs(given.runs)
     if given.layers:
+        from calib.runs.compare import plans  # NumPy, which whole runs are compared without
+
         _refuse_for_layers(given)
-        found = compare_plans(runs, given.all)
-        _write(given, found, {"csv": plans_csv, "json": plans_json, "markdown": plans_markdown}, plans_text)
+        found = plans.compare_plans(runs, given.all)
+        forms = {"csv": plans.plans_csv, "json": plans.plans_json, "markdown": plans.plans_markdown}
+        _write(given, found, forms, plans.plans_text)
         return 0
     axes = given.pareto.split(",")
     if len(axes) != 2:
@@ -94,7 +96,7 @@ def compare_command(arguments: Sequence[str]) -> int:
 
 
 def _refuse_for_layers(given: argparse.Namespace) -> None:
-    """Raise for options that say nothing of two plans."""
+    """Raise for options that have no meaning for two plans."""
     if given.html:
         raise ConfigError("--html: is a page of whole runs; with --layers use --csv, --json or --markdown")
     if useless := [flag for flag in ("sort", "where", "baseline") if getattr(given, flag)]:
@@ -109,7 +111,7 @@ def _for_terminal(comparison: Comparison) -> str:
 def _write(
     given: argparse.Namespace, found: object, forms: dict[str, Callable[..., str]], plain: Callable[..., str]
 ) -> None:
-    """In the forms that are asked for; a table for people unless one of them is printed."""
+    """Write ``found`` in the forms that are asked for, and print it as a table unless one of them is printed."""
     if len(both := [f"--{form}" for form in forms if getattr(given, form) == "-"]) > 1:
         raise ConfigError(f"{' '.join(both)}: only one of them can be printed; give the others a PATH")
     printed = any(getattr(given, form) == "-" for form in forms)

@@ -1,4 +1,4 @@
-"""Composing Hydra's configuration, and checking every job before Hydra makes a directory for it."""
+"""Compose Hydra's configuration, and check every job before Hydra makes a directory for it."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any, cast
 
 from calib.base.device import cores
-from calib.base.errors import CalibError, ConfigError, suggest
+from calib.base.errors import CalibError, ConfigError, first_line, suggest
 from calib.base.files import check_writable
 from calib.cli.help import CONF, groups
 from calib.cli.launchers import is_joblib, missing_launcher, sensible_jobs, side_by_side
 from calib.cli.names import job_name
-from calib.cli.overrides import Arguments, first_line, in_short, jobs_of, parse, with_params
+from calib.cli.overrides import Arguments, in_short, jobs_of, parse, with_params
 from calib.models.memory import device_memory, nbytes
 from calib.stages.build import build
 from calib.stages.settings import Settings
@@ -28,12 +28,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 @dataclass(frozen=True)
 class Planned:
-    """What Hydra is to run, checked.
+    """The checked input of Hydra.
 
     Attributes:
-        multirun: every combination of listed values, each a job with a folder of its own.
-        folders: of a sweep's jobs, in their order; none where another than Hydra's own sweeper decides.
-        side_by_side: jobs that run at once on this machine.
+        multirun: whether every combination of listed values is a job with a folder of its own.
+        folders: of a sweep's jobs, in their order; empty with any but Hydra's own sweeper, which decides by itself.
+        side_by_side: number of jobs that run at once on this machine.
     """
 
     overrides: list[str]
@@ -43,7 +43,7 @@ class Planned:
 
 
 def planned(arguments: Arguments) -> Planned:
-    """Compose and check every job that is asked for; raises a ConfigError for the first that is wrong."""
+    """Compose and check every job of a command line; raises a ConfigError for the first that is wrong."""
     folders = ",".join(f"file://{Path(folder).absolute()}" for folder in arguments.config_dirs)
     search = [f"hydra.searchpath=[{folders}]"] if folders else []
     with initialize_config_dir(str(CONF), version_base="1.3", job_name="calib"):
@@ -60,7 +60,7 @@ def planned(arguments: Arguments) -> Planned:
 
 
 def _of_launch(override: Override) -> bool:
-    """Whether an override says how jobs are made and run; not one that is swept, as that of a job is."""
+    """Whether an override decides how jobs are made and run; one that is swept belongs to the jobs."""
     own = override.key_or_group.startswith("hydra") or override.key_or_group in ("experiment", "hparams_search")
     return own and not override.is_sweep_override()
 
@@ -75,7 +75,7 @@ def _planned_sweep(
         raise ConfigError(f"{twice[0]}: two lists of values; name them all in one")
     given = [*(o.input_line or "" for o in overrides), f"swept=[{','.join(swept)}]"]
     if "calib_sweep" not in str(OmegaConf.to_container(config.hydra.sweep, resolve=False)):
-        # A folder of the user's own, named by the time, say: it is named once, as each composition would see another.
+        # A folder of the user's own choice may be named by the time, which differs in each composition.
         given = [o for o in given if not o.startswith("hydra.sweep.dir=")]
         given.append(f"hydra.sweep.dir='{_folder(config, 'sweep', 'dir')}'")
     jobs = jobs_of(parse(given), config)
@@ -105,21 +105,21 @@ def _planned_sweep(
 
 
 def _shared(folder: Path, job: Sequence[str], earlier: Sequence[str]) -> str:
-    """Why two jobs of a sweep would have one folder."""
+    """The error for two jobs of a sweep with one folder."""
     if job == earlier:
         return f"{' '.join(o for o in job if not o.startswith(('hydra', 'swept=')))}: this job twice; name it once"
     return f"hydra.sweep.subdir: gives two jobs the folder {folder.name}; leave it out"
 
 
 def _check_job(overrides: list[str], multirun: bool, shows: bool, number: int = 0) -> tuple[Path, Settings]:
-    """Raise unless this job can be run, as far as can be known; its folder and what it was asked."""
+    """Check that a job can be run, as far as can be known; returns its folder and settings."""
     config = _compose(overrides)
     settings = build(plain(config), multirun)
     if not shows:
         _check_folders(config, settings, multirun)
         try:
             check_stage(settings)
-        except CalibError as error:  # damaged files, say: of a sweep's job they are its own failure, found when it runs
+        except CalibError as error:  # damaged files, for one: in a sweep they are the failure of one job, when it runs
             if not multirun or isinstance(error, ConfigError):
                 raise
     if not multirun:
@@ -139,14 +139,26 @@ def _folder(config: DictConfig, section: str, key: str) -> str:
 def _compose(overrides: list[str]) -> DictConfig:
     parse(overrides)
     try:
-        return compose("config", overrides=overrides, return_hydra_config=True)
+        config = compose("config", overrides=overrides, return_hydra_config=True)
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         cause = f": {first_line(error.__cause__)}" if isinstance(error.__cause__, OmegaConfBaseException) else ""
         raise ConfigError(_explain(str(error), overrides, cause)) from None
+    _check_sampler(config)
+    return config
+
+
+def _check_sampler(config: DictConfig) -> None:
+    """Raise where the chosen sampler is no option; one of the model's name may be missing, so Hydra accepts any."""
+    sources, choices = config.hydra.runtime.config_sources, config.hydra.runtime.choices
+    folders = [Path(source.path, "sampler") for source in sources if source.schema == "file"]
+    known = [file.stem for folder in folders for file in folder.glob("*.yaml")]
+    packaged = any(source.schema == "pkg" and source.provider != "hydra" for source in sources)  # may have options, too
+    if not packaged and (chosen := choices.get("sampler")) not in (*known, choices.get("model")):
+        raise ConfigError(f"sampler={chosen}: no such option.{suggest(str(chosen), known)}")
 
 
 def _explain(message: str, overrides: Sequence[str], cause: str = "") -> str:
-    """Hydra's message in one line, with the nearest valid name, or with ``cause``, what OmegaConf said of a value."""
+    """Hydra's message in one line, with the nearest valid name or ``cause``, OmegaConf's message about a value."""
     if match := re.match(r"(?:In '.*': )?Could not find '(.+)/(.+)'", message):
         group, option = match.groups()
         if group == "hydra/launcher":
@@ -171,7 +183,7 @@ def _explain(message: str, overrides: Sequence[str], cause: str = "") -> str:
 
 
 def known_keys(choices: Sequence[str] = ()) -> list[str]:
-    """Every key, dotted, of the configuration with the given group choices, and every group."""
+    """Every dotted key of the configuration with the given group choices, and every group."""
 
     def walk(node: Any, prefix: str) -> list[str]:
         if not isinstance(node, dict):
@@ -186,7 +198,7 @@ def known_keys(choices: Sequence[str] = ()) -> list[str]:
 
 
 def plain(config: DictConfig) -> dict[str, Any]:
-    """The job's configuration as plain containers, interpolations resolved, Hydra's own part left out."""
+    """The job's configuration as plain containers, interpolations resolved, without Hydra's own part."""
     names = [name for name in cast(Mapping[str, Any], OmegaConf.to_container(config)) if name != "hydra"]
     values = {}
     for name in names:

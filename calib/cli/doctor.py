@@ -1,4 +1,4 @@
-"""``calib doctor``: what this machine offers, what is slow or missing, and what to do about it."""
+"""``calib doctor``: report on this machine, with advice for what is slow or missing."""
 
 import importlib.util
 import json
@@ -15,6 +15,7 @@ from typing import Any
 
 import calib
 from calib.base import blas
+from calib.base.errors import in_a_line
 from calib.base.versions import versions
 from calib.cli.parser import Parser
 
@@ -45,7 +46,7 @@ examples:
 
 @dataclass
 class Report:
-    """What was found; sizes in GB (10^9 bytes). ``problems`` break calib, ``advice`` only makes it better."""
+    """The report; sizes in GB (10^9 bytes). ``problems`` prevent calib from working, ``advice`` improves it."""
 
     device: dict[str, Any] = field(default_factory=dict)
     blas: dict[str, Any] = field(default_factory=dict)
@@ -56,8 +57,8 @@ class Report:
     advice: list[str] = field(default_factory=list)
 
 
-def measure_gflops(size: int = MATRIX_SIZE, seconds: float = 0.4) -> float:
-    """GFLOP/s of a float32 product (size, size) by (size, size) on the default device: the best of some runs."""
+def measure_gflops(size: int, seconds: float = 0.4) -> float:
+    """GFLOP/s of a float32 product (size, size) by (size, size) on the default device, the best of several runs."""
     import mlx.core as mx
 
     a, b = mx.random.normal((size, size)), mx.random.normal((size, size))
@@ -70,10 +71,10 @@ def measure_gflops(size: int = MATRIX_SIZE, seconds: float = 0.4) -> float:
     return 2 * size**3 / best / 1e9
 
 
-def reference_gflops() -> float | None:
-    """The same of the reference BLAS in MLX's CPU wheel, measured in a process of its own; None where that fails."""
+def reference_gflops(size: int) -> float | None:
+    """GFLOP/s of the reference BLAS in MLX's CPU wheel, measured in a process of its own; None where that fails."""
     path = os.pathsep.join([str(Path(calib.__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
-    code = "from calib.cli.doctor import measure_gflops; print(measure_gflops())"
+    code = f"from calib.cli.doctor import measure_gflops; print(measure_gflops({size}))"
     try:
         run = subprocess.run(
             [sys.executable, "-c", code],
@@ -89,7 +90,7 @@ def reference_gflops() -> float | None:
 
 
 def available_memory() -> float | None:
-    """Bytes that can be had without swapping; None where the system does not say."""
+    """Bytes available without swapping; None where the system does not report them."""
     try:
         if sys.platform == "linux":
             lines = Path("/proc/meminfo").read_text().splitlines()
@@ -103,7 +104,7 @@ def available_memory() -> float | None:
 
 
 def examine() -> Report:
-    """Measure and judge; never raises for what is wrong with the machine."""
+    """Measure this machine and judge the results; problems of the machine are reported, not raised."""
     report = Report(versions=versions())
     report.versions["torch"] = "present" if importlib.util.find_spec("torch") else "absent"
     available = available_memory()
@@ -118,28 +119,28 @@ def examine() -> Report:
         report.device = describe_device()
         report.blas |= measure_blas(report.device["kind"])
     except Exception as error:  # MLX fails in many ways where its backend is missing or does not match
-        report.problems.append(f"MLX does not work ({type(error).__name__}: {error}): {mlx_advice()}")
+        report.problems.append(f"MLX does not work ({in_a_line(error, 'mlx')}): {mlx_advice()}")
     judge_packages(report)
     judge_speed(report)
     return report
 
 
 def measure_blas(kind: str) -> dict[str, float | None]:
-    """Speed of a product now, of the reference BLAS where that is what MLX would use, and their ratio."""
-    gflops = measure_gflops()
-    reference = reference_gflops() if kind == "cpu" and blas.needed() else None
+    """Speed of a product, that of the reference BLAS where MLX would use it otherwise, and their ratio."""
+    gflops = measure_gflops(MATRIX_SIZE)
+    reference = reference_gflops(MATRIX_SIZE) if kind == "cpu" and blas.needed() else None
     return {"gflops": gflops, "reference_gflops": reference, "ratio": gflops / reference if reference else None}
 
 
 def mlx_advice() -> str:
-    """How to install MLX on this system."""
+    """The command that installs MLX on this system."""
     if sys.platform == "darwin":
         return "pip install -U mlx"
     return "pip install -U 'mlx[cpu]', or 'mlx[cuda12]' or 'mlx[cuda13]' for an NVIDIA GPU"
 
 
 def judge_packages(report: Report) -> None:
-    """Add lines on packages that are missing, too old or untested."""
+    """Add lines about packages that are missing, too old or untested."""
     found = report.versions
     for package, version in found.items():
         if version == "absent" and package == "diffusionkit":
@@ -156,7 +157,7 @@ def judge_packages(report: Report) -> None:
 
 
 def judge_speed(report: Report) -> None:
-    """Add lines on BLAS, an idle GPU, memory and disk."""
+    """Add lines about BLAS, an idle GPU, memory and disk."""
     if blas.needed() and report.device.get("kind") == "cpu":
         judge_blas(report)
     if sys.platform == "linux" and report.device.get("kind") == "cpu" and Path("/proc/driver/nvidia/version").exists():
@@ -174,7 +175,7 @@ def judge_speed(report: Report) -> None:
 
 
 def judge_blas(report: Report) -> None:
-    """One line on how MLX's products on a Linux CPU could be faster, if they are slow."""
+    """Add a line about how to make MLX's products on a Linux CPU faster, if they are slow."""
     library, ratio, wanted = blas.status().library, report.blas.get("ratio"), os.environ.get("CALIB_BLAS")
     install = "apt install libopenblas0-pthread"
     if platform.machine() == "x86_64":
@@ -201,7 +202,7 @@ def device_line(device: dict[str, Any]) -> str:
 
 
 def blas_lines(found: dict[str, Any]) -> list[str]:
-    """Which BLAS, and how fast."""
+    """The BLAS in use and its speed."""
     lines = [f"{found['library']} ({found['reason']})" if found["library"] else found["reason"]]
     if "gflops" in found:
         speed = f"{found['gflops']:.0f} GFLOP/s in a float32 product of {MATRIX_SIZE} by {MATRIX_SIZE}"
@@ -266,7 +267,7 @@ def selftest_main(as_json: bool) -> int:
 
         device = describe_device()
     except Exception as error:
-        print(f"calib doctor: the self-test cannot start ({type(error).__name__}: {error}); see `calib doctor`")
+        print(f"calib doctor: the self-test cannot start ({in_a_line(error, 'mlx')}); see `calib doctor`")
         return 1
     checks = selftest.run()
     failed = [check for check in checks if not check.passed]

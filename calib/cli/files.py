@@ -1,21 +1,22 @@
-"""Commands with ordinary arguments, no Hydra: what is done to files that are there already."""
+"""Commands on existing files, with ordinary arguments and without Hydra.
+
+Each imports its part of calib itself, as those of the others would keep it waiting.
+"""
 
 import argparse
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from calib.base.errors import CalibError
 from calib.base.layout import CONVERGENCE_PLOT
 from calib.base.progress import counted
 from calib.cli.parser import Parser
-from calib.dataset.manifest import MANIFEST
-from calib.dataset.rebuild import Rebuilt, rebuild_manifest
-from calib.dataset.repair import Repair, repair
-from calib.dataset.report import findings_table, report_json, report_text
-from calib.dataset.verify import verify
-from calib.runs.find import run_directories
+
+if TYPE_CHECKING:
+    from calib.dataset.rebuild import Rebuilt
+    from calib.dataset.repair import Repair
 
 VERIFY_HELP = """Reads every file of the dataset in DIR and says whether it is sound.
 
@@ -64,7 +65,7 @@ examples
 
 
 def verify_command(arguments: Sequence[str]) -> int:
-    """``calib verify``: whether a dataset is sound."""
+    """Run ``calib verify`` with ``arguments``; returns the exit status."""
     parser = Parser("verify", VERIFY_HELP, VERIFY_END)
     parser.add_argument("data_dir", metavar="DIR", type=Path, help="the dataset's folder")
     parser.add_argument("--json", action="store_true", help="print one JSON document, every finding in it")
@@ -75,6 +76,10 @@ def verify_command(arguments: Sequence[str]) -> int:
         "again; nothing is deleted",
     )
     given = parser.parse_args(arguments)
+    from calib.dataset.repair import repair
+    from calib.dataset.report import report_json, report_text
+    from calib.dataset.verify import verify
+
     try:
         repaired = repair(given.data_dir) if given.repair else None
         report = verify(given.data_dir) if repaired is None else repaired.before
@@ -97,27 +102,32 @@ def _print_json(document: Mapping[str, Any]) -> None:
     print(json.dumps(document, indent=2, ensure_ascii=False))
 
 
-def _repair_json(done: Repair) -> dict[str, Any]:
+def _repair_json(done: "Repair") -> dict[str, Any]:
     return {"aside": str(done.aside), "moved": done.moved, "images": done.images, "sound": True}
 
 
-def _repair_text(done: Repair) -> str:
+def _repair_text(done: "Repair") -> str:
     left = counted(done.before.images - len(done.images), "image")
     again = "; calib generate makes the others again" if done.images and not done.before.manifest.is_older else ""
     return f"repaired: {counted(len(done.moved), 'file')} moved to {done.aside}; what remains is sound: {left}{again}"
 
 
 def rebuild_manifest_command(arguments: Sequence[str]) -> int:
-    """``calib rebuild-manifest``: a lost manifest from the files."""
+    """Run ``calib rebuild-manifest`` with ``arguments``; returns the exit status."""
     parser = Parser("rebuild-manifest", REBUILD_HELP, REBUILD_END)
     parser.add_argument("data_dir", metavar="DIR", type=Path, help="the dataset's folder")
     parser.add_argument("--force", action="store_true", help="even where manifest.json is there and readable")
     given = parser.parse_args(arguments)
+    from calib.dataset.rebuild import rebuild_manifest
+
     print(_rebuilt_text(given.data_dir, rebuild_manifest(given.data_dir, given.force)))
     return 0
 
 
-def _rebuilt_text(data_dir: Path, done: Rebuilt) -> str:
+def _rebuilt_text(data_dir: Path, done: "Rebuilt") -> str:
+    from calib.dataset.manifest import MANIFEST
+    from calib.dataset.report import findings_table
+
     lines = [f"{data_dir / MANIFEST}: restored from the files, {counted(done.images, 'image')}"]
     if done.kept is not None:
         lines.append(f"the manifest that was there is now {done.kept}")
@@ -132,10 +142,7 @@ def _rebuilt_text(data_dir: Path, done: Rebuilt) -> str:
 
 
 def convergence_command(arguments: Sequence[str]) -> int:
-    """``calib convergence``: whether a run saw enough images."""
-    from calib.analysis.convergence import convergence, read_image_ranges
-    from calib.analysis.convergence_report import convergence_json, convergence_text, write_plot
-
+    """Run ``calib convergence`` with ``arguments``; returns the exit status."""
     parser = Parser("convergence", CONVERGENCE_HELP, CONVERGENCE_END)
     parser.add_argument("run", metavar="DIR", type=Path, help="a run directory that calib collect made")
     parser.add_argument(
@@ -144,6 +151,9 @@ def convergence_command(arguments: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON document: every layer, p01 and p99 too")
     parser.add_argument("--plot", type=_png, metavar="PATH", help="where the picture goes (DIR/convergence.png)")
     given = parser.parse_args(arguments)
+    from calib.analysis.convergence import convergence, read_image_ranges
+    from calib.analysis.convergence_report import convergence_json, convergence_text, write_plot
+
     plot = given.run / CONVERGENCE_PLOT if given.plot is None else given.plot
     found = convergence(read_image_ranges(given.run))
     write_plot(found, plot, given.layers)
@@ -155,9 +165,7 @@ def convergence_command(arguments: Sequence[str]) -> int:
 
 
 def merge_command(arguments: Sequence[str]) -> int:
-    """``calib merge``: one run directory of those of a collection's shards."""
-    from calib.stages.merge import merge  # MLX and DiffusionKit, which the other commands do without
-
+    """Run ``calib merge`` with ``arguments``; returns the exit status."""
     parser = Parser("merge", MERGE_HELP, MERGE_END)
     parser.add_argument(
         "runs",
@@ -168,6 +176,9 @@ def merge_command(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--into", metavar="INTO", type=Path, required=True, help="a new folder")
     given = parser.parse_args(arguments)
+    from calib.runs.find import run_directories
+    from calib.stages.merge import merge
+
     # A sweep's folder stands for the run directories in it.
     runs = [run for given_run in given.runs for run in (list(run_directories(given_run)) or [given_run])]
     images = merge(runs, given.into)

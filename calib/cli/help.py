@@ -1,4 +1,4 @@
-"""What ``calib --help`` and ``calib STAGE --help`` print."""
+"""The text of ``calib --help`` and ``calib STAGE --help``."""
 
 import ast
 from pathlib import Path
@@ -45,13 +45,13 @@ examples
 
 
 def groups() -> dict[str, list[str]]:
-    """The config groups and their options."""
+    """Options by config group."""
     folders = sorted(folder for folder in CONF.iterdir() if folder.is_dir())
     return {folder.name: sorted(file.stem for file in folder.glob("*.yaml")) for folder in folders}
 
 
 def help_text(stage: Stage | None) -> str:
-    """The help of a stage, or that of all; the config groups with their options in either."""
+    """The help of a stage, or of all of calib, with the config groups and their options."""
     options = "\n".join(f"  {group + '=':19}{' · '.join(names)}" for group, names in groups().items())
     head = HELP if stage is None else f"usage: calib {stage} [key=value …] [-m]\n\n{stage_help(stage)}\n"
     tail = "The whole configuration with its defaults: calib --cfg job. A comment tops every file under conf/."
@@ -59,6 +59,6 @@ def help_text(stage: Stage | None) -> str:
 
 
 def stage_help(stage: Stage) -> str:
-    """The docstring of the stage's module; read, not imported: help need not wait for MLX."""
+    """The docstring of the stage's module, which is read and not imported, so that help does not wait for MLX."""
     source = (PACKAGE / "stages" / f"{stage.value}.py").read_text(encoding="utf-8")
     return ast.get_docstring(ast.parse(source)) or ""

@@ -17,12 +17,12 @@ from omegaconf import OmegaConf
 
 
 def short(path: Path) -> Path:
-    """Relative to the working directory where it lies below it."""
+    """``path`` relative to the working directory, where it lies below it."""
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def run_job(values: Mapping[str, Any], path: Path, multirun: bool) -> None:
-    """Do what ``values``, a composed configuration, asks for, unless it is done; raises what goes wrong."""
+    """Run the job of ``values``, a composed configuration, in ``path``, unless it is complete there."""
     settings = build(values, multirun)
     run = RunDirectory(path, settings.stage.value, content_fingerprint(settings))
     wanted = settings.job.report is ReportForm.HTML
@@ -33,7 +33,7 @@ def run_job(values: Mapping[str, Any], path: Path, multirun: bool) -> None:
         return
     try:
         with run.job(OmegaConf.to_yaml(OmegaConf.create(dict(values)))):
-            (path / PAGE).unlink(missing_ok=True)  # it would speak of an earlier job
+            (path / PAGE).unlink(missing_ok=True)  # it is about an earlier job
             run_stage(settings, run, values)
     except Exception:
         if wanted and standing(path).state is RunState.FAILED:
@@ -43,12 +43,12 @@ def run_job(values: Mapping[str, Any], path: Path, multirun: bool) -> None:
 
 
 def _page(path: Path, quiet: bool = False) -> str:
-    """Write the page of a run; what there is to say of it. It is for people: a run is as good without it."""
-    from calib.runs.pages.run import write_page  # matplotlib takes a second, and jobs may do without
+    """Write the page of a run; returns where to open it. A run does not fail for a page that cannot be written."""
+    from calib.runs.pages.run import write_page  # slow to import, and not every job has a page
 
     try:
         return f"; open {short(write_page(path))}"
-    except Exception as error:  # of a full disk, say
+    except Exception as error:  # a full disk, for one
         if not quiet:
             say(f"calib: note: {path / PAGE}: could not be written ({in_a_line(error, path)})")
         return ""

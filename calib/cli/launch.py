@@ -1,4 +1,4 @@
-"""From a command line to jobs: composed and checked here, then started by Hydra."""
+"""Compose and check the jobs of a command line, then start them through Hydra."""
 
 import os
 import sys
@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 
 
 def task(config: DictConfig) -> None:
-    """One job; Hydra has made its directory. A job of a sweep that fails is recorded, and does not end the sweep."""
+    """Run one job in the directory that Hydra made; in a sweep a failure is recorded, and the next job follows."""
     hydra_config = HydraConfig.get()
     path = Path(hydra_config.runtime.output_dir)
     if hydra_config.mode != RunMode.MULTIRUN:
@@ -38,13 +38,13 @@ def task(config: DictConfig) -> None:
 
 
 def launch(stage: Stage | None, arguments: list[str]) -> int:
-    """Run the jobs that ``arguments``, overrides and Hydra's flags, ask for; the exit status."""
+    """Run the jobs of ``arguments``, overrides and Hydra's flags; returns the exit status."""
     OmegaConf.register_new_resolver("calib_job", job_name, replace=True)
     OmegaConf.register_new_resolver("calib_sweep", sweep_name, replace=True)
     given = take_apart(arguments)
     what = planned(replace(given, overrides=([f"stage={stage}"] if stage else []) + given.overrides))
     GlobalHydra.instance().clear()
-    # What Hydra itself fails at (a full disk) is told by main, not by Hydra's own report.
+    # Errors of Hydra itself (a full disk) are then reported by main, not by Hydra.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     # Hydra's parser takes overrides in one piece only.
     flags = [flag for flag in given.flags if flag not in ("-m", "--multirun")]

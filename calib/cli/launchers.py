@@ -1,10 +1,10 @@
-"""Launchers of sweeps: what to install for them, and how many jobs run side by side."""
+"""Launchers of sweeps: the packages they are in, and how many jobs they run side by side."""
 
 import os
 from collections.abc import Mapping
 from typing import Any
 
-#: Launchers that are packages of their own, by option of hydra/launcher.
+#: Packages of launchers by option of hydra/launcher, with the extra of calib that installs them.
 LAUNCHERS = {
     "joblib": ("hydra-joblib-launcher", "calib[joblib]"),
     "submitit_local": ("hydra-submitit-launcher", "calib[slurm]"),
@@ -12,12 +12,12 @@ LAUNCHERS = {
     "ray": ("hydra-ray-launcher", None),
     "rq": ("hydra-rq-launcher", None),
 }
-#: How many jobs the sweep has, for the processes that run them.
+#: Environment variable with the number of a sweep's jobs, for the processes that run them.
 JOBS_VARIABLE = "CALIB_SWEEP_JOBS"
 
 
 def missing_launcher(option: str) -> str:
-    """What to install where a launcher is not there; '' where nobody knows it."""
+    """Advice on what to install for a launcher; '' for an unknown one."""
     if option not in LAUNCHERS:
         return ""
     package, extra = LAUNCHERS[option]
@@ -31,7 +31,7 @@ def is_joblib(launcher: Mapping[str, Any]) -> bool:
 
 
 def side_by_side(launcher: Mapping[str, Any], jobs: int) -> int:
-    """How many jobs of a sweep the launcher runs at once on this machine."""
+    """Number of a sweep's jobs that the launcher runs at once on this machine."""
     if not is_joblib(launcher):
         return 1
     import joblib
@@ -40,13 +40,13 @@ def side_by_side(launcher: Mapping[str, Any], jobs: int) -> int:
 
 
 def sensible_jobs(jobs: int, processors: int, memory: int, transformer: int) -> int:
-    """How many jobs to run side by side where nobody says it: no more than there are processors, and than fit.
+    """Default number of jobs side by side: at most one a processor, and as many as fit into memory.
 
-    A job is taken to need four times its transformer's bytes (SD3-medium with T5: 3.7 times) and half a gigabyte.
+    A job is estimated at four times its transformer's bytes (SD3-medium with T5: 3.7 times) and half a gigabyte.
     """
     return max(1, min(jobs, processors, memory // (4 * transformer + 500_000_000)))
 
 
 def jobs_in_all() -> int:
-    """Jobs of the sweep that this process belongs to."""
+    """Number of jobs of the sweep that this process belongs to."""
     return int(os.environ.get(JOBS_VARIABLE, "1"))

@@ -1,6 +1,6 @@
 """The command line: ``calib [stage] [overrides]``, and commands with ordinary arguments.
 
-What is asked for decides what is imported: help, the version and commands on files start without MLX and Hydra.
+Each command imports what it needs: help, the version and commands on files start without MLX and Hydra.
 """
 
 import importlib
@@ -13,8 +13,8 @@ from calib.base import interrupts
 from calib.base.errors import CalibError, ConfigError, in_a_line, suggest
 from calib.stages import Stage
 
-#: Commands with ordinary arguments, and where each lies: it takes the arguments after its name and returns the exit
-#: status.
+#: Module and function of each command with ordinary arguments: it takes the arguments after its name and returns the
+#: exit status.
 COMMANDS: Mapping[str, tuple[str, str]] = {
     "verify": ("calib.cli.files", "verify_command"),
     "rebuild-manifest": ("calib.cli.files", "rebuild_manifest_command"),
@@ -26,7 +26,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[Stage | None, list[str]]:
-    """The stage, if one is named first, and the rest."""
+    """The stage, if the first argument names one, and the other arguments."""
     if not arguments or "=" in arguments[0] or arguments[0].startswith(("-", "+", "~")):
         return None, list(arguments)
     known = [stage.value for stage in Stage]
@@ -36,10 +36,10 @@ def split_arguments(arguments: Sequence[str]) -> tuple[Stage | None, list[str]]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point of ``calib``.
+    """Run the command line ``arguments``, by default that of this process, and exit.
 
-    Exits 0; 2 for a bad configuration, 1 for other errors, 130 when interrupted, 143 (129) when
-    terminated (its terminal closed).
+    Exit status: 0, 2 for a bad configuration, 1 for other errors, 130 if interrupted, 143 if terminated, 129 if the
+    terminal was closed.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     interrupts.install()

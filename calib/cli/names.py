@@ -1,4 +1,4 @@
-"""What the folders of sweeps and of their jobs are called."""
+"""Names of the folders of sweeps and of their jobs."""
 
 import re
 from collections.abc import Sequence
@@ -14,15 +14,15 @@ def _key(override: str) -> str:
 
 
 def _own(overrides: Sequence[str], swept: Sequence[str]) -> list[str]:
-    """What a name depends on, by key; those of the same key stay in their order, as the last one wins.
+    """Overrides that a name depends on, sorted by key; those of one key keep their order, as the last one wins.
 
-    Keys that do not affect results are left out, unless it varies: two jobs never share a folder.
+    Keys that do not affect results are left out unless they vary, as two jobs never share a folder.
     """
     return sorted((o for o in overrides if _key(o) in swept or _key(o) not in WITHOUT_EFFECT), key=_key)
 
 
 def _name(words: Sequence[str], everything: Sequence[str], leaves_out: bool) -> str:
-    """``words`` as the name of a folder, and a hash of ``everything`` where they do not say it all."""
+    """``words`` as the name of a folder, with a hash of ``everything`` where they leave something out."""
     name = ",".join(words)
     safe = re.sub(r"[^A-Za-z0-9_.,=+-]+", "_", name)
     # Names that differ in case alone are one on most Macs.
@@ -34,7 +34,7 @@ def _name(words: Sequence[str], everything: Sequence[str], leaves_out: bool) -> 
 def job_name(overrides: Sequence[str], swept: Sequence[str] = ()) -> str:
     """Folder name of one job of a sweep: readable, safe as a file name, unique and stable.
 
-    The stage, the overrides that vary, and a hash of all where that leaves anything out.
+    It has the stage, the overrides that vary, and a hash of all overrides where that leaves any out.
     """
     own = _own(overrides, swept)
     stage = [o.partition("=")[2] for o in own if _key(o) == "stage" and o != "stage=run"]
@@ -44,9 +44,9 @@ def job_name(overrides: Sequence[str], swept: Sequence[str] = ()) -> str:
 
 
 def sweep_name(overrides: Sequence[str], swept: Sequence[str] = ()) -> str:
-    """Folder name of a sweep: the stage, the keys that vary, and a hash of what is fixed, if anything is.
+    """Folder name of a sweep: the stage, the keys that vary, and a hash of the fixed overrides, if there are any.
 
-    The values are not in it: the same sweep with more of them goes on in the same folder.
+    It leaves out the values that vary, so that the same sweep with more of them goes on in the same folder.
     """
     own = _own(overrides, swept)
     stage = [o.partition("=")[2] for o in own if _key(o) == "stage" and o != "stage=run"]

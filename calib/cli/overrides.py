@@ -1,9 +1,9 @@
-"""Taking a command line apart: Hydra's flags, overrides, and the jobs that lists of values make."""
+"""Take a command line apart into Hydra's flags, overrides, and the jobs that lists of values stand for."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from calib.base.errors import ConfigError, suggest
+from calib.base.errors import ConfigError, first_line, suggest
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.utils import get_args_parser
@@ -20,7 +20,7 @@ CONFIG_DIR_FLAGS = ("--config-dir", "-cd")
 
 @dataclass(frozen=True)
 class Arguments:
-    """A command line taken apart: Hydra's flags, each with its value, and the overrides."""
+    """The parts of a command line: Hydra's flags, each followed by its value, overrides, folders of configuration."""
 
     flags: list[str]
     overrides: list[str]
@@ -28,17 +28,17 @@ class Arguments:
 
     @property
     def multirun(self) -> bool:
-        """Whether every combination of listed values is to run."""
+        """Whether every combination of listed values is to be run."""
         return bool({"-m", "--multirun"} & set(self.flags))
 
     @property
     def shows(self) -> bool:
-        """Whether something is only to be shown, and no job run."""
+        """Whether something is only shown and no job run."""
         return bool(SHOW_FLAGS & set(self.flags))
 
 
 def take_apart(arguments: Sequence[str]) -> Arguments:
-    """Flags may stand anywhere, as ``--flag value`` or ``--flag=value``; an unknown one is an error."""
+    """Split a command line; flags may stand anywhere, as ``--flag value`` or ``--flag=value``; unknown ones raise."""
     takes_value = {o: a.nargs != 0 for a in get_args_parser()._actions for o in a.option_strings}
     found = Arguments([], [], [])
     rest = list(arguments)
@@ -61,7 +61,7 @@ def take_apart(arguments: Sequence[str]) -> Arguments:
 
 
 def parse(overrides: Sequence[str]) -> list[Override]:
-    """Overrides by Hydra's grammar; within a context that knows the groups, as glob(…) asks for their options."""
+    """Parse overrides by Hydra's grammar, where Hydra is initialized with the groups' options for glob(…)."""
     loader = GlobalHydra.instance().config_loader() if GlobalHydra.instance().is_initialized() else None
     parsed = []
     for override in overrides:
@@ -72,26 +72,21 @@ def parse(overrides: Sequence[str]) -> list[Override]:
     return parsed
 
 
-def first_line(error: BaseException) -> str:
-    """An error's message up to its first line break, or its class."""
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-
-
 def in_short(override: Override) -> str:
-    """An override as Hydra passes it to a job, so that a name made before is that of the job."""
+    """An override as Hydra passes it to a job, so that a name made from it is the job's own."""
     if override.is_delete() or override.is_sweep_override():
         return override.input_line or ""
     return f"{override.get_key_element()}={override.get_value_element_as_str()}"
 
 
 def with_params(overrides: Sequence[str], keys: Sequence[str], config: DictConfig) -> list[str]:
-    """``overrides``, of ``keys``, and what ``hparams_search`` sweeps besides; the command line has the last word."""
+    """``overrides`` of ``keys``, and what ``hparams_search`` sweeps in addition; the command line takes precedence."""
     params = config.hydra.sweeper.get("params") or {}
     return [*overrides, *(f"{key}={value}" for key, value in params.items() if key not in keys)]
 
 
 def jobs_of(overrides: Sequence[Override], config: DictConfig) -> list[list[str]]:
-    """The jobs that Hydra's own sweeper will run; of another sweeper only it knows: one job, of what is fixed."""
+    """The jobs that Hydra's own sweeper will run; for another sweeper one job, of the fixed overrides."""
     if not str(config.hydra.sweeper.get("_target_")).endswith(".BasicSweeper"):
         return [[o.input_line or "" for o in overrides if not o.is_sweep_override()]]
     for override in overrides:

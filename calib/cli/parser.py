@@ -1,4 +1,4 @@
-"""The arguments of commands that are no stages."""
+"""The parser of commands that are no stages."""
 
 import argparse
 from typing import NoReturn
@@ -7,7 +7,7 @@ from calib.base.errors import ConfigError
 
 
 class Parser(argparse.ArgumentParser):
-    """One line for wrong arguments, as everywhere in calib."""
+    """An argument parser that raises a ConfigError for wrong arguments."""
 
     def __init__(self, command: str, description: str, epilog: str):
         as_written = argparse.RawDescriptionHelpFormatter

@@ -1,4 +1,4 @@
-"""Many jobs: a sweep that survives what happens to its jobs, and says how each ended."""
+"""Run a sweep's jobs; one that fails does not end the sweep, and the state of each is reported."""
 
 import os
 import shutil
@@ -14,7 +14,7 @@ from pathlib import Path
 from calib.base import interrupts
 from calib.base.errors import CalibError, in_a_line
 from calib.base.files import write_json, write_text
-from calib.base.layout import COMPARISON_PAGE, CONSOLE, SWEEP
+from calib.base.layout import COMPARISON_PAGE, CONSOLE, LOG, SWEEP
 from calib.base.progress import counted, readable_duration, say
 from calib.cli.compose import Planned
 from calib.cli.job import short
@@ -28,13 +28,13 @@ from calib.runs.record import RunState, Standing, standing
 
 from hydra.conf import HydraConf
 
-#: The process that runs the sweep, for those that it starts.
+#: Environment variable with the id of the process that runs the sweep, for those that it starts.
 PARENT_VARIABLE = "CALIB_SWEEP_PROCESS"
 
 
 @contextmanager
 def job_of_sweep(hydra_config: HydraConf, path: Path) -> Iterator[None]:
-    """One job of a sweep: what it raises is recorded and told, and the sweep goes on."""
+    """Run a sweep's job within the context; what it raises is recorded and reported, and the sweep goes on."""
     number, jobs = hydra_config.job.num + 1, jobs_in_all()
     beside = side_by_side(hydra_config.launcher, jobs)
     say(f"job {number} of {jobs}: {path.name}")
@@ -43,7 +43,7 @@ def job_of_sweep(hydra_config: HydraConf, path: Path) -> Iterator[None]:
     try:
         with _beside(path, beside):
             yield
-    except Exception as raised:  # whatever it is, the other jobs are none the worse
+    except Exception as raised:  # whatever it is, the other jobs can still be run
         if _is_requeued(raised):
             raise SystemExit(128 + signal.SIGTERM) from raised
         error = raised
@@ -56,7 +56,7 @@ def job_of_sweep(hydra_config: HydraConf, path: Path) -> Iterator[None]:
 
 
 def _is_requeued(error: Exception) -> bool:
-    """Whether SLURM will start this job again: asked to by submitit, it ends all its processes, even the asking one."""
+    """Whether SLURM will start this job again: at submitit's request it ends all processes of the job, this one too."""
     return (
         isinstance(error, subprocess.CalledProcessError)
         and error.cmd[:2] == ["scontrol", "requeue"]
@@ -65,7 +65,7 @@ def _is_requeued(error: Exception) -> bool:
 
 
 def _record(path: Path, error: Exception) -> None:
-    """Write a failure down that came before the run directory was taken; in it the directory does so itself."""
+    """Record a failure that came before the run directory was locked; later ones are recorded by the directory."""
     if standing(path).state is not RunState.INCOMPLETE:
         return
     with suppress(CalibError, OSError):
@@ -75,7 +75,10 @@ def _record(path: Path, error: Exception) -> None:
 
 @contextmanager
 def _beside(path: Path, jobs: int) -> Iterator[None]:
-    """A job that runs beside others, in a process of its own: its share of the memory, its words in a file."""
+    """Give a job that runs beside others, in a process of its own, its share of the memory and a file for its output.
+
+    No effect on a job that runs alone.
+    """
     if jobs == 1:
         yield
         return
@@ -94,7 +97,7 @@ _watching = False
 
 
 def _end_with_parent() -> None:
-    """End this process when the one that started it is gone: killed, it cannot say so, and would be run over."""
+    """End this process when its parent has ended, whose sweep may be started again with the same jobs."""
     global _watching
     if _watching or threading.current_thread() is not threading.main_thread():
         return
@@ -111,7 +114,7 @@ def _end_with_parent() -> None:
 
 
 def run_sweep(launch: Callable[[], object], what: Planned) -> int:
-    """Run a sweep's jobs and say how each ended; the exit status."""
+    """Run a sweep's jobs and report how each ended; returns the exit status."""
     os.environ[JOBS_VARIABLE] = str(len(what.folders) or 1)
     os.environ[PARENT_VARIABLE] = str(os.getpid())
     if what.side_by_side > 1:
@@ -122,24 +125,25 @@ def run_sweep(launch: Callable[[], object], what: Planned) -> int:
         launch()
     except (CalibError, KeyboardInterrupt, SystemExit):
         raise
-    except Exception as raised:  # a launcher's: a worker killed, no cluster here
+    except Exception as raised:  # of a launcher: a worker was killed, or there is no cluster
         error = raised
     jobs = [standing(folder) for folder in what.folders]
     lacking = [job for job in jobs if job.state is not RunState.COMPLETE]
     for line in _summary(jobs, time.monotonic() - start):
         print(line)
-    with suppress(CalibError, OSError):  # of a disk that is full, say: the runs themselves tell
+    with suppress(CalibError, OSError):  # of a full disk, say, which the jobs themselves report
         for line in _compared(what.folders[0].parent) if what.folders else ():
             print(line)
     if error is not None and (lacking or not jobs):
-        raise CalibError(f"{_launcher_failed(error)}; the same command goes on from what is finished") from error
+        failed = f"the launcher failed: {in_a_line(error, 'launcher')[:300]}"
+        raise CalibError(f"{failed}; the same command goes on from what is finished") from error
     if lacking:
         raise CalibError(_lacking(lacking, len(jobs)))
     return 0
 
 
 def _announce(folders: Sequence[Path]) -> None:
-    """Write down which jobs there will be: killed, the sweep could not say which it had not begun."""
+    """Record which jobs the sweep has, so that those not begun are known even if it is killed."""
     if folders:
         sweep = folders[0].parent
         sweep.mkdir(parents=True, exist_ok=True)
@@ -147,30 +151,26 @@ def _announce(folders: Sequence[Path]) -> None:
 
 
 def _lacking(lacking: Sequence[Standing], jobs: int) -> str:
-    """Which jobs of a sweep are not complete, each kind with what to do."""
-    told = []
+    """The jobs of a sweep that are not complete, by kind, each with what to do."""
+    lines = []
     for states, what, todo in (
-        ((RunState.FAILED,), "failed", "their run.log says why; the same command runs them again"),
+        ((RunState.FAILED,), "failed", f"their {LOG} says why; the same command runs them again"),
         ((RunState.INCOMPLETE, RunState.DAMAGED), "ended without a word", "the same command goes on with them"),
         ((RunState.RUNNING,), "are run by another process", "wait for it"),
     ):
         if names := [job.path.name for job in lacking if job.state in states]:
-            told.append(f"{len(names)} of the sweep's {counted(jobs, 'job')} {what} ({', '.join(names)}); {todo}")
-    return ". ".join(told)
-
-
-def _launcher_failed(error: Exception) -> str:
-    return "the launcher failed: " + " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            lines.append(f"{len(names)} of the sweep's {counted(jobs, 'job')} {what} ({', '.join(names)}); {todo}")
+    return ". ".join(lines)
 
 
 def _summary(jobs: Sequence[Standing], seconds: float) -> list[str]:
-    """The sweep in a few lines."""
+    """The state of a sweep in a few lines."""
     if not jobs:
         return []
     folder = short(jobs[0].path.absolute().parent)
     counts = {state: sum(job.state is state for job in jobs) for state in RunState}
-    told = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
-    lines = [f"\nSweep: {folder}: {counted(len(jobs), 'job')}, {told}, in {readable_duration(seconds)}"]
+    states = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
+    lines = [f"\nSweep: {folder}: {counted(len(jobs), 'job')}, {states}, in {readable_duration(seconds)}"]
     for job in jobs:
         if job.state is not RunState.COMPLETE:
             lines.append(f"  {job.state:10} {job.path.name}: {' '.join(job.why.split())}")
@@ -178,7 +178,7 @@ def _summary(jobs: Sequence[Standing], seconds: float) -> list[str]:
 
 
 def _compared(folder: Path) -> list[str]:
-    """The sweep's outcome as one table, and as a page in its folder."""
+    """The sweep's runs as a table, whose last line names the page that it writes into the sweep's folder."""
     runs = read_runs([str(folder)])
     if not any(run.metrics for run in runs):
         return []

@@ -1,4 +1,4 @@
-"""What can be wrong with one image of a dataset, found by reading each of its files from end to end."""
+"""Check one image of a dataset by reading each of its files completely."""
 
 import json
 from collections.abc import Mapping
@@ -7,11 +7,12 @@ from enum import StrEnum
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from calib.base.errors import reason_of
 from calib.base.files import checksum
 from calib.base.seeds import image_seed
 from calib.dataset.images import IMAGES, LATENTS
 from calib.dataset.manifest import MANIFEST, ImageEntry, Manifest
-from calib.dataset.plausible import Fault, fault_of, is_affine_of, is_first_state
+from calib.dataset.plausible import Fault, is_affine_of, is_first_state, latent_fault
 from calib.dataset.store import TRAJECTORY_FORMAT, StateDtype, StorageFormat, sample_files
 
 import h5py
@@ -21,12 +22,12 @@ from PIL import Image
 
 ASIDE = "aside"
 
-#: States whose noise levels are nearer than this may round to the same values.
+#: Noise levels that differ by less may round to the same states.
 DISTINCT_SIGMAS = 0.005
 
 
 class Kind(StrEnum):
-    """What can be wrong with a dataset."""
+    """Kinds of findings."""
 
     MISSING = "missing"
     UNREADABLE = "unreadable"
@@ -44,11 +45,11 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is wrong.
+    """One fault of a dataset.
 
     Attributes:
         image_id: None where the file belongs to no image.
-        file: relative to the dataset's folder.
+        file: name relative to the dataset's folder.
     """
 
     kind: Kind
@@ -59,14 +60,14 @@ class Finding:
 
 @dataclass(frozen=True)
 class Checked:
-    """One image's findings, and the width and height of its picture where that could be read."""
+    """Findings of one image, and the width and height of its picture where that could be read."""
 
     findings: list[Finding]
     picture_size: tuple[int, int] | None
 
 
 def check_image(data_dir: Path, manifest: Manifest, entry: ImageEntry) -> Checked:
-    """Everything that is wrong with one image; what cannot be read is a finding, never an error."""
+    """Check one image; a file that cannot be read is a finding, never an error."""
     check = _Check(data_dir, manifest, entry)
     if check.entry_is_usable():
         check.files()
@@ -77,26 +78,21 @@ def check_image(data_dir: Path, manifest: Manifest, entry: ImageEntry) -> Checke
 
 
 def canonical_files(image_id: int, manifest: Manifest) -> list[str]:
-    """Picture, latent and states, as calib names them."""
+    """Names of an image's files as calib writes them: picture, latent, states."""
     return [f"{IMAGES}/{image_id:04d}.png", f"{LATENTS}/{image_id:04d}.npy", *sample_files(image_id, manifest)]
 
 
 def stays_inside(name: str) -> bool:
-    """Whether a file that a manifest names lies in the dataset and is an image's own."""
+    """Whether a name in a manifest is that of a file of an image within the dataset's folder."""
     parts = PurePosixPath(name).parts
     return bool(parts) and not name.startswith(("/", ".")) and ".." not in parts and parts[0] not in (MANIFEST, ASIDE)
 
 
-def reason_of(error: Exception) -> str:
-    """What a reader says of a damaged file, in one line."""
-    return " ".join(str(error).split()) or type(error).__name__
-
-
 class _Check:
-    """The checks of one image, in turn; what is wrong gathers in ``findings``.
+    """The checks of one image, one after the other; faults are collected in ``findings``.
 
-    Readers meet files that anything may have happened to and raise what they like, tokenizer and decompression errors
-    among it: here alone every exception counts as the file's fault.
+    Readers of damaged files raise errors of any class, tokenizer and decompression errors among them, so every
+    exception here counts as a fault of the file.
     """
 
     def __init__(self, data_dir: Path, manifest: Manifest, entry: ImageEntry):
@@ -114,7 +110,7 @@ class _Check:
     # The entry against the manifest
 
     def entry_is_usable(self) -> bool:
-        """Check the entry itself; False where its files cannot be told from its names."""
+        """Check the entry itself; False where it does not name this image's files."""
         entry, manifest = self.entry, self.manifest
         for key in ("num_steps", "cfg_weight"):
             ours, general = getattr(entry, key), getattr(manifest, key)
@@ -146,7 +142,7 @@ class _Check:
                     self._useless(Kind.ALTERED, name, f"checksum does not hold ({size} bytes)")
 
     def _useless(self, kind: Kind, name: str, detail: str) -> None:
-        """Nothing more can be learnt from a file."""
+        """Record a finding for a file and exclude it from further checks."""
         self._unusable.add(name)
         self._add(kind, name, detail)
 
@@ -226,7 +222,7 @@ class _Check:
             self._final = x
 
     def _is_plausible(self, name: str, x: NDArray[Any], which: str = "", sigma: float | None = None) -> bool:
-        fault = fault_of(x, sigma)
+        fault = latent_fault(x, sigma)
         if fault is not None:
             self._add(Kind(fault[0].value), name, which + fault[1])
         return fault is None
@@ -254,7 +250,7 @@ class _Check:
             return
         try:
             with Image.open(self.data_dir / name) as picture:
-                picture.verify()  # the check sums of all chunks; loading looks at pixels alone
+                picture.verify()  # checks the checksums of all chunks; loading reads the pixels alone
             with Image.open(self.data_dir / name) as picture:
                 picture.load()
                 self.picture_size = picture.size
@@ -266,7 +262,7 @@ class _Check:
             self._useless(Kind.UNREADABLE, name, reason_of(error))
 
     def _facts(self, name: str, facts: Mapping[str, Any]) -> None:
-        """What a file of ours says of itself, against the entry and the manifest."""
+        """Compare the metadata in a file of calib's with the entry and the manifest."""
         if self.manifest.is_older:
             return
         if "dataset" not in facts:

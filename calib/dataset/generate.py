@@ -1,8 +1,8 @@
-"""Draw the images of a dataset and keep every state on the way.
+"""Draw the images of a dataset and store the states of every denoising step.
 
-Work goes in fixed blocks of image ids, the last one padded, so that the arithmetic of an image does not depend on
-how many were asked for, which process drew it or where an earlier run stopped: the same configuration gives the same
-bytes. While one block is drawn, the one before it is written.
+Images are drawn in fixed blocks of image ids, the last one padded, so that the arithmetic of an image does not depend
+on the number of images, on the process that draws it or on where an earlier run stopped: the same configuration gives
+the same bytes. While one block is drawn, the previous one is written.
 """
 
 import time
@@ -39,13 +39,12 @@ def missing_images(
     thorough: bool = False,
     among: Sequence[int] | None = None,
 ) -> list[int]:
-    """Ids below ``num_images`` that are not complete.
-
-    A quick look asks whether files exist; a thorough one reads them all and compares checksums.
+    """Ids below ``num_images`` of images that are not complete.
 
     Args:
-        shard: only ids that this one draws.
-        among: only these ids.
+        shard: restrict to ids that this shard draws.
+        thorough: read all files and compare checksums, rather than check that the files exist.
+        among: restrict to these ids.
     """
     wanted = list(range(num_images) if among is None else among)
     if not (data_dir / MANIFEST).exists():
@@ -67,7 +66,7 @@ def missing_images(
 
 
 def is_whole(data_dir: Path, entry: ImageEntry) -> bool:
-    """Whether every file of ``entry`` is there with the content that was written."""
+    """Whether every file of ``entry`` exists with the content that was written."""
     try:
         return all(checksum(data_dir / name) == entry.checksums.get(name) for name in entry.files)
     except OSError:
@@ -77,7 +76,7 @@ def is_whole(data_dir: Path, entry: ImageEntry) -> bool:
 def trajectory(
     model: DiffusionModel, prompts: Sequence[str], seeds: Sequence[int], settings: SamplerSettings
 ) -> Iterator[State]:
-    """States 0 … num_steps of a batch of images."""
+    """Yield states 0 … num_steps of a batch of images, one for each prompt and seed."""
     text = model.encode(prompts, settings.cfg_weight)
     return trajectory_from(model, text, seeds, settings.num_steps, settings.cfg_weight)
 
@@ -85,7 +84,7 @@ def trajectory(
 def trajectory_from(
     model: DiffusionModel, text: Conditioning, seeds: Sequence[int], num_steps: int, cfg_weight: float
 ) -> Iterator[State]:
-    """States 0 … num_steps of a batch of images whose prompts are encoded."""
+    """Yield states 0 … num_steps of a batch of images whose prompts are encoded as ``text``."""
     sigmas = noise_levels(model.sampler, num_steps)
     noise = mx.stack([initial_noise(seed, model.latent_shape) for seed in seeds])
 
@@ -109,19 +108,20 @@ def generate(
     wait: bool = False,
     known_missing: Sequence[int] | None = None,
 ) -> int:
-    """Make images 0 … num_images - 1 of the dataset in ``data_dir``, or one shard of them; those it has are kept.
+    """Draw the missing images among 0 … num_images - 1 of the dataset in ``data_dir``, or of one shard of it.
 
-    Returns how many were drawn. Image i is drawn from ``prompts[i % len(prompts)]`` with the seed of (``seed``, i).
+    Returns the number of images drawn. Image i is drawn from ``prompts[i % len(prompts)]`` with the seed of
+    (``seed``, i).
 
     Args:
-        steps: the states to keep; None for all.
+        steps: states to store; None for all.
         wait: wait for another process that draws the same shard, rather than raise.
-        known_missing: what :func:`missing_images` has just found, thoroughly; other images are not looked at again.
+        known_missing: a thorough result of :func:`missing_images`; other images are not checked again.
 
     Raises:
         CalibError: the folder holds another dataset, the disk is full, another process is at work, the device failed,
-            or latents of some images cannot be stored; what is done is kept.
-        KeyboardInterrupt: its message says what is done; the same call goes on.
+            or latents of some images cannot be stored; finished images are kept.
+        KeyboardInterrupt: its message reports the finished images; the same call continues.
     """
     if settings.cfg_weight > 0 and not model.supports_guidance:
         raise ConfigError.bad_value("sampler.cfg_weight", settings.cfg_weight, f"{model.name} takes only 0")
@@ -153,16 +153,16 @@ def _note_surprises(model: DiffusionModel, settings: SamplerSettings, manifest: 
 
 
 def _clean(data_dir: Path) -> None:
-    """Remove what killed writers left half-written."""
+    """Remove partial files of killed processes."""
     for folder in (data_dir, *(path for path in data_dir.iterdir() if path.is_dir())):
         remove_abandoned(folder)
 
 
 @dataclass(frozen=True)
 class _Block:
-    """Image ids that are drawn side by side, and what each row of the batch shows.
+    """Image ids that are drawn in one batch, and the image of each row of the batch.
 
-    Rows of images that are not wanted repeat a wanted one: they only fill the batch, what they hold changes nothing.
+    Rows of images that are not wanted repeat a wanted one: they only pad the batch and do not affect other rows.
     """
 
     wanted: list[int]
@@ -210,7 +210,7 @@ def _draw_block(
     manifest: Manifest,
     progress: Progress,
 ) -> list[DrawnImage]:
-    """Draw one block; the images that are wanted of it, on the host."""
+    """Draw one block; returns its wanted images, on the host."""
     assert manifest.seed is not None
     dtype, keep = StateDtype(manifest.dtype), set(manifest.steps)
     seeds = [image_seed(manifest.seed, i) for i in block.rows]
@@ -231,7 +231,7 @@ def _draw_block(
                 seeds[row],
                 np.stack([state[row] for state in states]),
                 np.array(model.latent_format.process_out(latent))[0],
-                # One at a time: at full resolution the decoder needs more memory than the transformer does.
+                # One at a time: at full resolution the decoder needs more memory than the transformer.
                 np.array(model.decode(latent))[0],
             )
         )

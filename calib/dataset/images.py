@@ -1,4 +1,4 @@
-"""The files of one image: its states, its final latent, its picture."""
+"""Write the files of one image: its states, its final latent, its picture."""
 
 import json
 import re
@@ -20,17 +20,17 @@ IMAGES, LATENTS = "images", "latents"
 FOLDERS = (SAMPLES, LATENTS, IMAGES)
 NAMED_BY_ID = re.compile(r"(\d{4,})(?:_\d{3,})?\.(?:png|npy|npz|h5)")
 
-#: Bytes beside the values, at most: the settings that files carry, HDF5's tables (14.7 kB for 51 states), zip's.
+#: Upper bounds of bytes besides the values: settings stored in each file, HDF5's tables (14.7 kB for 51 states), zip's.
 HDF5_OVERHEAD, NPZ_OVERHEAD, PNG_OVERHEAD = 18_000, 2_000, 8_000
 DISK_BLOCK = 4096
 
 
 @dataclass(frozen=True)
 class DrawnImage:
-    """What was drawn, on the host.
+    """One drawn image, on the host.
 
     Attributes:
-        states: (stored states, height, width, channels), as the manifest's dtype is stored.
+        states: (stored states, height, width, channels), packed as the manifest's dtype.
         latent: (height, width, channels), the finished latent after ``process_out``.
         picture: (height, width, 3) in [0, 1].
     """
@@ -44,15 +44,16 @@ class DrawnImage:
 
 
 def image_ids(data_dir: Path) -> list[int]:
-    """Ids of which there is any file."""
+    """Ids of images that have any file in ``data_dir``."""
     paths = [path for folder in FOLDERS for path in (data_dir / folder).glob("*")]
     return sorted({int(match[1]) for path in paths if (match := NAMED_BY_ID.fullmatch(path.name))})
 
 
 def write_image(data_dir: Path, manifest: Manifest, image: DrawnImage) -> ImageEntry:
-    """Write all files of ``image``, each whole or not at all; returns the entry that completes it.
+    """Write all files of ``image``, each whole or not at all; returns its entry in the manifest.
 
-    Raises UnstorableLatents where its latents are not finite, or not in the type they are stored in.
+    Raises:
+        UnstorableLatents: latents are not finite, or exceed the range of the type they are stored in.
     """
     facts: dict[str, Any] = {
         "image_id": image.image_id,
@@ -76,18 +77,18 @@ def write_image(data_dir: Path, manifest: Manifest, image: DrawnImage) -> ImageE
 
 
 def _png(picture: NDArray[Any], text: dict[str, Any]) -> bytes:
-    """``picture`` with its facts as text chunks, so that it explains itself."""
+    """``picture`` as a PNG, with its metadata in text chunks."""
     info = PngInfo()
     for name, value in text.items():
         info.add_itxt(name, str(value))
     file = BytesIO()
-    # DiffusionKit truncates (x * 255), it does not round: the same seed gives its very pixels.
+    # Truncated, not rounded, as in DiffusionKit: the same seed gives the same pixels.
     Image.fromarray((picture * 255).astype(np.uint8)).save(file, format="PNG", pnginfo=info)
     return file.getvalue()
 
 
 def bytes_per_image(manifest: Manifest, image_size: tuple[int, ...]) -> int:
-    """At most what one image takes on disk, from shapes and types; a picture counts as if it did not compress."""
+    """Upper bound of an image's bytes on disk, from shapes and types; a picture counts as uncompressed."""
     latent, states = int(np.prod(manifest.latent_shape)), len(manifest.steps)
     state = latent * StateDtype(manifest.dtype).bytes
     if manifest.storage == StorageFormat.HDF5:

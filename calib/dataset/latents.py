@@ -1,20 +1,24 @@
-"""Final latents of a dataset's images, as features to tell the images apart by."""
+"""Features of a dataset's images, by which subsets compare images: their final latents."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
-from calib.base.errors import CalibError
+from calib.base.errors import CalibError, reason_of
 from calib.dataset.manifest import Manifest
 
 import numpy as np
 from numpy.typing import NDArray
 
-#: Larger latents are averaged over squares: what tells pictures apart is coarse, and a thousand must fit in memory.
+#: Larger latents are averaged over squares: coarse features suffice, and those of a thousand images must fit in memory.
 LARGEST_SIDE = 16
 
 
 def features(data_dir: Path, manifest: Manifest, image_ids: Sequence[int]) -> NDArray[np.float32]:
-    """The final latent of each image, (images, features), averaged to at most 16 × 16 places."""
+    """The final latent of each image, (images, features), averaged to at most 16 × 16 positions.
+
+    Raises:
+        CalibError: a latent cannot be read.
+    """
     return np.stack([_feature(data_dir, manifest, i) for i in image_ids])
 
 
@@ -22,10 +26,9 @@ def _feature(data_dir: Path, manifest: Manifest, image_id: int) -> NDArray[np.fl
     path = data_dir / manifest.images[image_id].latent_filename
     try:
         latent = np.load(path).astype(np.float32).reshape(manifest.latent_shape)
-    except Exception as error:  # readers raise what they like for a file that anything may have happened to
-        reason = " ".join(str(error).split())
+    except Exception as error:  # readers of damaged files raise errors of any class
         raise CalibError(
-            f"{path}: cannot be read ({reason}); calib verify {data_dir} says what else is wrong"
+            f"{path}: cannot be read ({reason_of(error)}); calib verify {data_dir} says what else is wrong"
         ) from None
     height, width, channels = latent.shape
     by = -(-max(height, width) // LARGEST_SIDE)

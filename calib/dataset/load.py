@@ -1,4 +1,4 @@
-"""Opening a dataset, of calib's own layout or an older one."""
+"""Open a dataset of calib's own layout or of the older one."""
 
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,11 @@ from calib.dataset.store import StateDtype, StorageFormat
 
 
 def load_manifest(data_dir: Path) -> Manifest:
-    """The manifest of the dataset in ``data_dir``; a missing or damaged one ends in a line that says what to do."""
+    """Read the manifest of the dataset in ``data_dir``.
+
+    Raises:
+        CalibError: it is missing or damaged; the message names the remedy.
+    """
     path = data_dir / MANIFEST
     if not path.exists():
         raise CalibError(
@@ -31,7 +35,7 @@ def load_manifest(data_dir: Path) -> Manifest:
 
 
 def _check(path: Path, manifest: Manifest) -> None:
-    """Raise where values of the manifest are none that it could have been written with."""
+    """Raise where a value of the manifest is impossible."""
     try:
         StateDtype(manifest.dtype), StorageFormat(manifest.storage)
         if manifest.num_steps < 1 or (manifest.seed or 0) < 0 or (manifest.batch_size or 1) < 1:

@@ -1,7 +1,7 @@
-"""``manifest.json``: what a dataset is and which images it has.
+"""``manifest.json``: a dataset's settings and its list of images.
 
-An image is complete when its entry is here and the checksums of its files hold; entries are written after the files
-they name. Top-level keys ``num_steps``, ``cfg_scale``, ``latent_size`` and ``model_version`` are those of older
+An image is complete when it has an entry and the checksums of its files hold; an entry is written after the files that
+it names. The top-level keys ``num_steps``, ``cfg_scale``, ``latent_size`` and ``model_version`` are those of older
 datasets, which :mod:`calib.dataset.older` reads.
 """
 
@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
 
-from calib.base.errors import CalibError
+from calib.base.errors import CalibError, check_format
 from calib.base.files import write_text
 
 FORMAT, FORMAT_VERSION = "calib-dataset", 2
@@ -22,8 +22,8 @@ class ImageEntry:
     """One image; file names are relative to the dataset's folder.
 
     Attributes:
-        prompt, seed: None where an older dataset does not say.
-        samples: the files that hold its states: one, or one for each of the manifest's ``steps``.
+        prompt, seed: None where an older dataset does not record them.
+        samples: the files of its states: one, or one for each of the manifest's ``steps``.
         checksums: 'sha256:<hex>' by file name; empty in older datasets.
     """
 
@@ -39,7 +39,7 @@ class ImageEntry:
 
     @property
     def files(self) -> list[str]:
-        """Names of all its files."""
+        """Names of all files of the image."""
         return [self.filename, self.latent_filename, *self.samples]
 
 
@@ -48,10 +48,10 @@ class Manifest:
     """A dataset's settings, and its images by id.
 
     Attributes:
-        fingerprint, text_encoders, shift, seed, batch_size: None in older datasets, which do not say.
+        fingerprint, text_encoders, shift, seed, batch_size: None in older datasets, which do not record them.
         latent_shape: (height, width, channels).
-        sigmas, timesteps: of all states 0 … num_steps; NaN where an older dataset does not say.
-        steps: the states that are stored, ascending.
+        sigmas, timesteps: of all states 0 … num_steps; NaN where an older dataset does not record them.
+        steps: indices of the stored states, ascending.
         storage, dtype: layout and type of the stored states.
     """
 
@@ -74,29 +74,29 @@ class Manifest:
 
     @property
     def is_older(self) -> bool:
-        """Whether the dataset has the older layout, which is read and not drawn on."""
+        """Whether the dataset has the older layout, to which no images are added."""
         return self.fingerprint is None
 
     def settings(self) -> dict[str, Any]:
-        """Everything but the images; each file of an image carries it, so that a lost manifest can be restored."""
+        """All fields but the images; stored in each file of an image, so that a lost manifest can be restored."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "images"}
 
     @classmethod
     def from_settings(cls, settings: dict[str, Any]) -> Self:
-        """The inverse of :meth:`settings`, images left empty; raises KeyError or TypeError where they are not such."""
+        """The inverse of :meth:`settings`, without images; malformed settings raise KeyError or TypeError."""
         known = {f.name: settings[f.name] for f in fields(cls) if f.name != "images"}
         height, width, channels = known["latent_shape"]
         return cls(**{**known, "latent_shape": (height, width, channels)})
 
     def row(self, step: int) -> int:
-        """Position of state ``step`` among the stored ones."""
+        """Position of state ``step`` among the stored states; raises a CalibError where it is not stored."""
         try:
             return self.steps.index(step)
         except ValueError:
             raise CalibError(f"state {step} is not stored; the dataset keeps {self.steps}") from None
 
     def save(self, data_dir: Path) -> None:
-        """Write ``manifest.json``, whole or not at all; one line an image, as there may be a hundred thousand."""
+        """Write ``manifest.json``, whole or not at all, with one line per image."""
         head = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
@@ -112,13 +112,13 @@ class Manifest:
 
 
 def parse_manifest(path: Path, document: Any) -> Manifest:
-    """The dataset that ``document``, read from ``path``, describes; a damaged or foreign one ends in one line."""
+    """The manifest in ``document``, which was read from ``path``.
+
+    Raises:
+        CalibError: the document is damaged, or no manifest of this format.
+    """
     repair = f"calib rebuild-manifest {path.parent} restores it from the files"
-    if not isinstance(document, dict) or document.get("format") != FORMAT:
-        raise CalibError(f"{path}: not a {FORMAT} manifest; {repair}")
-    if document.get("format_version") != FORMAT_VERSION:
-        version = document.get("format_version")
-        raise CalibError(f"{path}: has format version {version}, this calib reads {FORMAT_VERSION}; {repair}")
+    check_format(path, document, FORMAT, (FORMAT_VERSION,), repair)
     try:
         manifest = Manifest.from_settings(document)
         manifest.images = {entry["image_id"]: ImageEntry(**entry) for entry in document["images"]}

@@ -1,8 +1,8 @@
-"""Datasets in the layout of older scripts, read as they are.
+"""Read datasets in the layout of older scripts.
 
 Their ``manifest.json`` holds ``num_steps``, ``cfg_scale``, ``latent_size``, ``model_version`` and ``images``; each
-state is an ``.npz`` of its own, named ``<image>_<step>.npz``, in float16 or float32. There are no checksums, no
-weights' fingerprint and no list of sigmas: those are read from the states, of the first image where it has them.
+state is an ``.npz`` file, named ``<image>_<step>.npz``, in float16 or float32. There are no checksums, no fingerprint
+of the weights and no list of sigmas, which are read from the states, those of the first image where possible.
 """
 
 import math
@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from calib.base.errors import CalibError
+from calib.base.errors import CalibError, reason_of
 from calib.dataset.manifest import MANIFEST, ImageEntry, Manifest
 from calib.dataset.store import SAMPLES, StorageFormat
 
@@ -22,9 +22,12 @@ SAMPLE = re.compile(r"(\d+)_(\d+)\.npz")
 
 
 def parse_older_manifest(data_dir: Path, document: Mapping[str, Any]) -> Manifest:
-    """The dataset in ``data_dir``, ``document`` being its parsed ``manifest.json``.
+    """The manifest of the dataset in ``data_dir``, from its parsed ``manifest.json``, ``document``.
 
-    A prompt or seed may be unknown (null); num_steps and cfg_scale, without which no state can be replayed, may not.
+    Prompts and seeds may be unknown (null).
+
+    Raises:
+        CalibError: the document is damaged, or lacks num_steps or cfg_scale, without which no state can be replayed.
     """
     path = data_dir / MANIFEST
     for key in ("num_steps", "cfg_scale"):
@@ -65,7 +68,7 @@ def parse_older_manifest(data_dir: Path, document: Mapping[str, Any]) -> Manifes
 
 
 def sample_names(data_dir: Path) -> dict[int, dict[int, str]]:
-    """Names of the states' files by image and step, from one look at the folder."""
+    """Names of the states' files by image and step, from one listing of the folder."""
     found: dict[int, dict[int, str]] = {}
     folder = data_dir / SAMPLES
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
@@ -75,7 +78,7 @@ def sample_names(data_dir: Path) -> dict[int, dict[int, str]]:
 
 
 def _stored_steps(states: Mapping[int, Mapping[int, str]], listed: Mapping[int, Any]) -> list[int]:
-    """Steps that at least half of the images keep: a lost or a stray file of one image changes nothing."""
+    """Steps that at least half of the images keep, so that a lost or stray file of one image has no effect."""
     kept = [states[image_id] for image_id in listed if image_id in states]
     counts = Counter(step for steps in kept for step in steps)
     return sorted(step for step, count in counts.items() if 2 * count >= len(kept))
@@ -104,7 +107,7 @@ def _entry(
 
 
 def _placed(data_dir: Path, folder: str, name: str) -> str:
-    """Older manifests name a file with or without its folder."""
+    """The file's name with its folder, which older manifests may leave out."""
     return name if name.startswith(f"{folder}/") or (data_dir / name).exists() else f"{folder}/{name}"
 
 
@@ -130,6 +133,6 @@ def _first_readable(data_dir: Path, names: Sequence[str]) -> tuple[float, float,
                 sigma, timestep = (archive[key].reshape(-1)[0].item() for key in ("sigma", "timestep"))
                 x = archive["x"]
             return float(sigma), float(timestep), (cast("tuple[int, int, int]", x.shape[-3:]), str(x.dtype))
-        except Exception as error:  # NumPy raises what it likes for damaged headers, TokenError for one
-            failures.append(f"{data_dir / name}: not a state of an older dataset ({' '.join(str(error).split())})")
+        except Exception as error:  # for damaged headers NumPy raises errors of any class, e.g. TokenError
+            failures.append(f"{data_dir / name}: not a state of an older dataset ({reason_of(error)})")
     raise CalibError(failures[0])

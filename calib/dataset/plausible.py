@@ -1,23 +1,25 @@
-"""What latents of a flow model may look like, and what a seed's first state must be.
+"""Check that latents of a flow model are plausible, and that a first state is the noise of its seed.
 
 The latent at noise level sigma is sigma * noise + (1 - sigma) * data, both of about unit scale. Bounds are generous:
-what they catch is damage (a flipped exponent, zeros, another tensor), never an unusual image.
+they catch damage (a flipped exponent, zeros, another tensor), never an unusual image.
 """
 
 import math
 from enum import StrEnum
 from typing import Any
 
-from calib.dataset.sampling import EMPTY_LATENT
-
 import numpy as np
 from numpy.typing import NDArray
 
-#: Real latents stay below about 30, FLUX's after ``process_out``; a flipped exponent bit gives thousands.
+#: Value of DiffusionKit's empty latent; it enters the first state only where the first sigma is below 1.
+EMPTY_LATENT = 0.0609
+#: Largest plausible magnitude: real latents stay below about 30 (FLUX's after ``process_out``); a flipped exponent bit
+#: gives thousands.
 LARGEST = 100.0
-#: A real latent spreads by 0.1 or more, even that of a white picture: its channels differ.
+#: Smallest plausible standard deviation: that of real latents is 0.1 or more, even of a white picture, as channels
+#: differ.
 SMALLEST_SPREAD = 1e-3
-#: Older datasets may have scaled noise slightly otherwise; sampling error comes on top.
+#: Relative tolerance of the noise level, as older datasets may have scaled noise differently; sampling error is added.
 NOISE_TOLERANCE = 0.05
 SAMPLING_SIGMAS = 6
 #: The finished state and its ``process_out`` differ by a factor, a shift and the rounding to 16 bits.
@@ -25,17 +27,17 @@ SMALLEST_CORRELATION = 0.99
 
 
 class Fault(StrEnum):
-    """What can be wrong with the values of a latent."""
+    """Faults of the values of a latent."""
 
     NOT_FINITE = "not finite"
     IMPLAUSIBLE = "implausible"
 
 
-def fault_of(x: NDArray[Any], sigma: float | None = None) -> tuple[Fault, str] | None:
-    """What is wrong with the latent ``x`` of any shape, and in which way; None where nothing is.
+def latent_fault(x: NDArray[Any], sigma: float | None = None) -> tuple[Fault, str] | None:
+    """The fault of the latent ``x``, of any shape, and a description; None where the values are plausible.
 
     Args:
-        sigma: the noise level, where ``x`` is the first state of a trajectory: noise and nothing else.
+        sigma: the noise level, where ``x`` is the first state of a trajectory, which is pure noise.
     """
     largest = max(-float(x.min(initial=0)), float(x.max(initial=0)))  # NaN, where one of the values is
     if not math.isfinite(largest):
@@ -58,8 +60,8 @@ def fault_of(x: NDArray[Any], sigma: float | None = None) -> tuple[Fault, str] |
 def is_first_state(x: NDArray[Any], seed: int, sigma: float) -> bool:
     """Whether ``x`` (height, width, channels) is the first state, at ``sigma``, of the image of ``seed``.
 
-    The formula of calib.dataset.sampling in NumPy alone, as MLX arrays belong to the thread that made them; 1% leaves
-    room for every stored type.
+    Computed as in :mod:`calib.dataset.sampling`, but in NumPy, as MLX arrays belong to the thread that made them. The
+    tolerance of 1% covers the rounding of every stored type.
     """
     height, width, channels = x.shape
     noise = np.random.RandomState(seed).randn(channels, height, width).transpose(1, 2, 0)
@@ -68,6 +70,6 @@ def is_first_state(x: NDArray[Any], seed: int, sigma: float) -> bool:
 
 
 def is_affine_of(latent: NDArray[Any], state: NDArray[Any]) -> bool:
-    """Whether ``latent`` is a factor and a shift away from ``state``, of the same size and neither constant."""
+    """Whether ``latent`` is a factor times ``state`` plus a shift; both have one size and neither is constant."""
     correlation = np.corrcoef(latent.ravel().astype(np.float64), state.ravel().astype(np.float64))[0, 1]
     return bool(correlation > SMALLEST_CORRELATION)

@@ -1,4 +1,4 @@
-"""What is said, and refused, before a long job starts."""
+"""Checks and notes before a long job starts."""
 
 from collections.abc import Sequence
 from datetime import datetime, timedelta
@@ -20,7 +20,7 @@ def numbers(first: int, last: int) -> str:
 def check_disk(
     data_dir: Path, manifest: Manifest, image_size: tuple[int, ...], todo: Sequence[int], announce: bool = False
 ) -> None:
-    """Raise where the disk cannot hold the images to do; with ``announce``, say what they will take."""
+    """Raise where the disk cannot hold the images ``todo``; with ``announce``, report the space they will take."""
     each = bytes_per_image(manifest, image_size)
     needed, free = readable_bytes(each * len(todo)), readable_bytes(free_bytes(data_dir))
     images = counted(len(todo), "image")
@@ -35,7 +35,7 @@ def check_disk(
 
 
 def note_long_prompts(model: DiffusionModel, prompts: Sequence[str], todo: Sequence[int]) -> None:
-    """Report prompts that the text encoder will cut."""
+    """Report prompts that the text encoder will truncate."""
     limit = model.max_prompt_tokens
     cut = [i for i in todo if model.token_count(prompts[i % len(prompts)]) > limit]
     if cut:
@@ -44,7 +44,7 @@ def note_long_prompts(model: DiffusionModel, prompts: Sequence[str], todo: Seque
 
 
 def time_left(seconds: float, images_done: int, blocks: int, images: int) -> str:
-    """What the first of ``blocks`` tells of the others."""
+    """Time per image and time left, for people, after the first of ``blocks`` blocks took ``seconds``."""
     left = seconds * (blocks - 1)
     end = datetime.now() + timedelta(seconds=left)
     return (

@@ -1,7 +1,7 @@
-"""Prompts from a file: .txt, .csv, .tsv, .json or .jsonl, in UTF-8 or in UTF-16 with a byte order mark.
+"""Read prompts from a file: .txt, .csv, .tsv, .json or .jsonl, in UTF-8 or in UTF-16 with a byte order mark.
 
-Of a prompt, white space at both ends is dropped, and white space that holds a line break becomes one space, as text
-encoders would make of it anyway. All else is kept as it is written.
+White space at both ends of a prompt is removed, and white space with a line break becomes one space, as text encoders
+would do anyway. Everything else is kept as written.
 """
 
 import codecs
@@ -15,12 +15,12 @@ from pathlib import Path
 from calib.base.errors import MOST_NAMES, ConfigError, suggest
 from calib.base.progress import note
 
-#: The column or key that is read where none is named.
+#: The default column or key.
 COLUMN = "prompt"
 
 FORMATS = "a .txt file with one prompt a line, or a .csv, .tsv, .json or .jsonl file with a column or key of prompts"
 
-#: Number of the line or item, and what it holds, which need not be text.
+#: Number of the line or item, and its value, which need not be text.
 Row = tuple[int, object]
 
 _MOST_NUMBERS = 5
@@ -28,7 +28,11 @@ _MOST_CHARACTERS = 40
 
 
 def read(path: str, column: str) -> list[str]:
-    """The prompts of a file; how many empty ones were left out goes to stderr."""
+    """The prompts of a file; the number of empty prompts left out is reported on stderr.
+
+    Raises:
+        ConfigError: the file cannot be read, or holds something that is no prompt.
+    """
     if not path:
         raise ConfigError(f"prompts.path is not set: name a text file, prompts.path=FILE: {FORMATS}")
     suffix = Path(path).suffix.lower()
@@ -53,12 +57,12 @@ def read(path: str, column: str) -> list[str]:
 
 
 def quoted(text: str) -> str:
-    """``text`` in quotes for a message: short, on one line."""
+    """``text`` in quotes for a message, shortened, on one line."""
     return repr(text if len(text) <= _MOST_CHARACTERS else text[: _MOST_CHARACTERS - 1] + "…")
 
 
 def _regular_file(path: str) -> Path:
-    """The file that ``path`` names; not a pipe, as a configuration is built more than once."""
+    """The regular file at ``path``; a pipe is rejected, as a configuration is built more than once."""
     try:
         file = Path(path).expanduser()
         file.stat()
@@ -101,7 +105,7 @@ def _prompt(path: str, place: str, value: object) -> str:
             type(value), "a number"
         )
         raise ConfigError.bad_value("prompts.path", path, f"{place} is {kind}; a prompt must be text in quotes")
-    # Escapes in JSON can spell what no encoding can hold.
+    # Escapes in JSON can spell characters that no encoding can represent.
     if "\0" in value or any("\ud800" <= character <= "\udfff" for character in value):
         allowed = f"{place} holds a NUL character or half a surrogate pair; remove it"
         raise ConfigError.bad_value("prompts.path", path, allowed)
@@ -109,7 +113,7 @@ def _prompt(path: str, place: str, value: object) -> str:
 
 
 def _lines(text: str) -> Iterator[tuple[int, str]]:
-    """Lines by number. Not str.splitlines, which also breaks at U+2028 and others that may be part of a prompt."""
+    """Numbered lines; str.splitlines would also break at U+2028 and others that may be part of a prompt."""
     lines = re.split(r"\r\n|\r|\n", text)
     if not lines[-1]:
         lines.pop()
@@ -197,7 +201,7 @@ def _json(path: str, text: str, line: int) -> object:
 
 
 def _member(where: str, value: object, column: str) -> object:
-    """The prompt of one JSON value: the value itself, or an object's entry."""
+    """The prompt in one JSON value: the value itself, or an object's entry ``column``."""
     if not isinstance(value, dict):
         return value
     if column not in value:

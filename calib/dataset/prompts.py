@@ -1,7 +1,7 @@
-"""Prompt sources: what the images of a dataset show.
+"""Prompt sources of a dataset.
 
 A source is a function that returns a list of prompts; image i is drawn from prompt i, starting again at the end
-of the list, with a seed of its own.
+of the list, with its own seed.
 """
 
 from collections import Counter
@@ -15,7 +15,7 @@ from calib.models.emoji import training_names
 
 import numpy as np
 
-#: Kinds of prompts, short to long; a name in braces stands for each of its WORDS.
+#: Kinds of prompts, short to long; a name in braces is replaced by one of its WORDS.
 TEMPLATES = (
     "{colour} {thing}",
     "{animal} {setting}",
@@ -115,13 +115,13 @@ WORDS = {
 
 
 def emoji(seed: int = 0) -> list[str]:
-    """The names the shipped model was trained on, shuffled, so that the first few are varied."""
+    """The names that the shipped model was trained on, shuffled, so that the first few are varied."""
     names = training_names()
     return list(dict.fromkeys(names[i] for i in generator("prompts.seed", seed).permutation(len(names))))
 
 
 def builtin(seed: int = 0) -> list[str]:
-    """1,400 distinct prompts of 14 kinds; each run of 14 has one of every kind, in an order of its own."""
+    """1,400 distinct prompts of 14 kinds; each run of 14 has one of every kind, in a random order."""
     random = generator("prompts.seed", seed)
     decks = {name: _deck(words, random) for name, words in WORDS.items()}
     prompts: dict[str, None] = {}
@@ -134,7 +134,7 @@ def builtin(seed: int = 0) -> list[str]:
 
 
 def _deck(words: Sequence[str], random: np.random.RandomState) -> Iterator[str]:
-    """The words without end, in a new order each time round: all are met before one is met again."""
+    """Yield the words endlessly, in a new random order each round, so that each comes once before any comes again."""
     while True:
         yield from (words[i] for i in random.permutation(len(words)))
 
@@ -145,12 +145,12 @@ def _compose(template: str, decks: Mapping[str, Iterator[str]]) -> str:
 
 
 def from_file(path: str = "", column: str = prompt_files.COLUMN) -> list[str]:
-    """The prompts of a text file or a table, in its order; ``column`` names the column or key, where there are any."""
+    """The prompts of a text file or a table, in file order; ``column`` names the column or key of a table."""
     return prompt_files.read(path, column)
 
 
 def report_duplicates(prompts: Sequence[str]) -> None:
-    """Say on stderr how many prompts repeat an earlier one. They stay, as every image has a seed of its own."""
+    """Report on stderr how many prompts repeat an earlier one; they are kept, as every image has its own seed."""
     counts = Counter(prompts)
     repeated = len(prompts) - len(counts)
     if repeated:

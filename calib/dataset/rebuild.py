@@ -1,4 +1,4 @@
-"""``manifest.json`` again, from the files alone: every picture and HDF5 file says how it was made."""
+"""Rebuild ``manifest.json`` from the metadata that every picture and HDF5 file carries."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -8,11 +8,11 @@ from json import JSONDecodeError, loads
 from pathlib import Path
 from typing import Any
 
-from calib.base.errors import CalibError
+from calib.base.errors import CalibError, reason_of
 from calib.base.files import checksum, write_json
 from calib.base.interrupts import in_threads
 from calib.base.progress import Progress
-from calib.dataset.checks import Finding, Kind, canonical_files, reason_of
+from calib.dataset.checks import Finding, Kind, canonical_files
 from calib.dataset.images import IMAGES, image_ids
 from calib.dataset.load import load_manifest
 from calib.dataset.manifest import MANIFEST, ImageEntry, Manifest
@@ -27,13 +27,13 @@ from PIL import Image
 
 @dataclass(frozen=True)
 class Rebuilt:
-    """What :func:`rebuild_manifest` did.
+    """The result of :func:`rebuild_manifest`.
 
     Attributes:
-        images: how many the new manifest lists.
-        left_out: why other images are not among them.
-        unknown: what an older dataset's files do not say, and what to do about it; a line each.
-        kept: where the manifest that was there lies now.
+        images: number of images in the new manifest.
+        left_out: the faults of images that were left out.
+        unknown: facts that an older dataset's files do not record, each with the remedy, a line each.
+        kept: the previous manifest under its new name; None where there was none.
     """
 
     images: int
@@ -45,11 +45,11 @@ class Rebuilt:
 def rebuild_manifest(data_dir: Path, force: bool = False) -> Rebuilt:
     """Write ``manifest.json`` from the files of the dataset in ``data_dir``.
 
-    For a dataset of calib's it is the lost one to the byte, without the images whose files are not all there and
-    sound; for an older one it holds what is known, the rest is null. The manifest that was there is renamed.
+    For a dataset of calib's layout it is byte for byte the lost one, without images whose files are missing or damaged;
+    for the older layout it holds the known facts, the rest is null. A previous manifest is renamed.
 
     Raises:
-        CalibError: there are no such files, another process writes, or the manifest is sound and ``force`` is not set.
+        CalibError: there are no such files, another process writes, or the manifest is readable and ``force`` not set.
     """
     ids = image_ids(data_dir)
     if not ids:
@@ -90,7 +90,7 @@ def _keep(path: Path, readable: bool) -> Path | None:
 
 
 def _settings_of(data_dir: Path, ids: Sequence[int]) -> str | None:
-    """The settings that most files carry, as they carry them; None where none does."""
+    """The settings that most files carry, as JSON text; None where no file has settings."""
     names = [f"{folder}/{i:04d}.{suffix}" for i in ids for folder, suffix in ((SAMPLES, "h5"), (IMAGES, "png"))]
     names = [name for name in names if (data_dir / name).exists()]
     with in_threads() as pool, Progress("read settings", len(names), "file", delay=1) as progress:
@@ -102,14 +102,14 @@ def _settings_of(data_dir: Path, ids: Sequence[int]) -> str | None:
 
 
 def _facts(data_dir: Path, name: str) -> dict[str, Any]:
-    """What a file says of itself; nothing where it cannot be read."""
+    """Metadata of a file; empty where it cannot be read."""
     try:
         if name.endswith(".h5"):
             with h5py.File(data_dir / name, "r") as file:
                 return dict(file.attrs)
         with Image.open(data_dir / name) as picture:
             return {str(key): value for key, value in picture.info.items()}
-    except Exception:  # whatever the readers raise for a damaged file; the checks name it later
+    except Exception:  # readers of damaged files raise errors of any class; the checks report the file later
         return {}
 
 
@@ -122,7 +122,7 @@ def _is_settings(text: Any) -> bool:
 
 
 def _restore(data_dir: Path, settings: str, ids: Sequence[int]) -> tuple[Manifest, list[Finding]]:
-    """The manifest with every image that is whole, and what is wrong with the others."""
+    """The manifest with every complete image, and the faults of the others."""
     manifest = Manifest.from_settings(loads(settings))
     with in_threads() as pool, Progress("hash files", len(ids), "image", delay=1) as progress:
         results = []
@@ -138,7 +138,7 @@ def _restore(data_dir: Path, settings: str, ids: Sequence[int]) -> tuple[Manifes
 
 
 def _entry(data_dir: Path, manifest: Manifest, image_id: int) -> ImageEntry | Finding:
-    """The entry of an image whose files are all there."""
+    """The entry of an image, or the fault that prevents one."""
     picture, latent, *samples = canonical_files(image_id, manifest)
     for name in (picture, latent, *samples):
         if not (data_dir / name).exists():

@@ -1,4 +1,4 @@
-"""A manifest in the older layout, from files that say little: best effort, and a list of what stays unknown."""
+"""Rebuild a manifest in the older layout as far as the files allow, with a list of the facts that stay unknown."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -14,7 +14,7 @@ from calib.dataset.older import sample_names
 import numpy as np
 from PIL import Image
 
-#: Names under which scripts are known to write a fact into a picture's text or a state's file.
+#: Names under which known scripts write a fact into a picture's text or a state's file.
 ALIASES = {
     "prompt": ("prompt", "description"),
     "seed": ("seed",),
@@ -25,7 +25,7 @@ ALIASES = {
 NAMES = {name for names in ALIASES.values() for name in names}
 TYPES: Mapping[str, type] = {"prompt": str, "seed": int, "cfg_weight": float, "num_steps": int, "model_version": str}
 
-#: What must be written into the manifest by hand, and who waits for it.
+#: For each fact: what to write into the manifest by hand, and what depends on it.
 REMEDIES = {
     "num_steps": "write it into {path}; nothing reads the dataset till then",
     "cfg_scale": "write it into {path}; nothing reads the dataset till then",
@@ -36,9 +36,12 @@ REMEDIES = {
 
 
 def older_document(data_dir: Path) -> tuple[dict[str, Any], list[str]]:
-    """What ``manifest.json`` of the older layout can say, null where nothing tells, and a line for each such thing.
+    """The document of a ``manifest.json`` in the older layout, unknown facts null, and a line for each unknown fact.
 
-    Images are those that have states. Raises CalibError where no state can be read.
+    The images are those with states.
+
+    Raises:
+        CalibError: no state can be read.
     """
     states = sample_names(data_dir)
     facts, shapes, finals, damaged = {}, Counter[tuple[int, ...]](), Counter[int](), []
@@ -50,7 +53,7 @@ def older_document(data_dir: Path) -> tuple[dict[str, Any], list[str]]:
                 finals.update([max(by_step)] if "is_final" in archive and archive["is_final"].any() else [])
                 extra = {key: archive[key].item() for key in NAMES & {*archive}}
                 facts[image_id] = {**_known(extra), **facts[image_id]}
-        except Exception:  # whatever NumPy raises for a damaged file
+        except Exception:  # for damaged files NumPy raises errors of any class
             damaged.append(image_id)
     if not shapes:
         raise CalibError(f"{data_dir}: nothing there says how it was made, no picture or states of calib, no sound npz")
@@ -80,12 +83,12 @@ def _picture_facts(path: Path) -> dict[str, Any]:
     try:
         with Image.open(path) as picture:
             return {str(key).lower(): value for key, value in picture.info.items()}
-    except Exception:  # no picture, or none that can be read: it tells nothing
+    except Exception:  # no picture, or an unreadable one: no facts
         return {}
 
 
 def _known(found: Mapping[str, Any]) -> dict[str, Any]:
-    """The facts among what a file holds, by their names in a manifest."""
+    """Facts in a file's metadata, by their names in a manifest."""
     known = {}
     for key, names in ALIASES.items():
         for name in names:

@@ -1,7 +1,7 @@
-"""Move what is wrong with a dataset aside, so that ``generate`` makes it again; nothing is ever deleted.
+"""Move the bad images of a dataset aside, so that ``generate`` draws them again; nothing is deleted.
 
-First the manifest loses its bad entries, then files move: killed in between, what still lies there is an orphan, which
-the next repair moves.
+Entries are removed from the manifest before files are moved: if the process is killed in between, the remaining files
+are orphans, which the next repair moves.
 """
 
 import json
@@ -19,20 +19,20 @@ from calib.dataset.checks import ASIDE, stays_inside
 from calib.dataset.load import load_manifest
 from calib.dataset.manifest import MANIFEST
 from calib.dataset.shards import Shard, being_written, manifest_lock, shard_lock
-from calib.dataset.verify import Report, mend_manifest, verify
+from calib.dataset.verify import DatasetReport, manifest_remedy, verify
 
 
 @dataclass(frozen=True)
 class Repair:
-    """What :func:`repair` did.
+    """The result of :func:`repair`.
 
     Attributes:
-        before: what was found; its dataset is sound without ``images`` and ``moved``.
+        before: the report before the repair; without ``images`` and ``moved`` the dataset is sound.
         images: ids that the manifest no longer lists.
-        aside: the folder, in the dataset, that holds the ``moved`` files and the manifest as it was.
+        aside: the folder, in the dataset, of the ``moved`` files and of the previous manifest.
     """
 
-    before: Report
+    before: DatasetReport
     images: list[int]
     aside: Path
     moved: list[str]
@@ -40,9 +40,12 @@ class Repair:
 
 @contextmanager
 def exclusive(data_dir: Path) -> Iterator[Shard]:
-    """Keep every other writer out of ``data_dir``; raises where one is at work. Yields the shard that is held.
+    """Lock ``data_dir`` against all other writers, and yield the shard that is held.
 
-    Who starts to write later waits for the manifest before looking at any file.
+    A process that starts to write later waits for the manifest's lock before it looks at any file.
+
+    Raises:
+        CalibError: another process is writing.
     """
     own = Shard()
     with ExitStack() as stack:
@@ -54,25 +57,25 @@ def exclusive(data_dir: Path) -> Iterator[Shard]:
 
 
 def timestamp() -> str:
-    """Now, for file names."""
+    """The current local time, for file names."""
     return f"{datetime.now():%Y%m%d-%H%M%S}"
 
 
 def repair(data_dir: Path) -> Repair | None:
-    """Verify the dataset and move whatever is wrong into ``aside/<time>/``; None where it is sound.
+    """Verify the dataset and move all bad files into ``aside/<time>/``; None where the dataset is sound.
 
-    An older dataset keeps its own manifest, less the bad images; what its files lack calib cannot draw again.
+    A dataset of the older layout keeps its own manifest without the bad images, which calib cannot draw again.
 
     Raises:
-        CalibError: there is no dataset, another process writes to it, or its manifest is what is wrong.
+        CalibError: there is no dataset, another process writes to it, or its manifest is at fault.
     """
-    load_manifest(data_dir)  # before a lock is made: a folder that is no dataset stays as it is
+    load_manifest(data_dir)  # before lock files are made: a folder that is no dataset stays unchanged
     with exclusive(data_dir) as own:
         report = verify(data_dir, besides=own)
         if report.sound:
             return None
         if report.manifest_is_wrong:
-            remedy = mend_manifest(data_dir, report.manifest)
+            remedy = manifest_remedy(data_dir, report.manifest)
             raise CalibError(
                 f"{data_dir}: most images disagree with {MANIFEST}; moving them aside would not help: {remedy}"
             )
@@ -87,8 +90,8 @@ def repair(data_dir: Path) -> Repair | None:
         return Repair(report, bad, aside, moved)
 
 
-def _files_to_move(report: Report) -> list[str]:
-    """Files of bad images that no good one names, and those of nobody."""
+def _files_to_move(report: DatasetReport) -> list[str]:
+    """Files of bad images that no good image names, and files of no image."""
     bad, images = report.bad_images, report.manifest.images
     kept = {name for image_id, entry in images.items() if image_id not in bad for name in entry.files}
     names = {name for image_id in bad for name in images[image_id].files if stays_inside(name)}
@@ -97,7 +100,7 @@ def _files_to_move(report: Report) -> list[str]:
 
 
 def _new_folder(parent: Path) -> Path:
-    """A folder of this moment that nobody else has."""
+    """Make a new folder named by the current time."""
     parent.mkdir(exist_ok=True)
     name = timestamp()
     for number in count(1):
@@ -108,7 +111,7 @@ def _new_folder(parent: Path) -> Path:
     raise AssertionError
 
 
-def _drop_entries(data_dir: Path, report: Report, bad: set[int]) -> None:
+def _drop_entries(data_dir: Path, report: DatasetReport, bad: set[int]) -> None:
     if not report.manifest.is_older:
         manifest = load_manifest(data_dir)
         manifest.images = {i: entry for i, entry in manifest.images.items() if i not in bad}
@@ -117,5 +120,5 @@ def _drop_entries(data_dir: Path, report: Report, bad: set[int]) -> None:
     document = read_json(data_dir / MANIFEST)
     entries = {int(entry["image_id"]): entry for entry in document["images"]}
     document["images"] = [entry for image_id, entry in entries.items() if image_id not in bad]
-    # Unlike calib's own files it may hold NaN, and keeps it.
+    # Unlike calib's own files it may hold NaN, which is kept.
     write_text(data_dir / MANIFEST, json.dumps(document, indent=2, ensure_ascii=False) + "\n")

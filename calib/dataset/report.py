@@ -1,4 +1,4 @@
-"""What :func:`calib.dataset.verify.verify` found, for people and for scripts."""
+"""Format the report of :func:`calib.dataset.verify.verify` as text and as JSON."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -8,14 +8,14 @@ from typing import Any
 from calib.base.progress import counted, readable_bytes
 from calib.dataset.checks import Finding
 from calib.dataset.manifest import MANIFEST
-from calib.dataset.verify import Report
+from calib.dataset.verify import DatasetReport
 
-#: Findings of one kind that are printed; --json has all.
+#: Number of findings of one kind that are printed; --json has all.
 EXAMPLES = 3
 
 
-def report_text(report: Report, end: str) -> str:
-    """The dataset, a table of findings, a table of storage, notes and, as the last line, ``end``."""
+def report_text(report: DatasetReport, end: str) -> str:
+    """The report as text: the dataset, a table of findings, a table of storage, notes, and ``end`` as the last line."""
     manifest = report.manifest
     head = f"{report.data_dir}: {counted(report.images, 'image')} by {manifest.model}, {manifest.num_steps} steps, "
     head += f"{len(manifest.steps)} states each in {manifest.storage} {manifest.dtype}"
@@ -26,7 +26,7 @@ def report_text(report: Report, end: str) -> str:
 
 
 def findings_table(findings: Sequence[Finding]) -> list[str]:
-    """Lines: one group a kind, with the number of images (or files) and the first few."""
+    """Lines of a table: a group per kind, with the number of images or files and the first few findings."""
     rows = [("finding", "images", "files", "for example")]
     for kind, group in groupby(sorted(findings, key=lambda f: f.kind), key=lambda f: f.kind):
         of_kind = list(group)
@@ -44,7 +44,7 @@ def _where(finding: Finding) -> str:
     return finding.file if finding.image_id is None else f"image {finding.image_id}, {finding.file}"
 
 
-def _storage_table(report: Report) -> list[str]:
+def _storage_table(report: DatasetReport) -> list[str]:
     rows = [("storage", "files", "size", "per image")]
     for name, part in report.storage.items():
         each = readable_bytes(part.bytes / report.images) if report.images and part.files else "–"
@@ -58,8 +58,8 @@ def _aligned(rows: Sequence[Sequence[str]], sides: str) -> list[str]:
     return ["  ".join(row).rstrip() for row in cells]
 
 
-def report_json(report: Report) -> dict[str, Any]:
-    """The whole report, as JSON can hold it."""
+def report_json(report: DatasetReport) -> dict[str, Any]:
+    """The whole report, JSON-able."""
     count = report.images
     return {
         "data_dir": str(report.data_dir),

@@ -1,27 +1,22 @@
 """The Euler sampler of rectified flow, as a generator of states.
 
-Sigma is the noise level in [0, 1], timestep is 1000 sigma. Index i is the state before the i-th model call;
-index ``num_steps`` is the finished latent. Equal to DiffusionKit's ``sample_euler`` (Algorithm 2 of Karras
+Sigma is the noise level in [0, 1], timestep is 1000 sigma. State i is the one before the i-th model call; state
+``num_steps`` is the finished latent. Results equal those of DiffusionKit's ``sample_euler`` (Algorithm 2 of Karras
 et al. 2022, arXiv 2206.00364, without churn), with explicit arguments in place of global random state.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TypeAlias, cast
+from typing import cast
 
-import calib.models.compat  # noqa: F401  (must precede diffusionkit.mlx)
+from calib.dataset.plausible import EMPTY_LATENT
+from calib.models.noise import Sampler
 
 import mlx.core as mx
 import numpy as np
-from diffusionkit.mlx.sampler import FluxSampler, ModelSamplingDiscreteFlow
-
-Sampler: TypeAlias = "ModelSamplingDiscreteFlow | FluxSampler"
 
 #: (x, timestep, sigma) -> denoised latent, each batched as NHWC.
 Denoiser = Callable[[mx.array, mx.array, mx.array], mx.array]
-
-#: Value of DiffusionKit's empty latent; it enters the first state only where the first sigma is below 1.
-EMPTY_LATENT = 0.0609
 
 
 @dataclass(frozen=True)
@@ -37,10 +32,10 @@ class State:
 def noise_levels(sampler: Sampler, num_steps: int) -> mx.array:
     """Sigmas of the states, (num_steps + 1,) float32, from the sampler's largest to 0.
 
-    Evenly spaced timesteps, then shifted; SD3's sampler appends 0, FLUX's ends there by itself.
+    Timesteps are evenly spaced, then shifted; 0 is appended unless the sampler's levels end there, as FLUX's do.
     """
     start, end = sampler.timestep(sampler.sigma_max).item(), sampler.timestep(sampler.sigma_min).item()
-    if isinstance(sampler, FluxSampler):
+    if end == 0:
         return mx.stack([sampler.sigma(t) for t in mx.linspace(start, end, num_steps + 1)])
     sigmas = [sampler.sigma(t) for t in mx.linspace(start, end, num_steps)]
     return mx.stack([*sigmas, mx.array(0.0)])
@@ -57,14 +52,14 @@ def timesteps_of(sigmas: mx.array, dtype: mx.Dtype) -> mx.array:
 
 
 def initial_noise(seed: int, latent_shape: tuple[int, int, int]) -> mx.array:
-    """Standard normal noise (height, width, channels) that DiffusionKit draws for ``seed``, without global state."""
+    """Standard normal noise (height, width, channels) as DiffusionKit draws it for ``seed``, without global state."""
     height, width, channels = latent_shape
     noise_chw = np.random.RandomState(seed).randn(channels, height, width)
     return mx.array(noise_chw.astype(np.float32)).transpose(1, 2, 0)
 
 
 def initial_state(noise: mx.array, sampler: Sampler, sigmas: mx.array) -> mx.array:
-    """State 0: noise scaled by the first sigma over DiffusionKit's empty latent."""
+    """State 0: noise scaled by the first sigma, added to DiffusionKit's empty latent."""
     empty = mx.full(noise.shape, EMPTY_LATENT)
     x: mx.array = sampler.noise_scaling(sigmas[0], noise, empty)
     return x

@@ -1,4 +1,4 @@
-"""A dataset's settings: fixed by whoever begins it, and whoever goes on must ask for the same."""
+"""A dataset's settings: fixed when it is begun, and required to be the same when images are added."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,22 +17,22 @@ from calib.dataset.shards import Shard, being_written, manifest_lock
 from calib.dataset.store import StateDtype, StorageFormat
 from calib.models.model import DiffusionModel
 
-#: Settings that make the images: a folder holds images of one value each.
+#: Settings that determine the images: all images of a folder share one value of each.
 IDENTITY = (
     *("model", "fingerprint", "text_encoders", "num_steps", "cfg_weight", "shift", "seed"),
     *("storage", "dtype", "steps", "latent_shape"),
 )
-#: How a user knows a setting whose name in the manifest says little.
+#: Descriptions, for users, of settings whose names in the manifest are not self-explanatory.
 SPELT_OUT = {"fingerprint": "weights (or model.dtype)", "text_encoders": "text encoders", "steps": "stored states"}
 
 
 @dataclass(frozen=True)
 class SamplerSettings:
-    """How images are drawn.
+    """Settings of the sampler.
 
     Attributes:
-        cfg_weight: classifier-free guidance; 0 switches it off.
-        batch_size: images drawn side by side; None: as memory allows. A dataset keeps the one it was begun with.
+        cfg_weight: weight of classifier-free guidance; 0 switches it off.
+        batch_size: images per batch; None: as memory allows. A dataset keeps the batch size that it was begun with.
         image_size: height and width, pixels.
     """
 
@@ -52,7 +52,7 @@ def planned_dataset(
     dtype: StateDtype,
     steps: Sequence[int] | None,
 ) -> Manifest:
-    """The manifest, without images, of what is asked for."""
+    """The manifest, without images, of the requested dataset."""
     sigmas = noise_levels(model.sampler, settings.num_steps)
     return Manifest(
         model=model.name,
@@ -74,9 +74,12 @@ def planned_dataset(
 
 
 def open_dataset(data_dir: Path, planned: Manifest, shard: Shard) -> Manifest:
-    """The dataset in ``data_dir``, begun as ``planned`` where there is none; raises where it is another one.
+    """The manifest of the dataset in ``data_dir``; where there is none, ``planned`` is written and returned.
 
-    A dataset without images is begun anew, unless another shard than ``shard`` is being drawn.
+    A dataset without images is replaced, unless a shard other than ``shard`` is being drawn.
+
+    Raises:
+        CalibError: the dataset has other settings than ``planned``.
     """
     with manifest_lock(data_dir):
         if (data_dir / MANIFEST).exists():
@@ -85,7 +88,7 @@ def open_dataset(data_dir: Path, planned: Manifest, shard: Shard) -> Manifest:
             if not differences:
                 return found
             if found.is_older:
-                raise only_read(data_dir)
+                raise read_only_error(data_dir)
             if found.images or being_written(data_dir, besides=shard):
                 name = differences[0]
                 there, wanted = getattr(found, name), getattr(planned, name)
@@ -98,8 +101,8 @@ def open_dataset(data_dir: Path, planned: Manifest, shard: Shard) -> Manifest:
         return planned
 
 
-def only_read(data_dir: Path) -> CalibError:
-    """The error for who would draw on a dataset of the older layout."""
+def read_only_error(data_dir: Path) -> CalibError:
+    """The error for an attempt to add images to a dataset of the older layout."""
     return CalibError(
         f"{data_dir}: a dataset of the older layout is only read: calib collect data_dir={data_dir}; to draw, name "
         "another data_dir"
@@ -107,7 +110,7 @@ def only_read(data_dir: Path) -> CalibError:
 
 
 def check_manifest_is_there(data_dir: Path) -> None:
-    """Raise where images lie in ``data_dir`` and no manifest: it got lost, as it is written before any image."""
+    """Raise where ``data_dir`` has images but no manifest, which is written before any image and so was lost."""
     if not (data_dir / MANIFEST).exists() and (found := image_ids(data_dir)):
         raise CalibError(
             f"{data_dir}: holds files of {counted(len(found), 'image')} but no {MANIFEST}; calib rebuild-manifest "
@@ -116,7 +119,7 @@ def check_manifest_is_there(data_dir: Path) -> None:
 
 
 def check_prompts(data_dir: Path, manifest: Manifest, prompts: Sequence[str]) -> None:
-    """Raise where the dataset's images show other prompts than those asked for."""
+    """Raise where the dataset's images were drawn from prompts other than ``prompts``."""
     for image_id, entry in manifest.images.items():
         wanted = prompts[image_id % len(prompts)]
         if entry.prompt != wanted:

@@ -1,6 +1,6 @@
-"""Several processes that fill one dataset: who draws what, and the locks that keep them apart.
+"""Share one dataset among several processes: the assignment of blocks, and locks.
 
-Locks are the operating system's and die with their process. Where processes run on different hosts the shared
+Locks are the operating system's and are released when their process ends. For processes on different hosts the shared
 folder's file system must support ``flock`` (NFS, SMB 3 and Lustre mounted with ``flock`` do).
 """
 
@@ -18,13 +18,13 @@ from calib.base.progress import say
 from calib.dataset.load import load_manifest
 from calib.dataset.manifest import ImageEntry
 
-LOCK = ".lock-"
+LOCK_PREFIX = ".lock-"
 ATTEMPTS, PAUSE_SECONDS = 5, 0.02
 
 
 @dataclass(frozen=True)
 class Shard:
-    """Shard ``index`` of ``count``: every ``count``-th block of images, so that a larger dataset stays balanced."""
+    """Shard ``index`` of ``count``: every ``count``-th block of images, so that shards of any dataset are balanced."""
 
     index: int = 0
     count: int = 1
@@ -36,13 +36,13 @@ class Shard:
 def _open_lock(data_dir: Path, name: str) -> IO[str]:
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
-        return open(data_dir / f"{LOCK}{name}", "w")
+        return open(data_dir / f"{LOCK_PREFIX}{name}", "w")
     except OSError as error:
         raise CalibError(f"{data_dir}: cannot be written ({error.strerror})") from None
 
 
 def _acquire(file: IO[str], flags: int) -> bool:
-    """Take the lock of ``file``; False where another process has it and ``flags`` forbid to wait."""
+    """Take the lock of ``file``; False where another process holds it and ``flags`` forbid waiting."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | flags)
     except BlockingIOError:
@@ -55,7 +55,7 @@ def _acquire(file: IO[str], flags: int) -> bool:
 
 
 def _acquire_soon(file: IO[str]) -> bool:
-    """Take the lock of ``file`` unless somebody keeps it: who only asks whether it is held has it for an instant."""
+    """Take the lock of ``file``; False where it stays held over some attempts, as testing a lock holds it briefly."""
     for _ in range(ATTEMPTS):
         if _acquire(file, fcntl.LOCK_NB):
             return True
@@ -69,9 +69,9 @@ def _lock_name(shard: Shard) -> str:
 
 @contextmanager
 def shard_lock(data_dir: Path, shard: Shard, wait: bool) -> Iterator[None]:
-    """Hold one shard for writing.
+    """Hold the lock of one shard.
 
-    Where another process holds it: wait for it and say so, or, unless ``wait``, raise a CalibError.
+    Where another process holds it: report that and wait or, unless ``wait``, raise a CalibError.
     """
     with _open_lock(data_dir, _lock_name(shard)) as file:
         if not _acquire_soon(file):
@@ -85,7 +85,7 @@ def shard_lock(data_dir: Path, shard: Shard, wait: bool) -> Iterator[None]:
 
 @contextmanager
 def manifest_lock(data_dir: Path) -> Iterator[None]:
-    """Hold the manifest for the moment of a change; shards take turns."""
+    """Hold the lock of the manifest, for the time of a change."""
     with _open_lock(data_dir, "manifest") as file:
         _acquire(file, 0)
         yield
@@ -93,12 +93,12 @@ def manifest_lock(data_dir: Path) -> Iterator[None]:
 
 def being_written(data_dir: Path, besides: Shard | None = None) -> bool:
     """Whether a living process holds a shard of the dataset, other than ``besides``."""
-    own = None if besides is None else LOCK + _lock_name(besides)
-    return any(is_locked(path) for path in data_dir.glob(f"{LOCK}shard-*") if path.name != own)
+    own = None if besides is None else LOCK_PREFIX + _lock_name(besides)
+    return any(is_locked(path) for path in data_dir.glob(f"{LOCK_PREFIX}shard-*") if path.name != own)
 
 
 def add_entries(data_dir: Path, entries: Iterable[ImageEntry]) -> None:
-    """Add images to the manifest on disk, whatever other shards have added meanwhile."""
+    """Add images to the manifest on disk, besides those that other shards have added meanwhile."""
     with manifest_lock(data_dir):
         manifest = load_manifest(data_dir)
         manifest.images.update({entry.image_id: entry for entry in entries})

@@ -1,27 +1,29 @@
-"""Trajectories on disk: one HDF5 file an image, or one ``.npz`` a state (the layout of older datasets)."""
+"""Trajectories on disk: one HDF5 file per image, or one ``.npz`` per state (the layout of older datasets)."""
 
 import json
 from collections.abc import Mapping
 from enum import StrEnum
 from io import BytesIO
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
-from calib.base.errors import CalibError
+from calib.base.errors import CalibError, reason_of
 from calib.base.files import write_bytes
 from calib.dataset.manifest import Manifest
 
 import h5py
-import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    import mlx.core as mx
 
 SAMPLES = "samples"
 TRAJECTORY_FORMAT, TRAJECTORY_FORMAT_VERSION = "calib-trajectory", 2
 
 
 class UnstorableLatents(CalibError):
-    """Latents of one image that are not finite, or would not be once stored."""
+    """Latents of one image are not finite, or would not be in the stored type."""
 
 
 class StorageFormat(StrEnum):
@@ -32,7 +34,7 @@ class StorageFormat(StrEnum):
 
 
 class StateDtype(StrEnum):
-    """Type in which states are stored; neither HDF5 nor NumPy has bfloat16, its bits are stored as uint16."""
+    """Type in which states are stored; bfloat16, which HDF5 and NumPy lack, is stored as its bits, uint16."""
 
     FLOAT16 = "float16"
     BFLOAT16 = "bfloat16"
@@ -42,21 +44,23 @@ class StateDtype(StrEnum):
     def bytes(self) -> int:
         return 4 if self is StateDtype.FLOAT32 else 2
 
-    def pack(self, x: mx.array) -> NDArray[Any]:
-        """``x`` as it is stored."""
+    def pack(self, x: "mx.array") -> NDArray[Any]:
+        """Convert ``x`` to its stored form."""
+        import mlx.core as mx  # for drawing alone: who reads a dataset need not load it
+
         if self is StateDtype.BFLOAT16:
             return np.array(x.astype(mx.bfloat16).view(mx.uint16))
         return np.array(x.astype(mx.float16 if self is StateDtype.FLOAT16 else mx.float32))
 
     def unpack(self, stored: NDArray[Any]) -> NDArray[Any]:
-        """The values of what is stored: bfloat16 as float32, the others as they are."""
+        """The values of a stored array: bfloat16 as float32, other types unchanged."""
         if self is StateDtype.BFLOAT16:
             return cast("NDArray[Any]", (stored.astype(np.uint32) << 16).view(np.float32))
         return stored
 
 
 def sample_files(image_id: int, manifest: Manifest) -> list[str]:
-    """Names, relative to the dataset, of the files that hold one image's states."""
+    """Names, relative to the dataset's folder, of the files of one image's states."""
     if manifest.storage == StorageFormat.HDF5:
         return [f"{SAMPLES}/{image_id:04d}.h5"]
     return [f"{SAMPLES}/{image_id:04d}_{step:03d}.npz" for step in manifest.steps]
@@ -69,7 +73,10 @@ def write_trajectory(
 
     Args:
         stored: (len(manifest.steps), height, width, channels), packed as ``manifest.dtype``.
-        facts: what is particular to the image; attributes of its HDF5 file.
+        facts: the image's metadata, written as attributes of its HDF5 file.
+
+    Raises:
+        UnstorableLatents: a state is not finite in the stored type.
     """
     names = sample_files(image_id, manifest)
     if not np.isfinite(StateDtype(manifest.dtype).unpack(stored)).all():
@@ -96,12 +103,12 @@ def write_trajectory(
 
 
 def _hdf5(stored: NDArray[Any], manifest: Manifest, facts: Mapping[str, Any]) -> bytes:
-    """Made in memory: a disk that fills under HDF5 ends the process, under a plain write it is an error."""
+    """An HDF5 file, made in memory: a full disk ends the process under HDF5, but raises under a plain write."""
     steps = manifest.steps
     with h5py.File("trajectory", "w", driver="core", backing_store=False) as file:
         file.attrs.update({"format": TRAJECTORY_FORMAT, "format_version": TRAJECTORY_FORMAT_VERSION, **facts})
         file.attrs["dataset"] = json.dumps(manifest.settings(), ensure_ascii=False)
-        # One state a chunk, as states are read one by one; 16-bit latents do not compress.
+        # One state per chunk, as states are read one by one; 16-bit latents do not compress.
         x = file.create_dataset("x", data=stored, chunks=(1, *stored.shape[1:]), fletcher32=True)
         x.attrs["dtype"] = manifest.dtype
         file["step_index"] = np.asarray(steps)
@@ -114,7 +121,8 @@ def _hdf5(stored: NDArray[Any], manifest: Manifest, facts: Mapping[str, Any]) ->
 def read_state(data_dir: Path, manifest: Manifest, image_id: int, step: int) -> NDArray[Any]:
     """The latent (height, width, channels) of one image before model call ``step``, in its stored type.
 
-    A damaged file, or one with a state of another shape, ends in a line that names it.
+    Raises:
+        CalibError: the file is damaged or its state has another shape; the message names the file.
     """
     entry, row = manifest.images[image_id], manifest.row(step)
     single = manifest.storage == StorageFormat.HDF5
@@ -129,8 +137,7 @@ def read_state(data_dir: Path, manifest: Manifest, image_id: int, step: int) -> 
         state = StateDtype(manifest.dtype).unpack(stored)
         if state.shape != manifest.latent_shape:
             raise ValueError(f"shape {state.shape}, not {manifest.latent_shape}")
-    except Exception as error:  # readers raise what they like for a file that anything may have happened to
-        reason = " ".join(str(error).split())
+    except Exception as error:  # readers of damaged files raise errors of any class
         mend = f"calib generate draws it again, calib verify {data_dir} says what else is wrong"
-        raise CalibError(f"{path}: cannot be read ({reason}); {mend}") from None
+        raise CalibError(f"{path}: cannot be read ({reason_of(error)}); {mend}") from None
     return state

@@ -1,6 +1,6 @@
-"""Subsets: which images of a dataset are collected.
+"""Subsets: the choice of a dataset's images for collection.
 
-Every subset is a function of the dataset's image ids (ascending) and ``num_images`` and returns chosen ids.
+Every subset is a function of the dataset's image ids (ascending) and ``num_images`` that returns chosen ids.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 GROUP = "subset"
-#: Parameter of a subset that final latents decide.
+#: Name of the parameter of a subset that depends on final latents.
 LATENTS = "latents"
 #: Image ids -> their final latents, (images, features) float32.
 Latents: TypeAlias = Callable[[Sequence[int]], NDArray[np.float32]]
@@ -21,7 +21,11 @@ DEFAULT_NUM_IMAGES = 100
 
 
 def resolve_count(num_images: int | None, available: int) -> int:
-    """Images to collect: the request, or 100, or all if fewer; raises where the request cannot be met."""
+    """Number of images to collect: ``num_images``, or 100, or all if fewer.
+
+    Raises:
+        ConfigError: ``num_images`` exceeds the number of images ``available``, or is less than 1.
+    """
     if num_images is None:
         return min(DEFAULT_NUM_IMAGES, available)
     if not 1 <= num_images <= available:
@@ -45,16 +49,16 @@ def stride(image_ids: Sequence[int], num_images: int) -> list[int]:
 
 
 def random(image_ids: Sequence[int], num_images: int, seed: int = 0) -> list[int]:
-    """``num_images`` images drawn without repeats."""
+    """``num_images`` images drawn at random without replacement."""
     order = generator(f"{GROUP}.seed", seed).permutation(len(image_ids))
     return sorted(image_ids[i] for i in order[:num_images])
 
 
 def diverse(image_ids: Sequence[int], num_images: int, latents: Latents, seed: int = 0) -> list[int]:
-    """``num_images`` images as unlike one another as possible, by their final latents.
+    """``num_images`` images that differ most from one another in their final latents.
 
-    k-center greedy (Gonzalez 1985; Sener and Savarese 2018, algorithm 1): a first image drawn by ``seed``, then ever
-    the one farthest from those chosen, in Euclidean distance.
+    k-center greedy (Gonzalez 1985; Sener and Savarese 2018, algorithm 1): a first image drawn by ``seed``, then
+    repeatedly the image farthest from those chosen, in Euclidean distance.
     """
     points = latents(image_ids)
     chosen = [int(generator(f"{GROUP}.seed", seed).randint(len(image_ids)))]
@@ -68,7 +72,7 @@ def diverse(image_ids: Sequence[int], num_images: int, latents: Latents, seed: i
 
 
 def from_list(image_ids: Sequence[int], num_images: int, ids: Sequence[int] = ()) -> list[int]:
-    """The user's own list of image ids; ``num_images`` is not used."""
+    """The listed image ids; ``num_images`` is not used."""
     if not ids:
         raise ConfigError(f"{GROUP}.ids=[]: name at least one image id, e.g. {GROUP}.ids=[0,1]")
     known = set(image_ids)

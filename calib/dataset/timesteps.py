@@ -1,8 +1,8 @@
-"""Timestep schedules: which of a trajectory's states are collected.
+"""Timestep schedules: the choice of a trajectory's states for collection.
 
 States are numbered 0 (pure noise) to n = num_steps (the finished latent). Every schedule is a function of
-``num_steps`` and its own parameters and returns sorted, distinct step indices. A function of your own, from your
-own package, is an option as soon as a YAML file under ``timestep_schedule/`` names it as ``_target_``.
+``num_steps`` and its own parameters that returns sorted, distinct step indices. A function from your own package
+becomes an option when a YAML file under ``timestep_schedule/`` names it as ``_target_``.
 """
 
 from collections.abc import Sequence
@@ -24,9 +24,9 @@ def _check_count(count: int, num_steps: int, at_least: int = 1) -> None:
 
 
 def key(num_steps: int) -> list[int]:
-    """Both ends, the quarters, every third state of the middle third and every fifth of the outer ones.
+    """Both ends, the quarters, every third state of the middle third and every fifth of the outer thirds.
 
-    This project's origin; 17 states for 50 steps.
+    The schedule of the scripts that calib started from; 17 states for 50 steps.
     """
     n = num_steps
     steps = {0, n, n // 4, n // 2, 3 * n // 4}
@@ -40,12 +40,12 @@ def all_states(num_steps: int) -> list[int]:
 
 
 def evenly(last: int, count: int) -> list[int]:
-    """At most ``count`` of 0 … ``last``, evenly spaced, both ends in; the first where it is one."""
+    """At most ``count`` integers evenly spaced over 0 … ``last``, both ends included; 0 alone where ``count`` is 1."""
     return sorted({round(i * last / max(1, count - 1)) for i in range(count)})
 
 
 def uniform(num_steps: int, count: int = 17) -> list[int]:
-    """``count`` states evenly spaced over 0 … n, both ends in (Q-Diffusion, arXiv 2302.04304, takes 20)."""
+    """``count`` states evenly spaced over 0 … n, both ends included (Q-Diffusion, arXiv 2302.04304, takes 20)."""
     _check_count(count, num_steps, at_least=2)
     return evenly(num_steps, count)
 
@@ -82,13 +82,13 @@ def ndtc(num_steps: int, count: int = 17, seed: int = 0) -> list[int]:
 
 
 def phase_bounds(num_steps: int) -> dict[str, tuple[int, int]]:
-    """First and last state of the phases early, mid and late: the last 0.3 n and 0.7 n mark the borders."""
+    """First and last state of the phases early, mid and late; mid begins at 0.3 n, late at 0.7 n, rounded."""
     early_end, mid_end = round(0.3 * num_steps), round(0.7 * num_steps)
     return {"early": (0, early_end - 1), "mid": (early_end, mid_end - 1), "late": (mid_end, num_steps)}
 
 
 def phases(num_steps: int, early: int = 4, mid: int = 9, late: int = 4) -> list[int]:
-    """So many states of each phase, evenly spaced within it."""
+    """``early``, ``mid`` and ``late`` states of the phases of these names, evenly spaced within each."""
     steps: set[int] = set()
     for name, count in {"early": early, "mid": mid, "late": late}.items():
         first, last = phase_bounds(num_steps)[name]
@@ -102,17 +102,17 @@ def phases(num_steps: int, early: int = 4, mid: int = 9, late: int = 4) -> list[
 
 @dataclass(frozen=True)
 class DriftSchedule:
-    """A schedule that statistics decide: ``count`` states, by those of the first ``images`` images at every state."""
+    """A schedule of ``count`` states chosen by the statistics of the first ``images`` images at every state."""
 
     count: int
     images: int
 
 
 def drift(num_steps: int, count: int = 17, images: int = 8) -> DriftSchedule:
-    """``count`` states that differ most from one another, by a first look at ``images`` images.
+    """``count`` states that differ most from one another in the statistics of ``images`` images.
 
-    Greedy: state 0, then ever the state farthest from those chosen (see :mod:`calib.activations.choose_steps`). Of the
-    states that the sampler feeds to the model; the finished latent is not among them.
+    Greedy: state 0, then repeatedly the state farthest from those chosen (see :mod:`calib.activations.choose_steps`),
+    among the states that the sampler feeds to the model; the finished latent is not among them.
     """
     if not 1 <= count <= num_steps:
         allowed = f"must be 1 to {num_steps}, as sampler.num_steps={num_steps}"
@@ -123,14 +123,18 @@ def drift(num_steps: int, count: int = 17, images: int = 8) -> DriftSchedule:
 
 
 def from_list(num_steps: int, steps: Sequence[int] = ()) -> list[int]:
-    """The user's own list."""
+    """The listed states."""
     if not steps:
         raise ConfigError(f"{GROUP}.steps=[]: name at least one step, e.g. {GROUP}.steps=[0,10,{num_steps}]")
     return list(steps)
 
 
 def checked(steps: Sequence[int], num_steps: int) -> tuple[int, ...]:
-    """``steps`` sorted and without repeats; raises where one is not a state or none is left."""
+    """``steps`` sorted and without repeats.
+
+    Raises:
+        ConfigError: a step is no state of the trajectory, or there is none.
+    """
     for step in steps:
         if isinstance(step, bool) or not isinstance(step, int | np.integer) or not 0 <= step <= num_steps:
             raise ConfigError.bad_value(

@@ -1,4 +1,4 @@
-"""Whether a dataset is what its manifest says: every file of every image, and what lies beside them."""
+"""Verify a dataset against its manifest: every file of every image, and files that belong to no image."""
 
 import os
 from collections import Counter
@@ -17,26 +17,25 @@ from calib.dataset.load import load_manifest
 from calib.dataset.manifest import MANIFEST, ImageEntry, Manifest
 from calib.dataset.shards import Shard, being_written
 
-#: Findings for which an image need not be drawn again: writing the manifest anew mends it.
-MENDED_BY_REWRITING = (Kind.DUPLICATE,)
+#: Findings that rewriting the manifest repairs; the image need not be drawn again.
+REPAIRED_BY_REWRITING = (Kind.DUPLICATE,)
 
 
 @dataclass(frozen=True)
 class Storage:
-    """What one component of a dataset takes."""
+    """Number of files of one component of a dataset, and their bytes."""
 
     files: int
     bytes: int
 
 
 @dataclass(frozen=True)
-class Report:
-    """What :func:`verify` found.
+class DatasetReport:
+    """The result of :func:`verify`.
 
     Attributes:
-        images: how many the manifest lists.
-        storage: by component: samples, latents, images, manifest, other (and aside, where there is one).
-        notes: what is worth knowing and no fault.
+        storage: by component: samples, latents, images, manifest, other (and aside, where it exists).
+        notes: observations that are no faults.
     """
 
     data_dir: Path
@@ -47,6 +46,7 @@ class Report:
 
     @property
     def images(self) -> int:
+        """Number of images that the manifest lists."""
         return len(self.manifest.images)
 
     @property
@@ -55,24 +55,23 @@ class Report:
 
     @property
     def bad_images(self) -> set[int]:
-        """Images whose files or entries are not what they must be."""
-        return {f.image_id for f in self.findings if f.image_id is not None and f.kind not in MENDED_BY_REWRITING}
+        """Ids of images whose files or entries are wrong."""
+        return {f.image_id for f in self.findings if f.image_id is not None and f.kind not in REPAIRED_BY_REWRITING}
 
     @property
     def manifest_is_wrong(self) -> bool:
-        """Whether most images disagree with the manifest's settings: then the manifest is at fault, not they."""
+        """Whether most images disagree with the manifest's settings, so that the manifest is at fault."""
         return 2 * len({f.image_id for f in self.findings if f.kind is Kind.SETTINGS}) > self.images
 
     @property
     def verdict(self) -> str:
-        """One line: sound or not, and what to do."""
+        """One line: sound or not, and the remedy."""
         if self.sound:
             size = sum(part.bytes for name, part in self.storage.items() if name != ASIDE)
             return f"sound: {counted(self.images, 'image')}, {readable_bytes(size)}"
         if self.manifest_is_wrong:
-            return (
-                f"NOT sound: most images disagree with {MANIFEST} itself; {mend_manifest(self.data_dir, self.manifest)}"
-            )
+            remedy = manifest_remedy(self.data_dir, self.manifest)
+            return f"NOT sound: most images disagree with {MANIFEST} itself; {remedy}"
         remedy = f"calib verify {self.data_dir} --repair moves what is wrong aside"
         if not self.bad_images:
             return f"NOT sound: {counted(self.images, 'image')} good, but other files lie there; {remedy}"
@@ -80,18 +79,18 @@ class Report:
         return f"NOT sound: {len(self.bad_images)} of {counted(self.images, 'image')} bad; {remedy}{again}"
 
 
-def mend_manifest(data_dir: Path, manifest: Manifest) -> str:
-    """What to do about settings that most images disagree with."""
+def manifest_remedy(data_dir: Path, manifest: Manifest) -> str:
+    """The remedy, for a message, where most images disagree with the manifest's settings."""
     if manifest.is_older:
         return f"correct num_steps and cfg_scale in {data_dir / MANIFEST}"
     return f"calib rebuild-manifest {data_dir} --force makes it anew from the files"
 
 
-def verify(data_dir: Path, besides: Shard | None = None) -> Report:
-    """Read every file of the dataset in ``data_dir`` and compare all that must agree; nothing is written.
+def verify(data_dir: Path, besides: Shard | None = None) -> DatasetReport:
+    """Read every file of the dataset in ``data_dir`` and compare everything that must agree; nothing is written.
 
     Args:
-        besides: a shard that the caller itself holds.
+        besides: a shard whose lock the caller itself holds.
 
     Raises:
         CalibError: there is no dataset, or its manifest is damaged.
@@ -108,11 +107,11 @@ def verify(data_dir: Path, besides: Shard | None = None) -> Report:
     else:
         findings += orphans(data_dir)
     findings.sort(key=lambda f: (f.image_id is None, f.image_id or 0))
-    return Report(data_dir, manifest, findings, _storage(data_dir), notes)
+    return DatasetReport(data_dir, manifest, findings, _storage(data_dir), notes)
 
 
 def check_images(data_dir: Path, manifest: Manifest, entries: Sequence[ImageEntry], label: str) -> dict[int, Checked]:
-    """Check ``entries`` side by side, by image id; hashing and decompression leave Python's lock to each other."""
+    """Check ``entries`` in parallel; results by image id. Hashing and decompression release Python's lock."""
     with in_threads() as pool, Progress(label, len(entries), "image", delay=1) as progress:
         checked = {}
         results = pool.map(partial(check_image, data_dir, manifest), entries)
@@ -123,7 +122,7 @@ def check_images(data_dir: Path, manifest: Manifest, entries: Sequence[ImageEntr
 
 
 def _odd_sizes(manifest: Manifest, checked: dict[int, Checked]) -> Iterable[Finding]:
-    """Pictures of another size than most."""
+    """Yield a finding for every picture whose size differs from most."""
     sizes = Counter(one.picture_size for one in checked.values() if one.picture_size)
     usual = sizes.most_common(1)[0][0] if sizes else None
     for image_id, one in checked.items():
@@ -133,7 +132,7 @@ def _odd_sizes(manifest: Manifest, checked: dict[int, Checked]) -> Iterable[Find
 
 
 def _duplicates(data_dir: Path) -> Iterable[Finding]:
-    """Ids that the manifest lists more than once; loading it keeps the last of them."""
+    """Yield a finding for every id that the manifest lists more than once; loading it keeps the last entry."""
     counts = Counter(int(entry["image_id"]) for entry in read_json(data_dir / MANIFEST)["images"])
     for image_id, count in counts.items():
         if count > 1:
@@ -149,9 +148,9 @@ def _gaps(manifest: Manifest) -> list[str]:
 
 
 def orphans(data_dir: Path) -> list[Finding]:
-    """Files that no entry names, and what killed writers left half-written; other hidden files (.DS_Store) may lie."""
+    """Files that no entry names and partial files of killed processes; other hidden files (.DS_Store) are ignored."""
     paths = [path for folder in FOLDERS for path in sorted((data_dir / folder).rglob("*")) if not path.is_dir()]
-    # Read after the files were listed: a writer adds an image's entry last.
+    # Read after the files are listed: a writer adds an image's entry last.
     named = {name for entry in load_manifest(data_dir).images.values() for name in entry.files}
     findings = []
     for path in paths:

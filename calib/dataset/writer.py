@@ -1,4 +1,4 @@
-"""Writing what is drawn, on a thread of its own, while the next block is drawn."""
+"""Write drawn images on a separate thread while the next block is drawn."""
 
 import errno
 import time
@@ -7,29 +7,29 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from calib.base.errors import CalibError
+from calib.base.errors import CalibError, reason_of
 from calib.base.progress import counted
 from calib.dataset.images import DrawnImage, write_image
 from calib.dataset.manifest import ImageEntry, Manifest
 from calib.dataset.shards import add_entries
 from calib.dataset.store import UnstorableLatents
 
-#: The manifest is written anew when so many times the last writing's duration have passed: with a hundred thousand
-#: images it takes seconds, which a block of one image must not wait for. What is not listed yet a kill loses.
+#: The manifest is rewritten when this multiple of the last rewriting's duration has passed: with a hundred thousand
+#: images it takes seconds, which must not delay every block. Images that are not listed yet are lost to a kill.
 LISTING_SHARE = 20
 
 
 class _WriteError(Exception):
-    """An OSError of the writing thread, told apart from those of drawing."""
+    """An OSError of the writing thread, as distinct from those of drawing."""
 
 
 class Writer:
-    """Writes drawn blocks, one behind the drawing at most; memory stays flat.
+    """Writes drawn blocks, at most one at a time waiting, so that memory stays constant.
 
     Attributes:
-        submitted: images handed over.
-        done: images that the manifest lists.
-        left_out: why images were left out.
+        submitted: number of images handed over.
+        done: number of images written and listed in the manifest.
+        left_out: errors of images that could not be stored.
     """
 
     def __init__(self, data_dir: Path, manifest: Manifest, total: int, pool: ThreadPoolExecutor):
@@ -41,20 +41,20 @@ class Writer:
         self._pending: Future[None] | None = None
 
     def submit(self, images: list[DrawnImage]) -> None:
-        """Write ``images``, once those handed over before are written."""
+        """Start writing ``images``, after waiting for those handed over before."""
         self._wait()
         self.submitted += len(images)
         self._pending = self._pool.submit(self._write, images)
 
     def finish(self) -> None:
-        """Write and list all that was handed over."""
+        """Finish writing, and list all written images in the manifest."""
         try:
             self._wait()
         finally:
             self._list()
 
     def kept(self) -> str:
-        """How far it got, for the user."""
+        """The number of finished images, for messages."""
         return f"{self.done} of {counted(self._total, 'image')} done and kept in {self.data_dir}"
 
     def _wait(self) -> None:
@@ -90,14 +90,14 @@ class Writer:
 
 @contextmanager
 def writing(data_dir: Path, manifest: Manifest, total: int) -> Iterator[Writer]:
-    """A :class:`Writer` that ends with all blocks written and listed; whatever ends it says what is done."""
+    """Yield a :class:`Writer`; at the end all blocks are written and listed, and errors report what is finished."""
     with ThreadPoolExecutor(1) as pool:
         writer = Writer(data_dir, manifest, total, pool)
         try:
             try:
                 yield writer
             except BaseException:
-                with suppress(_WriteError):  # the first error is the one to tell
+                with suppress(_WriteError):  # the first error is the one to report
                     writer.finish()
                 raise
             writer.finish()
@@ -109,10 +109,9 @@ def writing(data_dir: Path, manifest: Manifest, total: int) -> Iterator[Writer]:
         except RuntimeError as error:
             if type(error) is not RuntimeError:  # what MLX raises when the device fails or its memory is full
                 raise
-            reason = " ".join(str(error).split()) or type(error).__name__
             raise CalibError(
-                f"the device failed ({reason}); {writer.kept()}. If its memory was full: another data_dir with a "
-                "smaller sampler.batch_size or sampler.image_size, or model.use_t5=false"
+                f"the device failed ({reason_of(error)}); {writer.kept()}. If its memory was full: another data_dir "
+                "with a smaller sampler.batch_size or sampler.image_size, or model.use_t5=false"
             ) from error
     if writer.left_out:
         raise CalibError(f"{'; '.join(writer.left_out)}: left out; {writer.kept()}")

@@ -1,1 +1,1 @@
-"""What quantization costs: paired fidelity against the full-precision model."""
+"""Measure the effect of quantization: paired fidelity against the full-precision model."""

@@ -1,4 +1,4 @@
-"""Paired fidelity: how close pictures and outputs of a changed model are to those of the full-precision one.
+"""Metrics of paired fidelity: compare pictures and outputs of a changed model with those of the full-precision one.
 
 Everything is computed in float64. Pictures are (height, width, 3) in [0, 1].
 """
@@ -14,27 +14,27 @@ from calib.base.seeds import generator
 import numpy as np
 from numpy.typing import NDArray
 
-#: dB; what rounding to 16 bits leaves, 10·log10(12·65535²). Where PSNRs are averaged, higher ones count as this, so
-#: that equal pictures (infinite) have a mean and JSON a number. No lower: drawing in another batch size already differs
-#: by 1e-5 (100 dB), so in practice equal pictures alone are concerned, and what is measured stays as it is.
+#: The PSNR of rounding to 16 bits, 10·log10(12·65535²) dB. Higher values are averaged as this one, so that equal
+#: pictures (infinite PSNR) have a finite mean. It is high enough to affect equal pictures only: drawing in another
+#: batch size already differs by 1e-5 (100 dB).
 MOST_PSNR = 10 * math.log10(12 * 65535**2)
 
-#: Of intervals.
+#: Confidence level of intervals.
 LEVEL = 0.95
 RESAMPLES = 10_000
-#: An interval of 95% over fewer prompts holds the mean of normal values in less than 89% of cases: the percentile
-#: bootstrap takes σ for known, and as √(1 - 1/prompts) of what it is.
+#: Number of prompts below which a 95% interval covers the mean of normal values in less than 89% of cases: the
+#: percentile bootstrap treats σ as known, and underestimates it by the factor √(1 - 1/prompts).
 FEW_PROMPTS = 8
 
 WINDOW, WINDOW_SIGMA = 11, 1.5
 K1, K2 = 0.01, 0.03
 
-#: Squared float32 rounding: relative squared errors below it are none.
+#: Relative squared errors below this, the square of float32 rounding, count as none.
 NO_ERROR = 2.0**-48
 
 
 def psnr(reference: NDArray[Any], image: NDArray[Any]) -> float:
-    """Peak signal-to-noise ratio of two pictures in dB, the peak being 1; inf where they are equal."""
+    """Peak signal-to-noise ratio of two pictures, dB, with a peak of 1; inf where they are equal."""
     reference, image = _pair(reference, image)
     mse = float(np.mean((reference - image) ** 2))
     return -10 * math.log10(mse) if mse else math.inf
@@ -45,9 +45,9 @@ def ssim(reference: NDArray[Any], image: NDArray[Any]) -> float:
 
     As in the paper: 11×11 Gaussian window of σ 1.5 and sum 1, K1 = 0.01, K2 = 0.03, data range 1; variances and
     covariance are those of the weighted window, Σ w (x - μ_x)(y - μ_y), without the n/(n - 1) of a sample. Only windows
-    that lie within the picture count; it is not shrunk before, as some implementations do. The paper has grey pictures;
-    here it is the mean over channels. scikit-image's ``structural_similarity`` with gaussian_weights=True and
-    use_sample_covariance=False is the same.
+    within the picture count, which is not downsampled first, as in some implementations. The paper has grey pictures;
+    this is the mean over channels. scikit-image's ``structural_similarity`` with gaussian_weights=True and
+    use_sample_covariance=False gives the same.
     """
     x, y = _pair(reference, image)
     if min(x.shape[:2]) < WINDOW:
@@ -68,7 +68,7 @@ def _pair(reference: NDArray[Any], image: NDArray[Any]) -> tuple[NDArray[np.floa
 
 
 def _windowed(x: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Gaussian mean about every place whose window lies within the picture, (height - 10, width - 10, channels)."""
+    """Gaussian mean at every position whose window is within the picture, (height - 10, width - 10, channels)."""
     from scipy import ndimage  # slow to import, and every command would wait for it
 
     edge = WINDOW // 2
@@ -80,9 +80,9 @@ def _windowed(x: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def relative_error(v: NDArray[Any], v_q: NDArray[Any]) -> NDArray[np.float64]:
-    """‖v - v_q‖² / ‖v‖² of every row, (rows,), for a model's outputs ``v`` and a changed one's ``v_q`` (rows, ...).
+    """‖v - v_q‖² / ‖v‖² of every row, (rows,), for outputs ``v`` of a model and ``v_q`` of a changed one (rows, ...).
 
-    Where v = 0 it is 0 if v_q = 0 too, else inf.
+    Where v = 0 it is 0 if v_q = 0, else inf.
     """
     if v.shape != v_q.shape:
         raise ValueError(f"outputs of shapes {v.shape} and {v_q.shape} cannot be compared")
@@ -94,21 +94,17 @@ def relative_error(v: NDArray[Any], v_q: NDArray[Any]) -> NDArray[np.float64]:
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean over prompts, and the interval that it lies in."""
+    """A mean over prompts, and its confidence interval."""
 
     mean: float
     low: float
     high: float
 
-    @property
-    def excludes_zero(self) -> bool:
-        return self.low > 0 or self.high < 0
-
 
 def bootstrap(values: NDArray[Any], resamples: int = RESAMPLES, seed: int = 0, level: float = LEVEL) -> Interval:
     """Mean of ``values`` (prompts,), which must be finite, with its percentile-bootstrap interval over prompts.
 
-    The interval of one value is that value: nothing is known of its spread.
+    The interval of a single value is that value, as its spread is unknown.
     """
     return bootstrap_columns(values[:, None], resamples, seed, level)[0]
 
@@ -122,14 +118,14 @@ def bootstrap_columns(
         raise ValueError("a bootstrap takes one value or more, all of them finite")
     means = values.mean(axis=0)
     resampled = _resampled_means(values, resamples, seed)
-    # An ulp of rounding must not put the mean outside.
+    # An ulp of rounding must not put the mean outside the interval.
     low, high = np.quantile(resampled, [(1 - level) / 2, (1 + level) / 2], axis=0)
     low, high = np.minimum(low, means), np.maximum(high, means)
     return [Interval(float(m), float(l), float(h)) for m, l, h in zip(means, low, high, strict=True)]
 
 
 def _resampled_means(values: NDArray[np.float64], resamples: int, seed: int) -> NDArray[np.float64]:
-    """(resamples, columns): means of as many rows of ``values`` as there are, drawn with replacement."""
+    """Means of the rows of ``values`` resampled with replacement, (resamples, columns)."""
     prompts = len(values)
     rng = generator("seed", seed)
     at_once = max(1, 2**22 // prompts)  # 32 MB of counts
@@ -145,36 +141,36 @@ def _resampled_means(values: NDArray[np.float64], resamples: int, seed: int) -> 
 def bootstrap_difference(
     a: NDArray[Any], b: NDArray[Any], resamples: int = RESAMPLES, seed: int = 0, level: float = LEVEL
 ) -> Interval:
-    """:func:`bootstrap` of a - b, (prompts,) both, paired by prompt: what prompts have in common cancels."""
+    """:func:`bootstrap` of a - b, each (prompts,), paired by prompt, so that differences between prompts cancel."""
     if a.shape != b.shape:
         raise ValueError(f"values of {len(a)} and {len(b)} prompts cannot be paired")
     return bootstrap(a.astype(np.float64) - b.astype(np.float64), resamples, seed, level)
 
 
-def ends(error_by_step: NDArray[np.float64], steps: NDArray[np.int64]) -> tuple[float, float]:
-    """Mean error over the first and over the last fifth of the steps (rounded down, one at least)."""
+def first_and_last_fifth(error_by_step: NDArray[np.float64], steps: NDArray[np.int64]) -> tuple[float, float]:
+    """Mean error over the first and over the last fifth of the steps (rounded down, at least one)."""
     ordered = error_by_step[np.argsort(steps)]
     fifth = max(1, len(ordered) // 5)
     return float(ordered[:fifth].mean()), float(ordered[-fifth:].mean())
 
 
 def growth(error_by_step: NDArray[np.float64], steps: NDArray[np.int64]) -> float:
-    """Error over the last fifth of the steps as a multiple of that over the first: 1 where it is as large.
+    """Ratio of the error over the last fifth of the steps to that over the first fifth.
 
-    Both arguments are (steps,). A rank correlation would call a growth by 1% the same as one by a hundred. Errors
-    below float32 rounding count as that, so that none at all gives 1, and every result is finite.
+    Both arguments are (steps,). A rank correlation would not distinguish a growth by 1% from one by a factor of a
+    hundred. Errors below float32 rounding count as that, so that no error gives 1 and every result is finite.
     """
-    first, last = ends(error_by_step, steps)
+    first, last = first_and_last_fifth(error_by_step, steps)
     return max(last, NO_ERROR) / max(first, NO_ERROR)
 
 
 @dataclass(frozen=True)
 class Fidelity:
-    """How a model compares with the full-precision one: same prompts, seeds and noise.
+    """Comparison of a model with the full-precision one: same prompts, seeds and noise.
 
     Attributes:
-        psnr: (prompts,) dB, inf where pictures are equal. One value a prompt: several pictures of one are averaged.
-        ssim: (prompts,).
+        psnr: (prompts,) dB, inf where pictures are equal. One value per prompt: several pictures of one are averaged.
+        ssim: (prompts,), 1 where pictures are equal.
         error: (prompts, steps), :func:`relative_error` of the outputs on the full-precision model's states.
         steps: (steps,) step indices, ascending.
     """
@@ -197,13 +193,13 @@ class Fidelity:
             raise CalibError(f"prompt {prompt}: the picture is not finite")
 
     def to_json(self) -> dict[str, Any]:
-        """JSON has no infinity: null stands for that of equal pictures."""
+        """JSON-able document; null replaces the infinite PSNR of equal pictures."""
         psnr = [None if np.isinf(value) else value for value in self.psnr.tolist()]
         return {"psnr": psnr, "ssim": self.ssim.tolist(), "steps": self.steps.tolist(), "error": self.error.tolist()}
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> "Fidelity":
-        """What :meth:`to_json` made; raises KeyError, TypeError or ValueError where it is damaged."""
+        """The inverse of :meth:`to_json`; raises KeyError, TypeError or ValueError for a damaged document."""
         psnr = np.array([np.inf if value is None else value for value in document["psnr"]])
         return cls(psnr, np.array(document["ssim"]), np.array(document["error"]), np.array(document["steps"]))
 
@@ -212,7 +208,7 @@ class Fidelity:
         return len(self.psnr)
 
     def values(self) -> dict[str, NDArray[np.float64]]:
-        """What is averaged over prompts, (prompts,) by metric: finite numbers."""
+        """Values to average over prompts, (prompts,) finite numbers by metric."""
         return {"psnr": np.minimum(self.psnr, MOST_PSNR), "ssim": self.ssim, "output_error": self.error.mean(axis=1)}
 
     def intervals(self) -> dict[str, Interval]:
@@ -220,7 +216,7 @@ class Fidelity:
         return {name: bootstrap(values) for name, values in self.values().items()}
 
     def summary(self, prefix: str = "") -> dict[str, float]:
-        """Flat numbers for ``metrics.json``, all finite: ``psnr``, ``psnr_low``, …, each name after ``prefix``."""
+        """Flat finite numbers for ``metrics.json``: ``psnr``, ``psnr_low``, …, each name after ``prefix``."""
         found: dict[str, float] = {}
         for name, interval in self.intervals().items():
             found |= {name: interval.mean, f"{name}_low": interval.low, f"{name}_high": interval.high}

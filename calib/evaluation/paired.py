@@ -1,6 +1,6 @@
-"""Draw the same images with a changed model, and compare; the model's output on the same states, step by step.
+"""Draw the same images with a changed model and compare pictures, and compare outputs on the same states by step.
 
-The reference is a dataset drawn at full precision: its prompts, seeds and noise, its final latents, its states.
+The reference is a dataset drawn at full precision, with its prompts, seeds, noise, final latents and states.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -24,13 +24,13 @@ import numpy as np
 from mlx.utils import tree_unflatten
 from numpy.typing import NDArray
 
-#: A change of the model for the time of a context.
+#: Returns a context in which the model is changed.
 Change = Callable[[], AbstractContextManager[None]]
 
 
 @dataclass(frozen=True)
 class Reference:
-    """A dataset drawn by the full-precision model, all its images; output errors are compared at ``steps``."""
+    """All images of a dataset drawn by the full-precision model; outputs are compared at ``steps``."""
 
     data_dir: Path
     manifest: Manifest
@@ -50,7 +50,7 @@ class Reference:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a changed model drew, (images, height, width, 3), and how it compares."""
+    """Pictures of a changed model, (images, height, width, 3), and their fidelity."""
 
     pictures: NDArray[np.float32]
     fidelity: Fidelity
@@ -58,10 +58,10 @@ class Outcome:
 
 @contextmanager
 def rounded_to_bfloat16(model: DiffusionModel) -> Iterator[None]:
-    """Within the context the transformer's weights are rounded to bfloat16, and the states it is given, too.
+    """Round the transformer's weights and its input states to bfloat16 for the time of the context.
 
-    Computed in float32: the noise floor below which differences say nothing. Weights take twice a 16-bit model's
-    memory for that time.
+    Forward passes are computed in float32. Differences below this noise floor are not significant. Weights take twice
+    the memory of a 16-bit model meanwhile.
     """
     own, dtype = weights(model.transformer), model.dtype
     rounded = [(path, _rounded(array)) for path, array in own.items()]
@@ -80,10 +80,10 @@ def _rounded(array: mx.array) -> mx.array:
 
 
 class Paired:
-    """Comparisons of one model, changed, with what it is at full precision.
+    """Comparisons of a model in changed forms with the same model at full precision.
 
     Attributes:
-        pictures: those of the reference, (images, height, width, 3) in [0, 1], not rounded to 8 bits.
+        pictures: pictures of the reference, (images, height, width, 3) in [0, 1], not rounded to 8 bits.
     """
 
     def __init__(self, model: DiffusionModel, reference: Reference):
@@ -91,7 +91,7 @@ class Paired:
         manifest = reference.manifest
         final = read_states(reference.data_dir, manifest, reference.images, manifest.num_steps)
         self.pictures = np.stack([np.array(model.decode(mx.array(latent[None])))[0] for latent in final])
-        # One step a batch: a quantized model may follow the step.
+        # One step per batch, as a quantized model may depend on the step.
         size = plan_memory(model, manifest.cfg_weight > 0).batch_size
         self._batches = reference.states().batches(model, size)
         self._exact: list[NDArray[np.float32]] = []
@@ -109,7 +109,7 @@ class Paired:
         return Outcome(pictures, fidelity)
 
     def _draw(self, change: Change, label: str) -> NDArray[np.float32]:
-        """Pictures drawn in the blocks in which the reference was: another batch size would differ by rounding."""
+        """Draw the pictures in the blocks of the reference, as another batch size would differ by rounding."""
         model, manifest, images = self._model, self._reference.manifest, self._reference.images
         size, guidance = manifest.batch_size or 1, manifest.cfg_weight
         blocks = [images[i : i + size] for i in range(0, len(images), size)]
@@ -128,7 +128,7 @@ class Paired:
         return np.stack(pictures)
 
     def _output_errors(self, change: Change, label: str) -> NDArray[np.float64]:
-        """Relative error of the output on the reference's states, guidance halves together, (images, steps)."""
+        """Relative error of the outputs on the reference's states, over both guidance halves, (images, steps)."""
         reference = self._reference
         place = {image: row for row, image in enumerate(reference.images)}
         column = {step: i for i, step in enumerate(reference.steps)}
@@ -144,14 +144,14 @@ class Paired:
         return errors
 
     def _exact_outputs(self) -> list[NDArray[np.float32]]:
-        """Outputs at full precision, batch by batch; computed once, and kept: a latent a state."""
+        """Outputs at full precision by batch, computed once and kept: one latent per state."""
         if not self._exact:
             self._exact = [_output(self._model, make()) for make in self._batches]
         return self._exact
 
 
 def _output(model: DiffusionModel, batch: Batch) -> NDArray[np.float32]:
-    """The output, (states, guidance halves, height, width, channels)."""
+    """The model's outputs, (states, guidance halves, height, width, channels)."""
     with shared_cores(len(batch.x)):
         output = output_of(model, batch).astype(mx.float32)
         mx.eval(output)

@@ -1,4 +1,4 @@
-"""What a quantized model is compared with: full-precision pictures, and the noise floor below which nothing counts."""
+"""The reference of a comparison: full-precision pictures, and a control that measures the noise floor."""
 
 from collections.abc import Sequence
 from contextlib import suppress
@@ -20,7 +20,7 @@ from calib.models.model import DiffusionModel
 
 import mlx.core as mx
 
-#: Of the way in which the control is measured.
+#: Version of the procedure that measures the control.
 CONTROL_VERSION = 2
 
 
@@ -33,10 +33,10 @@ def draw_reference(
     base_seed: int,
     steps: int,
 ) -> Reference:
-    """The first ``num_images`` full-precision pictures of the dataset in ``folder``, which are drawn where missing.
+    """The first ``num_images`` full-precision pictures of the dataset in ``folder``; missing ones are drawn.
 
     Args:
-        steps: at so many of the sampler's, evenly spaced, outputs are to be compared.
+        steps: number of the sampler's steps, evenly spaced, at which outputs are compared.
     """
     if missing := missing_images(folder, num_images, thorough=True):
         generate(
@@ -51,7 +51,7 @@ def draw_reference(
 
 
 def control_of(model: DiffusionModel, reference: Reference, paired: Paired, cache_dir: Path) -> Fidelity:
-    """The noise floor, weights and states rounded to bfloat16; measured once for a model and its reference."""
+    """The noise floor, with weights and states rounded to bfloat16; cached by model and reference."""
     images = [[e.prompt, *e.checksums.values()] for e in reference.manifest.images.values()]
     device = [mx.default_device().type.name, versions()["mlx"]]
     key = short_hash([CONTROL_VERSION, model.fingerprint, images, list(reference.steps), *device], digits=16)

@@ -1,4 +1,4 @@
-"""What :mod:`calib.evaluation.metrics` found: a table for the terminal, a plot of errors, pictures side by side."""
+"""Report the results of :mod:`calib.evaluation.metrics`: a table as text, a plot of errors, a grid of pictures."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -17,7 +17,7 @@ from calib.evaluation.metrics import (
     Interval,
     bootstrap_columns,
     bootstrap_difference,
-    ends,
+    first_and_last_fifth,
     growth,
 )
 
@@ -28,27 +28,27 @@ from PIL import Image, ImageDraw, ImageFont
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-#: Each row of the table: its title, how to read it, and the format of its numbers.
+#: Rows of the table by metric: title, how to read it, format of its numbers.
 ROWS = {
     "psnr": ("PSNR", "dB, higher is closer", "{:.2f}"),
     "ssim": ("SSIM", "1: equal", "{:.4f}"),
     "output_error": ("relative output error", "0: equal", "{:.2e}"),
 }
-#: Metrics of which less is worse.
+#: Metrics of which lower values are worse.
 CLOSENESS = ("psnr", "ssim")
-#: An error that changes less than this from the first fifth of the steps to the last is called level.
+#: Largest ratio between the first and the last fifth of the steps at which an error counts as level.
 LEVEL_GROWTH = 1.1
 
-#: Pixels of a picture's longer side in the grid: smaller ones grow by a whole factor to the first or more, larger ones
-#: shrink to the second.
+#: Pixels of a picture's longer side in the grid: smaller pictures are enlarged by a whole factor to at least the first,
+#: larger ones reduced to the second.
 SMALLEST, LARGEST = 128, 384
 AMPLIFIED = 5
 
 
 def fidelity_text(quantized: Fidelity, control: Fidelity, steps: int) -> str:
-    """A table of means over prompts, the error against step, and notes; ``steps`` is the sampler's number of them.
+    """The report as text: means over prompts, the error against step, and notes.
 
-    Both must be of the same prompts, in the same order.
+    Both results must be of the same prompts, in the same order; ``steps`` is the sampler's number of steps.
     """
     lines = [
         f"{counted(quantized.prompts, 'prompt')}; output error at {len(quantized.steps)} of {counted(steps, 'step')}",
@@ -75,7 +75,7 @@ def _cell(form: str, interval: Interval) -> str:
 
 def _error_against_step(found: Fidelity) -> str:
     curve = found.error.mean(axis=0)
-    first, last = ends(curve, found.steps)
+    first, last = first_and_last_fifth(curve, found.steps)
     grown = growth(curve, found.steps)
     if grown > LEVEL_GROWTH:
         change = f"grows {grown:.3g}-fold" if first > NO_ERROR else "grows from none"
@@ -83,7 +83,7 @@ def _error_against_step(found: Fidelity) -> str:
         change = f"falls {1 / grown:.3g}-fold" if last > NO_ERROR else "falls to none"
     else:
         change = "is level"
-    # A change of the mean may be one prompt's alone.
+    # A change of the mean may come from one prompt.
     alike = sum((growth(row, found.steps) > 1) == (grown > 1) for row in found.error)
     seen = "" if change == "is level" else f", in {alike} of {counted(found.prompts, 'prompt')}"
     largest = int(np.argmax(curve))
@@ -111,7 +111,7 @@ def _notes(quantized: Fidelity, control: Fidelity) -> list[str]:
 
 
 def _beyond(name: str, quantized: Fidelity, control: Fidelity) -> bool:
-    """Whether the quantized model is worse than the control by more than chance."""
+    """Whether the quantized model is significantly worse than the control, paired by prompt."""
     better, worse = (found.values()[name] for found in (quantized, control))
     if name not in CLOSENESS:
         better, worse = worse, better
@@ -119,8 +119,8 @@ def _beyond(name: str, quantized: Fidelity, control: Fidelity) -> bool:
 
 
 def plot_error(path: Path, curves: Mapping[str, Fidelity]) -> None:
-    """A PNG of the relative output error against step, mean and 95% interval over prompts, a curve for each label."""
-    # Slow to import, and needed here only; a Figure of its own asks for no display.
+    """Plot a curve per label to a PNG: relative output error against step, mean and 95% interval over prompts."""
+    # Imported here, as it is slow; a Figure without pyplot needs no display.
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -142,7 +142,7 @@ def plot_error(path: Path, curves: Mapping[str, Fidelity]) -> None:
     axes.set_xlim(first - 0.03 * (last - first) - 0.1, last + 0.03 * (last - first) + 0.1)
     axes.grid(alpha=0.25)
     axes.grid(alpha=0.1, which="minor", axis="y")
-    # Below: within, it would hide curves.
+    # Below the axes, as it would hide curves within.
     axes.legend(fontsize=9, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.13), frameon=False)
     _write(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
 
@@ -150,7 +150,7 @@ def plot_error(path: Path, curves: Mapping[str, Fidelity]) -> None:
 def _draw_curve(axes: "Axes", label: str, found: Fidelity, color: str, marker: str) -> None:
     intervals = bootstrap_columns(found.error)
     mean, low, high = (np.array([getattr(i, name) for i in intervals]) for name in ("mean", "low", "high"))
-    # A log axis has no zero: such points are left out, intervals that begin there begin below the lowest point.
+    # A log axis has no zero: such points are left out, and intervals that begin at zero begin below the lowest point.
     shown = mean > 0
     if not shown.all():
         label += " (0 where there is no point)" if shown.any() else " (0 at every step)"
@@ -168,7 +168,7 @@ def _write(path: Path, save: Callable[[Path], object]) -> None:
 
 
 def save_pictures(folder: Path, pictures: NDArray[Any]) -> None:
-    """A PNG for each of ``pictures`` (n, height, width, 3) in [0, 1]: 0000.png …; those that were there go."""
+    """Write each of ``pictures`` (n, height, width, 3) in [0, 1] as a PNG, 0000.png …; earlier ones are removed."""
     for old in folder.glob("[0-9]*.png"):
         old.unlink()
     for number, picture in enumerate(pictures):
@@ -179,7 +179,7 @@ def save_pictures(folder: Path, pictures: NDArray[Any]) -> None:
 def picture_grid(
     path: Path, references: NDArray[Any], images: NDArray[Any], prompts: Sequence[str], most: int = 8
 ) -> None:
-    """A PNG with a column for each of the first ``most`` prompts: full precision, quantized, their difference × 5.
+    """Write a PNG with a column for each of the first ``most`` prompts: full precision, quantized, difference × 5.
 
     ``references`` and ``images`` are (n, height, width, 3) in [0, 1].
     """
@@ -200,7 +200,7 @@ def picture_grid(
     draw = ImageDraw.Draw(canvas)
     for column, prompt in enumerate(prompts[:most]):
         x = left + column * (width + gap)
-        # Short captions stand on their pictures.
+        # Captions are aligned to the bottom.
         for place, text in enumerate(reversed(_wrapped(prompt, font, width))):
             draw.text((x, top - gap // 3 - place * line), text, "black", font, anchor="ld")
         for row, pictures in enumerate(rows.values()):
@@ -211,14 +211,14 @@ def picture_grid(
 
 
 def _font(size: int) -> ImageFont.FreeTypeFont:
-    """Matplotlib's, a dependency at any rate: Pillow's own knows neither the accents in emoji names nor Greek."""
+    """Matplotlib's font: Pillow's own has neither the accents in emoji names nor Greek."""
     from matplotlib import get_data_path
 
     return ImageFont.truetype(Path(get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), size)
 
 
 def _shown(width: int, height: int) -> tuple[int, int]:
-    """Width and height at which a picture is shown."""
+    """Width and height of a picture in the grid."""
     side = max(width, height)
     factor = -(-SMALLEST // side) if side < SMALLEST else min(1.0, LARGEST / side)
     return max(1, round(width * factor)), max(1, round(height * factor))
@@ -230,7 +230,7 @@ def _tile(picture: NDArray[np.float64], size: tuple[int, int]) -> Image.Image:
 
 
 def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
-    """``text`` in at most two lines of ``width`` pixels; what does not fit is left out, with an ellipsis."""
+    """``text`` in at most two lines of ``width`` pixels, truncated with an ellipsis."""
     words = text.split()
     first = ""
     while words and font.getlength(f"{first} {words[0]}".strip()) <= width:

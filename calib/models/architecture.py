@@ -1,15 +1,17 @@
-"""What calib asks of a transformer, whatever family it is of.
+"""The interface between calib and a transformer of any family.
 
-A family is one class with the members of :class:`Architecture`; nothing outside ``calib.models`` knows more of a
-network. Layers have canonical names, the same in every file, table and plot; the class says which module a name stands
-for. :class:`Resumable` and :class:`Smoothable` are more that a family may offer: without the first, measuring
-sensitivities runs whole forwards; without the second there is no ``quantizer=smooth``.
+A family is one class with the members of :class:`Architecture`; nothing outside ``calib.models`` knows more about a
+network. Layers have canonical names, the same in every file, table and plot; the class maps a name to its module.
+:class:`Resumable` and :class:`Smoothable` are optional: without the first, measuring sensitivities runs whole forward
+passes; without the second ``quantizer=smooth`` is not available.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
+
+from calib.base.errors import ConfigError
 
 import mlx.core as mx
 from mlx import nn
@@ -24,7 +26,7 @@ class Conditioning:
 
     @classmethod
     def batch(cls, parts: Sequence["Conditioning"]) -> "Conditioning":
-        """The rows of all ``parts``, one after the other."""
+        """Concatenate the rows of all ``parts``."""
         pooled = [p.pooled for p in parts if p.pooled is not None]
         return cls(mx.concatenate([p.tokens for p in parts]), mx.concatenate(pooled) if pooled else None)
 
@@ -32,91 +34,95 @@ class Conditioning:
         return Conditioning(self.tokens[rows], None if self.pooled is None else self.pooled[rows])
 
     def astype(self, dtype: mx.Dtype) -> "Conditioning":
-        """The same as ``dtype``; lazy."""
+        """The same conditioning cast to ``dtype``; lazy."""
         return Conditioning(self.tokens.astype(dtype), None if self.pooled is None else self.pooled.astype(dtype))
 
     def arrays(self) -> list[mx.array]:
-        """What has to be evaluated."""
+        """The arrays to evaluate."""
         return [self.tokens] if self.pooled is None else [self.tokens, self.pooled]
 
 
 class Architecture(Protocol):
-    """A transformer, with weights or only in shape."""
+    """A transformer, with weights or with shapes alone."""
 
     @property
     def module(self) -> nn.Module:
-        """The network itself, whose parameters are saved, rounded and fingerprinted."""
+        """The network, whose parameters are saved, quantized and fingerprinted."""
 
     @property
     def depth(self) -> tuple[int, ...]:
-        """How many blocks there are of each sort, in the order in which the sorts run."""
+        """Number of blocks of each kind, in the order in which the kinds run."""
 
     @property
     def width(self) -> int:
-        """Channels of the stream that runs through the blocks."""
+        """Channels of the residual stream."""
 
     @property
     def heads(self) -> int:
-        """Attention heads of a block."""
+        """Attention heads per block."""
 
     @property
     def input_layer(self) -> str:
         """Name of the layer that reads the latent."""
 
     def velocity(self, x: mx.array, text: Conditioning, timestep: mx.array) -> mx.array:
-        """The output v for ``x`` (rows, height, width, channels), of the same shape.
+        """The output v for ``x`` (rows, height, width, channels), of the same shape: ``x - sigma * v`` is denoised.
 
-        ``timestep`` is evaluated and of size 1, or holds one for each row, (rows,).
+        ``timestep`` is 1000 sigma, evaluated, of size 1 or (rows,). The first axis of every layer's input must be that
+        of the rows: an input that all rows share, such as the embedding of one timestep, must be repeated.
         """
 
     def layers(self) -> dict[str, nn.Module]:
-        """Every linear layer by canonical name, in the order of the network; a patch convolution counts as one."""
+        """Every linear layer by canonical name, in network order; a patch convolution counts as linear."""
 
     def path(self, name: str) -> str:
-        """Path of the module that a layer's or a block's name stands for, as ``named_modules`` has it."""
+        """Path, as in ``named_modules``, of the module of a layer's or a block's name."""
 
     def blocks(self) -> list[str]:
         """Names of the blocks in the order in which they run."""
 
     def streams(self, block: str) -> tuple[str, ...]:
-        """Names of the arrays that a block returns, where it returns several; else empty."""
+        """Names of the arrays that a block returns; empty where it returns one."""
 
     def block_of(self, name: str) -> int | None:
-        """The number of the block that a layer is in; what comes after the blocks counts as one more.
+        """Index of the block that contains a layer; the number of blocks for a layer after them.
 
-        None for what comes before them, and reaches all.
+        None for a layer before the blocks, which affects all of them.
         """
 
     def shared_input(self, name: str) -> str:
-        """The first layer that reads the very array that layer ``name`` reads; ``name`` where there is no other."""
+        """The first layer with the same input array as layer ``name``; ``name`` itself where no other shares it."""
 
     def kind(self, name: str) -> str:
-        """What a layer reads: modulated, post-attention, post-gelu, post-silu, embedding, or a word of the family's."""
+        """Kind of a layer's input: modulated, post-attention, post-gelu, post-silu, embedding, or a family's own."""
 
     def tokens(self, latent_size: Sequence[int]) -> int:
-        """Tokens of one latent (height, width)."""
+        """Number of tokens of one latent (height, width)."""
 
     def text_widths(self) -> tuple[int, int | None]:
-        """Widths of :class:`Conditioning`'s ``tokens`` and ``pooled``; None where there is no pooled text."""
+        """Widths of :class:`Conditioning`'s ``tokens`` and ``pooled``; None where the family has no pooled text."""
 
     def describe(self) -> dict[str, Any]:
-        """What builds the network again, JSON-able; it is kept with quantized models."""
+        """JSON-able description that suffices to rebuild the network; stored with quantized models."""
 
 
 @runtime_checkable
 class Resumable(Protocol):
-    """A transformer that can be started in the middle; blocks are numbered as :meth:`Architecture.blocks` has them."""
+    """A transformer whose forward pass can start after any block; blocks are indexed as in ``Architecture.blocks``."""
 
     def keeping(self, block: int, keep: Callable[[Any], None]) -> AbstractContextManager[None]:
-        """Within the context ``keep`` gets what ``block`` returns in every forward: an array, or a tree of them."""
+        """Call ``keep`` with the output of ``block``, an array or a tree of arrays, in every forward in the context."""
 
     def velocity_after(self, block: int, output: Any, x: mx.array, text: Conditioning, timestep: mx.array) -> mx.array:
-        """:meth:`Architecture.velocity`, begun after ``block``, which gave ``output`` for these rows."""
+        """:meth:`Architecture.velocity` started after ``block``, whose output for these rows is ``output``."""
 
 
 @dataclass(frozen=True)
-class Source:
-    """The layer whose output, its chunk ``chunk`` of ``chunks``, is to be divided, once ``offset`` is added to it."""
+class Producer:
+    """A linear layer that produces channels: chunk ``chunk`` of ``chunks`` of its output.
+
+    The model adds ``offset`` to that chunk.
+    """
 
     name: str
     chunk: int = 0
@@ -126,22 +132,45 @@ class Source:
 
 @dataclass(frozen=True)
 class Site:
-    """Layers that read the same channels, and what makes these by a linear rule."""
+    """Layers that read the same channels, and the linear layers that produce these channels."""
 
     readers: tuple[str, ...]
-    sources: tuple[Source, ...]
+    producers: tuple[Producer, ...]
 
 
 @runtime_checkable
 class Smoothable(Protocol):
-    """A transformer that says where a factor of its input channels can be moved into the layers before."""
+    """A transformer that lists where per-channel factors can move from a layer's input into the layers before it."""
 
     def sites(self) -> Iterator[Site]:
-        """All such places, in the order of the network."""
+        """Yield every site, in network order."""
+
+
+def check_architecture(architecture: object, named: str) -> None:
+    """Check that ``architecture`` has the members of :class:`Architecture` and that its names are consistent.
+
+    Raises:
+        ConfigError: it does not; the message begins with ``named``.
+    """
+    members = [member for member in vars(Architecture) if not member.startswith("_")]
+    if lacking := [member for member in members if not hasattr(architecture, member)]:
+        raise ConfigError(f"{named}: {type(architecture).__name__} is no Architecture, it lacks {', '.join(lacking)}")
+    found = cast(Architecture, architecture)
+    layers, paths = found.layers(), {path for path, _ in found.module.named_modules()}
+    for name in [*layers, *found.blocks()]:
+        if "/" in name:
+            raise ConfigError(f"{named}: {name} has a /, which names of layers and blocks must not have")
+        if found.path(name) not in paths:
+            raise ConfigError(f"{named}: {name} has path {found.path(name)!r}, where the network has no module")
+    for name, shared in {name: found.shared_input(name) for name in layers}.items():
+        if shared not in layers:
+            raise ConfigError(f"{named}: {name} shares its input with {shared!r}, which is no layer")
+    if found.input_layer not in layers:
+        raise ConfigError(f"{named}: input_layer {found.input_layer!r} is no layer")
 
 
 def names_in_order(architecture: Architecture) -> list[str]:
-    """Layers and blocks in the order of the network, each block before its first layer."""
+    """Names of layers and blocks in network order, each block before its first layer."""
     blocks, found = architecture.blocks(), list[str]()
     for name in architecture.layers():
         number = architecture.block_of(name)
@@ -152,7 +181,7 @@ def names_in_order(architecture: Architecture) -> list[str]:
 
 
 def parent_of(root: nn.Module, path: str) -> tuple[Any, str | int]:
-    """What holds the module at ``path``, and the key it holds it by."""
+    """The container of the module at ``path``, and its key there."""
     *parents, last = path.split(".")
     node: Any = root
     for part in parents:

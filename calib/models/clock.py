@@ -1,4 +1,4 @@
-"""Which denoising step a forward is at, for layers that treat steps differently."""
+"""The denoising step of the current forward pass, for layers that depend on the step."""
 
 from collections.abc import Sequence
 
@@ -6,19 +6,19 @@ from calib.base.errors import CalibError
 
 
 class Clock:
-    """Told the timestep before every forward; knows the step of the trajectory that is nearest to it.
+    """Maps the timestep of a forward pass to the nearest step of a trajectory.
 
     Args:
-        timesteps: of steps 0 … n - 1, falling. Drawing with another number of steps meets timesteps in between. Empty
-            where nothing varies with the step: it is 0 then, ever.
+        timesteps: timesteps of steps 0 … n - 1, descending. Sampling with another number of steps meets timesteps in
+            between. Empty where nothing depends on the step, which then is always 0.
     """
 
     def __init__(self, timesteps: Sequence[float]):
         self._timesteps = list(timesteps)
         self._step: int | None = None
 
-    def tell(self, timestep: float | None) -> None:
-        """A forward begins at ``timestep``; None: its rows have timesteps of their own."""
+    def set_timestep(self, timestep: float | None) -> None:
+        """Set the timestep of the next forward pass; None where its rows differ in timestep."""
         if timestep is None:
             self._step = None
             return
@@ -27,7 +27,11 @@ class Clock:
 
     @property
     def step(self) -> int:
-        """The step index of the forward that is under way."""
+        """Step index of the current forward pass.
+
+        Raises:
+            CalibError: the rows of the forward pass differ in timestep.
+        """
         if self._step is None:
             raise CalibError("a layer that follows the step was run on rows of several steps; run them step by step")
         return self._step

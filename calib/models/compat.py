@@ -1,17 +1,25 @@
 """Import DiffusionKit 0.5.2, unmodified, on current MLX and without torch.
 
-DiffusionKit's MLX part asks at import for three names of ``argmaxtools`` (a logger and two mix-ins of its
-command-line report) and, through ``diffusionkit.utils``, for torch. Neither does any work in the model code.
-Where the real packages are missing this module puts small stand-ins in ``sys.modules``; where they are
-installed they are used. Its T5 encoder also reads Metal's memory size, which MLX on Linux does not know.
+At import DiffusionKit's MLX part needs three names of ``argmaxtools`` (a logger and two mix-ins of its command-line
+report) and, through ``diffusionkit.utils``, torch. The model code uses neither. This module puts small stand-ins in
+``sys.modules`` where the real packages are missing. DiffusionKit's T5 encoder also reads Metal's memory size, which
+MLX does not report on Linux.
+
+Three packages that DiffusionKit imports take longer than all the rest of a job's imports: transformers and
+huggingface_hub, which it calls only for T5 and for downloads, and beartype, whose ``typing`` is Python's own. Here
+they are deferred: DiffusionKit gets their names at once, and the packages are imported when a name is first used.
 
 Import the submodules of ``diffusionkit.mlx`` only after ``import calib.models.compat``.
 """
 
+import importlib
 import importlib.util
 import logging
 import os
 import sys
+import typing
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
@@ -42,9 +50,9 @@ def _supply_utils() -> None:
 
 
 def _supply_metal_memory_size() -> None:
-    """T5 sets the memory limit in every forward, to what Metal's device information says: here to what it is.
+    """Make T5, which sets the memory limit to Metal's memory size in every forward, keep the limit as it is.
 
-    The functions it calls are also deprecated names, of which MLX says so on the terminal each time.
+    Its functions are also called by deprecated names, for which MLX prints a warning every time.
     """
 
     def device_info() -> dict[str, Any]:
@@ -54,12 +62,52 @@ def _supply_metal_memory_size() -> None:
     mx.metal.set_memory_limit = mx.set_memory_limit
 
 
+class _Deferred:
+    """The member ``name`` of a module that is imported when the member is first called or looked into."""
+
+    def __init__(self, module: str, name: str):
+        self._module, self._name = module, name
+
+    def _imported(self) -> Any:
+        return getattr(importlib.import_module(self._module), self._name)
+
+    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
+        return self._imported()(*arguments, **keywords)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._imported(), name)
+
+
+class _DeferredModule(ModuleType):
+    """A stand-in for the module of the same name, each of whose members is deferred."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # the import system's questions
+            raise AttributeError(name)
+        return _Deferred(self.__name__, name)
+
+
+@contextmanager
+def _deferring() -> Iterator[None]:
+    """Replace slow packages that are not imported yet by stand-ins, for the time of the context."""
+    stand_ins = {name: _DeferredModule(name) for name in ("transformers", "huggingface_hub")}
+    supplied = {n: m for n, m in {**stand_ins, "beartype.typing": typing}.items() if n not in sys.modules}
+    sys.modules.update(supplied)
+    try:
+        yield
+    finally:
+        for name in supplied:
+            del sys.modules[name]
+
+
 if _missing("argmaxtools"):
     _supply_argmaxtools()
 if _missing("torch"):
     _supply_utils()
 _supply_metal_memory_size()
+with _deferring():
+    importlib.import_module("diffusionkit.mlx")
 
-# transformers, imported by DiffusionKit for T5's configuration, warns that torch is absent: that is intended here.
+# transformers, which T5's configuration and tokenizer come from, warns that torch is absent: that is intended here.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 logging.getLogger("transformers").setLevel(logging.ERROR)

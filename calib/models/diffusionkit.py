@@ -1,7 +1,7 @@
-"""DiffusionKit's SD3 and FLUX behind calib's interface.
+"""Load DiffusionKit's SD3 and FLUX.
 
 Weights are read with DiffusionKit's own key mappings and every name is checked: MLX's strict loading rejects
-DiffusionKit's FLUX loader, and a lenient one would hide a missing tensor.
+DiffusionKit's FLUX loader, and lenient loading would hide a missing tensor.
 """
 
 from collections.abc import Sequence
@@ -28,21 +28,28 @@ from diffusionkit.mlx.vae import VAEDecoder
 
 SD3_PREFIX = "model.diffusion_model."
 
-#: How repositories of 4-bit weights end.
+#: Suffix of repositories with 4-bit weights.
 QUANTIZED = "-4bit-quantized"
 
-#: In FLUX checkpoints but not in DiffusionKit's model: it has no key bias and no distilled-guidance embedding.
+#: Parts of tensor names in FLUX checkpoints that DiffusionKit's model lacks: key biases, distilled-guidance embedding.
 FLUX_UNUSED = (".k_proj.bias", "guidance_in.")
 
 
 def latent_shape(image_size: Sequence[int]) -> tuple[int, int, int]:
-    """(height, width, 16) of the latent of an image of ``image_size`` pixels; the VAEs shrink by 8."""
+    """(height, width, 16) of the latent of an image of ``image_size`` pixels; the VAEs shrink by 8.
+
+    Raises:
+        ConfigError: the transformers' patches, 2 by 2, do not fill it.
+    """
     height, width = image_size
+    if height % 16 or width % 16:
+        allowed = "must be [height, width], each a multiple of 16"
+        raise ConfigError.bad_value("sampler.image_size", list(image_size), allowed)
     return height // 8, width // 8, 16
 
 
 def _known(name: str, repository: str, flux: bool) -> None:
-    """Raise unless ``repository`` is one whose 16-bit checkpoint DiffusionKit maps to such a transformer."""
+    """Raise unless DiffusionKit has a key mapping for the 16-bit checkpoint of ``repository``."""
     if repository.endswith(QUANTIZED):
         plain = repository.removesuffix(QUANTIZED)
         allowed = f"its weights are 4-bit already, calib needs those of 16 bits: {plain}"
@@ -54,7 +61,7 @@ def _known(name: str, repository: str, flux: bool) -> None:
 
 
 def sd3_config(repository: str) -> MMDiTConfig:
-    """DiffusionKit's configuration; a copy, as DiffusionKit's loaders change the shared one."""
+    """A copy of DiffusionKit's configuration, whose loaders change the shared one."""
     return replace(model_io._CONFIG[repository], low_memory_mode=False)
 
 
@@ -67,7 +74,7 @@ def sd3_skeleton(
     image_size: Sequence[int] = (512, 512),
     cfg_weight: float = 0.0,
 ) -> MMDiTArchitecture:
-    """The transformer without its weights, and a check of what was asked of it; parameters as for :func:`load_sd3`."""
+    """Check the parameters of :func:`load_sd3`, and build the transformer without weights."""
     _known(name, repository, flux=False)
     _check_file("model.checkpoint", checkpoint)
     config = sd3_config(repository)
@@ -86,17 +93,18 @@ def flux_skeleton(
     image_size: Sequence[int] = (512, 512),
     cfg_weight: float = 0.0,
 ) -> MMDiTArchitecture:
-    """The transformer without its weights, and a check of what was asked of it; parameters as for :func:`load_flux`."""
+    """Check the parameters of :func:`load_flux`, and build the transformer without weights."""
     _known(name, repository, flux=True)
     if cfg_weight > 0:
         raise ConfigError.bad_value("sampler.cfg_weight", cfg_weight, f"{name} takes only 0, its guidance is distilled")
+    latent_shape(image_size)
     _check_file("model.checkpoint", checkpoint)
     _check_file("model.vae_checkpoint", vae_checkpoint)
     return MMDiTArchitecture(MMDiT(flux_config()))
 
 
 def flux_config() -> MMDiTConfig:
-    """FLUX.1-schnell's, also for dev: DiffusionKit's model cannot run the guidance embedding of ``FLUX_DEV``."""
+    """FLUX.1-schnell's configuration, also for dev: DiffusionKit cannot run the guidance embedding of ``FLUX_DEV``."""
     return replace(FLUX_SCHNELL, low_memory_mode=False)
 
 
@@ -106,9 +114,9 @@ def _check_file(key: str, path: str | None) -> None:
 
 
 def _check_lengths(weights: dict[str, mx.array], lengths: dict[str, tuple[int, int]], path: str) -> None:
-    """Raise where a tensor is longer than what DiffusionKit's mapping takes of it: it would leave the rest in silence.
+    """Raise where a tensor is longer than DiffusionKit's mapping expects, which would drop the rest silently.
 
-    ``lengths`` gives an axis and its length by part of the name.
+    ``lengths`` maps a part of a tensor's name to an axis and its expected length.
     """
     for name, weight in weights.items():
         for part, (axis, length) in lengths.items():
@@ -119,7 +127,7 @@ def _check_lengths(weights: dict[str, mx.array], lengths: dict[str, tuple[int, i
 
 
 def load_sd3_transformer(path: str, config: MMDiTConfig, dtype: mx.Dtype) -> MMDiT:
-    """SD3's transformer from a checkpoint in Stability's naming."""
+    """Load SD3's transformer from a checkpoint in Stability's naming."""
     transformer = MMDiT(config)
     weights = {name: w for name, w in read_weights(path).items() if name.startswith(SD3_PREFIX)}
     if not weights:
@@ -131,7 +139,7 @@ def load_sd3_transformer(path: str, config: MMDiTConfig, dtype: mx.Dtype) -> MMD
 
 
 def load_flux_transformer(path: str, config: MMDiTConfig, dtype: mx.Dtype) -> MMDiT:
-    """FLUX's transformer from a checkpoint in Black Forest Labs' naming."""
+    """Load FLUX's transformer from a checkpoint in Black Forest Labs' naming."""
     transformer = MMDiT(config)
     weights = read_weights(path)
     if "img_in.weight" not in weights:
@@ -143,8 +151,8 @@ def load_flux_transformer(path: str, config: MMDiTConfig, dtype: mx.Dtype) -> MM
     _check_lengths(weights, lengths, path)
     mapping = partial(model_io.flux_state_dict_adjustments, hidden_size=config.hidden_size, mlp_ratio=config.mlp_ratio)
     mapped = renamed(mapping, weights, path)
-    # Output and fc2 share one bias in a unified block: DiffusionKit adds it once, and zeroes fc2's in the first
-    # forward. Zeroing it here keeps the weights the same for ever after.
+    # The output projection and fc2 share one bias in a unified block: DiffusionKit adds it once, and zeroes fc2's in
+    # the first forward. Zeroing it here keeps the weights, and so their fingerprint, constant.
     for name in mapped:
         if name.startswith("unified_transformer_blocks") and name.endswith("mlp.fc2.bias"):
             mapped[name] = mx.zeros_like(mapped[name])
@@ -153,7 +161,7 @@ def load_flux_transformer(path: str, config: MMDiTConfig, dtype: mx.Dtype) -> MM
 
 
 def load_vae_decoder(path: str, prefix: str, dtype: mx.Dtype) -> VAEDecoder:
-    """The VAE's decoder from a checkpoint in the original naming."""
+    """Load the VAE's decoder from a checkpoint in the original naming."""
     config = VAEDecoderConfig()
     decoder = VAEDecoder(
         config.in_channels,
@@ -170,7 +178,7 @@ def load_vae_decoder(path: str, prefix: str, dtype: mx.Dtype) -> VAEDecoder:
 
 
 def _preflight(name: str, config: MMDiTConfig, dtype: ModelDtype) -> None:
-    """Notes on what will be slow or too large, before anything is downloaded or read."""
+    """Note what will be slow or too large, before anything is downloaded or read."""
     if dtype is not ModelDtype.FLOAT32 and mx.default_device().type == mx.DeviceType.cpu:
         note(f"model.dtype={dtype}: 16-bit products are some 40 times slower on a CPU; use model.dtype=float32")
     size, memory = sum(weight.size for weight in parameters(MMDiT(config)).values()) * dtype.mlx.size, device_memory()
@@ -188,17 +196,17 @@ def load_sd3(
     shift: float = 3.0,
     image_size: Sequence[int] = (512, 512),
 ) -> DiffusionModel:
-    """Stable Diffusion 3 or 3.5, from the hub or a local checkpoint that holds transformer and VAE.
+    """Load Stable Diffusion 3 or 3.5, from the hub or a local checkpoint that holds transformer and VAE.
 
     Args:
-        use_t5: encode prompts with T5-XXL besides the two CLIPs; without it 10 GB less memory, plainer pictures.
+        use_t5: encode prompts with T5-XXL besides the two CLIPs; without it 10 GB less memory, simpler pictures.
         shift: timestep shift of the sampler (arXiv 2403.03206, equation 23).
         image_size: height and width, pixels.
     """
     config = sd3_config(repository)
     _preflight(name, config, dtype)
     path = checkpoint or fetch(repository, model_io._MMDIT[repository]["vae"], "model.checkpoint")
-    # Before gigabytes are read: what the hub does not give is said at once.
+    # First, so that a file that the hub does not provide is reported before gigabytes are read.
     text = TextEncoders(DiffusionPipeline, repository, dtype.mlx, clip_g=True, use_t5=use_t5)
     transformer = load_sd3_transformer(path, config, dtype.mlx)
     decoder = load_vae_decoder(path, model_io._PREFIX[repository]["vae_decoder"], dtype.mlx)
@@ -214,7 +222,7 @@ def load_sd3(
         latent_shape=latent_shape(image_size),
         text_length=text.length,
         text_encoders=text.names,
-        # With T5 too: what lies beyond CLIP's 77 tokens does not reach the pooled text, nor half of the other.
+        # With T5 too: text beyond CLIP's 77 tokens reaches neither the pooled text nor CLIP's half of the tokens.
         token_count=text.clip_tokens,
         max_prompt_tokens=CLIP_TOKENS,
         unload_text=text.unload,
@@ -232,7 +240,7 @@ def load_flux(
     shift: float = 1.0,
     image_size: Sequence[int] = (512, 512),
 ) -> DiffusionModel:
-    """FLUX.1 schnell or dev, from the hub or from local checkpoints of transformer and VAE.
+    """Load FLUX.1 schnell or dev, from the hub or from local checkpoints of transformer and VAE.
 
     Parameters as for :func:`load_sd3`. Guidance is distilled into the weights: ``sampler.cfg_weight`` must be 0.
     """
@@ -256,7 +264,7 @@ def load_flux(
         latent_shape=latent_shape(image_size),
         text_length=text.length,
         text_encoders=text.names,
-        # T5 alone gives the token-level text; CLIP's cut at 77 concerns only the pooled one.
+        # T5 alone provides the token-level text; CLIP's limit of 77 tokens affects only the pooled text.
         token_count=text.t5_tokens,
         max_prompt_tokens=text.length,
         supports_guidance=False,

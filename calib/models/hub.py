@@ -1,11 +1,11 @@
-"""Files of the Hugging Face hub, and tensors of checkpoints; what is missing or wrong ends in one clear line."""
+"""Fetch files from the Hugging Face hub and read checkpoints; errors are one clear line."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import calib.models.compat  # noqa: F401  (must precede diffusionkit.mlx)
-from calib.base.errors import CalibError
+from calib.base.errors import CalibError, first_line
 
 import mlx.core as mx
 from huggingface_hub import constants, hf_hub_download
@@ -21,8 +21,12 @@ from mlx.utils import tree_flatten
 
 
 def fetch(repository: str, file: str, key: str | None = None) -> str:
-    """Path of a hub file, downloaded once; ``key`` names the setting that takes a local file in its place."""
-    # Its retries are not news to the user; the one line below is.
+    """Path of a hub file, downloaded once; ``key`` names the setting that takes a local file instead.
+
+    Raises:
+        CalibError: the file cannot be downloaded; the message says why and what to do.
+    """
+    # Its warnings about retries add nothing to the error below.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
         return hf_hub_download(repository, file)
@@ -32,7 +36,7 @@ def fetch(repository: str, file: str, key: str | None = None) -> str:
 
 
 def _what_to_do(repository: str, error: Exception) -> str:
-    """Why the hub did not give a file, and the way out; the narrower classes come first."""
+    """Why a download failed, and the remedy; narrower error classes come first."""
     page = f"{constants.ENDPOINT}/{repository}"
     if isinstance(error, GatedRepoError):
         return f"its licence was not accepted; accept it on {page}, `hf auth login`, and run this again"
@@ -55,11 +59,11 @@ def _what_to_do(repository: str, error: Exception) -> str:
 
 def _cause(error: BaseException) -> str:
     """The first line of an error, cut to a readable length."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:120]
+    return first_line(error)[:120]
 
 
 def read_weights(path: str) -> dict[str, mx.array]:
-    """The tensors of a safetensors file; MLX reads each when it is first used."""
+    """Tensors of a safetensors file by name; MLX reads each when it is first used."""
     try:
         weights = mx.load(str(Path(path).expanduser()), format="safetensors")
     except (RuntimeError, ValueError) as error:
@@ -71,7 +75,7 @@ def read_weights(path: str) -> dict[str, mx.array]:
 def renamed(
     mapping: Callable[[dict[str, mx.array]], dict[str, mx.array]], weights: dict[str, mx.array], source: str
 ) -> dict[str, mx.array]:
-    """``weights`` under the names that one of DiffusionKit's mappings gives them, which fails on the unexpected."""
+    """Rename ``weights`` by one of DiffusionKit's key mappings; raises where a tensor is missing or misshapen."""
     try:
         return mapping(weights)
     except KeyError as error:
@@ -83,9 +87,9 @@ def renamed(
 def load_checked(
     module: nn.Module, weights: Mapping[str, mx.array], dtype: mx.Dtype, source: str, unused: Sequence[str] = ()
 ) -> None:
-    """Load ``weights`` into ``module`` as ``dtype``; every parameter must be given, and every name used.
+    """Load ``weights`` into ``module`` as ``dtype``; names and shapes must match exactly.
 
-    ``unused`` lists parts of names that the module is known not to have.
+    ``unused`` lists parts of names of tensors to ignore, which the module is known to lack.
     """
     given = {name: w for name, w in weights.items() if not any(part in name for part in unused)}
     wanted = dict(tree_flatten(module.parameters()))

@@ -1,7 +1,7 @@
-"""How much memory drawing takes, and what follows: the batch size, and whether text encoders may stay loaded.
+"""Estimate the memory that sampling takes, and choose the batch size and whether text encoders stay loaded.
 
-Everything follows from shapes and the machine's total memory, never from what is free at the moment, so that the same
-machine plans the same every time.
+The estimate depends on shapes and the machine's total memory, not on the memory free at the moment, so that the same
+machine always makes the same plan.
 """
 
 from collections.abc import Sequence
@@ -18,29 +18,30 @@ from mlx import nn
 #: A dataset has 10 images by default: a larger batch would mostly draw padding.
 LARGEST_BATCH = 10
 
-# Measured as mx.get_peak_memory() over the weights, in float32 on a CPU; in brackets what the formulas below give.
-# A forward of SD3-medium, each row: 64 MB (71) at 256 px and 154 text tokens, 290 (293) at 512 px, 441 (469) at 512 px
-# and 589 tokens; of the emoji model 1.8 (1.9). SD3's VAE decoder: 29.7 kB a pixel (30.7) at 64, 256 and 512 px; the
-# emoji model's 18.5 (15.4). On an H200 SD3's decoder takes 1.05 GB (1.07) at 512 px, in float16. Metal: not measured.
-#: Activations that live at once in a block, in units of (tokens, hidden size).
+# Measured as mx.get_peak_memory() beyond the weights, in float32 on a CPU; in brackets the estimates of the formulas
+# below. A forward pass of SD3-medium, per row: 64 MB (71) at 256 px and 154 text tokens, 290 (293) at 512 px, 441 (469)
+# at 512 px and 589 tokens; of the emoji model 1.8 (1.9). SD3's VAE decoder: 29.7 kB a pixel (30.7) at 64, 256 and 512
+# px; the emoji model's 18.5 (15.4). On an H200 SD3's decoder takes 1.05 GB (1.07) at 512 px, in float16. Metal: not
+# measured.
+#: Activations that are alive at once in a block, in units of (tokens, hidden size).
 BLOCK_WIDTHS = 22
-#: With CUDA MLX frees nothing before a stretch of the graph has run: 10.8 GB on an H200 for 8 images of 512 px.
+#: With CUDA MLX frees nothing until a part of the graph has run: 10.8 GB on an H200 for 8 images of 512 px.
 BLOCK_WIDTHS_CUDA = 190
-#: Likewise in the VAE decoder, in units of (pixels, channels at full size): MLX's convolution writes out each pixel's
-#: neighbourhood on a CPU, in float32; on a GPU there are Winograd's two transforms beside input, padding and output.
+#: The same in the VAE decoder, in units of (pixels, channels at full size): MLX's convolution unfolds each pixel's
+#: neighbourhood on a CPU, in float32; on a GPU it holds Winograd's two transforms besides input, padding and output.
 DECODER_WIDTHS_CPU, DECODER_WIDTHS_GPU = 60, 16
 
-#: Tokens in a forward beyond which a device draws hardly faster; more would only put more images at risk of an
-#: interruption. An H200 gains up to about 16 images of SD3 at 512 px; two CPU cores, and by its arithmetic an Apple
-#: GPU, are busy with less than one.
+#: Tokens per forward pass beyond which throughput hardly grows; larger batches would only lose more images to an
+#: interruption. An H200 gains up to about 16 images of SD3 at 512 px; two CPU cores, and by its FLOP/s an Apple GPU,
+#: are saturated by less than one.
 BUSY_TOKENS, BUSY_TOKENS_CUDA = 2_000, 40_000
 
 
 @dataclass(frozen=True)
 class Needs:
-    """Bytes: of weights, of ``drawing`` one image beside others, and of ``decoding``, one image at a time.
+    """Memory in bytes: of the weights, of ``drawing`` per image of a batch, and of ``decoding`` one image.
 
-    ``useful_batch`` is how many images side by side make the device busy.
+    ``useful_batch`` is the number of images per batch that saturates the device.
     """
 
     transformer: int
@@ -51,21 +52,21 @@ class Needs:
     useful_batch: int = LARGEST_BATCH
 
 
-#: Jobs that share the memory.
+#: Number of jobs that share the memory.
 _jobs = 1
 
 
 def divide_memory(jobs: int) -> None:
-    """From now on plan with the share of one of so many ``jobs`` that run side by side."""
+    """Make all further plans for one of ``jobs`` processes that share the memory equally."""
     global _jobs
     _jobs = jobs
 
 
 def device_memory() -> int:
-    """Bytes that weights and activations may use: of all, the share of one of the jobs that run side by side.
+    """Bytes that weights and activations of this job may use: the device's, divided by the number of parallel jobs.
 
-    On Metal what the system recommends, two thirds to three quarters of the memory. Elsewhere MLX's limit, a fixed
-    share of the total: 80% of the main memory on a CPU, 95% of the card's with CUDA.
+    On Metal the working set that the system recommends, two thirds to three quarters of the memory. Elsewhere MLX's
+    limit, a fixed share of the total: 80% of the main memory on a CPU, 95% of the card's with CUDA.
     """
     if on_metal():
         return int(mx.device_info()["max_recommended_working_set_size"]) // _jobs
@@ -73,26 +74,31 @@ def device_memory() -> int:
 
 
 def nbytes(module: nn.Module) -> int:
-    """Bytes of a network's weights; shapes suffice, nothing is evaluated."""
+    """Bytes of a network's weights, from their shapes; nothing is evaluated."""
     return sum(weight.nbytes for weight in weights(module).values())
 
 
 def useful_batch(tokens: int, guidance: bool) -> int:
-    """Images of so many ``tokens`` that make the device busy."""
+    """Number of images, of ``tokens`` tokens each, that saturates the device."""
     busy = BUSY_TOKENS_CUDA if on_cuda() else BUSY_TOKENS
     return max(1, min(busy // ((1 + guidance) * tokens), LARGEST_BATCH))
 
 
 def drawing_bytes(architecture: Architecture, tokens: int, guidance: bool, size: int) -> int:
-    """Bytes of one forward of the transformer for one image of ``tokens``; ``size`` is that of one value."""
-    # GPUs run attention without writing the scores out.
+    """Bytes of activations of one forward pass for one image of ``tokens`` tokens; ``size``: bytes per value."""
+    # On GPUs attention does not materialise the scores.
     scores = 0 if on_gpu() else architecture.heads * tokens**2
     widths = BLOCK_WIDTHS_CUDA if on_cuda() else BLOCK_WIDTHS
     return int((1 + guidance) * size * (widths * architecture.width * tokens + scores))
 
 
 def decoding_bytes(decoder: nn.Module, latent_size: Sequence[int]) -> int:
-    """Bytes of decoding one latent (height, width) with a decoder that is built as DiffusionKit's VAE."""
+    """Bytes of activations of decoding one latent (height, width), for a decoder with the layers of DiffusionKit's VAE.
+
+    0 for a decoder with other layers, whose memory is unknown.
+    """
+    if not (hasattr(decoder, "conv_out") and hasattr(decoder, "up_blocks")):
+        return 0
     weight = decoder.conv_out.weight
     widths, size = (DECODER_WIDTHS_GPU, weight.dtype.size) if on_gpu() else (DECODER_WIDTHS_CPU, 4)
     positions = latent_size[0] * latent_size[1]
@@ -102,18 +108,18 @@ def decoding_bytes(decoder: nn.Module, latent_size: Sequence[int]) -> int:
 
 
 def shrink_factor(decoder: nn.Module) -> int:
-    """Pixels of an image's side to one of its latent's."""
+    """Pixels of an image per position of its latent, along one side."""
     return int(2 ** sum("upsample" in block for block in decoder.up_blocks))
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What fits into ``memory`` bytes.
+    """Batch size and handling of the text encoders for ``memory`` bytes.
 
     Attributes:
-        keep_text: the text encoders may stay loaded while images are drawn.
-        batch_size: images to draw side by side.
-        warning: what does not fit, and what to set; None where all does.
+        keep_text: whether the text encoders stay loaded while images are drawn.
+        batch_size: images per batch.
+        warning: what does not fit, and which setting to change; None where everything fits.
     """
 
     needs: Needs
@@ -124,11 +130,11 @@ class MemoryPlan:
 
     @classmethod
     def of(cls, needs: Needs, memory: int, batch_size: int | None = None, smaller_text: str = "") -> "MemoryPlan":
-        """Text encoders stay if one image can be drawn beside them; then the largest useful batch that fits.
+        """Keep the text encoders if one image can be drawn beside them; choose the largest useful batch that fits.
 
         Args:
-            batch_size: the one that was asked for, if any.
-            smaller_text: what to set for smaller text encoders.
+            batch_size: the requested batch size; None: choose one.
+            smaller_text: the setting that makes the text encoders smaller, for the warning.
         """
         left = memory - needs.transformer - needs.decoder
         keep_text = needs.text + max((batch_size or 1) * needs.drawing, needs.decoding) <= left
@@ -149,18 +155,18 @@ class MemoryPlan:
 
     @property
     def drawing(self) -> int:
-        """Bytes beside the weights, at most."""
+        """Largest number of bytes in use besides the weights."""
         return max(self.batch_size * self.needs.drawing, self.needs.decoding)
 
     @property
     def peak(self) -> int:
-        """Bytes in use at once, at most."""
+        """Largest number of bytes in use at once."""
         text = self.needs.text
         beside = text + self.drawing if self.keep_text else max(text, self.drawing)
         return self.needs.transformer + self.needs.decoder + beside
 
     def describe(self) -> str:
-        """One line."""
+        """The plan in one line."""
         unloaded = "" if self.keep_text else " (unloaded while drawing)"
         parts = (
             f"transformer {readable_bytes(self.needs.transformer)}",
@@ -173,7 +179,7 @@ class MemoryPlan:
 def plan_memory(
     model: DiffusionModel, guidance: bool, batch_size: int | None = None, memory: int | None = None
 ) -> MemoryPlan:
-    """The plan for ``model`` on this device, or on one of ``memory`` bytes; for a ``batch_size``, if one is given."""
+    """The plan for ``model`` on this device, or on one of ``memory`` bytes; ``batch_size`` None: choose one."""
     size, architecture = model.latent_shape[:2], model.architecture
     tokens = architecture.tokens(size) + model.text_length
     needs = Needs(

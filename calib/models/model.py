@@ -1,7 +1,7 @@
-"""One interface over SD3, FLUX and the shipped emoji model.
+"""A loaded text-to-image model of any family.
 
 Everything is a function of explicit arguments; nothing here reads or sets global random state. Arrays are NHWC.
-With guidance (``cfg_weight > 0``) the transformer sees a doubled batch: all conditional rows, then all
+With classifier-free guidance (``cfg_weight > 0``) the transformer gets a doubled batch: all conditional rows, then all
 unconditional rows, in DiffusionKit's order.
 """
 
@@ -11,20 +11,18 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import cast
 
-import calib.models.compat  # noqa: F401  (must precede diffusionkit.mlx)
 from calib.models.architecture import Architecture, Conditioning
 from calib.models.clock import Clock
+from calib.models.noise import LatentFormat, Sampler, UnscaledLatents
 
 import mlx.core as mx
 import numpy as np
-from diffusionkit.mlx import LatentFormat
-from diffusionkit.mlx.sampler import FluxSampler, ModelSamplingDiscreteFlow
 from mlx import nn
 from mlx.utils import tree_flatten
 
-#: Prompts encoded ahead where the text encoders do not fit beside the transformer: about 300 MB with SD3 and T5.
+#: Prompts encoded in advance where the text encoders do not fit beside the transformer: about 300 MB with SD3 and T5.
 ENCODE_AHEAD = 64
-#: Prompts whose conditioning is kept, the empty one among them.
+#: Prompts whose conditioning is cached, including the empty prompt.
 ROWS_KEPT = 64
 
 
@@ -46,28 +44,29 @@ class DiffusionModel:
 
     Attributes:
         name: the option of the ``model`` config group.
-        architecture: the transformer whose layers are tapped and quantized, and what calib knows of it.
-        encode_text: a text -> its conditioning, one row. Loads the text encoders where they are not loaded.
-        decoder: the VAE's, which ``decode_latents`` calls.
+        architecture: the transformer whose layers are tapped and quantized.
+        encode_text: a text -> its conditioning, one row. Loads the text encoders unless they are loaded.
+        decoder: the VAE's decoder, which ``decode_latents`` calls.
         decode_latents: latents (batch, height, width, channels) after ``process_out`` -> images in about [-1, 1].
         dtype: activation type of the transformer.
         latent_shape: (height, width, channels) of one latent.
-        text_length: length of a row of conditioning.
-        token_count: tokens of a text, begin and end included, before anything is cut.
-        max_prompt_tokens: tokens beyond this are cut by the text encoder.
-        text_encoders: which ones, as 'clip_l+clip_g+t5': with other ones a prompt means something else.
-        supports_guidance: False for FLUX, whose guidance is distilled: it takes ``cfg_weight=0`` only.
+        text_length: tokens in a row of conditioning.
+        token_count: a text -> its number of tokens, begin and end included, before truncation.
+        max_prompt_tokens: number of tokens beyond which the text encoder truncates.
+        text_encoders: names of the text encoders, e.g. 'clip_l+clip_g+t5'; conditioning depends on them.
+        latent_format: its ``process_out`` scales latents from the transformer's to the decoder's.
+        supports_guidance: False for FLUX, whose guidance is distilled: ``cfg_weight`` must be 0.
         unload_text: frees the text encoders; the next ``encode_text`` loads them again.
-        text_bytes: memory of the text encoders while they are loaded.
-        smaller_text: what to set for smaller text encoders, where that is possible.
-        decoding_bytes: memory that decoding one latent takes; None: as DiffusionKit's VAE takes it.
-        clock: told the timestep before every forward, where layers follow the step.
+        text_bytes: memory of the loaded text encoders, bytes.
+        smaller_text: the setting that makes the text encoders smaller; empty where there is none.
+        decoding_bytes: memory of decoding one latent, bytes; None: estimated where the decoder has the layers of
+            DiffusionKit's VAE, else not counted.
+        clock: set before every forward pass where layers depend on the denoising step.
     """
 
     name: str
     architecture: Architecture
-    sampler: ModelSamplingDiscreteFlow | FluxSampler
-    latent_format: LatentFormat
+    sampler: Sampler
     encode_text: Callable[[str], Conditioning]
     decoder: nn.Module
     decode_latents: Callable[[mx.array], mx.array]
@@ -77,6 +76,7 @@ class DiffusionModel:
     token_count: Callable[[str], int]
     max_prompt_tokens: int
     text_encoders: str
+    latent_format: LatentFormat = field(default_factory=UnscaledLatents)
     supports_guidance: bool = True
     unload_text: Callable[[], None] = lambda: None
     text_bytes: int = 0
@@ -88,14 +88,13 @@ class DiffusionModel:
 
     @property
     def transformer(self) -> nn.Module:
-        """The network itself."""
+        """The transformer's network."""
         return self.architecture.module
 
     def encode(self, prompts: Sequence[str], cfg_weight: float) -> Conditioning:
-        """Conditioning of a batch: all conditional rows, then with guidance as many unconditional ones.
+        """Conditioning of a batch: all conditional rows, then with guidance as many unconditional rows.
 
-        Each prompt is encoded by itself, so that a batch's make-up changes nothing, and once, as long as it is among
-        the last few.
+        Each prompt is encoded by itself, so that its conditioning does not depend on the batch, and is cached.
         """
         rows = {prompt: self._row(prompt) for prompt in dict.fromkeys(prompts)}
         parts = [rows[prompt] for prompt in prompts]
@@ -106,9 +105,9 @@ class DiffusionModel:
     def encode_batches(
         self, batches: Sequence[Sequence[str]], cfg_weight: float, keep_text: bool
     ) -> Iterator[Conditioning]:
-        """Conditioning of one batch after the other, as :meth:`encode` gives it.
+        """Yield the conditioning of each batch, as :meth:`encode` returns it.
 
-        Unless ``keep_text``, many are encoded ahead and the text encoders unloaded before the first is given out.
+        Unless ``keep_text``, batches are encoded in advance and the text encoders unloaded before the first is yielded.
         """
         ahead = 1 if keep_text or not batches else max(1, ENCODE_AHEAD // len(batches[0]))
         for first in range(0, len(batches), ahead):
@@ -118,7 +117,7 @@ class DiffusionModel:
             yield from texts
 
     def _row(self, prompt: str) -> Conditioning:
-        """One prompt's row in the transformer's type, evaluated."""
+        """Conditioning of one prompt, one row in the transformer's type, evaluated."""
         if prompt in self._rows:
             self._rows[prompt] = row = self._rows.pop(prompt)
             return row
@@ -134,18 +133,18 @@ class DiffusionModel:
 
         ``timestep`` is evaluated and of size 1, or holds one for each row, (rows,).
         """
-        self.tell_clock(timestep)
+        self.set_clock(timestep)
         return self.architecture.velocity(x, text, timestep)
 
-    def tell_clock(self, timestep: mx.array) -> None:
-        """Announce a forward to layers that follow the step; rows of several steps have none in common."""
+    def set_clock(self, timestep: mx.array) -> None:
+        """Set the clock for layers that depend on the step; to None where rows differ in timestep."""
         if self.clock is not None:
-            self.clock.tell(cast(float, timestep.item()) if timestep.size == 1 else None)
+            self.clock.set_timestep(cast(float, timestep.item()) if timestep.size == 1 else None)
 
     def denoise(
         self, x: mx.array, timestep: mx.array, sigma: mx.array, text: Conditioning, cfg_weight: float
     ) -> mx.array:
-        """Denoised estimate of ``x`` (batch, height, width, channels); DiffusionKit's ``CFGDenoiser``."""
+        """Denoised estimate of ``x`` (batch, height, width, channels), as in DiffusionKit's ``CFGDenoiser``."""
         rows = (mx.concatenate([x, x]) if cfg_weight > 0 else x).astype(self.dtype)
         v = self.velocity(rows, text, timestep)
         denoised: mx.array = self.sampler.calculate_denoised(sigma, v, rows)
@@ -155,7 +154,7 @@ class DiffusionModel:
         return unconditional + cfg_weight * (conditional - unconditional)
 
     def decode(self, x: mx.array) -> mx.array:
-        """Images (batch, height, width, 3) in [0, 1] of final latents as the sampler leaves them."""
+        """Images (batch, height, width, 3) in [0, 1] of the sampler's final latents ``x``."""
         image = self.decode_latents(self.latent_format.process_out(x).astype(self.dtype))
         return mx.clip(image / 2 + 0.5, 0, 1)
 
@@ -168,7 +167,7 @@ class DiffusionModel:
 
 
 def weights(module: nn.Module) -> dict[str, mx.array]:
-    """Parameters by path, less the table that FLUX's RoPE keeps as an attribute and MLX takes for a parameter."""
+    """Parameters by path, without the table that FLUX's RoPE stores as an attribute and MLX takes for a parameter."""
     parameters = dict(tree_flatten(module.parameters()))
     return {path: value for path, value in parameters.items() if not path.startswith("pre_sdpa_rope.")}
 

@@ -1,6 +1,6 @@
-"""The text encoders of SD3 and FLUX: two CLIPs and T5, loaded when first needed and freed when asked to.
+"""The text encoders of SD3 and FLUX: two CLIPs and T5, loaded at first use and freed by ``unload``.
 
-Texts go through DiffusionKit's own ``encode_text``, called on a pipeline object that holds nothing but the encoders.
+Texts are encoded by DiffusionKit's own ``encode_text``, called on a pipeline object that holds the encoders alone.
 """
 
 import json
@@ -20,7 +20,6 @@ from diffusionkit.mlx.clip import CLIPTextModel
 from diffusionkit.mlx.config import CLIPTextModelConfig
 from diffusionkit.mlx.t5 import SD3T5Encoder
 from mlx import nn
-from transformers import T5Config
 
 REPOSITORY = model_io._DEFAULT_MODEL
 T5_REPOSITORY = "google/t5-v1_1-xxl"  # of T5's configuration and tokenizer; DiffusionKit names it in its code
@@ -30,7 +29,7 @@ CLIP_TOKENS = 77
 
 @dataclass(frozen=True)
 class Encoder:
-    """One text encoder: its checkpoint, how its tensors are named for MLX, and the network without weights."""
+    """One text encoder: its checkpoint, the mapping of its tensors' names to MLX, and a builder of the network."""
 
     path: str
     mapping: Callable[[dict[str, mx.array]], dict[str, mx.array]]
@@ -40,7 +39,7 @@ class Encoder:
         return renamed(self.mapping, read_weights(self.path), self.path)
 
     def load(self, dtype: mx.Dtype) -> nn.Module:
-        """DiffusionKit's loaders would neither miss a tensor nor mind its shape."""
+        """Build the network and load its weights; checks names and shapes, which DiffusionKit's loaders do not."""
         module = self.build()
         load_checked(module, self.weights(), dtype, self.path, unused=("position_ids",))
         return module
@@ -51,7 +50,7 @@ def _file(key: str) -> str:
 
 
 def clip(key: str) -> Encoder:
-    """CLIP-L or CLIP-G, as its configuration on the hub says."""
+    """CLIP-L or CLIP-G, built by its configuration on the hub."""
     config = json.loads(Path(_file(f"{key}_config")).read_text())
     projected = "WithProjection" in config["architectures"][0]
     shape = CLIPTextModelConfig(
@@ -72,6 +71,8 @@ def clip(key: str) -> Encoder:
 
 def t5() -> Encoder:
     """T5-XXL's encoder."""
+    from transformers import T5Config  # slow to import, and T5 alone needs it
+
     for file in T5_FILES:
         fetch(T5_REPOSITORY, file)
     config = T5Config.from_pretrained(T5_REPOSITORY)
@@ -92,20 +93,20 @@ def _clip_tokenizer(part: str, pad_with_eos: bool) -> ClipTokenizer:
 
 
 def _row(tokenizer: Any, text: str, negative_text: str | None = None) -> mx.array:
-    """In place of DiffusionKit's ``_tokenize``: the text's row alone, which the negative text's does not change."""
+    """Token ids of ``text`` alone, in place of DiffusionKit's ``_tokenize``, which appends the negative text's row."""
     length = CLIP_TOKENS if isinstance(tokenizer, ClipTokenizer) else tokenizer.max_length
     pad = tokenizer.eos_token if tokenizer.pad_with_eos else 0
     return mx.array([fit(tokenizer.tokenize(text), length, pad)])
 
 
 class TextEncoders:
-    """Call with a text for its conditioning, one row.
+    """Encodes a text as one row of conditioning.
 
     Args:
         kind: DiffusionKit's pipeline class, whose ``encode_text`` is used.
-        repository: the transformer's, which decides how long T5's input is.
+        repository: the transformer's repository, which determines the length of T5's input.
         dtype: weight type of the encoders.
-        clip_g: with CLIP-G besides CLIP-L, as SD3 has.
+        clip_g: use CLIP-G besides CLIP-L, as SD3 does.
     """
 
     def __init__(self, kind: type[DiffusionPipeline], repository: str, dtype: mx.Dtype, clip_g: bool, use_t5: bool):
@@ -122,7 +123,7 @@ class TextEncoders:
         if use_t5:
             self._encoders["t5_encoder"] = t5()
             self._pipeline.t5_tokenizer = model_io.load_t5_tokenizer(T5_MAX_LENGTH[repository])
-        # SD3 has CLIP's tokens and T5's, or as many zeros as CLIP's; FLUX has T5's alone.
+        # SD3 has CLIP's tokens, then T5's or as many zeros as CLIP's; FLUX has T5's alone.
         t5_length = T5_MAX_LENGTH[repository] if use_t5 else CLIP_TOKENS
         self.length = CLIP_TOKENS + t5_length if clip_g else t5_length
         self.names = "+".join(name.removesuffix("_encoder") for name in self._encoders)
@@ -136,15 +137,15 @@ class TextEncoders:
         return Conditioning(*self._pipeline.encode_text(text, 0.0, ""))
 
     def unload(self) -> None:
-        """Free the encoders; the tokenizers stay."""
+        """Free the encoders; the tokenizers stay loaded."""
         for name in self._encoders:
             vars(self._pipeline).pop(name, None)
         mx.clear_cache()
 
     def clip_tokens(self, text: str) -> int:
-        """Tokens of ``text`` as CLIP sees it, begin and end included."""
+        """Number of CLIP's tokens of ``text``, begin and end included."""
         return len(self._pipeline.tokenizer_l.tokenize(text))
 
     def t5_tokens(self, text: str) -> int:
-        """Tokens of ``text`` as T5 sees it, end included."""
+        """Number of T5's tokens of ``text``, end included."""
         return len(self._pipeline.t5_tokenizer._tokenizer(text, verbose=False)["input_ids"])

@@ -1,4 +1,4 @@
-"""Token ids of prompts: CLIP's tokenizer for every text, and cutting without DiffusionKit's warnings."""
+"""Token ids of prompts: CLIP's tokenizer defined for every text, and truncation without DiffusionKit's warnings."""
 
 import sys
 import unicodedata
@@ -11,14 +11,14 @@ from diffusionkit.mlx.tokenizer import Tokenizer
 
 
 def fit(tokens: Sequence[int], length: int, pad: int) -> list[int]:
-    """``tokens`` as ``length`` ids: the shorter padded with ``pad``, the longer cut before the last (the end token)."""
+    """Pad ``tokens`` with ``pad`` to ``length`` ids, or truncate them before the last id, the end token."""
     if len(tokens) > length:
         return [*tokens[: length - 1], tokens[-1]]
     return [*tokens, *[pad] * (length - len(tokens))]
 
 
 def _byte_letters() -> list[str]:
-    """The letter that stands for each byte in CLIP's vocabulary: itself where printable, else one from U+0100 on."""
+    """The letter for each byte in CLIP's vocabulary: the byte itself where printable, else one from U+0100 on."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     return [chr(byte) if byte in printable else chr(256 + others.index(byte)) for byte in range(256)]
@@ -28,10 +28,10 @@ BYTE_LETTERS = _byte_letters()
 
 
 class ClipTokenizer(Tokenizer):  # type: ignore[misc]  # DiffusionKit has no types
-    """DiffusionKit's CLIP tokenizer, made total as OpenAI's is: a word is spelt in the letters of its UTF-8 bytes.
+    """DiffusionKit's CLIP tokenizer over the letters of UTF-8 bytes, as in OpenAI's, so that it accepts every text.
 
-    DiffusionKit looks characters up as they are: a KeyError for 日, and for é the token of another character. ASCII
-    gives the same ids. Nothing is cut: :func:`fit` does that.
+    DiffusionKit looks characters up directly, which raises KeyError for 日 and gives é the token of another character.
+    ASCII text gets the same ids. Nothing is truncated; :func:`fit` does that.
     """
 
     def __init__(self, tokenizer: Tokenizer):

@@ -1,12 +1,14 @@
-"""Quantizers, applying a plan to a model, inference that follows the step, and quantized models on disk.
+"""Quantizers, applying a plan to a model, inference that depends on the denoising step, and quantized models on disk.
 
 From Python, with ``run`` the directory of a run of ``calib`` or ``calib collect``:
 
 >>> from functools import partial
->>> from calib.analysis import ranges, uniform
+>>> from calib.analysis import ranges
+>>> from calib.analysis.heuristic import make_plan
+>>> from calib.analysis.heuristics import uniform
 >>> from calib.analysis.layers import read_summaries
->>> from calib.analysis.plan import make_plan
->>> from calib.dataset.generate import SamplerSettings, trajectory
+>>> from calib.dataset.generate import trajectory
+>>> from calib.dataset.settings import SamplerSettings
 >>> from calib.models import emoji
 >>> from calib.quantization.apply import applied
 >>> from calib.quantization.build import quantize

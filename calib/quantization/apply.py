@@ -1,4 +1,4 @@
-"""Put a quantized model's weights and activation rules into a loaded transformer, and take them out again."""
+"""Apply a quantized model's weights and activation rules to a loaded transformer, for the time of a context."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -18,7 +18,7 @@ from mlx.utils import tree_unflatten
 
 
 class PhasedLinear(nn.Module):
-    """A layer with weights of its own for the steps of some phases."""
+    """A layer with separate copies of its weights for the steps of some phases."""
 
     def __init__(self, inner: nn.Module, copies: Mapping[int, nn.Module], clock: Clock):
         super().__init__()
@@ -42,22 +42,22 @@ class PhasedLinear(nn.Module):
 
 
 def runs_dense() -> bool:
-    """Whether quantized layers run as dense ones with the same weights: everywhere but on Metal.
+    """Whether quantized layers run by default as dense ones with the dequantized weights: everywhere but on Metal.
 
-    On a CPU quantized products are slow. On CUDA MLX 0.32.4 compiles for a minute at every new bit-width, and
-    a 2-bit product failed there (measured on an H100).
+    On a CPU quantized products are slow. On CUDA MLX 0.32.4 compiles for a minute at every new bit-width, and a 2-bit
+    product failed there (measured on an H100).
     """
     return not on_metal()
 
 
 def as_module(layer: Packed, bias: mx.array | None, dtype: mx.Dtype, dequantize: bool) -> nn.Module:
-    """A layer with packed weights that runs on MLX's quantized kernels, or a dense one that multiplies by the same.
+    """A layer with packed weights on MLX's quantized kernels, or with ``dequantize`` a dense one of equal weights.
 
     MLX's quantized products are 14 to 85 times slower than dense ones on a CPU.
     """
     rows, columns = layer.weight.shape[0], layer.weight.shape[1] * 32 // layer.bits
     module: nn.Module
-    # Their own weights are lazy: replaced before anything computes them.
+    # The modules' initial weights are lazy, and replaced before anything computes them.
     if dequantize:
         module = nn.Linear(columns, rows, bias=False)
         module.weight = layer.dequantize(dtype)
@@ -71,10 +71,10 @@ def as_module(layer: Packed, bias: mx.array | None, dtype: mx.Dtype, dequantize:
 
 @contextmanager
 def applied(model: DiffusionModel, quantized: QuantizedModel, dequantize: bool | None = None) -> Iterator[None]:
-    """Within the context ``model`` is the quantized one, and follows the step; afterwards it is what it was.
+    """Turn ``model`` into the quantized one, which follows the denoising step, for the time of the context.
 
     Args:
-        dequantize: run dense layers with the dequantized weights; None: as :func:`runs_dense` says.
+        dequantize: run dense layers with the dequantized weights; None: :func:`runs_dense`.
     """
     clock = Clock(quantized.timesteps)
     with ExitStack() as stack:
@@ -96,7 +96,7 @@ def _recorder(inputs: Mapping[str, InputRule], clock: Clock) -> Callable[[str, m
 
 @contextmanager
 def _weights_of(model: DiffusionModel, quantized: QuantizedModel, clock: Clock, dequantize: bool) -> Iterator[None]:
-    """The quantized layers in the places of the dense ones, other parameters replaced, and a clock."""
+    """Replace the layers by quantized ones, the other parameters by 16-bit ones, and set a clock, in the context."""
     architecture, transformer, dtype = model.architecture, model.transformer, model.dtype
     own = architecture.layers()
     own_weights = weights(transformer)

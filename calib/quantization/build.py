@@ -1,4 +1,4 @@
-"""From a plan to a quantized model: check it against the transformer, run the quantizer, gather the rules."""
+"""Build a quantized model from a plan: check the plan against the transformer, run the quantizer, collect the rules."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,6 +14,7 @@ from calib.analysis.plan import GROUP_SIZES, UNQUANTIZED, LayerPlan, Plan
 from calib.analysis.ranges import RangeRule, StepRanges, static
 from calib.analysis.steps import StepPlan
 from calib.base.errors import CalibError, suggest
+from calib.base.layout import STEPS
 from calib.models.memory import plan_memory
 from calib.models.model import DiffusionModel, weights
 from calib.quantization import rtn
@@ -27,7 +28,7 @@ from mlx import nn
 
 
 def check_names(plan: Mapping[str, LayerPlan], known: Sequence[str], source: str) -> None:
-    """Raise where a plan has layers that the model has not."""
+    """Raise where a plan has layers that the model lacks; ``source`` names the plan."""
     if unknown := [name for name in plan if name not in known]:
         more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
         hint = suggest(unknown[0], known, list_all=False)
@@ -35,7 +36,7 @@ def check_names(plan: Mapping[str, LayerPlan], known: Sequence[str], source: str
 
 
 def fitting(plan: Mapping[str, LayerPlan], layers: Mapping[str, nn.Module]) -> tuple[dict[str, LayerPlan], list[str]]:
-    """The plans of layers that MLX can quantize, with a group size that fits, and a note on every exception."""
+    """Plans of the layers that MLX can quantize, with group sizes that divide their widths, and notes on exceptions."""
     found, notes = {}, []
     for name, layer in plan.items():
         module = layers.get(name)
@@ -57,12 +58,12 @@ def fitting(plan: Mapping[str, LayerPlan], layers: Mapping[str, nn.Module]) -> t
 
 @dataclass(frozen=True)
 class Calibration:
-    """What a quantizer may draw on.
+    """Calibration data for a quantizer.
 
     Attributes:
-        statistics: an ``activations.h5``, if there is one.
-        rule: how ranges vary with the step.
-        states: calibration states, asked for where a quantizer replays them; None where there is no run to tell.
+        statistics: path of an ``activations.h5``, if there is one.
+        rule: rule for ranges that vary with the step.
+        states: returns the calibration set, called where a quantizer replays it; None where no run is known.
     """
 
     statistics: Path | None
@@ -78,12 +79,15 @@ def quantize(
     ranges: RangeRule = static,
     states: StoredStates | None = None,
 ) -> tuple[QuantizedModel, list[str]]:
-    """``plan`` applied to ``model``, and notes for people; the same as ``calib quantize`` makes.
+    """Quantize ``model`` by ``plan``, as ``calib quantize`` does; returns the quantized model, and notes for people.
 
     Args:
         activations: the ``activations.h5`` that the plan was made from.
-        ranges: how activation ranges vary with the step.
-        states: for quantizers that replay stored states.
+        ranges: rule for activation ranges that vary with the step.
+        states: calibration set, for quantizers that replay stored states.
+
+    Raises:
+        CalibError: the statistics lack a layer, or 16 bits cannot represent a weight.
     """
     steps = plan_steps(plan, observed_ranges(plan, activations), activations, ranges)
     source = Calibration(activations, ranges, None if states is None else lambda: states)
@@ -99,7 +103,7 @@ def quantize_layers(
     source: Calibration,
     made_by: Mapping[str, Any],
 ) -> tuple[QuantizedModel, list[str]]:
-    """The quantized model, and what people should know of it; ``made_by`` is kept with it."""
+    """The quantized model, and notes for people; ``made_by`` is stored with the model."""
     layers = model.architecture.layers()
     chosen, notes = fitting(plan, layers)
     half = model.dtype if model.dtype != mx.float32 else mx.float16
@@ -108,7 +112,7 @@ def quantize_layers(
     given = (replay, batches, *_statistics(plan, source))
     work = QuantizerInput(model.architecture, linear, {**plan, **chosen}, half, *given)
     made = quantizer(work)
-    # A plan may name blocks, too, where their outputs were observed: they have no input of their own to round.
+    # A plan may also name blocks, where their outputs were observed: they have no input to quantize.
     inputs, more = _inputs({name: layer for name, layer in plan.items() if name in layers}, steps, made.ranges)
     paths = {name: model.architecture.path(name) for name in made.layers}
     packed = {f"{path}.weight" for path in paths.values()}
@@ -123,7 +127,7 @@ def quantize_layers(
 
 
 def _check_finite(quantized: QuantizedModel, half: mx.Dtype) -> None:
-    """Raise where 16 bits cannot hold a weight."""
+    """Raise where the 16-bit type cannot represent a weight."""
     arrays = dict(quantized.weights)
     for name, layer in quantized.layers.items():
         arrays[name] = mx.concatenate([layer.scales, layer.biases])
@@ -138,10 +142,10 @@ def _check_finite(quantized: QuantizedModel, half: mx.Dtype) -> None:
 def _inputs(
     plan: Mapping[str, LayerPlan], steps: StepPlan, own: Mapping[str, StepRanges]
 ) -> tuple[dict[str, InputRule], list[str]]:
-    """Rules for every layer whose input is quantized at some step, the quantizer's ranges before the plan's."""
+    """Rules for layers whose input is quantized at some step, with the quantizer's ranges ``own``, else the plan's."""
     rules, missing, constant = {}, [], []
     for name, layer in plan.items():
-        # Without steps a quantizer's own range cannot follow them: one is as good as another then.
+        # Without steps the bits are those of the plan, whatever the step.
         bits = steps.bits_by_step(name, layer.activation_bits) or (layer.activation_bits,)
         if all(b >= UNQUANTIZED for b in bits):
             continue
@@ -154,9 +158,7 @@ def _inputs(
             rules[name] = InputRule(ranges, bits)
     notes = []
     if missing:
-        notes.append(
-            f"{len(missing)} layers have no activation ranges (no timestep_config.json): inputs stay as they are"
-        )
+        notes.append(f"{len(missing)} layers have no activation ranges (no {STEPS}): inputs stay as they are")
     if constant:
         notes.append(f"{', '.join(constant)}: the input is zero always; it stays as it is")
     return rules, notes
@@ -170,7 +172,7 @@ def _copies(
     quantizer: Quantizer,
     work: QuantizerInput,
 ) -> dict[str, dict[str, Packed]]:
-    """Weights of phases whose bits are others than those that serve all steps."""
+    """Copies of weights, by phase and layer, where a phase has other bits than the plan."""
     copies = {}
     for phase, bits in steps.weight_bits.items():
         other = {name: b for name, b in bits.items() if name in made and b != chosen[name].weight_bits}
@@ -182,7 +184,7 @@ def _copies(
 
 
 def _statistics(plan: Mapping[str, LayerPlan], source: Calibration) -> tuple[Any, Any]:
-    """The two functions by which a quantizer asks the statistics."""
+    """The functions ``channel_range`` and ``ranges`` of :class:`QuantizerInput`."""
 
     def channel_range(name: str) -> ChannelRange | None:
         if source.statistics is None:
@@ -199,14 +201,14 @@ def _statistics(plan: Mapping[str, LayerPlan], source: Calibration) -> tuple[Any
     return channel_range, ranges
 
 
-def _replay(model: DiffusionModel, source: Calibration) -> tuple[Any, Callable[[], Iterator[Batch]]]:
-    """The two functions by which a quantizer gets at the calibration states."""
+def _replay(model: DiffusionModel, source: Calibration) -> tuple[Any, Callable[..., Iterator[Batch]]]:
+    """The functions ``replay`` and ``batches`` of :class:`QuantizerInput`."""
 
-    def batches() -> Iterator[Batch]:
+    def batches(size: int | None = None) -> Iterator[Batch]:
         if source.states is None:
             raise CalibError("this quantizer replays stored states: name the run that collected them, stats=DIR")
         states = source.states()
-        size = plan_memory(model, states.manifest.cfg_weight > 0).batch_size
+        size = size or plan_memory(model, states.manifest.cfg_weight > 0).batch_size
         for batch in states.batches(model, size, mixed=True):
             yield batch()
 

@@ -1,8 +1,8 @@
-"""A quantized transformer as a folder: what is loaded again is what was saved, bit for bit.
+"""Save and load a quantized transformer as a folder, bit for bit.
 
-``model.safetensors`` holds every parameter by the path that the transformer has after ``nn.quantize``; MLX alone
-loads it. ``phases.safetensors`` holds further copies of weights for phases, where a plan asks for them. ``config.json``
-holds bits and group size of each layer, the rules for activations, and where the model comes from.
+``model.safetensors`` has every parameter by the path that it has after ``nn.quantize``, so that MLX alone can load it.
+``phases.safetensors`` has further copies of weights for phases, where a plan has them. ``config.json`` has bits and
+group size of each layer, the rules for activations, and the model's origin.
 """
 
 import errno
@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from calib.analysis.ranges import ranges_from_json, ranges_to_json
-from calib.base.errors import CalibError, lacks_or_garbles
+from calib.base.errors import CalibError, check_format, lacks_or_garbles, reason_of
 from calib.base.files import checksum, free_bytes, read_json, write_json
 from calib.models.mmdit.names import layer_name
 from calib.models.model import DiffusionModel
@@ -29,14 +29,14 @@ _PARTS = ("weight", "scales", "biases")
 
 
 def origin_of(model: DiffusionModel) -> dict[str, Any]:
-    """What a quantized model says of the one it was made from, JSON-able: its weights, and what builds it again."""
+    """The origin stored with a quantized model, JSON-able: the model's name, fingerprint and configuration."""
     return {"model": model.name, "fingerprint": model.fingerprint, **model.architecture.describe()}
 
 
 def save(quantized: QuantizedModel, folder: Path) -> None:
-    """Write ``folder``, whole or not at all; one that is there is replaced."""
+    """Write ``folder``, whole or not at all; an existing one is replaced."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    for left in folder.parent.glob(f".{folder.name}.*"):  # by a killed process: the caller holds the run directory
+    for left in folder.parent.glob(f".{folder.name}.*"):  # of killed processes, as the caller holds the run directory
         shutil.rmtree(left, ignore_errors=True)
     with TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent, ignore_cleanup_errors=True) as place:
         made = Path(place) / "made"
@@ -51,14 +51,14 @@ def save(quantized: QuantizedModel, folder: Path) -> None:
 
 
 def _write(path: Path, arrays: dict[str, mx.array], folder: Path) -> str:
-    """The checksum of what was written; errors name the file as it would lie in ``folder``."""
+    """Write ``arrays``; returns the file's checksum. Errors name the file by its final path in ``folder``."""
     needed = sum(array.nbytes for array in arrays.values())
-    if free_bytes(path.parent) < needed:  # MLX would leave half a file without a word
+    if free_bytes(path.parent) < needed:  # MLX would leave a partial file without an error
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder / path.name))
     try:
         mx.save_safetensors(str(path), arrays, metadata={"format": "mlx"})
     except RuntimeError as error:
-        raise CalibError(f"{folder / path.name}: cannot be written ({' '.join(str(error).split())})") from None
+        raise CalibError(f"{folder / path.name}: cannot be written ({reason_of(error)})") from None
     return checksum(path)
 
 
@@ -95,7 +95,7 @@ def _document(quantized: QuantizedModel) -> dict[str, Any]:
 
 
 def load(folder: Path) -> QuantizedModel:
-    """What :func:`save` wrote.
+    """Load what :func:`save` wrote.
 
     Raises:
         CalibError: a file is missing, damaged, or of another version.
@@ -105,11 +105,7 @@ def load(folder: Path) -> QuantizedModel:
         raise CalibError(f"{folder}: no quantized model there (no {CHECKPOINT}); calib quantize makes one")
     document = read_json(path)
     again = "run calib quantize again"
-    if not isinstance(document, dict) or document.get("format") != FORMAT:
-        raise CalibError(f"{path}: not a {FORMAT}; {again}")
-    if document.get("format_version") != FORMAT_VERSION:
-        version = document.get("format_version")
-        raise CalibError(f"{path}: has format version {version}, this calib reads {FORMAT_VERSION}; {again}")
+    check_format(path, document, FORMAT, (FORMAT_VERSION,), again)
     try:
         for name, expected in document["files"].items():
             if not (folder / name).exists():
@@ -137,7 +133,7 @@ def _quantized(
         weight, scales, biases = (source.pop(f"{prefix}.{part}") for part in _PARTS)
         return Packed(weight, scales, biases, shape["bits"], shape["group_size"])
 
-    # Checkpoints of calib 0.1.0 do not name their layers; all were MMDiTs.
+    # Checkpoints of calib 0.1.0, which were all of MMDiTs, do not name their layers.
     names = document.get("names") or {path: layer_name(path) for path in document["layers"]}
     layers = {names[path]: packed(arrays, path, shape) for path, shape in document["layers"].items()}
     held = {

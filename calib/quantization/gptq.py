@@ -1,7 +1,7 @@
-"""Quantizer ``gptq``: what rounding one weight does to the layer's output, the weights not yet rounded make up for.
+"""Quantizer ``gptq``: round weights column by column, with the error compensated by the columns not yet rounded.
 
-GPTQ, Frantar et al. 2022 (arXiv 2210.17323), Algorithm 1, onto MLX's groups. Over n calibration inputs x a layer loses
-Σ ‖Wx − Ŵx‖² = n/2 · tr((W − Ŵ) H (W − Ŵ)ᵀ), where H = 2/n Σ x xᵀ.
+GPTQ, Frantar et al. 2022 (arXiv 2210.17323), Algorithm 1, for MLX's groups. Over n calibration inputs x the error of a
+layer is Σ ‖Wx − Ŵx‖² = n/2 · tr((W − Ŵ) H (W − Ŵ)ᵀ), where H = 2/n Σ x xᵀ.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,21 +17,20 @@ from calib.quantization.quantizer import Quantized, QuantizerInput
 import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
-from scipy.linalg import LinAlgError, cholesky, lapack
 
-#: Columns whose errors reach the columns behind them in one product: B of Algorithm 1.
+#: Number of columns whose errors are applied to later columns in one product: B of Algorithm 1.
 BLOCK = 128
 
 
 @dataclass(frozen=True)
 class Curvature:
-    """What layers that read one array share.
+    """The Hessian of an input array, shared by the layers that read it.
 
     Attributes:
         hessian: H, (columns, columns).
-        order: the columns as they are rounded, (columns,).
+        order: the order in which columns are rounded, (columns,).
         factor: the upper triangular U of (H + λI)⁻¹ = Uᵀ U, rows and columns in that order, (columns, columns).
-        static: grids are those of the weights before any error was fed to them; else of a group as it is reached.
+        static: whether grids are computed from the original weights, rather than from each group when it is reached.
     """
 
     hessian: NDArray[np.float64]
@@ -41,16 +40,19 @@ class Curvature:
 
 
 def quantize(work: QuantizerInput, damping: float = 0.1, act_order: bool = True, memory_gb: float = 2.0) -> Quantized:
-    """Layers from the first to the last, on the inputs that the ones rounded before leave to them.
+    """Quantize layers in network order, each on the inputs that result from the quantized layers before it.
 
-    A layer that would lose no less than by rounding to nearest is rounded to nearest.
+    A layer with no smaller error than by rounding to nearest is rounded to nearest.
 
     Args:
-        damping: λ in parts of the mean of H's diagonal. The authors' code has 0.01, which fits the few prompts of a
-            calibration too closely: with more, inputs that were not seen are changed less.
-        act_order: columns with the largest inputs first, as the authors' code can.
-        memory_gb: for the Hessians of one replay, 10⁹ bytes; less means more replays. Beside it, on the host, the
-            largest takes five times its size in float64.
+        damping: λ relative to the mean of H's diagonal. The authors' code has 0.01, which overfits the few prompts of a
+            calibration set: with more, the error on other inputs is smaller.
+        act_order: round columns with the largest inputs first, an option of the authors' code.
+        memory_gb: memory for the Hessians of one replay, 10⁹ bytes; less means more replays. In addition the largest
+            Hessian takes five times its float64 size on the host.
+
+    Raises:
+        ConfigError: an argument is out of range.
     """
     if damping < 0:
         raise ConfigError.bad_value("quantizer.damping", damping, "must be 0 or more")
@@ -60,8 +62,8 @@ def quantize(work: QuantizerInput, damping: float = 0.1, act_order: bool = True,
     replaced: dict[str, mx.array] = {}
     ratios: list[float] = []
     with Progress("gptq", len(work.layers), "layer", delay=2) as progress:
-        for points in stages(work, memory_gb * 1e9):
-            hessians = gather(work, points, replaced)
+        for points in tap_groups(work, memory_gb * 1e9):
+            hessians = gather_hessians(work, points, replaced)
             for point in points:
                 curvature = prepare(hessians.pop(point.name), damping, act_order)
                 for name in point.names:
@@ -73,13 +75,13 @@ def quantize(work: QuantizerInput, damping: float = 0.1, act_order: bool = True,
     return Quantized({name: done[name] for name in work.layers}, notes=[_summary(ratios)])
 
 
-def stages(work: QuantizerInput, memory: float) -> Iterator[list[TapPoint]]:
-    """Taps whose Hessians are gathered in one replay, in the order of the network: of one block, within ``memory``."""
+def tap_groups(work: QuantizerInput, memory: float) -> Iterator[list[TapPoint]]:
+    """Yield the taps whose Hessians are collected in one replay, in network order: of one block, within ``memory``."""
     taps = tap_points(work.architecture, TapSelection())
     points = [point for point in taps if work.layers.keys() & set(point.names)]
 
     def place(point: TapPoint) -> int:
-        """The block, less for what comes before all: embedders, then what layers of several blocks read."""
+        """The block, or less for taps before all blocks: -2 for embedders, -1 for an input shared by several blocks."""
         blocks = {work.architecture.block_of(name) for name in point.names}
         if len(blocks) > 1:
             return -1
@@ -104,8 +106,10 @@ def _columns(work: QuantizerInput, point: TapPoint) -> int:
     return columns
 
 
-def gather(work: QuantizerInput, points: Sequence[TapPoint], replaced: Mapping[str, mx.array]) -> dict[str, mx.array]:
-    """H by tap, (columns, columns), summed in float32 on the device; ``replaced`` weights stand in for the model's."""
+def gather_hessians(
+    work: QuantizerInput, points: Sequence[TapPoint], replaced: Mapping[str, mx.array]
+) -> dict[str, mx.array]:
+    """H by tap, (columns, columns), summed in float32 on the device; ``replaced`` weights replace the model's."""
     sums = {point.name: mx.zeros((_columns(work, point),) * 2) for point in points}
     counts = dict.fromkeys(sums, 0)
 
@@ -122,19 +126,21 @@ def gather(work: QuantizerInput, points: Sequence[TapPoint], replaced: Mapping[s
 def prepare(hessian: mx.array, damping: float, act_order: bool) -> Curvature:
     """Factorise H + λI, in float64 on the host.
 
-    λ is ``damping`` times the mean of H's diagonal, and tenfold as long as that is too little. An H that is not finite
-    tells nothing, and counts as zero.
+    λ is ``damping`` times the mean of H's diagonal, increased tenfold until H + λI is positive definite. An H that is
+    not finite is replaced by zero.
     """
+    from scipy.linalg import LinAlgError, cholesky, lapack  # slow to import: checking a configuration would wait for it
+
     full = np.array(hessian).astype(np.float64)
     if not np.isfinite(full).all():
         full[:] = 0
     diagonal = full.diagonal()
     order = np.argsort(-diagonal, kind="stable") if act_order else np.arange(len(full))
     mean = diagonal.mean() or 1.0
-    # Of H = R Rᵀ with R upper triangular, which is Cholesky's factorisation from the last column on, U is the inverse:
-    # half the work of inverting H, and no second factorisation that may fail.
+    # With H = R Rᵀ, R upper triangular (Cholesky's factorisation from the last column on), U is the inverse of R: half
+    # the work of inverting H, and no second factorisation that may fail.
     backwards = full[np.ix_(order[::-1], order[::-1])]
-    # A column whose input is always 0 takes no part. It is rounded all the same: other inputs may use it.
+    # A column whose input is always 0 does not interact with others; it is rounded, as other inputs may use it.
     backwards[np.diag_indices_from(backwards)] += np.where(backwards.diagonal() > 0, 0, mean)
     while True:
         damped = backwards.copy()
@@ -151,10 +157,10 @@ def prepare(hessian: mx.array, damping: float, act_order: bool) -> Curvature:
 def gptq_layer(
     weight: NDArray[np.float32], curvature: Curvature, bits: int, group_size: int, dtype: mx.Dtype
 ) -> Packed:
-    """Algorithm 1 on ``weight`` (rows, columns), in float64, onto the grids that MLX's rule gives in ``dtype``."""
+    """Algorithm 1 on ``weight`` (rows, columns), in float64, with the grids that MLX's rule gives in ``dtype``."""
     rows, columns = weight.shape
     order, factor = curvature.order, curvature.factor
-    left = np.ascontiguousarray(weight.T[order], np.float64)  # (columns, rows): a column lies in one piece
+    left = np.ascontiguousarray(weight.T[order], np.float64)  # (columns, rows): columns are contiguous
     scales, biases = _grids(weight, bits, group_size, dtype)
     integers = np.empty((columns, rows), np.uint8)
     for first in range(0, columns, BLOCK):
@@ -165,9 +171,9 @@ def gptq_layer(
             if not curvature.static and i % group_size == 0:
                 own = _grids(left[i : i + group_size].T, bits, group_size, dtype)
                 scales[group], biases[group] = own[0][0], own[1][0]
-            places = _places(left[i], scales[group], biases[group], 2**bits - 1)
-            integers[order[i]] = places
-            error = (left[i] - (scales[group] * places + biases[group])) / factor[i, i]
+            column = _nearest_integers(left[i], scales[group], biases[group], 2**bits - 1)
+            integers[order[i]] = column
+            error = (left[i] - (scales[group] * column + biases[group])) / factor[i, i]
             left[i + 1 : last] -= factor[i, i + 1 : last, None] * error
             errors[i - first] = error
         left[last:] -= factor[first:last, last:].T @ errors
@@ -178,26 +184,26 @@ def gptq_layer(
 def _grids(
     weight: NDArray[np.floating], bits: int, group_size: int, dtype: mx.Dtype
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Scales and biases that MLX gives to ``weight`` (rows, columns), each (groups, rows)."""
+    """Scales and biases of MLX's quantization of ``weight`` (rows, columns), each (groups, rows)."""
     _, *grids = mx.quantize(mx.array(weight.astype(np.float32)).astype(dtype), group_size=group_size, bits=bits)
     scales, biases = (np.array(x.astype(mx.float32)).T.astype(np.float64) for x in grids)
     return scales, biases
 
 
-def _places(
+def _nearest_integers(
     x: NDArray[np.float64], scale: NDArray[np.float64], bias: NDArray[np.float64], most: int
 ) -> NDArray[np.float64]:
-    """The nearest integers of a grid, whose scale may be negative, or 0 where 16 bits hold nothing so small."""
+    """The nearest integers of a grid, 0 … ``most``; its scale may be negative, or 0 where it underflows in 16 bits."""
     return np.clip(np.rint(np.divide(x - bias, scale, out=np.zeros_like(x), where=scale != 0)), 0, most)
 
 
 def weighted_error(difference: NDArray[np.floating], hessian: NDArray[np.float64]) -> float:
-    """tr(D H Dᵀ) of D = ``difference``, (rows, columns)."""
+    """tr(D H Dᵀ) for D = ``difference``, (rows, columns)."""
     return float(np.sum((difference @ hessian) * difference))
 
 
 def _better(work: QuantizerInput, name: str, curvature: Curvature) -> tuple[Packed, float]:
-    """The layer by GPTQ if that loses less than rounding to nearest, else so; what it loses in parts of the latter."""
+    """Quantize a layer by GPTQ, or to nearest unless GPTQ's error is smaller; returns the ratio of the errors, too."""
     plan, layer = work.plan[name], work.layers[name]
     grid = (plan.weight_bits, plan.group_size, work.dtype)
     weight = np.array(layer.weight.astype(mx.float32))

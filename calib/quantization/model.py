@@ -1,4 +1,4 @@
-"""A quantized transformer as data: packed weights, the rest at 16 bits, and what happens to activations."""
+"""A quantized transformer as data: packed weights, other parameters at 16 bits, and rules for activations."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,17 +14,17 @@ import mlx.core as mx
 
 @dataclass(frozen=True)
 class InputRule:
-    """How the input of a layer is quantized: over a range and to bits that may vary with the step.
+    """Quantization of a layer's input, with a range and bits that may vary with the denoising step.
 
     Attributes:
-        bits: of each step, (num_steps,); 16 leaves the input as it is.
+        bits: bit-width at each step, (num_steps,); 16: not quantized.
     """
 
     ranges: StepRanges
     bits: tuple[int, ...]
 
     def grid(self, step: int) -> Grid | None:
-        """The grid at a step; None where the input is left as it is."""
+        """The grid at a step; None where the input is not quantized."""
         bits = self.bits[min(step, len(self.bits) - 1)]
         return None if bits >= UNQUANTIZED else Grid.over(*self.ranges.at(step), bits)
 
@@ -35,13 +35,13 @@ class QuantizedModel:
 
     Attributes:
         layers: packed weights by canonical layer name.
-        weights: every other parameter by path, of the 16-bit type.
+        weights: every other parameter by path, in the 16-bit type.
         inputs: rules by layer name.
-        timesteps: of steps 0 … n - 1 of the trajectories that the rules were made from.
-        copies: by phase and layer, weights of their own for its steps; ``layers`` serves the steps outside.
+        timesteps: timesteps of steps 0 … n - 1 of the trajectories that the rules were made from.
+        copies: separate weights by phase and layer, for the phase's steps; other steps use ``layers``.
         phases: first and last step of each phase.
-        about: where it comes from, JSON-able: model, fingerprint, quantizer …
-        paths: of the module that each of ``layers`` is.
+        about: origin of the model, JSON-able: model, fingerprint, quantizer …
+        paths: path of the module of each of ``layers``.
     """
 
     layers: dict[str, Packed]
@@ -54,7 +54,7 @@ class QuantizedModel:
     paths: dict[str, str] = field(default_factory=dict)
 
     def size(self) -> "Size":
-        """Bytes and bits, counted from the arrays."""
+        """Bytes and bits, computed from the arrays."""
         packed = [*self.layers.values(), *(p for copies in self.copies.values() for p in copies.values())]
         values = sum(layer.weight.size * 32 // layer.bits for layer in self.layers.values())
         dense = sum(array.nbytes for array in self.weights.values())
@@ -66,7 +66,7 @@ class QuantizedModel:
         )
 
     def parameters(self) -> dict[str, mx.array]:
-        """Arrays by the paths that a transformer has after ``nn.quantize``; copies of phases are not among them."""
+        """Arrays by the paths that they have after ``nn.quantize``; without the copies of phases."""
         found = dict(self.weights)
         for name, layer in self.layers.items():
             path = self.paths[name]
@@ -76,7 +76,7 @@ class QuantizedModel:
 
 @dataclass(frozen=True)
 class Size:
-    """What a quantized transformer takes. Values are weights as they were before quantization."""
+    """Size of a quantized transformer; values are counted before packing."""
 
     quantized_values: int
     other_values: int
@@ -85,12 +85,12 @@ class Size:
 
     @property
     def average_bits(self) -> float:
-        """Bits of a quantized weight, its share of scales and biases, and all copies, counted."""
+        """Bits per quantized weight, scales, biases and all copies included."""
         return 8 * self.quantized_bytes / self.quantized_values if self.quantized_values else 0.0
 
     @property
     def bits_per_weight(self) -> float:
-        """Bits of a parameter of the whole transformer, unquantized ones counted too."""
+        """Bits per parameter of the whole transformer, unquantized ones included."""
         return 8 * self.nbytes / (self.quantized_values + self.other_values)
 
     @property
@@ -99,7 +99,7 @@ class Size:
 
     @property
     def nbytes_before(self) -> int:
-        """At 16 bits a parameter."""
+        """Bytes with 16 bits per parameter."""
         return 2 * (self.quantized_values + self.other_values)
 
     def metrics(self) -> Mapping[str, float]:

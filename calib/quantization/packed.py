@@ -1,4 +1,4 @@
-"""Weights as MLX's affine quantization packs them: w = scale · q + bias in groups along a row."""
+"""Packed weights of MLX's affine quantization: w = scale · q + bias, in groups along a row."""
 
 from dataclasses import dataclass
 from typing import Self
@@ -13,8 +13,8 @@ class Packed:
     """A quantized weight of shape (rows, columns).
 
     Attributes:
-        weight: (rows, columns · bits / 32) uint32, the integers q as one little-endian stream of bits a row.
-        scales, biases: (rows, columns / group_size), of a 16-bit type.
+        weight: (rows, columns · bits / 32) uint32, the integers q as one little-endian bit stream per row.
+        scales, biases: (rows, columns / group_size), in a 16-bit type.
     """
 
     weight: mx.array
@@ -25,7 +25,7 @@ class Packed:
 
     @classmethod
     def nearest(cls, weight: mx.array, bits: int, group_size: int, dtype: mx.Dtype) -> Self:
-        """MLX's own rounding to nearest of ``weight`` (rows, columns), in ``dtype``; lazy."""
+        """Quantize ``weight`` (rows, columns) by MLX's rounding to nearest, in ``dtype``; lazy."""
         packed, scales, biases = mx.quantize(weight.astype(dtype), group_size=group_size, bits=bits)
         return cls(packed, scales, biases, bits, group_size)
 
@@ -33,7 +33,7 @@ class Packed:
     def of_integers(
         cls, integers: NDArray[np.uint8], scales: mx.array, biases: mx.array, bits: int, group_size: int
     ) -> Self:
-        """From the integers q (rows, columns) themselves, 0 … 2^bits - 1."""
+        """Pack the integers q (rows, columns), 0 … 2^bits - 1."""
         stream = (integers[:, :, None] >> np.arange(bits, dtype=np.uint8)) & 1
         octets = np.packbits(stream.reshape(len(integers), -1).astype(np.uint8), axis=1, bitorder="little")
         return cls(mx.array(octets.view(np.uint32)), scales, biases, bits, group_size)

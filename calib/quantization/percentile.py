@@ -1,14 +1,19 @@
-"""Quantizer ``percentile``: round to nearest, and activations cut at percentiles of its own in every layer."""
+"""Quantizer ``percentile``: round weights to nearest, and clip activations at the same percentiles in every layer."""
 
 from calib.base.errors import CalibError, ConfigError
+from calib.base.layout import ACTIVATIONS
 from calib.quantization import rtn
 from calib.quantization.quantizer import Quantized, QuantizerInput
 
 
 def quantize(work: QuantizerInput, low: float = 0.1, high: float = 99.9) -> Quantized:
-    """Weights as :func:`calib.quantization.rtn.quantize` has them; ``low`` and ``high`` instead of the plan's clipping.
+    """Quantize weights as ``rtn`` does; activations are clipped at the percentiles ``low`` and ``high``.
 
-    The few values beyond them saturate, and all others get a finer grid.
+    They replace the plan's clipping. The few values beyond them saturate, and all others get a finer grid.
+
+    Raises:
+        ConfigError: the percentiles are out of range, or ``low`` is not below ``high``.
+        CalibError: there are no statistics of a layer.
     """
     if low < 0:
         raise ConfigError.bad_value("quantizer.low", low, "must be 0 or more")
@@ -21,7 +26,7 @@ def quantize(work: QuantizerInput, low: float = 0.1, high: float = 99.9) -> Quan
         ranges = work.ranges(name, (low, high), None)
         if ranges is None:
             raise CalibError(
-                f"quantizer=percentile needs activations.h5: no statistics of {name}; calib collect makes them"
+                f"quantizer=percentile needs {ACTIVATIONS}: no statistics of {name}; calib collect makes them"
             )
         result.ranges[name] = ranges
     return result

@@ -1,4 +1,4 @@
-"""What a quantizer is given, and what it returns: the interface that options of the config group share."""
+"""The interface of quantizers, the options of the config group ``quantizer``: their input and their result."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class ChannelRange:
-    """Extremes of each input channel of a layer over all collected steps that the model sees, (channels,)."""
+    """Minimum and maximum of each input channel of a layer over all collected steps of the sampler, (channels,)."""
 
     low: NDArray[np.float64]
     high: NDArray[np.float64]
@@ -27,26 +27,28 @@ class ChannelRange:
 
 @dataclass(frozen=True)
 class QuantizerInput:
-    """What a quantizer works on. It changes nothing in here; what it makes is in the :class:`Quantized` it returns.
+    """The input of a quantizer, which changes nothing in it; its result is the :class:`Quantized` that it returns.
 
     Attributes:
         architecture: the transformer at full precision.
         layers: the layers whose weights are to be quantized, by canonical name, in network order; all ``nn.Linear``
             whose width the plan's group size divides.
-        plan: bits and group size of each of ``layers`` (and of others, which are left alone).
+        plan: bits and group size of each of ``layers`` (and of others, which are not quantized).
         dtype: 16-bit type of scales and biases.
         replay: runs the calibration states through it with the inputs at the given taps recorded; a
-            recorder gets (tap name, activation (rows, tokens, 1, channels) or (rows, 1, 1, channels)) in a lazy graph,
-            and the arrays that ``pending`` returns after each forward are evaluated, nothing else: what lies behind
+            recorder gets (tap name, activation (rows, …, channels)) in a lazy graph,
+            and only the arrays that ``pending`` returns after each forward are evaluated: what comes after
             the last tap is never computed. ``replay(points, record, pending, replaced)``, where ``replaced`` holds
             weights by layer name that stand in for the full-precision ones during these forwards.
-        batches: calibration states in batches of the size that this device draws at, each read and its prompts
-            encoded when it is reached: ``for batch in work.batches(): v = work.architecture.velocity(batch.x,
-            batch.text, batch.timesteps)``. Gradients may be taken through that, by ``nn.value_and_grad`` of
-            ``work.architecture.module``.
+        batches: ``batches(size)`` yields the calibration states in batches of at most ``size``, by default as many as
+            this device draws at once; each is read, and its prompts encoded, when it is reached: ``for batch in
+            work.batches(): v = work.architecture.velocity(batch.x, batch.text, batch.timesteps)``. Gradients may be
+            taken through that, by ``nn.value_and_grad`` of ``work.architecture.module``; they keep the activations of
+            all blocks, so that a large model needs a small ``size``.
         channel_range: extremes of a layer's input channels, from the statistics; None where there are no statistics.
-        ranges: activation ranges of a layer, by name, from the statistics: with other clipping percentiles, or with
-            each input channel divided by ``divisors``; None where there are no statistics.
+        ranges: ``ranges(name, clip, divisors)`` returns activation ranges of a layer from the statistics, with other
+            clipping percentiles unless ``clip`` is None, and with each input channel divided by its entry in
+            ``divisors`` unless that is None; None where there are no statistics.
     """
 
     architecture: Architecture
@@ -57,20 +59,20 @@ class QuantizerInput:
         [Sequence[TapPoint], Recorder, Callable[[], Sequence[mx.array]], Mapping[str, mx.array]],
         None,
     ]
-    batches: Callable[[], Iterator[Batch]]
+    batches: Callable[..., Iterator[Batch]]
     channel_range: Callable[[str], ChannelRange | None]
     ranges: Callable[[str, tuple[float, float] | None, NDArray[np.float64] | None], StepRanges | None]
 
     @classmethod
     def without_layers(cls, architecture: Architecture, dtype: mx.Dtype) -> "QuantizerInput":
-        """Nothing to do: for trying a quantizer's parameters before anything is loaded."""
+        """An input without layers, for trying a quantizer's parameters before anything is loaded."""
         return cls(
             architecture,
             layers={},
             plan={},
             dtype=dtype,
             replay=lambda *_: None,
-            batches=lambda: iter(()),
+            batches=lambda size=None: iter(()),
             channel_range=lambda _: None,
             ranges=lambda *_: None,
         )
@@ -78,13 +80,13 @@ class QuantizerInput:
 
 @dataclass
 class Quantized:
-    """What a quantizer made.
+    """The result of a quantizer.
 
     Attributes:
         layers: packed weights by canonical layer name.
-        weights: other parameters that it changed, by the transformer's parameter path.
-        ranges: activation ranges by layer name where they are not to be the plan's.
-        notes: what people should know, a line each.
+        weights: other changed parameters, by the transformer's parameter path.
+        ranges: activation ranges by layer name, where they replace the plan's.
+        notes: notes for people, a line each.
     """
 
     layers: dict[str, Packed]

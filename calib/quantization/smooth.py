@@ -1,15 +1,15 @@
-"""Quantizer ``smooth``: wide input channels narrowed, the weights that read them widened, then rounding to nearest.
+"""Quantizer ``smooth``: divide wide input channels, multiply the weights that read them, then round to nearest.
 
 SmoothQuant, Xiao et al. 2022 (arXiv 2211.10438), equations 3 and 4: W x = (W diag(s)) (diag(s)⁻¹ x), with
-s_c = max|x_c|^α / max|W_c|^(1 − α). The division moves, exactly, into what makes x, so only where that is linear:
-adaLN's shift and scale before q, k, v, fc1 and the final layer, and v before o, since attention mixes tokens and not
-channels. Before fc2 stands a GELU, before adaLN a SiLU, before the embedders nothing: these are only rounded.
+s_c = max|x_c|^α / max|W_c|^(1 − α). The division moves exactly into the layer that produces x, and so only where that
+is linear: the sites of :class:`~calib.models.architecture.Smoothable`. Other layers are only rounded.
 """
 
 from collections.abc import Mapping
 
 from calib.analysis.ranges import StepRanges
 from calib.base.errors import CalibError, ConfigError
+from calib.base.layout import ACTIVATIONS
 from calib.models.architecture import Site, Smoothable
 from calib.quantization.packed import Packed
 from calib.quantization.quantizer import Quantized, QuantizerInput
@@ -19,15 +19,19 @@ import numpy as np
 from mlx import nn
 from numpy.typing import NDArray
 
-#: Of the widest channel: what is narrower is not widened to match it.
-NEGLIGIBLE = 1e-5
+#: Share of the largest channel maximum below which a channel counts as zero and is not scaled.
+NEGLIGIBLE_SHARE = 1e-5
 
 
 def quantize(work: QuantizerInput, alpha: float = 0.5) -> Quantized:
-    """Weights smoothed and rounded, and the activation ranges of the layers that read less.
+    """Smooth and round the weights, and set activation ranges for the layers whose inputs are divided.
 
     Args:
-        alpha: how much of the width moves from the activations to the weights: 0 none of it, 1 all.
+        alpha: share of the range that moves from the activations to the weights: 0 none, 1 all.
+
+    Raises:
+        ConfigError: ``alpha`` is out of range, or the model is not smoothable.
+        CalibError: there are no statistics of a layer.
     """
     if not 0 <= alpha <= 1:
         raise ConfigError.bad_value("quantizer.alpha", alpha, "must be 0 to 1")
@@ -56,17 +60,17 @@ def quantize(work: QuantizerInput, alpha: float = 0.5) -> Quantized:
 
 
 def divisors_of(work: QuantizerInput, linear: Mapping[str, nn.Module], site: Site, alpha: float) -> NDArray[np.float64]:
-    """s, (channels,): equation 4; 1 where a channel or its weights are as good as zero."""
-    x = np.max([_widest(work, name) for name in site.readers if name in work.plan], axis=0)
+    """s of equation 4, (channels,); 1 where a channel or its weights are almost zero."""
+    x = np.max([_channel_maximum(work, name) for name in site.readers if name in work.plan], axis=0)
     w = np.max([np.array(mx.abs(linear[name].weight).max(axis=0).astype(mx.float32)) for name in site.readers], axis=0)
     s = np.ones(len(x))
-    x[~np.isfinite(x)] = 0  # of a channel without finite values
-    usable = (x > NEGLIGIBLE * x.max()) & (w > NEGLIGIBLE * w.max())
+    x[~np.isfinite(x)] = 0  # for a channel without finite values
+    usable = (x > NEGLIGIBLE_SHARE * x.max()) & (w > NEGLIGIBLE_SHARE * w.max())
     s[usable] = x[usable] ** alpha / w[usable].astype(np.float64) ** (1 - alpha)
     return s
 
 
-def _widest(work: QuantizerInput, name: str) -> NDArray[np.float64]:
+def _channel_maximum(work: QuantizerInput, name: str) -> NDArray[np.float64]:
     """max|x_c| of each input channel, (channels,)."""
     found = work.channel_range(name)
     if found is None:
@@ -77,7 +81,7 @@ def _widest(work: QuantizerInput, name: str) -> NDArray[np.float64]:
 def smoothed(
     linear: Mapping[str, nn.Module], divisors: Mapping[Site, NDArray[np.float64]]
 ) -> dict[tuple[str, str], mx.array]:
-    """What changes, by layer name and 'weight' or 'bias': full precision, float32; lazy."""
+    """The changed parameters by layer name and 'weight' or 'bias', in float32; lazy."""
     changed: dict[tuple[str, str], mx.array] = {}
 
     def now(name: str, part: str) -> mx.array:
@@ -87,13 +91,13 @@ def smoothed(
     for site, s in divisors.items():
         for name in site.readers:
             changed[name, "weight"] = now(name, "weight") * _float32(s)
-        for source in site.sources:
-            share, offset = np.ones((source.chunks, len(s))), np.zeros((source.chunks, len(s)))
-            share[source.chunk], offset[source.chunk] = 1 / s, source.offset
+        for producer in site.producers:
+            share, offset = np.ones((producer.chunks, len(s))), np.zeros((producer.chunks, len(s)))
+            share[producer.chunk], offset[producer.chunk] = 1 / s, producer.offset
             factor, added = _float32(share.ravel()), _float32(offset.ravel())
-            changed[source.name, "weight"] = now(source.name, "weight") * factor[:, None]
+            changed[producer.name, "weight"] = now(producer.name, "weight") * factor[:, None]
             # The model adds the offset itself.
-            changed[source.name, "bias"] = (now(source.name, "bias") + added) * factor - added
+            changed[producer.name, "bias"] = (now(producer.name, "bias") + added) * factor - added
     return changed
 
 
@@ -109,4 +113,4 @@ def _ranges(work: QuantizerInput, name: str, s: NDArray[np.float64]) -> StepRang
 
 
 def _lacking(name: str) -> CalibError:
-    return CalibError(f"quantizer=smooth needs activations.h5: no statistics of {name}; calib collect makes them")
+    return CalibError(f"quantizer=smooth needs {ACTIVATIONS}: no statistics of {name}; calib collect makes them")

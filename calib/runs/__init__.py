@@ -1,1 +1,1 @@
-"""Run directories: what a job was asked, how it went, what it made; comparisons of them, and pages."""
+"""Run directories: configuration, state and results of a job; comparisons of runs, and pages."""

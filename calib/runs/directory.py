@@ -1,4 +1,4 @@
-"""One job's output directory: its configuration, state, surroundings and log."""
+"""One job's output directory: its configuration, state, environment and log."""
 
 import fcntl
 import logging
@@ -19,6 +19,7 @@ from calib.base.errors import CalibError, in_a_line
 from calib.base.files import read_json, remove_abandoned, write_json, write_text
 from calib.base.layout import CONFIG, ENVIRONMENT, LOCK, LOG, METRICS, STATUS
 from calib.base.versions import git_commit, versions
+from calib.runs.record import RunState, standing
 
 logger = logging.getLogger("calib")
 
@@ -28,31 +29,25 @@ def _now() -> str:
 
 
 class RunDirectory:
-    """The directory at ``path``, for the job whose configuration has ``fingerprint``."""
+    """The directory ``path`` of a job whose configuration has ``fingerprint``."""
 
     def __init__(self, path: Path, stage: str, fingerprint: str):
         self.path, self.stage, self.fingerprint = path, stage, fingerprint
         self._start = _now()
 
     def is_complete(self) -> bool:
-        """True where this very job, by fingerprint, has ended well here before."""
-        if not (self.path / STATUS).exists():
-            return False
-        try:
-            status = read_json(self.path / STATUS)
-        except CalibError:
-            return False
-        wanted = ("complete", self.fingerprint)
-        return isinstance(status, dict) and (status.get("state"), status.get("fingerprint")) == wanted
+        """Whether a job of the same fingerprint is complete here."""
+        found = standing(self.path)
+        return found.state is RunState.COMPLETE and found.fingerprint == self.fingerprint
 
-    def write_status(self, state: str, error: str | None = None) -> None:
-        ended = None if state == "running" else _now()
+    def write_status(self, state: RunState, error: str | None = None) -> None:
+        ended = None if state is RunState.RUNNING else _now()
         status = {"state": state, "stage": self.stage, "error": error, "start": self._start, "end": ended}
         write_json(self.path / STATUS, {**status, "fingerprint": self.fingerprint})
 
     @contextmanager
     def job(self, config_yaml: str) -> Iterator[Path]:
-        """Yield the path while holding the directory; records the configuration, the log, and how it ended."""
+        """Hold the directory within the context and yield its path; records configuration, log and final state."""
         self.path.mkdir(parents=True, exist_ok=True)
         with open(self.path / LOCK, "w") as lock:
             try:
@@ -63,33 +58,31 @@ class RunDirectory:
             self._forget_other_job()
             write_text(self.path / CONFIG, config_yaml)
             write_json(self.path / ENVIRONMENT, environment())
-            self.write_status("running")
+            self.write_status(RunState.RUNNING)
             with _logging_to(self.path / LOG):
                 try:
                     yield self.path
                 except BaseException as error:
                     logger.error("%s", traceback.format_exc())
-                    with suppress(OSError):  # of a full disk, say: the first error is the one to tell
-                        self.write_status("failed", in_a_line(error))
+                    with suppress(OSError):  # of a full disk, say: the first error is the one to report
+                        self.write_status(RunState.FAILED, in_a_line(error))
                     raise
-            self.write_status("complete")
+            self.write_status(RunState.COMPLETE)
 
     def fail(self, error: BaseException, trace: str) -> None:
-        """Record a job that failed before it began, its ``trace`` in the log."""
+        """Record a job that failed before it began, with ``trace`` in the log."""
         self.path.mkdir(parents=True, exist_ok=True)
         with _logging_to(self.path / LOG):
             logger.error("%s", trace)
-        self.write_status("failed", in_a_line(error))
+        self.write_status(RunState.FAILED, in_a_line(error))
 
     def _forget_other_job(self) -> None:
-        """Remove the figures of a job of another configuration: those that this one does not replace would mislead."""
-        with suppress(CalibError):
-            status = read_json(self.path / STATUS) if (self.path / STATUS).exists() else None
-            if isinstance(status, dict) and status.get("fingerprint") != self.fingerprint:
-                (self.path / METRICS).unlink(missing_ok=True)
+        """Remove the metrics of a job of another configuration: those that this one does not replace would mislead."""
+        if standing(self.path).fingerprint not in (None, self.fingerprint):
+            (self.path / METRICS).unlink(missing_ok=True)
 
     def forget(self, names: Sequence[str]) -> None:
-        """Remove files and folders that speak of something else from now on."""
+        """Remove files and folders that what the job writes next makes obsolete."""
         for name in names:
             if (self.path / name).is_dir():
                 shutil.rmtree(self.path / name, ignore_errors=True)
@@ -97,7 +90,7 @@ class RunDirectory:
                 (self.path / name).unlink(missing_ok=True)
 
     def add_metrics(self, metrics: Mapping[str, float]) -> None:
-        """Merge numbers into ``metrics.json``, one a key."""
+        """Add numbers to ``metrics.json``, one a key."""
         path = self.path / METRICS
         write_json(path, (read_json(path) if path.exists() else {}) | dict(metrics))
 
@@ -108,7 +101,7 @@ def _logging_to(path: Path) -> Iterator[None]:
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
-    logging.raiseExceptions = False  # a log that cannot be written must not hide what is to be told
+    logging.raiseExceptions = False  # a log that cannot be written must not hide the job's own error
     try:
         yield
     finally:
@@ -117,7 +110,7 @@ def _logging_to(path: Path) -> Iterator[None]:
 
 
 def environment() -> dict[str, Any]:
-    """What a result may depend on besides the configuration."""
+    """Everything besides the configuration that a result may depend on."""
     return {
         "versions": versions(),
         "platform": platform.platform(),

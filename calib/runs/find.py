@@ -1,4 +1,4 @@
-"""Run directories that the command line names: themselves, by the folder of their sweep, or by a pattern."""
+"""Find run directories by their own path, the folder of their sweep, or a pattern."""
 
 import glob
 import os
@@ -11,17 +11,17 @@ from calib.base.files import read_json
 from calib.base.layout import CONFIG, ENVIRONMENT, HYDRA, METRICS, PLAN, STATUS, SWEEP
 from calib.runs.record import RunRecord, read_run
 
-#: A folder is a run directory if one of these is in it; a half deleted one may have lost any of them.
+#: A folder is a run directory if it holds one of these; a half deleted one may have lost any of them.
 _MARKS = {STATUS, CONFIG, METRICS, ENVIRONMENT, PLAN, HYDRA}
 
 
 def read_runs(arguments: Sequence[str]) -> list[RunRecord]:
-    """The run directories that ``arguments`` name, each once, in their order; below a folder, by name.
+    """Read the run directories that ``arguments`` name, each once, in their order; those below a folder by name.
 
     Raises:
-        ConfigError: an argument names no folder, or none that holds a run directory.
+        ConfigError: an argument names no folder, or one without a run directory.
     """
-    # A shell's `sweep/*` names the files beside the jobs too.
+    # A shell's `sweep/*` includes the files beside the jobs.
     folders = [argument for argument in arguments if not Path(argument).is_file()]
     found: dict[Path, Path] = {}
     for argument in folders or arguments:
@@ -44,14 +44,14 @@ def _folders(argument: str) -> list[Path]:
 
 
 def _natural(name: str) -> list[tuple[int, int, str]]:
-    """Numbers within names in their order: 4.5 before 10."""
+    """Sort key with numbers in their order: 4.5 before 10."""
     return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d+)", name)]
 
 
 def run_directories(folder: Path, above: frozenset[str] = frozenset()) -> Iterator[Path]:
-    """``folder``, if it is one, or all below it, ``above`` being the folders on the way; hidden ones are left out.
+    """Yield ``folder`` if it is a run directory, else all below it, hidden folders left out.
 
-    A folder that cannot be looked into may be one: it is told as such, and the others are not lost.
+    A folder that cannot be looked into is yielded as well, as it may be one. ``above`` holds the folders on the way.
     """
     if not folder.is_dir():
         return
@@ -73,7 +73,7 @@ def run_directories(folder: Path, above: frozenset[str] = frozenset()) -> Iterat
 
 
 def _not_begun(sweep: Path) -> list[Path]:
-    """Folders of jobs that a sweep was to make, and did not come to."""
+    """Folders of a sweep's jobs that were not begun."""
     try:
         jobs = read_json(sweep / SWEEP)["jobs"]
         return [

@@ -1,4 +1,4 @@
-"""What a run directory says of itself, read without MLX or Hydra; whatever is damaged there is told, never raised."""
+"""A run directory as a record and in its state, read without MLX and Hydra; damaged files are reported, not raised."""
 
 import math
 import os
@@ -8,22 +8,22 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from calib.base.errors import CalibError
+from calib.base.errors import CalibError, reason_of
 from calib.base.files import is_locked, read_json
-from calib.base.layout import CONFIG, ENVIRONMENT, HYDRA, LOCK, METRICS, STATUS
+from calib.base.layout import CONFIG, ENVIRONMENT, HYDRA_CONFIG, LOCK, METRICS, STATUS
 
 import yaml
 
 Scalar: TypeAlias = str | int | float | bool | None
 
-#: C's reader where PyYAML has it: ten times as fast.
+#: The reader in C where PyYAML has it: ten times as fast.
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-#: Names of functions that many options share: their module's name says which option it is.
+#: Names of functions that many options share; such an option is called by its module.
 _COMMON = ("plan_layer", "plan_layers", "quantize", "load")
 
 
 class RunState(StrEnum):
-    """How a run stands."""
+    """State of a run."""
 
     COMPLETE = "complete"
     FAILED = "failed"
@@ -37,12 +37,12 @@ class RunRecord:
     """A run directory.
 
     Attributes:
-        name: what tells it from the others that are looked at, the end of its path.
-        error: of a failed run, why.
-        config: by dotted key, lists as text; a group's chosen option under the group's own name.
+        name: the end of its path that no other run in view has.
+        error: why it failed.
+        config: values by dotted key, lists as text; a group's chosen option under the group's own name.
         asked: keys of the configuration that the command line set.
         metrics: finite numbers by key.
-        command: the command line that made it.
+        command: the command line of the job.
         problems: files that could not be read, a line each.
     """
 
@@ -61,13 +61,13 @@ class RunRecord:
 
     @property
     def why(self) -> str:
-        """What is wrong with it, in one line; '' where nothing is."""
+        """Error and problems in one line; '' where there are none."""
         line = " ".join("; ".join(filter(None, [self.error, *self.problems])).split())
         return "".join(character for character in line if character.isprintable())
 
 
 def read_run(path: Path, name: str) -> RunRecord:
-    """The run directory ``path``."""
+    """Read the run directory ``path``, which is to be called ``name``."""
     if not _is_there(path):
         return RunRecord(path, name, RunState.INCOMPLETE, problems=("was not begun; the same command runs it",))
     problems: list[str] = []
@@ -99,41 +99,45 @@ def read_run(path: Path, name: str) -> RunRecord:
 
 @dataclass(frozen=True)
 class Standing:
-    """How the job in a run directory stands, and why, where it is not complete."""
+    """State of the job in a run directory, and the reason where it is not complete.
+
+    Attributes:
+        fingerprint: of the job's configuration; None where no ``status.json`` can be read, '' where it has none.
+    """
 
     path: Path
     state: RunState
     why: str = ""
+    fingerprint: str | None = None
 
 
 def standing(path: Path) -> Standing:
-    """How the job in ``path`` stands, by its ``status.json`` and the lock that its process holds."""
+    """State of the job in ``path``, from its ``status.json`` and the lock that its process holds."""
     problems: list[str] = []
-    status = _mapping(path / STATUS, problems, _json) if _is_there(path / STATUS) else {}
+    begun = _is_there(path / STATUS)
+    status = _mapping(path / STATUS, problems, _json) if begun else {}
+    fingerprint = str(status.get("fingerprint", "")) if begun and not problems else None
     state = _state(path, status)
     if state is RunState.RUNNING:
-        return Standing(path, state, "another process runs it")
-    if state is RunState.INCOMPLETE:
-        begun = _is_there(path / STATUS)
-        return Standing(
-            path, state, "its process ended without a word: killed, or out of memory" if begun else "was not begun"
-        )
-    return Standing(path, state, "; ".join(problems) or _text(status.get("error")) or "")
+        why = "another process runs it"
+    elif state is RunState.INCOMPLETE:
+        why = "its process ended without a word: killed, or out of memory" if begun else "was not begun"
+    else:
+        why = "; ".join(problems) or _text(status.get("error")) or ""
+    return Standing(path, state, why, fingerprint)
 
 
 def _state(path: Path, status: Mapping[str, Any]) -> RunState:
-    state = status.get("state") if _is_there(path / STATUS) else None
+    state = status.get("state")
     if state in ("complete", "failed"):
         return RunState(state)
-    if is_locked(path / LOCK):
-        return RunState.RUNNING
-    if state == "running" or not _is_there(path / STATUS):
-        return RunState.INCOMPLETE
-    return RunState.DAMAGED
+    if state != "running" and _is_there(path / STATUS):
+        return RunState.DAMAGED
+    return RunState.RUNNING if is_locked(path / LOCK) else RunState.INCOMPLETE
 
 
 def _is_there(path: Path) -> bool:
-    """Whether there is such a file, be it one that cannot be reached."""
+    """Whether a file exists; True where its folder cannot be looked into."""
     try:
         os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
@@ -144,7 +148,7 @@ def _is_there(path: Path) -> bool:
 
 
 def _metrics(path: Path, problems: list[str]) -> dict[str, float]:
-    """Finite numbers; other values are told, but for null, which says that there is none."""
+    """Finite numbers by key; other values are added to ``problems``, but for null, which stands for none."""
     found = _mapping(path / METRICS, problems, _json) if _is_there(path / METRICS) else {}
     if strange := [key for key, value in found.items() if value is not None and not _is_number(value)]:
         more = f" and {len(strange) - 1} more" if len(strange) > 1 else ""
@@ -153,13 +157,12 @@ def _metrics(path: Path, problems: list[str]) -> dict[str, float]:
 
 
 def _config(path: Path, problems: list[str]) -> tuple[dict[str, Scalar], frozenset[str]]:
-    """Flat, a group's option under the group's name, as Hydra recorded it or by the function that it names.
+    """The flat configuration, and the keys that the command line set.
 
-    Beside it the keys that the command line set.
+    A group's option is under the group's name, as Hydra recorded it, or else from the function that it names.
     """
     document = _mapping(path / CONFIG, problems, _yaml)
-    hydra = path / HYDRA / "hydra.yaml"
-    recorded = _mapping(hydra, [], _yaml) if _is_there(hydra) else {}
+    recorded = _mapping(path / HYDRA_CONFIG, [], _yaml) if _is_there(path / HYDRA_CONFIG) else {}
     choices, task = _within(recorded, "runtime", "choices"), _within(recorded, "overrides", "task")
     choices = choices if isinstance(choices, dict) else {}
     overrides = task if isinstance(task, list) else []
@@ -177,7 +180,7 @@ def _config(path: Path, problems: list[str]) -> tuple[dict[str, Scalar], frozens
 
 
 def _within(recorded: Any, *keys: str) -> Any:
-    """An entry of Hydra's own configuration; None where it is not there."""
+    """An entry of Hydra's own configuration; None where it is missing."""
     for key in ("hydra", *keys):
         recorded = recorded.get(key) if isinstance(recorded, dict) else None
     return recorded
@@ -205,7 +208,7 @@ def _scalar(value: Any) -> Scalar:
 
 
 def _mapping(path: Path, problems: list[str], read: Any) -> dict[str, Any]:
-    """A file's mapping; what keeps it from being read goes to ``problems``."""
+    """The mapping in a file; {} where it cannot be read, with the reason added to ``problems``."""
     try:
         found = read(path)
     except CalibError as error:
@@ -221,7 +224,7 @@ def _json(path: Path) -> Any:
     try:
         return read_json(path)
     except (ValueError, RecursionError) as error:  # numbers of thousands of digits, brackets in thousands
-        raise CalibError(f"{path}: not valid JSON ({' '.join(str(error).split())[:80]})") from None
+        raise CalibError(f"{path}: not valid JSON ({reason_of(error)[:80]})") from None
 
 
 def _yaml(path: Path) -> Any:
@@ -232,7 +235,7 @@ def _yaml(path: Path) -> Any:
     except OSError as error:
         raise CalibError(f"{path}: cannot be read ({error.strerror})") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a 13th month, say
-        raise CalibError(f"{path}: not valid YAML ({' '.join(str(error).split())[:80]})") from None
+        raise CalibError(f"{path}: not valid YAML ({reason_of(error)[:80]})") from None
 
 
 def _text(value: Any) -> str | None:

@@ -1,10 +1,10 @@
-"""What a job does: one module a stage, with its help, its checks, what it starts from, and its run."""
+"""Stages of a job: one module per stage, with its help, its checks, its sources and its run."""
 
 from enum import StrEnum
 
 
 class Stage(StrEnum):
-    """What a job does; the docstring of the module of that name is what ``calib STAGE --help`` prints."""
+    """Stages of a job; ``calib STAGE --help`` prints the docstring of the module of that name."""
 
     RUN = "run"
     GENERATE = "generate"

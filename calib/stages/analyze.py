@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from calib.analysis.layers import LayerSummary, read_summaries
-from calib.analysis.measure import pretended, sensitivities
+from calib.analysis.layers import PROBE, LayerSummary, read_summaries
+from calib.analysis.measure import placeholder_sensitivities, sensitivities
 from calib.analysis.observed import drift_text, observed_ranges, plan_steps
 from calib.analysis.plan import Plan
 from calib.analysis.ranges import Observed
@@ -29,7 +29,7 @@ from calib.stages.settings import Settings
 
 
 def check(settings: Settings) -> None:
-    """Raise where the statistics cannot be read, or the heuristic could not plan their layers."""
+    """Raise where the statistics cannot be read, or the heuristic cannot plan their layers."""
     stats = stats_of(settings)
     layers, _ = read_summaries(stats)
     try_heuristic(settings, list(layers))
@@ -38,14 +38,14 @@ def check(settings: Settings) -> None:
 
 
 def sources(settings: Settings) -> list[str]:
-    """The statistics that the plan is made from."""
+    """Checksums of the statistics that the plan is made from."""
     stats = stats_of(settings)
     files = (stats / ACTIVATIONS, stats / STATISTICS, stats / METADATA, stats)
     return [checksum(path) for path in files if path.is_file()]
 
 
 def run(settings: Settings, run: RunDirectory, model: Callable[[], DiffusionModel], config: Mapping[str, Any]) -> None:
-    """Turn statistics into a plan: from files alone, unless the heuristic measures."""
+    """Make a plan from statistics, without a model unless the heuristic measures sensitivities."""
     start, own = time.monotonic(), settings.analyze
     stats = run.path if settings.stage is Stage.RUN else stats_of(settings)
     layers, _ = read_summaries(stats)
@@ -71,7 +71,7 @@ def _check_finite(stats: Path, layers: Mapping[str, LayerSummary]) -> None:
 def sensitivities_of(
     settings: Settings, stats: Path, layers: Mapping[str, LayerSummary], model: Callable[[], DiffusionModel]
 ) -> Sensitivities:
-    """Measured on the states behind ``stats``, or from the cache."""
+    """Sensitivities measured on the states that ``stats`` was collected from, or cached."""
     source, wanted = collected(settings, stats, "this heuristic"), settings.analyze.sensitivity
     load = source.model(model)
     states = source.states(wanted.images, wanted.steps)
@@ -80,16 +80,20 @@ def sensitivities_of(
 
 
 def try_heuristic(settings: Settings, names: list[str]) -> None:
-    """Raise where a heuristic that measures could not plan the layers ``names``, whatever is measured."""
+    """Raise where a heuristic over all layers could not plan the layers ``names``, whatever is measured."""
     heuristic, skeleton = settings.analyze.analysis, settings.job.model.skeleton
-    if heuristic.measures and skeleton is not None:
+    if heuristic.by_layer:
+        return
+    if not heuristic.measures:
+        heuristic.whole(dict.fromkeys(names, PROBE))
+    elif skeleton is not None:
         sizes, num_steps = settings.analyze.sensitivity.group_sizes, settings.generate.sampler.num_steps
-        layers, found = pretended(skeleton(), names, num_steps, sizes)
+        layers, found = placeholder_sensitivities(skeleton(), names, num_steps, sizes)
         heuristic.whole(layers, lambda: found)
 
 
 def _distinct(observed: Mapping[str, Observed]) -> dict[str, Observed]:
-    """Layers that read one array under the first one's name, with the number of the others."""
+    """One entry for layers that read the same array, named by the first with the number of the others."""
     groups: dict[tuple[bytes, bytes], list[str]] = {}
     for name, seen in observed.items():
         groups.setdefault((seen.low.tobytes(), seen.high.tobytes()), []).append(name)
@@ -102,7 +106,7 @@ def _distinct(observed: Mapping[str, Observed]) -> dict[str, Observed]:
 def _steps(
     settings: Settings, plan: Plan, layers: Mapping[str, LayerSummary], stats: Path
 ) -> tuple[StepPlan, dict[str, Observed]]:
-    """What varies with the step, and the ranges that were seen; a layer_statistics.json says nothing of either."""
+    """The step plan, and the observed ranges; both are empty for a layer_statistics.json."""
     path, own = activations_of(stats), settings.analyze
     if path is None:
         return StepPlan(), {}

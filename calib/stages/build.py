@@ -1,32 +1,31 @@
-"""From a composed configuration to typed settings; every bad value is caught here, before any model is loaded.
+"""Build typed settings from a composed configuration; every bad value is reported here, before a model is loaded."""
 
-Options of a group are functions named by ``_target_``; their parameters are checked against the function's own
-signature, so an option of the user's own gets the same care as one of calib's.
-"""
-
-import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
-from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
 from calib.activations.samples import SampleSettings
 from calib.activations.step import CollectSettings
 from calib.activations.taps import tap_points
-from calib.analysis.heuristic import Heuristic
 from calib.analysis.plan import GROUP_SIZES
-from calib.analysis.ranges import Observed, RangeRule, StepRanges
 from calib.base.errors import ConfigError, suggest
 from calib.base.files import short_hash
-from calib.base.values import at_least, bind_target, build_dataclass, check, group
-from calib.dataset import subsets, timesteps
-from calib.dataset.prompts import report_duplicates
+from calib.base.values import at_least, build_dataclass, check, group
+from calib.dataset import timesteps
 from calib.dataset.settings import SamplerSettings
 from calib.dataset.shards import Shard
 from calib.dataset.store import StateDtype
-from calib.quantization.quantizer import Quantizer, QuantizerInput
 from calib.stages import Stage
+from calib.stages.options import (
+    chooser_of,
+    heuristic_of,
+    model_choice,
+    prompts_of,
+    quantizer_of,
+    ranges_of,
+    schedule_of,
+)
 from calib.stages.settings import (
     DERIVED,
     Analyze,
@@ -35,23 +34,14 @@ from calib.stages.settings import (
     Evaluate,
     EvaluationSettings,
     Generate,
-    ImageChooser,
     Job,
     KeptStates,
-    ModelChoice,
     Quantize,
     Settings,
     StorageSettings,
 )
 
-import mlx.core as mx
-import numpy as np
-
 T = TypeVar("T")
-
-#: Key of a ``model`` option that names a function building its transformer without weights, so that layer patterns
-#: (and the sampler's settings) are checked before anything is loaded. An option may leave it out.
-SKELETON = "skeleton"
 
 
 def _marked(kind: type, name: str, mark: str) -> bool:
@@ -68,7 +58,7 @@ KEYS = tuple(
 #: Keys that do not affect results: left out of fingerprints and of folder names.
 WITHOUT_EFFECT = ("swept", "cache_dir", "keep_awake", "report")
 
-#: Where options lay in calib 0.1.0. Fingerprints are of these names: what was finished before stays finished.
+#: Modules of options in calib 0.1.0. Fingerprints use these names, so that runs finished before stay valid.
 FORMER_PLACES = {
     "calib.dataset.prompts.": "calib.prompts.",
     "calib.dataset.timesteps.": "calib.timesteps.",
@@ -78,7 +68,11 @@ FORMER_PLACES = {
 
 
 def build(config: Mapping[str, Any], multirun: bool = False) -> Settings:
-    """Check a composed configuration (plain containers, resolved) and turn it into :class:`Settings`."""
+    """Check a composed configuration (plain containers, resolved) and build :class:`Settings` from it.
+
+    Raises:
+        ConfigError: a key is unknown or missing, or a value is not allowed.
+    """
     for name in config:
         if name not in KEYS:
             raise ConfigError(f"{name}: no such key.{suggest(name, KEYS)}")
@@ -86,8 +80,8 @@ def build(config: Mapping[str, Any], multirun: bool = False) -> Settings:
         if name not in config:
             raise ConfigError(f"{name}: missing; leave out what removes it")
     stage = check("stage", config["stage"], Stage)
-    sampler, prompts = _sampler(config["sampler"]), _prompts(config["prompts"])
-    model = _model(config["model"], sampler)
+    sampler, prompts = _sampler(config["sampler"]), prompts_of(config["prompts"])
+    model = model_choice(config["model"], sampler)
     job = _filled(
         Job,
         config,
@@ -95,7 +89,7 @@ def build(config: Mapping[str, Any], multirun: bool = False) -> Settings:
         shard=_shard(config["shard"], stage),
         cache_dir=check("cache_dir", config["cache_dir"], Path | None) or Path("calibration_cache"),
     )
-    steps = _steps(config["timestep_schedule"], sampler.num_steps)
+    steps = schedule_of(config["timestep_schedule"], sampler.num_steps)
     dataset = build_dataclass("dataset", config["dataset"], DatasetSettings)
     data_dir = check("data_dir", config["data_dir"], Path | None)
     collect = _collect(config, steps, job, multirun)
@@ -115,27 +109,27 @@ def build(config: Mapping[str, Any], multirun: bool = False) -> Settings:
     evaluation = build_dataclass("evaluation", config["evaluation"], EvaluationSettings)
     beside = generate.data_dir.parent / _evaluation_folder(config, prompts, sampler, evaluation)
     evaluation = replace(evaluation, steps=min(evaluation.steps, sampler.num_steps))
-    analyze = _filled(Analyze, config, analysis=_heuristic(config["analysis"]), ranges=_ranges(config["ranges"]))
+    analyze = _filled(Analyze, config, analysis=heuristic_of(config["analysis"]), ranges=ranges_of(config["ranges"]))
     _check_group_sizes(analyze.sensitivity.group_sizes)
     return Settings(
         job,
         generate,
         collect,
         analyze,
-        _filled(Quantize, config, quantizer=_quantizer(config["quantizer"], model)),
+        _filled(Quantize, config, quantizer=quantizer_of(config["quantizer"], model)),
         Evaluate(evaluation, beside),
         fingerprint(config, prompts),
     )
 
 
 def _filled(kind: type[T], config: Mapping[str, Any], **made: Any) -> T:
-    """The stage's settings: what was ``made``, and every other field from the key of its name."""
+    """Build settings of type ``kind``: the fields in ``made``, and every other field from the key of its name."""
     hints = get_type_hints(kind, include_extras=True)
     return kind(**made, **{name: check(name, config[name], hints[name]) for name in hints if name not in made})
 
 
 def fingerprint(config: Mapping[str, Any], prompts: Sequence[str]) -> str:
-    """Hash of all that results depend on (16 hex digits)."""
+    """Hash of everything in the configuration that results depend on (16 hex digits)."""
 
     def stable(node: Any) -> Any:
         if not isinstance(node, Mapping):
@@ -152,38 +146,14 @@ def _former(target: str) -> str:
     return target
 
 
-def _model(node: Any, sampler: SamplerSettings) -> ModelChoice:
-    node = group("model", node)
-    parameters = {name: value for name, value in node.items() if name != SKELETON}
-    load = bind_target("model", parameters, given=("shift", "image_size"))
-    skeleton = None
-    if SKELETON in node:
-        named = {**parameters, "_target_": node[SKELETON]}
-        build_skeleton = bind_target("model", named, given=("image_size", "cfg_weight"))
-        skeleton = cache(partial(build_skeleton, image_size=sampler.image_size, cfg_weight=sampler.cfg_weight))
-    return ModelChoice(
-        check("model.name", node.get("name"), str),
-        partial(load, shift=sampler.shift, image_size=sampler.image_size),
-        skeleton,
-    )
-
-
 def _sampler(node: Any) -> SamplerSettings:
     sampler = build_dataclass("sampler", node, SamplerSettings)
     if sampler.shift <= 0:
         raise ConfigError.bad_value("sampler.shift", sampler.shift, "must be more than 0")
-    if len(sampler.image_size) != 2 or any(size < 16 or size % 16 for size in sampler.image_size):
-        allowed = "must be [height, width], each a multiple of 16"
+    if len(sampler.image_size) != 2 or any(size < 1 for size in sampler.image_size):
+        allowed = "must be [height, width], in pixels"
         raise ConfigError.bad_value("sampler.image_size", list(sampler.image_size), allowed)
     return sampler
-
-
-def _prompts(node: Any) -> tuple[str, ...]:
-    prompts = tuple(bind_target("prompts", group("prompts", node))())
-    if not prompts:
-        raise ConfigError("prompts: the list of prompts is empty; give at least one")
-    report_duplicates(prompts)
-    return prompts
 
 
 def _shard(node: Any, stage: Stage) -> Shard:
@@ -208,7 +178,7 @@ def _collect(
         raise ConfigError("generate_missing=true: a shard does not draw what it collects; calib generate first")
     later = job.stage in (Stage.RUN, Stage.COLLECT) and generate_missing  # the subset is tried on the images to be
     made = {"timestep_schedule": steps, "generate_missing": generate_missing}
-    return _filled(Collect, config, collect=_gathering(config), subset=_chooser(config["subset"], later), **made)
+    return _filled(Collect, config, collect=_gathering(config), subset=chooser_of(config["subset"], later), **made)
 
 
 def _dataset_folder(
@@ -218,7 +188,7 @@ def _dataset_folder(
     dataset: DatasetSettings,
     steps: Sequence[int] | timesteps.DriftSchedule,
 ) -> Path:
-    """The folder that is named by what makes the images: model, prompts, sampler, seed and storage."""
+    """The default folder of a dataset, named by what determines it: model, prompts, sampler, seed and storage."""
     by_schedule = dataset.steps is KeptStates.SCHEDULE
     if isinstance(steps, timesteps.DriftSchedule):
         if by_schedule:
@@ -234,20 +204,14 @@ def _dataset_folder(
 def _evaluation_folder(
     config: Mapping[str, Any], prompts: Sequence[str], sampler: SamplerSettings, evaluation: EvaluationSettings
 ) -> str:
-    """The name of the folder of the full-precision pictures, by what makes them."""
+    """The name of the folder of the full-precision pictures, by what determines them."""
     made_by = [dict(config["model"]), list(prompts), _drawn_by(sampler), evaluation.seed]
     return f"{config['model']['name']}-evaluation-{sampler.num_steps}steps-{short_hash(made_by)}"
 
 
 def _drawn_by(sampler: SamplerSettings) -> dict[str, Any]:
-    """Of the sampler's settings those that make an image what it is."""
+    """The sampler's settings that affect an image."""
     return {name: value for name, value in asdict(sampler).items() if name != "batch_size"}
-
-
-def _steps(node: Any, num_steps: int) -> tuple[int, ...] | timesteps.DriftSchedule:
-    schedule = bind_target("timestep_schedule", group("timestep_schedule", node), given=("num_steps",))
-    steps = schedule(num_steps=num_steps)
-    return steps if isinstance(steps, timesteps.DriftSchedule) else timesteps.checked(steps, num_steps)
 
 
 def _kept_steps(
@@ -256,26 +220,6 @@ def _kept_steps(
     if dataset.steps is KeptStates.SCHEDULE and not isinstance(steps, timesteps.DriftSchedule):
         return steps
     return tuple(range(num_steps + 1))
-
-
-def _chooser(node: Any, checked_later: bool) -> ImageChooser:
-    """The images of a dataset that are collected; those whose latents decide only where ``latents`` are given."""
-    node = dict(group("subset", node))
-    requested = check("subset.num_images", node.pop("num_images", None), int | None)
-    if requested is not None and not checked_later:
-        at_least("subset.num_images", requested, 1)
-    choose = bind_target("subset", node, given=("image_ids", "num_images", subsets.LATENTS))
-    by_latents = subsets.LATENTS in inspect.signature(choose).parameters
-
-    def chosen(image_ids: Sequence[int], latents: subsets.Latents | None) -> list[int]:
-        count = subsets.resolve_count(requested, len(image_ids))
-        if by_latents and latents is None:
-            return list(image_ids[:count])  # which ones can be told once they are drawn
-        more = {subsets.LATENTS: latents} if by_latents else {}
-        found: list[int] = choose(image_ids=image_ids, num_images=count, **more)
-        return found
-
-    return chosen
 
 
 def _gathering(config: Mapping[str, Any]) -> CollectSettings:
@@ -288,30 +232,6 @@ def _gathering(config: Mapping[str, Any]) -> CollectSettings:
     samples = SampleSettings(storage.samples, storage.rows_per_image, storage.dtype)
     halves = check("taps", config["taps"], get_type_hints(Collect)["taps"]).cfg_halves
     return CollectSettings(batch_size, storage.histogram_rows, config["seed"], halves, samples)
-
-
-def _heuristic(node: Any) -> Heuristic:
-    """The heuristic; one that looks at single layers is tried on a layer that no model has."""
-    node = group("analysis", node)
-    return Heuristic.of(bind_target("analysis", node, given=Heuristic.GIVEN), f"analysis._target_={node['_target_']}")
-
-
-def _ranges(node: Any) -> RangeRule:
-    node = group("ranges", node)
-    rule = bind_target("ranges", node, given=("observed",))
-    levels = np.linspace(1, 0.1, 5)
-    ranges = rule(Observed(np.arange(5), -levels, levels, levels, levels))
-    if not isinstance(ranges, StepRanges):
-        raise ConfigError.bad_value("ranges._target_", node["_target_"], "must return StepRanges")
-    return rule
-
-
-def _quantizer(node: Any, model: ModelChoice) -> Quantizer:
-    """The quantizer, tried on no layers at all: what it says of its parameters it says now."""
-    quantizer = bind_target("quantizer", group("quantizer", node), given=("work",))
-    if model.skeleton is not None:
-        quantizer(QuantizerInput.without_layers(model.skeleton(), mx.float16))
-    return quantizer
 
 
 def _check_group_sizes(sizes: Sequence[int]) -> None:

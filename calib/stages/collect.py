@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from calib.activations.choose_steps import choose_steps
-from calib.activations.collect import Collection, checked_model
+from calib.activations.collect import Collection
 from calib.activations.samples import SampleSettings
 from calib.activations.store import write_activations
 from calib.activations.taps import Halves, TapPoint, tap_points
@@ -28,6 +28,7 @@ from calib.base.files import check_writable, checksum, write_json
 from calib.base.layout import ACTIVATIONS, METADATA, STATISTICS
 from calib.base.progress import counted, note, say
 from calib.base.versions import git_commit, versions
+from calib.dataset.check_model import checked_model
 from calib.dataset.latents import features
 from calib.dataset.load import load_manifest
 from calib.dataset.manifest import MANIFEST, Manifest
@@ -43,7 +44,7 @@ logger = logging.getLogger("calib")
 
 
 def check(settings: Settings) -> None:
-    """Raise where the dataset is not there, is too small, was drawn otherwise, or keeps too few states."""
+    """Raise where the dataset is missing or too small, was drawn with other settings, or lacks states."""
     check_writable("cache_dir", settings.job.cache_dir)
     data_dir = settings.generate.data_dir
     if settings.collect.generate_missing:
@@ -59,7 +60,7 @@ def check(settings: Settings) -> None:
 
 
 def _check_kept(settings: Settings, manifest: Manifest) -> None:
-    """Raise where a state that is asked for is not in the dataset."""
+    """Raise where the dataset lacks a requested state."""
     data_dir, schedule = settings.generate.data_dir, settings.collect.timestep_schedule
     if isinstance(schedule, DriftSchedule):
         check_drift(schedule, data_dir, manifest)
@@ -72,12 +73,12 @@ def _check_kept(settings: Settings, manifest: Manifest) -> None:
 
 
 def sources(settings: Settings) -> list[str]:
-    """The dataset's manifest, where this job does not draw what is missing."""
+    """Checksum of the dataset's manifest, unless this job draws missing images."""
     return [] if settings.collect.generate_missing else [checksum(settings.generate.data_dir / MANIFEST)]
 
 
 def run(settings: Settings, run: RunDirectory, model: Callable[[], DiffusionModel], config: Mapping[str, Any]) -> None:
-    """Statistics of the chosen images and steps, into the run directory; missing images first, where asked for."""
+    """Collect statistics of the chosen images and steps; missing images are drawn first where that is configured."""
     if settings.collect.generate_missing:
         generate.run(settings, run, model, config)
     _collect(settings, run, model, config)
@@ -86,7 +87,7 @@ def run(settings: Settings, run: RunDirectory, model: Callable[[], DiffusionMode
 def _collect(
     settings: Settings, run: RunDirectory, model: Callable[[], DiffusionModel], config: Mapping[str, Any]
 ) -> None:
-    """Statistics of the chosen images and steps, into the run directory; the model is loaded only if one is missing."""
+    """Collect statistics into the run directory; the model is loaded only for those that are not cached."""
     start = time.monotonic()
     data_dir, cache_dir, shard = settings.generate.data_dir, settings.job.cache_dir, settings.job.shard
     manifest = load_manifest(data_dir)
@@ -127,21 +128,21 @@ def _collect(
 
 
 def summarise(run: Path) -> None:
-    """Write ``layer_statistics.json`` of a run directory, and name what is left out of it."""
+    """Write ``layer_statistics.json`` of a run directory, and report layers that are left out."""
     if lost := write_summaries(run):
         more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
         note(f"{STATISTICS}: without {lost[0]}{more}, which saw no finite value")
 
 
 def chosen_images(settings: Settings, manifest: Manifest) -> list[int]:
-    """The images that are collected, of those that the dataset has."""
+    """Ids of the images to collect, among those of the dataset."""
     limit = settings.generate.num_images if settings.collect.generate_missing else len(manifest.images)
     available = sorted(manifest.images)[:limit]
     return settings.collect.subset(available, lambda ids: features(settings.generate.data_dir, manifest, ids))
 
 
 def check_subset(settings: Settings, manifest: Manifest) -> None:
-    """Raise where the dataset has too few images for the subset, or the subset for as many shards."""
+    """Raise where the dataset has too few images for the subset, or the subset too few blocks for the shards."""
     images = len(settings.collect.subset(sorted(manifest.images), None))
     size, shard = settings.collect.collect.batch_size or manifest.batch_size or 1, settings.job.shard
     blocks = -(-images // size)
@@ -158,7 +159,7 @@ def chosen_steps(
     model: Callable[[], DiffusionModel],
     image_ids: Sequence[int],
 ) -> tuple[int, ...]:
-    """The steps that are collected; a schedule that statistics decide first looks at some images at every state."""
+    """The steps to collect; for a drift schedule, some images are collected at every state first."""
     schedule = settings.collect.timestep_schedule
     if not isinstance(schedule, DriftSchedule):
         return schedule
@@ -176,7 +177,7 @@ def chosen_steps(
 
 
 def check_drift(schedule: DriftSchedule, data_dir: Path, manifest: Manifest) -> list[int]:
-    """The states that a drift schedule chooses among; raises where they are too few."""
+    """The states that a drift schedule chooses from; raises where there are too few."""
     candidates = [step for step in manifest.steps if step < manifest.num_steps]
     if schedule.count > len(candidates):
         allowed = f"{data_dir} keeps {len(candidates)} states to choose from"
@@ -197,7 +198,7 @@ def _collection(
 
 
 def whole(settings: Settings) -> Settings:
-    """The same job, not split."""
+    """The settings of the same job without shards."""
     return replace(settings, job=replace(settings.job, shard=Shard()))
 
 
@@ -210,7 +211,7 @@ def _identity(
     points: Sequence[TapPoint],
     steps: Sequence[int],
 ) -> dict[str, Any]:
-    """What all shards of one collection have in common: the content they collect, by its key, and how."""
+    """The identity that all shards of one collection share: the cache key of their content, and the settings."""
     collection = _collection(whole(settings), manifest, architecture, model, image_ids, points)
     return {"key": collection.cache.folder.name, "steps": list(steps), "settings": asdict(collection.settings)}
 

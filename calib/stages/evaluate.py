@@ -40,26 +40,26 @@ logger = logging.getLogger("calib")
 
 
 def check(settings: Settings) -> None:
-    """Raise where there is no quantized model, or no image to compare."""
+    """Raise where there is no quantized model, or no image to draw."""
     at_least("evaluation.num_images", settings.evaluate.evaluation.num_images, 1)
     quantized_of(settings)
     check_reference(settings)
 
 
 def check_reference(settings: Settings) -> None:
-    """Raise where full-precision pictures are to be drawn beside the dataset, and cannot be written there."""
+    """Raise where missing full-precision pictures cannot be written beside the dataset."""
     own = settings.evaluate
     if missing_images(own.data_dir, own.evaluation.num_images):
         check_writable("data_dir", own.data_dir)
 
 
 def sources(settings: Settings) -> list[str]:
-    """The quantized model: its description has the checksums of the rest."""
+    """Checksum of the quantized model's description, which has the checksums of its other files."""
     return [checksum(quantized_of(settings) / CHECKPOINT)]
 
 
 def run(settings: Settings, run: RunDirectory, model: Callable[[], DiffusionModel], config: Mapping[str, Any]) -> None:
-    """Draw held-out prompts at full precision and quantized; metrics, pictures, and a plot into the run directory."""
+    """Draw held-out prompts at full precision and quantized; write metrics, pictures and a plot."""
     start, wanted, drawn = time.monotonic(), settings.evaluate.evaluation, settings.generate
     quantized = load(run.path / MODEL if settings.stage is Stage.RUN else quantized_of(settings))
     if quantized.about.get("fingerprint") != model().fingerprint:
@@ -67,7 +67,7 @@ def run(settings: Settings, run: RunDirectory, model: Callable[[], DiffusionMode
         raise CalibError(f"the quantized model was made from {made_from} with other weights; set model")
     if wanted.num_images + drawn.num_images > len(drawn.prompts):
         note("evaluation: the list of prompts is too short for prompts of its own; seeds are others")
-    # From the end of the list: prompts that a smaller dataset has not used.
+    # From the end of the list, for prompts that a smaller dataset has not used.
     what = (drawn.prompts[::-1], wanted.num_images, drawn.sampler, wanted.base_seed)
     reference = draw_reference(model(), settings.evaluate.data_dir, *what, wanted.steps)
     paired = Paired(model(), reference)
@@ -92,7 +92,7 @@ def run(settings: Settings, run: RunDirectory, model: Callable[[], DiffusionMode
 
 
 def _counted(dequantize: bool | None) -> str:
-    """What people must know of the peak."""
+    """A remark on the weights included in the peak memory."""
     if runs_dense() if dequantize is None else dequantize:
         return " (with dequantized weights: no less than at full precision)"
     return " (the full-precision weights, which stay loaded, counted)"

@@ -16,7 +16,7 @@ from calib.base.progress import counted
 from calib.dataset.generate import generate, missing_images
 from calib.dataset.load import load_manifest
 from calib.dataset.manifest import MANIFEST, Manifest
-from calib.dataset.settings import check_manifest_is_there, check_prompts, only_read
+from calib.dataset.settings import check_manifest_is_there, check_prompts, read_only_error
 from calib.models.model import DiffusionModel
 from calib.runs.directory import RunDirectory
 from calib.stages.settings import Settings
@@ -25,13 +25,13 @@ logger = logging.getLogger("calib")
 
 
 def check(settings: Settings) -> None:
-    """Raise where the dataset could not be drawn, or is begun with other settings."""
+    """Raise where the dataset cannot be drawn, or was begun with other settings."""
     own = settings.generate
     if (own.data_dir / MANIFEST).exists():
         manifest = load_manifest(own.data_dir)
         if manifest.is_older:
-            raise only_read(own.data_dir)
-        if manifest.images:  # a dataset without images is begun anew
+            raise read_only_error(own.data_dir)
+        if manifest.images:  # a dataset without images is replaced
             check_matches(settings, manifest, ("model", "num_steps", "cfg_weight", "shift", "seed", "format", "dtype"))
             _check_kept(settings, manifest)
             check_prompts(own.data_dir, manifest, own.prompts)
@@ -41,12 +41,12 @@ def check(settings: Settings) -> None:
 
 
 def sources(settings: Settings) -> list[str]:
-    """Contents that the result follows from besides the configuration."""
+    """Checksums of files that the result depends on besides the configuration: none."""
     return []
 
 
 def run(settings: Settings, run: RunDirectory, model: Callable[[], DiffusionModel], config: Mapping[str, Any]) -> None:
-    """Fill the dataset up to ``num_images``; a complete one costs nothing, not even the model."""
+    """Draw the missing images up to ``num_images``; the model is loaded only if there are any."""
     own, shard = settings.generate, settings.job.shard
     drawn, start = 0, time.monotonic()
     if missing := missing_images(own.data_dir, own.num_images, shard, thorough=True):
@@ -74,7 +74,7 @@ def run(settings: Settings, run: RunDirectory, model: Callable[[], DiffusionMode
 
 
 def check_matches(settings: Settings, manifest: Manifest, names: Sequence[str]) -> None:
-    """Raise where the dataset in ``data_dir`` was drawn otherwise than is asked now."""
+    """Raise where the dataset in ``data_dir`` was drawn with other values of the settings ``names``."""
     own = settings.generate
     sampler = {f"sampler.{name}": getattr(own.sampler, name) for name in ("num_steps", "cfg_weight", "shift")}
     stored = {"dataset.format": own.dataset.format, "dataset.dtype": own.dataset.dtype}
@@ -88,7 +88,7 @@ def check_matches(settings: Settings, manifest: Manifest, names: Sequence[str]) 
 
 
 def _check_kept(settings: Settings, manifest: Manifest) -> None:
-    """Raise where the dataset keeps other states than are asked for."""
+    """Raise where the dataset keeps other states than requested."""
     own = settings.generate
     if list(own.kept_steps) != manifest.steps:
         raise ConfigError.bad_value(

@@ -1,4 +1,4 @@
-"""Joining the run directories of a collection's shards; the command is :mod:`calib.cli.files`."""
+"""Merge the run directories of a collection's shards; the command is in :mod:`calib.cli.files`."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,19 +6,23 @@ from tempfile import TemporaryDirectory
 from typing import Any, TypeAlias
 
 from calib.activations.merge import merge_shards
-from calib.base.errors import CalibError, ConfigError
+from calib.base.errors import CalibError, ConfigError, lacks_or_garbles
 from calib.base.files import read_json, write_json
 from calib.base.layout import ACTIVATIONS, METADATA
 from calib.stages.collect import summarise
 
-#: Values left out of the statistics: by layer, by step, how many were NaN and how many infinite.
+#: Numbers of NaN and infinite values that were left out of the statistics, by layer and step.
 _NonFinite: TypeAlias = dict[str, dict[str, dict[str, int]]]
 
 
 def merge(runs: Sequence[Path], into: Path) -> int:
-    """Join the run directories of all shards of a collection into the folder ``into``; returns the number of images.
+    """Merge the run directories of all shards of a collection into the folder ``into``; returns the number of images.
 
-    ``calib analyze stats=INTO`` and all else that reads a run directory reads it.
+    ``calib analyze stats=INTO`` and all other readers of run directories can read it.
+
+    Raises:
+        ConfigError: the directories are not all shards of one collection, or ``into`` is not empty.
+        CalibError: a shard's files are missing or damaged.
     """
     for run in runs:
         if not run.is_dir():
@@ -41,20 +45,20 @@ def merge(runs: Sequence[Path], into: Path) -> int:
 
 
 def _shard_metadata(run: Path) -> dict[str, Any]:
-    """What a shard's run directory says of its collection."""
+    """Read and check the collection's metadata in a shard's run directory."""
     if not (run / ACTIVATIONS).exists():
         raise CalibError(f"{run / ACTIVATIONS}: no such file; calib collect writes it")
     document = read_json(run / METADATA)
     try:
         int(document["shard"]["index"]), dict(document["non_finite"]), list(document["non_finite_output"])
     except (KeyError, TypeError, ValueError) as error:
-        raise CalibError(f"{run / METADATA}: lacks or garbles {error}; run the shard's calib collect again") from None
+        raise lacks_or_garbles(run / METADATA, error, "run the shard's calib collect again") from None
     found: dict[str, Any] = document
     return found
 
 
 def _joined_non_finite(parts: Sequence[_NonFinite]) -> _NonFinite:
-    """Counts of NaN and infinity by layer and step, added up."""
+    """Sum the counts of NaN and infinity by layer and step."""
     total: _NonFinite = {}
     for part in parts:
         for layer, steps in part.items():

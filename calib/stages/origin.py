@@ -1,14 +1,14 @@
-"""What later stages go back to: the statistics of a run, and the dataset that they were collected from."""
+"""Find the inputs of a later stage: a run's statistics, the dataset they were collected from, a plan, a model."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from calib.activations.batches import StoredStates
-from calib.activations.collect import checked_model
 from calib.base.errors import CalibError, ConfigError, lacks_or_garbles
 from calib.base.files import read_json
-from calib.base.layout import ACTIVATIONS, METADATA, MODEL, PLAN
+from calib.base.layout import ACTIVATIONS, METADATA, MODEL, PLAN, STATISTICS
+from calib.dataset.check_model import checked_model
 from calib.dataset.load import load_manifest
 from calib.dataset.manifest import MANIFEST, Manifest
 from calib.dataset.timesteps import evenly
@@ -20,10 +20,10 @@ from calib.stages.settings import Settings
 
 @dataclass(frozen=True)
 class Collected:
-    """A dataset, and which of its images and steps a run collected.
+    """A dataset, and the images and steps of it that a run collected.
 
     Attributes:
-        steps: those that the sampler feeds to the model.
+        steps: collected steps that the sampler feeds to the model.
     """
 
     data_dir: Path
@@ -32,20 +32,21 @@ class Collected:
     steps: list[int]
 
     def states(self, images: int, steps: int) -> StoredStates:
-        """At most so many of the images, the first, and of the steps, evenly spaced, the first and last among them."""
+        """States of the first ``images`` images at ``steps`` evenly spaced steps, the first and last among them."""
         chosen = [self.steps[i] for i in evenly(len(self.steps) - 1, steps)]
         return StoredStates(self.data_dir, self.manifest, self.images[:images], chosen)
 
     def model(self, load: Callable[[], DiffusionModel]) -> Callable[[], DiffusionModel]:
-        """``load``, which raises where what it loads cannot have drawn the dataset."""
+        """A loader that calls ``load`` once and raises where the model cannot have drawn the dataset."""
         return checked_model(self.data_dir, self.manifest, load)
 
 
 def collected(settings: Settings, stats: Path, why: str) -> Collected:
-    """The dataset behind the run directory ``stats``; ``why`` says who needs it.
+    """The dataset that the run directory ``stats`` was collected from; ``why`` names what needs it, for errors.
 
     Raises:
-        ConfigError: ``stats`` is no run directory, or the dataset is not where it was.
+        ConfigError: ``stats`` is no run directory, or the dataset is no longer there.
+        CalibError: the run's metadata are damaged, or the dataset lacks an image.
     """
     if not (stats / METADATA).exists():
         raise ConfigError(f"stats={stats}: {why} replays stored states: name a run directory of calib collect")
@@ -69,23 +70,23 @@ def collected(settings: Settings, stats: Path, why: str) -> Collected:
 
 
 def activations_of(stats: Path) -> Path | None:
-    """The ``activations.h5`` that ``stats``, a run directory or such a file, has; None where it has none."""
+    """The ``activations.h5`` of ``stats``, a run directory or such a file; None where there is none."""
     path = stats / ACTIVATIONS if stats.is_dir() else stats
     return path if path.suffix == ".h5" and path.exists() else None
 
 
 def stats_of(settings: Settings) -> Path:
-    """What ``stats=`` names; raises where it names nothing."""
+    """The path given by ``stats=``; raises where it is not set."""
     if settings.analyze.stats is None:
-        raise ConfigError("stats is not set: name a run directory or a layer_statistics.json, calib analyze stats=DIR")
+        raise ConfigError(f"stats is not set: name a run directory or a {STATISTICS}, calib analyze stats=DIR")
     return settings.analyze.stats
 
 
 def plan_of(settings: Settings) -> Path:
-    """The file of the plan that ``plan=`` names; raises where there is none."""
+    """The file of the plan given by ``plan=``; raises where there is none."""
     given = settings.quantize.plan
     if given is None:
-        raise ConfigError("plan is not set: name a run directory or a quantization_config.json, plan=DIR")
+        raise ConfigError(f"plan is not set: name a run directory or a {PLAN}, plan=DIR")
     path = given / PLAN if given.is_dir() else given
     if not path.exists():
         raise ConfigError(f"plan={given}: no {PLAN} there; calib analyze makes one")
@@ -93,7 +94,7 @@ def plan_of(settings: Settings) -> Path:
 
 
 def quantized_of(settings: Settings) -> Path:
-    """The folder of the quantized model that ``plan=`` names; raises where there is none."""
+    """The folder of the quantized model in the run directory given by ``plan=``; raises where there is none."""
     given = settings.quantize.plan
     if given is None:
         raise ConfigError("plan is not set: name the run directory of calib quantize, calib evaluate plan=DIR")

@@ -35,7 +35,7 @@ logger = logging.getLogger("calib")
 
 
 def check(settings: Settings) -> None:
-    """Raise where there is no plan, or it cannot be this model's; costs no weights."""
+    """Raise where there is no plan, or the plan is another model's; no weights are loaded."""
     path, model = plan_of(settings), settings.job.model
     plan = read_plan(path)
     if model.skeleton is not None:
@@ -51,19 +51,19 @@ def check(settings: Settings) -> None:
 
 
 def sources(settings: Settings) -> list[str]:
-    """The plan, and the statistics that quantizers ask."""
+    """Checksums of the plan and of the statistics for quantizers."""
     plan = plan_of(settings)
     beside = (plan, plan.parent / STEPS, (settings.analyze.stats or plan.parent) / ACTIVATIONS)
     return [checksum(path) for path in beside if path.is_file()]
 
 
 def _known(architecture: Architecture) -> list[str]:
-    """Names that a plan may have: layers, and blocks where they were tapped."""
+    """Names that a plan may contain: layers, and blocks, which may have been tapped."""
     return [*architecture.layers(), *architecture.blocks()]
 
 
 def run(settings: Settings, run: RunDirectory, model: Callable[[], DiffusionModel], config: Mapping[str, Any]) -> None:
-    """The planned model into the run directory's folder ``quantized``, by the chosen quantizer."""
+    """Quantize the model by the plan with the chosen quantizer, into the run directory's folder ``quantized``."""
     start, quantizer = time.monotonic(), settings.quantize.quantizer
     path = run.path / PLAN if settings.stage is Stage.RUN else plan_of(settings)
     plan, steps = read_plan(path), read_steps(path.parent / STEPS)
@@ -77,7 +77,7 @@ def run(settings: Settings, run: RunDirectory, model: Callable[[], DiffusionMode
     mx.reset_peak_memory()
     quantized, notes = quantize_layers(model(), plan, steps, quantizer, source, about)
     peak = mx.get_peak_memory()
-    run.forget(EVALUATION)  # what an earlier job measured here: it speaks of another model
+    run.forget(EVALUATION)  # results of an earlier job here are those of another model
     save(quantized, run.path / MODEL)
     if settings.stage is not Stage.RUN:
         _copy_plan(run, path, steps)
@@ -90,7 +90,7 @@ def run(settings: Settings, run: RunDirectory, model: Callable[[], DiffusionMode
 
 
 def _own_steps(path: Path, plan: dict[str, LayerPlan], steps: StepPlan, source: Calibration) -> StepPlan:
-    """``steps`` where they belong to ``plan``; else, as the plan was changed or copied, made anew from statistics."""
+    """``steps`` where they belong to ``plan``; a new step plan from statistics where the plan was changed or copied."""
     if steps.plan == plan_hash(plan):
         return steps
     why = f"{path}: {STEPS} beside it is another plan's" if steps.timesteps else f"{path} stands alone"
@@ -103,19 +103,19 @@ def _own_steps(path: Path, plan: dict[str, LayerPlan], steps: StepPlan, source: 
 
 
 def _copy_plan(run: RunDirectory, plan: Path, steps: StepPlan) -> None:
-    """The plan itself beside the model, so that the run directory says all of it."""
+    """Copy the plan to the run directory of the model, so that it is complete."""
     write_json(run.path / PLAN, read_json(plan))
     write_json(run.path / STEPS, steps.to_json())
 
 
 def _source(settings: Settings, run: RunDirectory, plan: Path, steps: StepPlan) -> Calibration:
-    """Statistics and states for the quantizer: of this run, else as asked, else those that the plan names."""
+    """Calibration data for the quantizer: of this run, else given by ``stats=``, else named by the plan."""
     stats = run.path if settings.stage is Stage.RUN else settings.analyze.stats
     if stats is None:
         beside = plan.parent if activations_of(plan.parent) else None
         named = Path(steps.origin["statistics"]) if "statistics" in steps.origin else None
         stats = beside or (named.parent if named is not None and named.exists() else None)
-    # As the plan's own ranges were made, so those that a quantizer asks for.
+    # The rule of the plan's ranges also applies to those that a quantizer requests.
     rule = bind_target("ranges", steps.rule, given=("observed",)) if steps.rule else settings.analyze.ranges
     if stats is None:
         return Calibration(None, rule, None)
@@ -128,7 +128,7 @@ def _source(settings: Settings, run: RunDirectory, plan: Path, steps: StepPlan) 
 
 
 def size_text(quantized: QuantizedModel, folder: Path) -> str:
-    """For people: how large the model is now."""
+    """The size of the quantized model, for people."""
     size = quantized.size()
     copies = sum(map(len, quantized.copies.values()))
     more = f", {copies} further copies for phases" if copies else ""

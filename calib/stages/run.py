@@ -11,7 +11,7 @@ from calib.stages.settings import Settings
 
 
 def check(settings: Settings) -> None:
-    """Raise where one of the stages could not do its part, as far as can be known."""
+    """Raise where one of the stages would fail, as far as known in advance."""
     skeleton = settings.job.model.skeleton
     if skeleton is not None:
         points = tap_points(skeleton(), settings.collect.taps)
@@ -21,12 +21,12 @@ def check(settings: Settings) -> None:
 
 
 def sources(settings: Settings) -> list[str]:
-    """Nothing: all that the job follows from it makes itself."""
+    """Checksums of files that the result depends on: none, as the job makes all of them itself."""
     return []
 
 
 def run(settings: Settings, run: RunDirectory, model: Callable[[], DiffusionModel], config: Mapping[str, Any]) -> None:
-    """All stages, one after the other."""
+    """Run all stages, one after the other."""
     collect.run(settings, run, model, config)
     analyze.run(settings, run, model, config)
     quantize.run(settings, run, model, config)

@@ -1,7 +1,7 @@
-"""What each stage needs, checked and typed: the configuration's top-level keys, nested by the stage that reads them.
+"""Typed settings of each stage: the configuration's top-level keys, nested by the stage that reads them.
 
-A field is the top-level key of its name, checked against its annotation; a dataclass is a key with keys of its own. The
-value of a field marked MADE is made from its key by :mod:`calib.stages.build`; one marked DERIVED is no key at all.
+A field is the top-level key of its name, checked against its annotation; a dataclass is a key with nested keys. The
+value of a field marked MADE is made from its key by :mod:`calib.stages.build`; a field marked DERIVED is no key.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,7 +26,7 @@ from calib.models.model import DiffusionModel
 from calib.quantization.quantizer import Quantizer
 from calib.stages import Stage
 
-#: Which of the image ids given are collected; where the final latents decide, they must be given too.
+#: Chooses among image ids for collection; a choice by final latents needs the second argument.
 ImageChooser: TypeAlias = Callable[[Sequence[int], "subsets.Latents | None"], list[int]]
 
 
@@ -35,7 +35,7 @@ MADE, DERIVED = "made", "derived"
 
 
 class KeptStates(StrEnum):
-    """Which states of a trajectory a dataset keeps: all, or only those of the timestep schedule."""
+    """Selection of the states that a dataset keeps: all, or those of the timestep schedule."""
 
     ALL = "all"
     SCHEDULE = "schedule"
@@ -43,7 +43,7 @@ class KeptStates(StrEnum):
 
 @dataclass(frozen=True)
 class DatasetSettings:
-    """How trajectories are stored."""
+    """Storage of trajectories."""
 
     format: StorageFormat = StorageFormat.HDF5
     dtype: StateDtype = StateDtype.FLOAT16
@@ -52,7 +52,7 @@ class DatasetSettings:
 
 @dataclass(frozen=True)
 class StorageSettings:
-    """What is kept of activations; see :class:`CollectSettings` and :class:`SampleSettings`."""
+    """Storage of statistics and activations; see :class:`CollectSettings` and :class:`SampleSettings`."""
 
     histogram_rows: Annotated[int | None, AtLeast(1)] = 256
     samples: Samples = Samples.NONE
@@ -62,7 +62,7 @@ class StorageSettings:
 
 @dataclass(frozen=True)
 class SensitivitySettings:
-    """What sensitivities are measured on: so many of the images and of the steps that were collected."""
+    """Numbers of collected images and steps on which sensitivities are measured, and group sizes to try."""
 
     images: Annotated[int, AtLeast(1)] = 4
     steps: Annotated[int, AtLeast(1)] = 8
@@ -71,7 +71,7 @@ class SensitivitySettings:
 
 @dataclass(frozen=True)
 class CalibrationSettings:
-    """The stored states that quantizers replay: so many of the images and of the steps that were collected."""
+    """Numbers of collected images and steps in the calibration set that quantizers replay."""
 
     images: Annotated[int, AtLeast(1)] = 32
     steps: Annotated[int, AtLeast(1)] = 8
@@ -79,9 +79,11 @@ class CalibrationSettings:
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """What is drawn at full precision and quantized; nothing where ``num_images`` is 0.
+    """Images to draw at full precision and quantized; no evaluation where ``num_images`` is 0.
 
-    ``dequantize``: run dense layers with the dequantized weights; None: everywhere but on Metal.
+    Attributes:
+        steps: number of steps at which outputs are compared.
+        dequantize: run dense layers with the dequantized weights; None: everywhere but on Metal.
     """
 
     num_images: Annotated[int, AtLeast(0)] = 10
@@ -91,15 +93,15 @@ class EvaluationSettings:
 
     @property
     def base_seed(self) -> int:
-        """A seed beyond all that calibration images are drawn with.
+        """A base seed whose images differ from all calibration images.
 
-        SeedSequence sees words of 32 bits: (seed, this number, image) is (seed, image) of no image there can be.
+        SeedSequence splits numbers into words of 32 bits, so (this number, image) equals (seed, image) for no image.
         """
         return (0xE7A1_0000 << 32) + self.seed
 
 
 class ReportForm(StrEnum):
-    """What people get to read of a run besides its files: a page, or nothing."""
+    """Form of a run's report besides its files: an HTML page, or none."""
 
     HTML = "html"
     NONE = "none"
@@ -107,20 +109,20 @@ class ReportForm(StrEnum):
 
 @dataclass(frozen=True)
 class ModelChoice:
-    """The chosen model: its name, what loads it, and what builds it without weights where the option says that."""
+    """The chosen model: its name, its loader, and a builder of its transformer without weights, where it has one."""
 
     name: str
     load: Callable[[], DiffusionModel]
     skeleton: Callable[[], Architecture] | None
 
     def architecture(self, load: Callable[[], DiffusionModel]) -> Architecture:
-        """The transformer in shape, or with the weights of the model that ``load`` gives where there is no skeleton."""
+        """The transformer without weights, or that of the model that ``load`` returns where there is no skeleton."""
         return load().architecture if self.skeleton is None else self.skeleton()
 
 
 @dataclass(frozen=True)
 class Job:
-    """Keys that concern every stage."""
+    """Keys of every stage."""
 
     stage: Stage
     swept: Sequence[str]
@@ -133,11 +135,11 @@ class Job:
 
 @dataclass(frozen=True)
 class Generate:
-    """Keys of what draws a dataset.
+    """Keys of the stage that draws a dataset.
 
     Attributes:
-        data_dir: the folder that is configured, or one named by what makes the images.
-        given_data_dir: the folder that is configured, if one is.
+        data_dir: the configured folder, or a default named by what determines the images.
+        given_data_dir: the configured folder, if any.
         kept_steps: the states that a dataset of this configuration keeps.
     """
 
@@ -153,13 +155,13 @@ class Generate:
 
 @dataclass(frozen=True)
 class Collect:
-    """Keys of what observes activations.
+    """Keys of the stage that observes activations.
 
     Attributes:
-        timestep_schedule: the steps that are collected, or how statistics are to choose them.
-        subset: which images are.
-        collect: how; the keys of ``collect``, ``storage`` and ``taps.cfg_halves``.
-        generate_missing: whether images that are not there are drawn first.
+        timestep_schedule: the steps to collect, or the rule by which statistics choose them.
+        subset: chooses the images to collect.
+        collect: settings from the keys ``collect``, ``storage`` and ``taps.cfg_halves``.
+        generate_missing: whether missing images are drawn first.
     """
 
     timestep_schedule: Annotated[tuple[int, ...] | timesteps.DriftSchedule, MADE]
@@ -172,7 +174,7 @@ class Collect:
 
 @dataclass(frozen=True)
 class Analyze:
-    """Keys of what turns statistics into a plan."""
+    """Keys of the stage that makes a plan from statistics."""
 
     stats: Path | None
     analysis: Annotated[Heuristic, MADE]
@@ -184,7 +186,7 @@ class Analyze:
 
 @dataclass(frozen=True)
 class Quantize:
-    """Keys of what applies a plan."""
+    """Keys of the stage that applies a plan."""
 
     plan: Path | None
     quantizer: Annotated[Quantizer, MADE]
@@ -193,7 +195,7 @@ class Quantize:
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Keys of what says how much was lost; ``data_dir`` is where the full-precision pictures lie."""
+    """Keys of the stage that measures fidelity; ``data_dir`` is the folder of the full-precision pictures."""
 
     evaluation: Annotated[EvaluationSettings, MADE]
     data_dir: Annotated[Path, DERIVED]
@@ -201,10 +203,10 @@ class Evaluate:
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything a job needs, checked. Callables have their configured parameters bound.
+    """All settings of a job, checked; callables have their configured parameters bound.
 
     Attributes:
-        fingerprint: hash of all on which results depend.
+        fingerprint: hash of everything in the configuration that results depend on.
     """
 
     job: Job
@@ -217,5 +219,5 @@ class Settings:
 
     @property
     def stage(self) -> Stage:
-        """What the job does."""
+        """The stage of the job."""
         return self.job.stage

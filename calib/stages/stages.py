@@ -1,4 +1,4 @@
-"""The table of stages, and what is done for each in the same way."""
+"""The table of stages, and the steps that are the same for each."""
 
 import logging
 import time
@@ -16,18 +16,18 @@ logger = logging.getLogger("calib")
 
 
 class StageModule(Protocol):
-    """What a module of a stage has; its docstring is the stage's help."""
+    """The interface of a stage's module, whose docstring is the stage's help."""
 
     def check(self, settings: Settings) -> None:
-        """Raise for what is wrong and can be known before a run directory is made or a model is loaded."""
+        """Raise for faults that can be found before a run directory is made or a model is loaded."""
 
     def sources(self, settings: Settings) -> list[str]:
-        """Checksums of the files that the job starts from: those of the same name may have changed."""
+        """Checksums of the files that the job starts from, as files of the same name may have changed."""
 
     def run(
         self, settings: Settings, run: RunDirectory, model: Callable[[], DiffusionModel], config: Mapping[str, Any]
     ) -> None:
-        """Do it into ``run``, ``config`` being what it was configured by; prints what people read."""
+        """Run the stage into ``run`` and print results for people; ``config`` is the job's configuration."""
 
 
 STAGES: Mapping[Stage, StageModule] = {
@@ -41,12 +41,12 @@ STAGES: Mapping[Stage, StageModule] = {
 
 
 def check_stage(settings: Settings) -> None:
-    """Raise for what can be known to be wrong before a run directory is made or a model is loaded."""
+    """Raise for faults that can be found before a run directory is made or a model is loaded."""
     STAGES[settings.stage].check(settings)
 
 
 def content_fingerprint(settings: Settings) -> str:
-    """The job's fingerprint with the content of the files that it starts from."""
+    """Hash of the job's fingerprint and the contents of the files that it starts from."""
     return short_hash([settings.fingerprint, *STAGES[settings.stage].sources(settings)], digits=16)
 
 

@@ -1,13 +1,13 @@
-"""Heuristic ``allocate``: bits for all layers at once, the least predicted error within a budget.
+"""Heuristic ``allocate``: bits for all layers at once, with the least predicted error within a budget.
 
-METHODS §4: minimise Σ S[l, o] over layers l, with one option o = (bits, group size) each and Σ bytes within the
-budget; an integer program, solved exactly (:mod:`calib.analysis.knapsack`), after MixDQ (arXiv 2405.17873) and HAWQ-V3
-(arXiv 2011.10680). S is used as measured: an option that takes more and is worse is never chosen.
+Minimise Σ S[l, o] over layers l, with one option o = (bits, group size) each and Σ bytes within the budget
+(docs/METHODS.md §4): an integer program, solved exactly (:mod:`calib.analysis.knapsack`), after MixDQ (arXiv
+2405.17873) and HAWQ-V3 (arXiv 2011.10680). S is used as measured: an option that is larger and worse is never chosen.
 
-``per_phase``: a layer may have other bits in each phase of the trajectory. It then holds a copy for every bit-width
-it uses, all in groups of one size, and every copy is counted. Listing a layer's options as what it has in the early,
-the middle and the late phase makes this the same program. A second copy pays only where fewer bits do less in some
-phase, as noise can make it: else the copy of most bits, used in all phases, takes less and does no more.
+``per_phase``: a layer may have different bits in each phase of the trajectory. It then has a copy for every bit-width
+it uses, all with one group size, and every copy counts. With a layer's options as triples of bits for the early, the
+middle and the late phase this is the same program. A second copy pays only where fewer bits give a smaller error in
+some phase, by noise: else the copy of most bits, used in all phases, is smaller and no worse.
 """
 
 import math
@@ -34,16 +34,16 @@ from calib.base.errors import ConfigError
 import numpy as np
 from numpy.typing import NDArray
 
-#: What uniform 4 bits in groups of 64 take.
+#: Bits per weight of uniform 4 bits in groups of 64.
 DEFAULT_AVERAGE_BITS = 4.5
 UNIFORM = (4, 64)
-#: Bits from the average within which a layer counts as near it.
+#: Distance in bits within which a layer counts as near the average.
 NEAR_AVERAGE = 0.5
 
 
 @dataclass(frozen=True)
 class _Allocation:
-    """The best within a budget: the index of each layer's option, Σ S and Σ bytes."""
+    """The optimum within a budget: the index of each layer's option, Σ S and Σ bytes."""
 
     choice: dict[str, int]
     error: float
@@ -67,16 +67,16 @@ def plan_layers(
     weight_bits: Sequence[int] = WEIGHT_BITS,
     group_sizes: Sequence[int] = GROUP_SIZES,
 ) -> Plan:
-    """Bits and group size of every layer, within a budget for all quantized layers together.
+    """Choose bits and group size of every layer within a budget for all quantized layers together.
 
     Args:
         average_bits: the budget, 8 · bytes / weights, with scales, biases and copies counted; None: 4.5.
-        megabytes: the budget in its stead, in millions of bytes.
-        weight_bits, group_sizes: what may be chosen from.
+        megabytes: the budget in millions of bytes, instead.
+        weight_bits, group_sizes: the choices.
 
     Raises:
-        ConfigError: a budget that nothing meets, or another impossible value.
-        CalibError: sensitivities that lack or garble something.
+        ConfigError: the budget cannot be met, or another value is impossible.
+        CalibError: sensitivities are missing or invalid.
     """
     _check(average_bits, megabytes, activation_bits, weight_bits, group_sizes)
     measured = usable_options(layers, sensitivities, weight_bits, group_sizes)
@@ -108,7 +108,7 @@ def _check(
     weight_bits: Sequence[int],
     group_sizes: Sequence[int],
 ) -> None:
-    """What can be known to be wrong without any sensitivities."""
+    """Raise for values that are impossible whatever the sensitivities are."""
     if average_bits is not None and megabytes is not None:
         both = f"analysis.average_bits={average_bits} and analysis.megabytes={megabytes}"
         raise ConfigError(f"{both}: give one budget and leave the other null")
@@ -123,7 +123,7 @@ def _check(
 
 
 def _budget(average_bits: float | None, megabytes: float | None, options: Mapping[str, Options]) -> int:
-    """The budget in bytes; numbers are taken as they are written: 4.3 bits are 43/10, not the float next to it."""
+    """The budget in bytes; numbers are exact as written: 4.3 bits are 43/10, not the nearest float."""
     if megabytes is None:
         key, value = "average_bits", DEFAULT_AVERAGE_BITS if average_bits is None else average_bits
         unit = Fraction(weights_of(options), 8)
@@ -157,7 +157,7 @@ def _layer_plans(
 
 
 def _reason(above: float, harmless: bool) -> str:
-    """In words; a layer that would do less than most at average bits has more because they cost little."""
+    """The reason in words; a layer with a small error at average bits has more because they cost little."""
     if abs(above) < NEAR_AVERAGE:
         return "near the average"
     if above < 0:
@@ -176,7 +176,7 @@ def _by_phase(options: Mapping[str, Options], best: _Allocation, phases: Sequenc
 
 
 def _budget_notes(options: Mapping[str, Options], best: _Allocation, budget: int) -> list[str]:
-    """Whether the budget binds, and what one bit more or less would do."""
+    """Notes on whether the budget binds, and on the error with one bit more or less."""
     weights = weights_of(options)
     notes = []
     if all(o.cost[best.choice[name]] == o.cost.min() for name, o in options.items()):
@@ -198,7 +198,7 @@ def _compared(error: float, best: _Allocation) -> str:
 def _uniform_note(
     sensitivities: Sensitivities, shares: NDArray[np.float64], best: _Allocation, budget: int
 ) -> list[str]:
-    """What 4 bits in groups of 64 everywhere would do, where all layers can have them."""
+    """A note on the error of 4 bits in groups of 64 everywhere, where all layers allow them."""
     if not all(UNIFORM in sensitivities.weights[name] for name in best.choice):
         return []
     nbytes = sum(option_bytes(sensitivities.shapes[name], *UNIFORM) for name in best.choice)

@@ -1,8 +1,8 @@
-"""Heuristic ``cv``: bits by the coefficient of variation, and by how far the range drifts over the steps.
+"""Heuristic ``cv``: bits by the coefficient of variation, and by the drift of the range over the denoising steps.
 
 Activations of diffusion models change with the denoising step (PTQ4DM, arXiv 2211.15736; Q-Diffusion, arXiv
-2302.04304), and the wider one range has to be for all steps, the coarser is its grid at most of them. Rule and
-thresholds are this project's own.
+2302.04304), and a range that is wide enough for all steps gives most of them a coarser grid. Rule and thresholds are
+this project's own.
 """
 
 import math
@@ -14,17 +14,17 @@ from calib.base.values import at_least
 
 
 def plan_layer(layer: LayerSummary, variation: float = 30.0, drift: float = 0.2) -> LayerPlan:
-    """4 activation bits, 2 more where std/|mean| > ``variation``, 2 more where the range drifts by > ``drift``.
+    """4 activation bits, 2 more where std/|mean| > ``variation``, 2 more where the drift exceeds ``drift``.
 
-    The drift is (max - min) / max of p99 - p01 over the steps: 0 where all are alike. It is not known, and counts
-    as none, of a phase or of a ``layer_statistics.json``. The mean of many layers is close to 0, and std/|mean| then
-    tells how close. No clipping; 8-bit weights.
+    The drift is (max - min) / max of p99 - p01 over the steps: 0 where all are alike. It is unknown, and counts as 0,
+    for a single phase and for a ``layer_statistics.json``. The mean of many layers is close to 0, and std/|mean| then
+    shows how close. No clipping; 8-bit weights.
     """
     at_least("analysis.variation", variation, 0)
     if not 0 <= drift <= 1:
         raise ConfigError.bad_value("analysis.drift", drift, "must be 0 to 1, a part of the largest range")
     ratio = layer.std / abs(layer.mean) if layer.mean else math.inf if layer.std else 0.0
-    drifted = range_drift(layer)
+    drifted = central_range_drift(layer)
     found = {"high variation": ratio > variation, "drifting range": drifted is not None and drifted > drift}
     bits = 4 + 2 * sum(found.values())
     return LayerPlan(
@@ -37,8 +37,8 @@ def plan_layer(layer: LayerSummary, variation: float = 30.0, drift: float = 0.2)
     )
 
 
-def range_drift(layer: LayerSummary) -> float | None:
-    """(max - min) / max of p99 - p01 over the steps; None where fewer than two are known."""
+def central_range_drift(layer: LayerSummary) -> float | None:
+    """(max - min) / max of p99 - p01 over the steps; None where fewer than two steps are known."""
     ranges = [step["p99"] - step["p01"] for step in layer.steps.values()]
     known = [width for width in ranges if math.isfinite(width)]
     if len(known) < 2:

@@ -1,6 +1,6 @@
-"""Heuristic ``mse``: the same bits everywhere, each layer clipped where rounding its activations costs least.
+"""Heuristic ``mse``: the same bits everywhere, with the clipping range of least error in each layer.
 
-The grid search and the norm, 2.4, of Q-Diffusion's and TaQ-DiT's code (arXiv 2302.04304, 2411.14172).
+The grid search and the norm, 2.4, are those of Q-Diffusion's and TaQ-DiT's code (arXiv 2302.04304, 2411.14172).
 """
 
 from calib.analysis.layers import LayerSummary
@@ -12,7 +12,7 @@ from calib.base.errors import ConfigError
 def plan_layer(layer: LayerSummary, activation_bits: int = 8, norm: float = 2.4) -> LayerPlan:
     """The clip that minimises Σ|x - Q(x)|^``norm`` with ``activation_bits``; 8-bit weights.
 
-    With 16 bits activations are left as they are, and not clipped. Needs ``activations.h5``.
+    With 16 bits activations are not quantized, and not clipped. Needs ``activations.h5``.
     """
     if not 2 <= activation_bits <= UNQUANTIZED:
         raise ConfigError.bad_value("analysis.activation_bits", activation_bits, f"must be 2 to {UNQUANTIZED}")

@@ -1,4 +1,7 @@
-"""Heuristic ``range``: bits by the width of the central 98% of a layer's values (this project's origin)."""
+"""Heuristic ``range``: bits by the width of the central 98% of a layer's values.
+
+The rule of the scripts that calib started from.
+"""
 
 import math
 
@@ -13,14 +16,14 @@ def plan_layer(
     variation: float = 0.5,
     clip_below: float = 0.9,
 ) -> LayerPlan:
-    """Weight and activation bits alike, from r = p99 - p01.
+    """The same weight and activation bits, from r = p99 - p01.
 
-    8 bits where r > ``large``, 6 where r > ``medium``, else 4; two more, 8 at most, where std / r > ``variation``.
+    8 bits where r > ``large``, 6 where r > ``medium``, else 4; two more, at most 8, where std / r > ``variation``.
     Clip to the 1st and 99th percentile where r / (max - min) < ``clip_below``.
     """
     r, full = layer.range, layer.maximum - layer.minimum
     bits = 8 if r > large else 6 if r > medium else 4
-    # A constant layer has r = 0 and no variation to speak of; std without range is a rare spike.
+    # A constant layer has r = 0 and std = 0; std without range is a rare spike.
     varies = layer.std > variation * r and layer.std > 0
     if varies:
         bits = min(8, bits + 2)

@@ -1,4 +1,4 @@
-"""Heuristic ``sensitivity``: the fewest bits at which a layer, quantized alone, does little enough."""
+"""Heuristic ``sensitivity``: the fewest bits at which quantizing a layer alone has a small enough error."""
 
 import math
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 #: Activation bits of a layer whose input was not measured.
 DEFAULT_ACTIVATION_BITS = 8
-#: Activations that miss the tolerance by more than this factor even at their best are left as they are.
+#: Factor by which activations may exceed the tolerance at their best bit-width; beyond it they are not quantized.
 MOST_MISSED = 10.0
 
 
@@ -32,11 +32,16 @@ def plan_layers(
     tolerance: float = 1e-4,
     activation_tolerance: float | None = None,
 ) -> Plan:
-    """Of each layer's options with S ≤ ``tolerance`` the one of fewest bits, and of these the largest groups.
+    """Choose for each layer the option of fewest bits, and then of the largest groups, with S ≤ ``tolerance``.
 
-    That is the smallest one; where none meets the tolerance, the one of least S. Activations: the fewest bits with
-    S ≤ ``activation_tolerance`` (None: as ``tolerance``); where none has it the best, and where even that misses it
-    by a factor of :data:`MOST_MISSED`, 16: left as they are. 8 bits where no activations were measured.
+    That is the smallest option; where no option meets the tolerance, the one of least S. Activations get the fewest
+    bits with S ≤ ``activation_tolerance`` (None: ``tolerance``); where no bit-width meets it, the one of least S, or 16
+    (not quantized) where even that exceeds it by more than a factor of :data:`MOST_MISSED`. 8 bits where activations
+    were not measured.
+
+    Raises:
+        ConfigError: a tolerance is not positive and finite.
+        CalibError: sensitivities are missing or invalid.
     """
     activation_tolerance = tolerance if activation_tolerance is None else activation_tolerance
     for key, value in {"tolerance": tolerance, "activation_tolerance": activation_tolerance}.items():
@@ -67,7 +72,7 @@ def plan_layers(
 
 
 def _smallest(measured: Mapping[tuple[int, int], NDArray[np.float64]], tolerance: float) -> tuple[int, int]:
-    """The smallest option that meets ``tolerance``; if none does, the one of least S."""
+    """The smallest option that meets ``tolerance``, or the one of least S where none does."""
     s = {option: float(values.mean()) for option, values in measured.items()}
     order = sorted(s, key=lambda option: (option[0], -option[1]))
     return next((option for option in order if s[option] <= tolerance), min(order, key=s.__getitem__))

@@ -1,8 +1,8 @@
-"""Heuristic ``sqnr``: the fewest bits that keep the noise of rounding a given distance below the signal.
+"""Heuristic ``sqnr``: the fewest bits whose quantization noise is a given ratio below the signal.
 
 SQNR = 10 log10(Σx² / Σ(x - Q(x))²): of a layer's input, over the range where it is best, and of its weights, as
-measured at collection. It does not know what the layer's output is for: bits given by SQNR alone are reported to have
-worsened the FID of MixDQ (arXiv 2405.17873) from 31.65 to 37.35.
+measured at collection. It ignores the effect of the layer on the model's output: assigning bits by SQNR alone is
+reported to have worsened the FID of MixDQ (arXiv 2405.17873) from 31.65 to 37.35.
 """
 
 from calib.analysis.layers import LayerSummary
@@ -16,8 +16,9 @@ ACTIVATION_BITS = (2, 3, 4, 5, 6, 8)
 def plan_layer(layer: LayerSummary, target: float = 30.0, weight_target: float | None = None) -> LayerPlan:
     """The fewest activation bits whose SQNR, with the clip of least squared error, is ``target`` dB or more.
 
-    Of 2, 3, 4, 5, 6 and 8: where even 8 miss it, 8 it is, and the reason says so. Weight bits likewise by
-    ``weight_target``, as ``target`` where null; 8 where the weights' SQNR is not known. Needs ``activations.h5``.
+    Choices are 2, 3, 4, 5, 6 and 8; 8 where even 8 bits miss the target, which the reason reports. Weight bits are
+    chosen alike by ``weight_target`` (None: ``target``); 8 where the weights' SQNR is not known. Needs
+    ``activations.h5``.
     """
     wanted = target if weight_target is None else weight_target
     for key, value in {"target": target, "weight_target": wanted}.items():
@@ -33,7 +34,7 @@ def plan_layer(layer: LayerSummary, target: float = 30.0, weight_target: float |
         "activations": not clip.sqnr >= target,
         "weights": weights is not None and weights < wanted,
     }
-    # Unknown weights have 8 bits to be safe, not because they were found to need them.
+    # Weights of unknown SQNR have 8 bits to be safe, not because they need them.
     needed = max(activation_bits, weight_bits if weights is not None else 0)
     noise = "noisy" if needed == 8 else "some noise" if needed > 4 else "little noise"
     missed = " and ".join(what for what, holds in misses.items() if holds)

@@ -8,7 +8,7 @@ from calib.base.errors import ConfigError
 def plan_layer(
     layer: LayerSummary, weight_bits: int = 4, activation_bits: int = 8, group_size: int = DEFAULT_GROUP_SIZE
 ) -> LayerPlan:
-    """``weight_bits`` in groups of ``group_size`` and ``activation_bits`` for every layer, no clipping."""
+    """Assign ``weight_bits`` in groups of ``group_size`` and ``activation_bits`` to every layer, without clipping."""
     if weight_bits not in WEIGHT_BITS:
         raise ConfigError.bad_value("analysis.weight_bits", weight_bits, f"MLX quantizes weights to {WEIGHT_BITS} bits")
     if not 2 <= activation_bits <= UNQUANTIZED:

@@ -1,6 +1,6 @@
-"""The model that ships with calib: text to 64x64 emoji, built of DiffusionKit's own classes.
+"""The model that ships with calib: text to 64x64 emoji, built from DiffusionKit's own classes.
 
-A CLIP text encoder, an MMDiT and a VAE in small configurations; MODEL_CARD.md says how they were trained.
+A CLIP text encoder, an MMDiT and a VAE in small configurations; MODEL_CARD.md describes their training.
 """
 
 from collections.abc import Sequence
@@ -42,12 +42,12 @@ def load(
     shift: float = 1.0,
     image_size: Sequence[int] = (64, 64),
 ) -> DiffusionModel:
-    """The shipped model, ready to draw.
+    """Load the shipped model.
 
     Args:
         dtype: weight and activation type of the transformer; the stored weights are float16.
         shift: timestep shift of the sampler (SD3, arXiv 2403.03206, equation 23).
-        image_size: must be the size it was trained at.
+        image_size: must be the size of the training images, (64, 64).
     """
     architecture = skeleton(name, dtype, image_size)
     config = EmojiConfig.load(FOLDER / "config.json")
@@ -90,14 +90,14 @@ def skeleton(
     image_size: Sequence[int] = (64, 64),
     cfg_weight: float = 0.0,
 ) -> MMDiTArchitecture:
-    """The transformer without its weights, and a check of what was asked of it; parameters as for :func:`load`."""
+    """Check the parameters of :func:`load`, and build the transformer without weights."""
     if tuple(image_size) != (64, 64):
         raise ConfigError.bad_value("sampler.image_size", list(image_size), f"the {name} model draws [64, 64] only")
     return MMDiTArchitecture(build_transformer(EmojiConfig.load(FOLDER / "config.json"), dtype.mlx))
 
 
 def load_encoder() -> Encoder:
-    """The VAE's encoder: images (batch, 64, 64, 3) in [-1, 1] -> (batch, 16, 16, 32), mean and log variance."""
+    """Load the VAE's encoder: images (batch, 64, 64, 3) in [-1, 1] -> (batch, 16, 16, 32), mean and log variance."""
     encoder = build_encoder(EmojiConfig.load(FOLDER / "config.json"))
     _load_weights(encoder, "vae.safetensors", mx.float32, prefix="encoder.")
     return encoder

@@ -1,4 +1,4 @@
-"""Shapes of the emoji model, and its parts built from DiffusionKit's classes."""
+"""Configuration of the emoji model, and its parts built from DiffusionKit's classes."""
 
 import json
 import sys
@@ -23,7 +23,7 @@ BEGIN, END = "<|startoftext|>", "<|endoftext|>"
 
 @dataclass(frozen=True)
 class EmojiConfig:
-    """Sizes of the three networks; hidden widths are multiples of 128, so that every group size quantizes them."""
+    """Sizes of the three networks; hidden widths are multiples of 128, so that every group size divides them."""
 
     hidden_size: int = 256
     num_heads: int = 4
@@ -53,7 +53,7 @@ class EmojiConfig:
 
 
 def build_transformer(config: EmojiConfig, dtype: mx.Dtype = mx.float32) -> MMDiT:
-    """The denoiser, untrained."""
+    """Build the transformer, untrained."""
     return MMDiT(
         MMDiTConfig(
             num_heads=config.num_heads,
@@ -72,7 +72,7 @@ def build_transformer(config: EmojiConfig, dtype: mx.Dtype = mx.float32) -> MMDi
 
 
 def build_text_encoder(config: EmojiConfig) -> CLIPTextModel:
-    """The text encoder, untrained."""
+    """Build the text encoder, untrained."""
     return CLIPTextModel(
         CLIPTextModelConfig(
             num_layers=config.text_layers,
@@ -85,29 +85,29 @@ def build_text_encoder(config: EmojiConfig) -> CLIPTextModel:
 
 
 def build_encoder(config: EmojiConfig) -> Encoder:
-    """The VAE's encoder, untrained."""
+    """Build the VAE's encoder, untrained."""
     return Encoder(3, 2 * config.latent_channels, list(config.vae_channels), config.vae_layers, config.vae_groups)
 
 
 def build_decoder(config: EmojiConfig) -> Decoder:
-    """The VAE's decoder, untrained."""
+    """Build the VAE's decoder, untrained."""
     return Decoder(config.latent_channels, 3, list(config.vae_channels), config.vae_layers, config.vae_groups)
 
 
 def latent_format(config: EmojiConfig) -> LatentFormat:
-    """Scale and shift between the VAE's latents and those the transformer sees."""
+    """Scale and shift between the VAE's latents and the transformer's."""
     form = LatentFormat()
     form.scale_factor, form.shift_factor = config.latent_scale, config.latent_shift
     return form
 
 
 class EmojiTokenizer:
-    """DiffusionKit's BPE tokenizer over a small vocabulary, made total: every string becomes tokens."""
+    """DiffusionKit's BPE tokenizer over a small vocabulary, defined for every string."""
 
     def __init__(self, vocab: dict[str, int], merges: list[tuple[str, str]], length: int):
         self.length = length
         self._bpe = Tokenizer({pair: rank for rank, pair in enumerate(merges)}, vocab, pad_with_eos=True)
-        self._bpe.max_length = sys.maxsize  # it would cut with a warning; `fit` cuts
+        self._bpe.max_length = sys.maxsize  # `fit` truncates; DiffusionKit's truncation would warn
         self._alphabet = {token for token in vocab if len(token) == 1}
 
     @classmethod
@@ -118,16 +118,16 @@ class EmojiTokenizer:
         return cls(vocab, [(left, right) for left, right in pairs], length)
 
     def normalise(self, text: str) -> str:
-        """Lower case, accents stripped, characters outside the vocabulary turned to spaces."""
+        """``text`` in lower case, accents stripped, characters outside the vocabulary replaced by spaces."""
         plain = unicodedata.normalize("NFKD", text.lower())
         kept = (c if c in self._alphabet else " " for c in plain if not unicodedata.combining(c))
         return " ".join("".join(kept).split())
 
     def tokens(self, text: str) -> list[int]:
-        """All token ids of ``text``, between those of begin and end."""
+        """All token ids of ``text``, begin and end tokens included."""
         found: list[int] = self._bpe.tokenize(self.normalise(text))
         return found
 
     def __call__(self, text: str) -> list[int]:
-        """Token ids of ``text``, padded with the end token to the model's length; longer text is cut."""
+        """Token ids of ``text``, padded with the end token to the model's length; longer text is truncated."""
         return fit(self.tokens(text), self.length, self._bpe.eos_token)

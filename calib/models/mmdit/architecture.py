@@ -7,7 +7,7 @@ from enum import Enum
 from typing import Any
 
 import calib.models.compat  # noqa: F401  (must precede diffusionkit.mlx)
-from calib.models.architecture import Conditioning, Site, Source
+from calib.models.architecture import Conditioning, Producer, Site
 from calib.models.mmdit import resume
 from calib.models.mmdit.modulation import modulated
 from calib.models.mmdit.names import layer_name, module_path, network_order
@@ -16,7 +16,7 @@ import mlx.core as mx
 from diffusionkit.mlx.mmdit import MMDiT, TransformerBlock
 from mlx import nn
 
-#: What a layer reads, by the end of its name.
+#: Kind of a layer's input, by the suffix of its name.
 KINDS = {
     "attn.q_proj": "modulated",
     "attn.k_proj": "modulated",
@@ -31,7 +31,7 @@ KINDS = {
 
 
 class MMDiTArchitecture:
-    """``module``, a DiffusionKit MMDiT; resumable, and smoothable where its rule is linear."""
+    """A DiffusionKit MMDiT, ``module``; resumable, and smoothable before its linear layers."""
 
     input_layer = "x_embedder"
 
@@ -40,6 +40,8 @@ class MMDiTArchitecture:
         config = module.config
         self.depth = (int(config.depth_multimodal), int(config.depth_unified))
         self.width, self.heads = int(config.hidden_size), int(config.num_heads)
+        # FLUX's RoPE keeps its table as an attribute, which MLX takes for a parameter: no gradient is to reach it.
+        module.pre_sdpa_rope.freeze(keys=["rope_embeddings"])
 
     def velocity(self, x: mx.array, text: Conditioning, timestep: mx.array) -> mx.array:
         return self._forward(x, text, timestep)
@@ -88,7 +90,7 @@ class MMDiTArchitecture:
         return None if first is None else first + int(index)
 
     def shared_input(self, name: str) -> str:
-        """q stands for k and v, and one adaLN for all: they read the same embedding of text and timestep."""
+        """q for k and v; the first adaLN for all, which read the same embedding of text and timestep."""
         if name.endswith(".adaln"):
             return "mm_block_0.image.adaln"
         if name.endswith((".k_proj", ".v_proj")):
@@ -118,9 +120,10 @@ class MMDiTArchitecture:
         }
 
     def sites(self) -> Iterator[Site]:
-        """adaLN's shift and scale before q, k, v, fc1 and the final layer, and v before o.
+        """Yield adaLN's shift and scale for q, k, v, fc1 and the final layer, and v for o.
 
-        Attention mixes tokens, not channels. Before fc2 stands a GELU, before adaLN a SiLU, before embedders nothing.
+        v is linear in o's input as attention mixes tokens, not channels. fc2 has no site, as a GELU precedes it; nor
+        has adaLN, after a SiLU; nor have the embedders, which nothing precedes.
         """
         layers = self.layers()
         for i, block in enumerate(self.module.multimodal_transformer_blocks):
@@ -129,16 +132,16 @@ class MMDiTArchitecture:
             yield from _modulated(streams[1], block.text_transformer_block)
             # Each stream attends to the values of both. The last text stream has no o_proj.
             readers = [f"{stream}.attn.o_proj" for stream in streams if f"{stream}.attn.o_proj" in layers]
-            yield Site(tuple(readers), tuple(Source(f"{stream}.attn.v_proj") for stream in streams))
+            yield Site(tuple(readers), tuple(Producer(f"{stream}.attn.v_proj") for stream in streams))
         for i in range(self.depth[1]):
             name = f"unified_block_{i}"
             yield from _modulated(name, self.module.unified_transformer_blocks[i].transformer_block)
-            yield Site((f"{name}.attn.o_proj",), (Source(f"{name}.attn.v_proj"),))
+            yield Site((f"{name}.attn.o_proj",), (Producer(f"{name}.attn.v_proj"),))
         yield Site(("final_layer.linear",), _modulation("final_layer", 0, 2))
 
 
 def _modulated(name: str, block: TransformerBlock) -> Iterator[Site]:
-    """What reads a block's modulated stream; the chunks are those of ``TransformerBlock.pre_sdpa``."""
+    """Yield the sites of a block's modulated stream; the chunks are those of ``TransformerBlock.pre_sdpa``."""
     attention = tuple(f"{name}.attn.{which}_proj" for which in "qkv")
     mlp = (f"{name}.mlp.fc1",)
     chunks = block.num_modulation_params
@@ -147,6 +150,6 @@ def _modulated(name: str, block: TransformerBlock) -> Iterator[Site]:
         yield Site(mlp, _modulation(name, 3, chunks))
 
 
-def _modulation(name: str, first: int, chunks: int) -> tuple[Source, Source]:
-    """adaLN's shift and, after it, its scale: x (1 + scale) + shift."""
-    return Source(f"{name}.adaln", first, chunks), Source(f"{name}.adaln", first + 1, chunks, offset=1.0)
+def _modulation(name: str, first: int, chunks: int) -> tuple[Producer, Producer]:
+    """adaLN's shift, chunk ``first``, and its scale, the next chunk, in x (1 + scale) + shift."""
+    return Producer(f"{name}.adaln", first, chunks), Producer(f"{name}.adaln", first + 1, chunks, offset=1.0)

@@ -1,9 +1,9 @@
 """Run a DiffusionKit MMDiT for one timestep, without emptying its adaLN layers.
 
-DiffusionKit's ``cache_modulation_params`` computes the modulations of every timestep ahead, replaces the adaLN
-weights by empty arrays and needs the checkpoint again for the next image. The same arithmetic, done for the one
-timestep that is about to be used, touches no weight and no disk: a lookup table of one entry is hung on the
-blocks for the time of the call.
+DiffusionKit's ``cache_modulation_params`` computes the modulations of all timesteps in advance, replaces the adaLN
+weights by empty arrays and needs the checkpoint again for the next image. This module does the same arithmetic for the
+one timestep that is about to run, and changes no weight: the blocks get a lookup table of one entry for the time of
+the call.
 """
 
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ from diffusionkit.mlx.mmdit import MMDiT
 
 
 def modulated_modules(transformer: MMDiT) -> list[nn.Module]:
-    """The modules that own an ``adaLN_modulation``, in the order in which they run."""
+    """Modules with an ``adaLN_modulation``, in the order in which they run."""
     modules: list[nn.Module] = []
     for block in transformer.multimodal_transformer_blocks:
         modules += [block.image_transformer_block, block.text_transformer_block]
@@ -29,12 +29,12 @@ def modulated_modules(transformer: MMDiT) -> list[nn.Module]:
 
 @contextmanager
 def modulation(transformer: MMDiT, pooled: mx.array, timesteps: mx.array, key: float) -> Iterator[None]:
-    """Within the context the transformer may be called with timestep ``key``.
+    """Prepare the modulations under timestep ``key``: in the context the transformer may be called with it.
 
     Args:
         pooled: pooled text embeddings, (rows, pooled width).
         timesteps: timestep of each row, (rows,); rows may differ, as they do in training.
-        key: what the blocks will be asked for: the value of the timestep passed to the transformer.
+        key: the value of the timestep that is passed to the transformer, by which the blocks look up modulations.
     """
     embedding = transformer.y_embedder(pooled)[:, None, None, :] + transformer.t_embedder(timesteps)
     modules = modulated_modules(transformer)
@@ -49,9 +49,9 @@ def modulation(transformer: MMDiT, pooled: mx.array, timesteps: mx.array, key: f
 
 @contextmanager
 def modulated(transformer: MMDiT, pooled: mx.array, timestep: mx.array, rows: int) -> Iterator[mx.array]:
-    """:func:`modulation` for so many ``rows``; yields what the transformer is to be called with as timestep.
+    """:func:`modulation` for ``rows`` rows; yields the timestep to call the transformer with.
 
-    Where rows have timesteps of their own that is a number that stands for all of them.
+    Where rows differ in timestep it is an arbitrary number, under which the modulations of all rows are stored.
     """
     if timestep.size == 1:
         times, key = mx.repeat(timestep.reshape(1), rows, axis=0), timestep

@@ -1,7 +1,7 @@
-"""Canonical layer names: the same in every file, table and plot.
+"""Canonical layer names of DiffusionKit's MMDiT: the same in every file, table and plot.
 
 ``multimodal_transformer_blocks.0.image_transformer_block.attn.q_proj`` is ``mm_block_0.image.attn.q_proj``. A name
-stands for a layer, and in statistics for that layer's input; ``mm_block_0.image`` is a block's own output.
+denotes a layer, and in statistics that layer's input; ``mm_block_0.image`` denotes a block's output.
 """
 
 import re
@@ -44,7 +44,7 @@ def module_path(name: str) -> str:
 
 
 def network_order(name: str) -> tuple[int, int, str, int]:
-    """Embedders, blocks by number (image before text, then as they run), final layer."""
+    """Sort key of a canonical name: embedders, blocks by number (image before text, then as they run), final layer."""
     head, _, rest = name.partition(".")
     stem, _, index = head.rpartition("_")
     place = {"mm_block": 1, "unified_block": 2}.get(stem, 3 if head == "final_layer" else 0)

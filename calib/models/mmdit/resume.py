@@ -1,7 +1,7 @@
-"""Start a DiffusionKit MMDiT in the middle: after a block whose output was kept from an earlier forward.
+"""Start a DiffusionKit MMDiT after a block whose output was kept from an earlier forward pass.
 
-What comes before is not computed: its results would reach nothing, and MLX evaluates only what is asked for. Blocks are
-numbered through, multimodal ones first, then FLUX's unified ones.
+Earlier layers are not computed: MLX evaluates only what the output depends on. Blocks have one index over both kinds,
+multimodal blocks first, then FLUX's unified blocks.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,24 +14,24 @@ import mlx.core as mx
 from diffusionkit.mlx.mmdit import MMDiT
 from mlx import nn
 
-#: A block's output: image and text stream, each (rows, tokens, 1, width) and the second None after the last multimodal
-#: block; of a unified block text and image in one array.
+#: A block's output: image and text stream, each (rows, tokens, 1, width), the second None after the last multimodal
+#: block; for a unified block text and image in one array.
 Output: TypeAlias = tuple[mx.array, mx.array | None] | mx.array
 
 
 class _Given(nn.Module):
-    """Stands for a block, or for all up to one, and returns what it would."""
+    """Replaces a block, or all blocks up to one, and returns its given output."""
 
     def __init__(self, output: Output):
         super().__init__()
-        self._output = lambda: output  # MLX would take an array for a parameter
+        self._output = lambda: output  # MLX would register an array as a parameter
 
     def __call__(self, *inputs: Any, **options: Any) -> Any:
         return self._output()
 
 
 class _Kept(nn.Module):
-    """Calls a block and hands its output on to ``keep``, too."""
+    """Calls a block and passes its output to ``keep`` as well."""
 
     def __init__(self, inner: nn.Module, keep: Callable[[Any], None]):
         super().__init__()
@@ -49,7 +49,7 @@ class _Kept(nn.Module):
 
 @contextmanager
 def _blocks(transformer: MMDiT) -> Iterator[tuple[list[nn.Module], list[nn.Module]]]:
-    """Lists of multimodal and unified blocks that may be changed; afterwards the transformer has its own again."""
+    """Yield lists of multimodal and unified blocks that may be changed; the transformer's own are restored after."""
     unified = transformer.config.depth_unified > 0
     own = transformer.multimodal_transformer_blocks, transformer.unified_transformer_blocks if unified else []
     try:
@@ -66,7 +66,7 @@ def _blocks(transformer: MMDiT) -> Iterator[tuple[list[nn.Module], list[nn.Modul
 
 @contextmanager
 def keeping(transformer: MMDiT, block: int, keep: Callable[[Any], None]) -> Iterator[None]:
-    """Within the context ``keep`` gets the output of ``block`` of every forward."""
+    """Call ``keep`` with the output of ``block`` in every forward pass in the context."""
     with _blocks(transformer) as (multimodal, unified):
         blocks, place = (multimodal, block) if block < len(multimodal) else (unified, block - len(multimodal))
         blocks[place] = _Kept(blocks[place], keep)
@@ -75,9 +75,9 @@ def keeping(transformer: MMDiT, block: int, keep: Callable[[Any], None]) -> Iter
 
 @contextmanager
 def resumed(transformer: MMDiT, block: int, output: Output, text_length: int) -> Iterator[None]:
-    """Within the context a forward starts after ``block``, which gave ``output``; block -1 is the very beginning.
+    """Start forward passes in the context after ``block``, whose output is ``output``; -1 starts at the beginning.
 
-    The modulations of all blocks must be there already: enter :func:`calib.models.mmdit.modulation.modulation` first.
+    The modulations of all blocks must exist: enter :func:`calib.models.mmdit.modulation.modulation` first.
     """
     if block < 0:
         yield
@@ -88,7 +88,7 @@ def resumed(transformer: MMDiT, block: int, output: Output, text_length: int) ->
             multimodal[: block + 1] = [_Given(output)]
         else:
             assert isinstance(output, mx.array)
-            # Of what the multimodal blocks return only the shapes matter then.
+            # Only the shapes of the multimodal blocks' outputs are used then.
             unified[: place + 1] = [_Given(output)]
             multimodal[:] = [_Given((mx.zeros_like(output[:, text_length:]), mx.zeros_like(output[:, :text_length])))]
         yield

@@ -4,12 +4,13 @@ import csv
 import io
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from calib.base.errors import CalibError, ConfigError
-from calib.base.files import read_json
+from calib.analysis.plan import LayerPlan, read_layers
+from calib.analysis.steps import StepPlan, read_steps
+from calib.base.errors import ConfigError
 from calib.base.layout import PLAN, STEPS
 from calib.base.progress import counted
 from calib.runs.record import RunRecord
@@ -17,13 +18,13 @@ from calib.runs.record import RunRecord
 
 @dataclass(frozen=True)
 class LayerChoice:
-    """What a plan says of one layer.
+    """The entries of a plan for one layer that are compared.
 
     Attributes:
-        weight_phases, activation_phases: bits by phase (early, mid, late), where they are others than those for all.
+        weight_phases, activation_phases: bits by phase (early, mid, late), where they differ from those for all.
         clip: percentiles at which the range of its inputs is cut.
         low, high: of that range over all steps; None where the plan has no ranges.
-        drift: 1 - narrowest / widest range that was seen at a step, 0 … 1; None where the plan does not say.
+        drift: 1 - narrowest / widest range that was seen at a step, 0 … 1; None where the plan has none.
     """
 
     weight_bits: int
@@ -37,7 +38,7 @@ class LayerChoice:
     drift: float | None = None
 
     def differs(self, other: "LayerChoice") -> bool:
-        """By more than the rounding of a range."""
+        """Whether any entry differs by more than rounding."""
         own, its = asdict(self), asdict(other)
         return any(not _alike(own[name], its[name]) for name in own)
 
@@ -49,51 +50,36 @@ def _alike(one: Any, other: Any) -> bool:
 
 
 def read_choices(run: Path) -> dict[str, LayerChoice]:
-    """The plan in the run directory ``run``, with the ranges beside it if there are any."""
+    """The plan in the run directory ``run``, with what of it varies with the step."""
     if not (run / PLAN).exists():
         raise ConfigError(f"{run}: no {PLAN} there; calib analyze writes one")
-    layers, steps = read_json(run / PLAN), read_json(run / STEPS) if (run / STEPS).exists() else {}
-    try:
-        ranges, phases = dict(steps.get("activation_ranges") or {}), dict(steps.get("phases") or {})
-        drifts = dict(steps.get("drift") or {})
-        return {
-            str(name): _choice(str(name), entry, ranges.get(name), phases, drifts.get(name))
-            for name, entry in layers.items()
-        }
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise CalibError(f"{run}: its plan lacks or garbles {error}; calib analyze writes it anew") from None
+    layers, steps = read_layers(run / PLAN), read_steps(run / STEPS)
+    return {name: _choice(name, layer, steps) for name, layer in layers.items()}
 
 
-def _choice(
-    name: str,
-    entry: Mapping[str, Any],
-    ranges: Mapping[str, Any] | None,
-    phases: Mapping[str, Mapping[str, Any]],
-    drift: Any,
-) -> LayerChoice:
-    bits = {key: int(entry[f"suggested_{key}"]) for key in ("weight_bits", "activation_bits")}
-    own = {
-        key: {phase: int(said[key][name]) for phase, said in phases.items() if said.get(key, {}).get(name, b) != b}
-        for key, b in bits.items()
-    }
-    low, high = entry["clip_percentile"] if entry["use_percentile_clipping"] else (0, 100)
-    choice = LayerChoice(
-        weight_bits=bits["weight_bits"],
-        group_size=int(entry.get("group_size", 64)),
-        activation_bits=bits["activation_bits"],
-        weight_phases=own["weight_bits"],
-        activation_phases=own["activation_bits"],
-        clip=(float(low), float(high)),
-        drift=None if drift is None else float(drift),
+def _choice(name: str, layer: LayerPlan, steps: StepPlan) -> LayerChoice:
+    ranges = steps.ranges.get(name)
+    return LayerChoice(
+        weight_bits=layer.weight_bits,
+        group_size=layer.group_size,
+        activation_bits=layer.activation_bits,
+        weight_phases=_phases(steps.weight_bits, name, layer.weight_bits),
+        activation_phases=_phases(steps.activation_bits, name, layer.activation_bits),
+        clip=layer.clip_percentile,
+        low=None if ranges is None else min(ranges.low),
+        high=None if ranges is None else max(ranges.high),
+        drift=steps.drift.get(name),
     )
-    if not ranges or not ranges["low"]:
-        return choice
-    return replace(choice, low=min(map(float, ranges["low"])), high=max(map(float, ranges["high"])))
+
+
+def _phases(bits: Mapping[str, Mapping[str, int]], name: str, for_all: int) -> dict[str, int]:
+    """Bits of a layer in the phases where they differ from those for all."""
+    return {phase: own[name] for phase, own in bits.items() if own.get(name, for_all) != for_all}
 
 
 @dataclass(frozen=True)
 class PlanDifference:
-    """Layers of two plans: those that differ, or all; and how many agree."""
+    """Layers of two plans, those that differ or all, and the number of those that agree."""
 
     names: tuple[str, str]
     layers: Mapping[str, tuple[LayerChoice, LayerChoice]]
@@ -101,10 +87,10 @@ class PlanDifference:
 
 
 def compare_plans(runs: Sequence[RunRecord], every: bool = False) -> PlanDifference:
-    """Where the plans of two runs differ.
+    """Layers in which the plans of two runs differ; all layers if ``every``.
 
     Raises:
-        ConfigError: they are not two, one has no plan, or they are of different layers.
+        ConfigError: ``runs`` are not two, one has no plan, or the plans are of different layers.
     """
     if len(runs) != 2:
         raise ConfigError(f"--layers: compares two runs; named: {counted(len(runs), 'run')}")
@@ -130,11 +116,11 @@ COLUMNS = {
     "high": "high",
     "drift": "drift",
 }
-#: Bits that vary with the phase are told with those that do not.
+#: Bits that vary with the phase share a column with those for all.
 _PHASES = {"weight_bits": "weight_phases", "activation_bits": "activation_phases"}
 
 
-def _told(choice: LayerChoice, name: str, digits: int = 3) -> str:
+def _text(choice: LayerChoice, name: str, digits: int = 3) -> str:
     value = getattr(choice, name)
     if value is None:
         return "–"
@@ -148,9 +134,9 @@ def _told(choice: LayerChoice, name: str, digits: int = 3) -> str:
 def _cell(name: str, pair: tuple[LayerChoice, LayerChoice]) -> str:
     keys = [name, _PHASES[name]] if name in _PHASES else [name]
     if all(_alike(*(getattr(choice, key) for choice in pair)) for key in keys):
-        return _told(pair[0], name)
-    for digits in range(3, 8):  # as many as tell them apart
-        one, other = (_told(choice, name, digits) for choice in pair)
+        return _text(pair[0], name)
+    for digits in range(3, 8):  # as many as show a difference
+        one, other = (_text(choice, name, digits) for choice in pair)
         if one != other:
             break
     return f"{one} → {other}"
@@ -170,7 +156,7 @@ def _verdict(found: PlanDifference) -> list[str]:
 
 
 def plans_text(found: PlanDifference) -> str:
-    """For the terminal."""
+    """A table for the terminal."""
     rows = _rows(found)
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(f"{text:<{w}}" for text, w in zip(row, widths, strict=True)).rstrip() for row in rows]
@@ -185,7 +171,7 @@ def plans_markdown(found: PlanDifference) -> str:
 
 
 def plans_csv(found: PlanDifference) -> str:
-    """Raw numbers, both runs' beside each other."""
+    """Raw numbers as CSV, those of both runs beside each other."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     names = [field.name for field in fields(LayerChoice)]
@@ -197,7 +183,7 @@ def plans_csv(found: PlanDifference) -> str:
 
 
 def _raw(value: Any) -> Any:
-    """A value in a table of numbers: 1-99 for a pair, early=4 for a phase's."""
+    """A value in CSV: 1-99 for a pair, early=4 for bits by phase."""
     if isinstance(value, Mapping):
         return " ".join(f"{phase}={bits}" for phase, bits in value.items())
     if isinstance(value, tuple):
@@ -206,7 +192,7 @@ def _raw(value: Any) -> Any:
 
 
 def plans_json(found: PlanDifference) -> str:
-    """One document."""
+    """One JSON document."""
     layers = {layer: {"a": asdict(one), "b": asdict(other)} for layer, (one, other) in found.layers.items()}
     document = {"a": found.names[0], "b": found.names[1], "agreeing": found.agreeing, "layers": layers}
     return json.dumps(document, indent=2, ensure_ascii=False) + "\n"

@@ -1,30 +1,42 @@
-"""Figures of a run's page, each from plain numbers to an ``<svg>`` element."""
+"""Draws the charts of the pages from plain numbers: one SVG for every width of page, the legend beside it in HTML."""
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from html import escape
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from calib.runs.pages.svg import GRID, INK, MUTED, SEQUENCE, SERIES, new_figure, styled, svg_of
+from calib.runs.pages.scales import limits
+from calib.runs.pages.svg import (
+    CHART_LETTERS,
+    INK,
+    MUTED,
+    PANEL_LETTERS,
+    SEQUENCE,
+    SERIES,
+    new_axes,
+    set_axis,
+    styled,
+    svg_of,
+    variable,
+)
 
 import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.axis import Axis
 
-#: Layers in a heat map that are named one by one; of more every so many is.
-MOST_NAMED = 70
-#: Inches: across the page, and across a phone.
-WIDTH, NARROW = 9.8, 3.6
-#: Characters of a legend's label beyond which labels stand one below the other.
-LONG_LABEL = 26
-
-
-def for_both(name: str, draw: Callable[[str, float], str]) -> str:
-    """What ``draw`` makes of a name and a width, for wide pages and for phones; the page shows the one that fits."""
-    return f'<div class="wide">{draw(name, WIDTH)}</div><div class="narrow">{draw(f"{name}-narrow", NARROW)}</div>'
+#: Units across and down: of a chart, which a phone shows at two thirds, and of one of many panels.
+CHART, PANEL = (480, 270), (300, 140)
+#: Characters of a dot's label: half of a chart holds them.
+LONGEST_LABEL = 27
+#: Units: how wide a letter of a chart is on average, how high a line.
+LETTER, LINE = 0.55 * CHART_LETTERS, 1.2 * CHART_LETTERS
+#: Units from a dot to its label: to the label's nearer end, to its middle.
+ASIDE, ABOVE = 7, 9
+#: Dots that a label may hide, unless its own is marked.
+MOST_HIDDEN = 1
 
 
 @dataclass(frozen=True)
@@ -38,98 +50,51 @@ class Curve:
     high: NDArray[np.float64] | None = None
 
 
+def error_chart(name: str, curves: Sequence[Curve]) -> str:
+    """Draw the relative output error against the step, on a logarithmic axis."""
+    with styled(CHART_LETTERS):
+        axes = _chart_axes("relative output error ‖Δv‖² / ‖v‖²", "denoising step (0: pure noise)")
+        coinciding = any(_coincide(one, other) for one, other in itertools.combinations(curves, 2))
+        seen = [curve.mean for curve in curves]
+        for number, curve in enumerate(curves):
+            colour, shown = SERIES[number % len(SERIES)], curve.mean > 0
+            # Where curves coincide the lower ones still show beside the upper ones.
+            thick = 1.5 + (0.5 * (len(curves) - 1 - number) if coinciding else 0)
+            axes.plot(curve.steps[shown], curve.mean[shown], "o-", color=colour, lw=thick, ms=thick + 2)
+            if curve.low is not None and curve.high is not None:
+                low = np.where(curve.low > 0, curve.low, curve.mean / 10)
+                axes.fill_between(curve.steps, low, curve.high, where=shown.tolist(), color=colour, alpha=0.18, lw=0)
+                seen += [low, curve.high]
+        set_axis(axes, "y", limits(seen, True, 0.05), True, 6)
+        first, last = min(curve.steps.min() for curve in curves), max(curve.steps.max() for curve in curves)
+        count = max(1, int(last - first))
+        set_axis(axes, "x", (first - 0.03 * count, first + 1.03 * count), False, min(10, count + 1))
+        svg = svg_of(axes, name, "Relative output error against denoising step")
+    return _beside(svg, legend([(SERIES[i % len(SERIES)], curve.label) for i, curve in enumerate(curves)]))
+
+
 def _coincide(one: Curve, other: Curve) -> bool:
     """Whether two curves lie on one another to the eye."""
     return np.array_equal(one.steps, other.steps) and np.allclose(one.mean, other.mean, rtol=0.08, atol=0)
 
 
-def error_chart(name: str, curves: Sequence[Curve], width: float = WIDTH) -> str:
-    """Relative output error against step, on a logarithmic axis; the legend below, where it hides no curve."""
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
-
-    with styled():
-        long = width < WIDTH or max(len(curve.label) for curve in curves) > LONG_LABEL
-        columns = 1 if long else 4
-        figure = new_figure(width, 3.2 + 0.18 * -(-len(curves) // columns))
-        axes = figure.subplots()
-        axes.set_yscale("log")
-        coinciding = any(_coincide(one, other) for one, other in itertools.combinations(curves, 2))
-        for number, curve in enumerate(curves):
-            colour = SERIES[number % len(SERIES)]
-            shown = curve.mean > 0
-            # Where curves coincide the lower ones still show beside the upper ones.
-            thick = 1.6 + (0.5 * (len(curves) - 1 - number) if coinciding else 0)
-            axes.plot(
-                curve.steps[shown],
-                curve.mean[shown],
-                "o-",
-                color=colour,
-                lw=thick,
-                ms=thick + 2,
-                label=curve.label,
-            )
-            if curve.low is not None and curve.high is not None:
-                low = np.where(curve.low > 0, curve.low, curve.mean / 10)
-                axes.fill_between(curve.steps, low, curve.high, where=shown.tolist(), color=colour, alpha=0.18, lw=0)
-        axes.set_xlabel("denoising step (0: pure noise)")
-        axes.set_ylabel("relative output error ‖Δv‖² / ‖v‖²")
-        # Numbers as they are: powers of ten would be set as formulas, which takes longer than all the rest.
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
-        figure.legend(loc="outside lower left", fontsize=8, ncols=columns)
-        return svg_of(figure, name, "Relative output error against denoising step")
+def _chart_axes(up: str, across: str) -> "Axes":
+    """Return the axes of a chart, ``up`` written over them: beside them it would take a phone's width."""
+    axes = new_axes(CHART, left=54, bottom=40, top=26, right=10)
+    axes.set_xlabel(across, labelpad=2)
+    axes.figure.text(0, 1 - 2 / CHART[1], up, va="top", color=MUTED)
+    return axes
 
 
-def heat_map(
-    name: str,
-    rows: Sequence[str],
-    steps: Sequence[int],
-    values: NDArray[np.float64],
-    label: str,
-    logarithmic: bool = False,
-    width: float = WIDTH,
-) -> str:
-    """``values`` (rows, steps) as colours; NaN is left empty. The page reads single values out on hovering."""
-    from matplotlib.colors import LogNorm
-
-    wide = width >= WIDTH
-    norm = LogNorm() if logarithmic and (values > 0).any() else None
-    step = 1 if len(rows) <= MOST_NAMED else -(-len(rows) // MOST_NAMED)
-    with styled():
-        figure = new_figure(width, max(1.6, 0.9 + 0.135 * min(len(rows), MOST_NAMED)) + (0 if wide else 0.5))
-        axes = figure.subplots()
-        axes.grid(False)
-        shown = np.ma.masked_invalid(np.where(values > 0, values, np.nan) if norm else values)
-        image = axes.imshow(shown, aspect="auto", interpolation="none", cmap="viridis", norm=norm)
-        axes.set_yticks(
-            range(0, len(rows), step), [_short(rows[i]) for i in range(0, len(rows), step)], fontsize=7 if wide else 6
-        )
-        axes.set_xticks(range(len(steps)), [str(s) for s in steps], fontsize=7)
-        if len(steps) > (20 if wide else 10):
-            axes.set_xticks(range(0, len(steps), 5), [str(s) for s in steps[::5]], fontsize=7)
-        axes.tick_params(length=0)
-        axes.set_xlabel("denoising step")
-        place = {"shrink": min(1.0, 2.4 / figure.get_figheight()), "pad": 0.02} if wide else {"location": "top"}
-        bar = figure.colorbar(image, ax=axes, aspect=14, **place)
-        bar.set_label(label)
-        if norm is not None:
-            _plain_decades(bar.ax.yaxis if wide else bar.ax.xaxis)
-        bar.outline.set_visible(False)
-        bar.ax.tick_params(labelsize=7)
-        return svg_of(figure, name, label)
+def _beside(svg: str, key: str) -> str:
+    return f'<div class="chart">{svg}{key}</div>'
 
 
-def _plain_decades(axis: "Axis") -> None:
-    """Ticks of a logarithmic axis at 1, 2, 5, 10 …, written as numbers."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
-
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-
-
-def _short(layer: str) -> str:
-    return layer.replace("mm_block_", "mm ").replace("unified_block_", "uni ")
+def legend(entries: Sequence[tuple[str, str]]) -> str:
+    """Return a list of labels, each with its colour; INK stands for a dashed line."""
+    marks = [("dashed" if colour == INK else "dot", variable(colour), escape(label)) for colour, label in entries]
+    items = [f'<li><i class="{kind}" style="--own:{colour}"></i>{label}</li>' for kind, colour, label in marks]
+    return f'<ul class="legend">{"".join(items)}</ul>' if items else ""
 
 
 @dataclass(frozen=True)
@@ -148,36 +113,36 @@ class Shape:
     clip: tuple[float, float] | None
 
 
-def histogram_charts(name: str, shapes: Sequence[Shape], width: float = WIDTH) -> str:
-    """Small multiples: a panel for each layer, a line for each step, the clip marked."""
-    columns = 3 if width >= WIDTH else 1
-    rows = -(-len(shapes) // columns)
-    with styled():
-        figure = new_figure(width, 0.5 + (2.0 if columns > 1 else 1.6) * rows)
-        panels = figure.subplots(rows, columns, squeeze=False)
-        handles = {}
-        for panel, shape in zip(panels.flat, shapes, strict=False):
-            panel.set_yscale("log")
-            centres = (shape.edges[1:] + shape.edges[:-1]) / 2
-            for number, (step, shares) in enumerate(shape.shares.items()):
-                colour = SEQUENCE[number * (len(SEQUENCE) - 1) // max(1, len(shape.shares) - 1)]
-                seen = np.where(shares > 0, shares, np.nan)
-                (line,) = panel.plot(centres, seen, color=colour, lw=1.2, drawstyle="steps-mid")
-                handles[f"step {step}"] = line
-            if shape.clip is not None:
-                for place in shape.clip:
-                    panel.axvline(place, color=INK, lw=1, ls=(0, (3, 2)))
-            panel.set_title(f"{shape.layer}\n{shape.why}", loc="left", fontsize=8)
-            panel.tick_params(labelsize=7)
-        for panel in panels.flat[len(shapes) :]:
-            panel.set_visible(False)
-        figure.supxlabel("input of the layer (dashed: the plan's clip)", fontsize=8, color=MUTED)
-        figure.supylabel("share of values", fontsize=8, color=MUTED)
-        ncols = len(handles) if columns > 1 else 3
-        figure.legend(
-            handles.values(), handles.keys(), loc="outside upper left", ncols=ncols, fontsize=8, handlelength=1.4
-        )
-        return svg_of(figure, name, "Histograms of inputs of chosen layers at several steps")
+def histogram_charts(name: str, shapes: Sequence[Shape]) -> str:
+    """Draw a panel for each layer with a line for each step; the plan's clip is marked."""
+    lines = {f"step {step}": colour for shape in shapes for step, colour in _colours(shape).items()}
+    entries = [(colour, label) for label, colour in lines.items()]
+    entries += [(INK, "the plan's clip")] if any(shape.clip for shape in shapes) else []
+    with styled(PANEL_LETTERS):
+        panels = [
+            f'<div class="panel"><p>{escape(shape.layer)}<br><span class="sub">{escape(shape.why)}</span></p>'
+            f"{_histogram(f'{name}{number}', shape)}</div>"
+            for number, shape in enumerate(shapes)
+        ]
+    return f'{legend(entries)}<div class="panels">{"".join(panels)}</div>'
+
+
+def _colours(shape: Shape) -> dict[int, str]:
+    last = max(1, len(shape.shares) - 1)
+    return {step: SEQUENCE[number * (len(SEQUENCE) - 1) // last] for number, step in enumerate(shape.shares)}
+
+
+def _histogram(name: str, shape: Shape) -> str:
+    axes = new_axes(PANEL, left=38, bottom=20, top=8, right=12)
+    centres = (shape.edges[1:] + shape.edges[:-1]) / 2
+    for step, colour in _colours(shape).items():
+        shares = shape.shares[step]
+        axes.plot(centres, np.where(shares > 0, shares, np.nan), color=colour, lw=1.2, drawstyle="steps-mid")
+    for place in shape.clip or ():
+        axes.axvline(place, color=INK, lw=1, ls=(0, (3, 2)))
+    set_axis(axes, "x", limits([centres, np.array(shape.clip or ())], False, 0.04), False, 5)
+    set_axis(axes, "y", limits(shape.shares.values(), True, 0.05), True, 5)
+    return svg_of(axes, name, f"Histograms of the input of {shape.layer} at several steps")
 
 
 @dataclass(frozen=True)
@@ -192,36 +157,6 @@ class Dot:
     marked: bool = False
 
 
-#: Of a label's letters in 7.5 points, at 100 dots an inch: how wide one is, how high a line.
-LETTER, LINE = 5.6, 13
-
-
-def _name(axes: "Axes", dots: Sequence[Dot], most: int) -> None:
-    """Label the marked dots, then the highest, where no label stands already; to the left where the right ends."""
-    axes.autoscale_view()  # places are near enough before the layout, which only makes room
-    end = axes.get_window_extent().x1
-    taken: list[tuple[float, float, float]] = []
-    for dot in sorted(dots, key=lambda d: (not d.marked, -d.y)):
-        x, y = axes.transData.transform((dot.x, dot.y))
-        wide = LETTER * len(dot.label)
-        left = x + 8 + wide > end
-        start = x - 8 - wide if left else x + 8
-        near = any(abs(y - other) < LINE and start < last and first < start + wide for first, last, other in taken)
-        if len(taken) < most and not near:
-            taken.append((start, start + wide, y))
-            side, align = (-6, "right") if left else (6, "left")
-            note = axes.annotate(
-                dot.label,
-                (dot.x, dot.y),
-                (side, 4),
-                textcoords="offset points",
-                ha=align,
-                fontsize=7.5,
-                color=INK,
-            )
-            note.set_in_layout(False)
-
-
 def scatter(
     name: str,
     dots: Sequence[Dot],
@@ -230,41 +165,68 @@ def scatter(
     named: int = 5,
     front: Sequence[tuple[float, float]] = (),
     logarithmic: tuple[bool, bool] = (True, True),
-    width: float = WIDTH,
 ) -> str:
-    """Dots with tooltips, of each series a colour; the ``named`` highest are labelled, the ``front`` is a line."""
-    with styled():
-        figure = new_figure(width, 3.8)
-        axes = figure.subplots()
-        for set_scale, wanted in zip((axes.set_xscale, axes.set_yscale), logarithmic, strict=True):
-            if wanted:
-                set_scale("log")
-        tips = {}
-        for number, dot in enumerate(dots):
-            (point,) = axes.plot(dot.x, dot.y, "o", color=SERIES[dot.series % len(SERIES)], ms=6.5, alpha=0.85, mew=0)
-            if dot.marked:
-                point.set(markeredgecolor=INK, markeredgewidth=1.4, alpha=1)
-            point.set_gid(f"dot{number}")
-            tips[f"dot{number}"] = dot.tip
+    """Draw dots with tooltips, coloured by series; up to ``named`` are labelled, and a line joins the ``front``."""
+    kinds = sorted({(dot.marked, dot.series) for dot in dots})
+    groups = {f"dots{number}": [d for d in dots if (d.marked, d.series) == kind] for number, kind in enumerate(kinds)}
+    with styled(CHART_LETTERS):
+        axes = _chart_axes(axes_labels[1], axes_labels[0])
+        for gid, own in groups.items():
+            ring = {"mec": INK, "mew": 1.4} if own[0].marked else {"alpha": 0.85, "mew": 0}
+            colour = SERIES[own[0].series % len(SERIES)]
+            axes.plot([d.x for d in own], [d.y for d in own], "o", ms=6.5, color=colour, gid=gid, **ring)
         if front:
-            x, y = zip(*sorted(front), strict=True)
-            axes.step(x, y, where="post", color=MUTED, lw=1, ls=(0, (4, 2)), zorder=0)
-        for axis, wanted in ((axes.xaxis, logarithmic[0]), (axes.yaxis, logarithmic[1])):
-            if wanted:
-                _plain_decades(axis)
-        axes.set_xlabel(axes_labels[0])
-        axes.set_ylabel(axes_labels[1])
-        axes.margins(x=0.12, y=0.12)
+            axes.step(*zip(*sorted(front), strict=True), where="post", color=MUTED, lw=1, ls=(0, (4, 2)), zorder=0)
+        for which, values, scale in zip("xy", ([d.x for d in dots], [d.y for d in dots]), logarithmic, strict=True):
+            set_axis(axes, which, limits([np.array(values)], scale, 0.12), scale, 6)
         _name(axes, dots, named)
-        for key, title in series.items():
-            axes.plot([], [], "o", color=SERIES[key % len(SERIES)], ms=6, label=title)
-        if series:
-            axes.legend(
-                fontsize=8,
-                ncols=min(len(series), 6 if width >= WIDTH else 3),
-                loc="lower left",
-                bbox_to_anchor=(0, 1.0),
-                borderpad=0,
-            )
-        axes.grid(color=GRID, which="major")
-        return svg_of(figure, name, f"{axes_labels[1]} against {axes_labels[0]}", tips)
+        tips = {gid: [dot.tip for dot in own] for gid, own in groups.items()}
+        svg = svg_of(axes, name, f"{axes_labels[1]} against {axes_labels[0]}", tips)
+    return _beside(svg, legend([(SERIES[key % len(SERIES)], title) for key, title in series.items()]))
+
+
+class _Place(NamedTuple):
+    """Where a label may stand, in units: its ends, its middle, and which end is next to the dot."""
+
+    left: float
+    right: float
+    middle: float
+    align: Literal["left", "right"]
+
+    def meets(self, other: "_Place") -> bool:
+        """Whether the labels would touch."""
+        apart = self.left > other.right + LETTER or other.left > self.right + LETTER
+        return abs(self.middle - other.middle) < LINE and not apart
+
+    def hides(self, points: NDArray[np.float64]) -> int:
+        """How many of ``points``, (n, 2), the label would hide."""
+        x, y = points.T
+        return int(((x > self.left - 3) & (x < self.right + 3) & (abs(y - self.middle) < LINE / 2 + 1)).sum())
+
+
+def _corners(point: NDArray[np.float64], wide: float) -> Iterator[_Place]:
+    """Yield the places of a label at a dot: above and below, to its right and to its left."""
+    x, y = point
+    for rise in (ABOVE, -ABOVE):
+        yield _Place(x + ASIDE, x + ASIDE + wide, y + rise, "left")
+        yield _Place(x - ASIDE - wide, x - ASIDE, y + rise, "right")
+
+
+def _name(axes: "Axes", dots: Sequence[Dot], most: int) -> None:
+    """Label the marked dots, then the highest, each at the corner that hides the fewest dots and no other label."""
+    ends, points = axes.get_window_extent(), axes.transData.transform([(dot.x, dot.y) for dot in dots])
+    taken: list[_Place] = []
+    for number in sorted(range(len(dots)), key=lambda i: (not dots[i].marked, -dots[i].y)):
+        if len(taken) == most:
+            break
+        text = dots[number].label
+        label = text if len(text) <= LONGEST_LABEL else f"{text[: LONGEST_LABEL - 1]}…"
+        corners = _corners(points[number], LETTER * len(label))
+        inside = [corner for corner in corners if ends.x0 <= corner.left and corner.right <= ends.x1]
+        free = [corner for corner in inside if not any(corner.meets(other) for other in taken)]
+        best = min(free, key=lambda corner: corner.hides(points), default=None)
+        if best is None or (best.hides(points) > MOST_HIDDEN and not dots[number].marked):
+            continue
+        x = best.left if best.align == "left" else best.right
+        axes.figure.text(x / CHART[0], best.middle / CHART[1], label, ha=best.align, va="center", color=INK)
+        taken.append(best)

@@ -1,4 +1,4 @@
-"""The page of a comparison: the table, what is best for its bytes, errors and pictures side by side."""
+"""Makes the page of a comparison: the table, what is best for its bytes, errors and pictures side by side."""
 
 import math
 import os
@@ -16,18 +16,18 @@ from calib.base.progress import counted
 from calib.runs.compare.columns import Column, Metric, metric_of
 from calib.runs.compare.comparison import Comparison
 from calib.runs.compare.tables import heading, legend
-from calib.runs.pages.charts import WIDTH, Curve, Dot, error_chart, for_both, scatter
+from calib.runs.pages.charts import Curve, Dot, error_chart, scatter
 from calib.runs.pages.page import render, trusted
 from calib.runs.pages.parts import Part, curve_of, labels
 from calib.runs.pages.pictures import LOSSLESS, data_address, decibels, pictures_of
 from calib.runs.record import RunRecord, RunState
 
-#: Runs whose curves and pictures are shown, prompts in the grid of pictures.
-MOST_RUNS, MOST_PROMPTS = 8, 6
+#: Runs whose curves and pictures are shown, prompts in the grid of pictures, dots that are named.
+MOST_RUNS, MOST_PROMPTS, MOST_NAMED = 8, 6, 6
 
 
 def comparison_page(comparison: Comparison, folder: Path) -> str:
-    """The page; links to the runs' own reports are relative to ``folder``, where the page will lie."""
+    """Return the page; its links to the runs' own pages are relative to ``folder``, where it will lie."""
     done = [run for run in comparison.runs if run.state is RunState.COMPLETE]
     names = dict(zip([run.name for run in done], labels([run.name for run in done]), strict=True))
     shown = _shown(comparison, done, names)
@@ -53,20 +53,20 @@ def comparison_page(comparison: Comparison, folder: Path) -> str:
 
 
 def _columns(comparison: Comparison) -> list[Column]:
-    """Figures first: what runs were asked their names say already."""
+    """Return the columns, metrics first: what runs were asked their names say already."""
     return sorted(comparison.columns, key=lambda column: column.kind == "config")
 
 
 def _command() -> str:
-    """What was typed; the sweep's own additions are left out."""
+    """Return the command that was typed, without what a sweep adds to it."""
     return shlex.join(["calib", *(w for w in sys.argv[1:] if w != "--" and not w.startswith("swept="))])
 
 
 def _facts(comparison: Comparison) -> list[str]:
     states = {state: sum(run.state is state for run in comparison.runs) for state in RunState}
-    told = [f"{count} {state.value}" for state, count in states.items() if count]
+    counts = [f"{count} {state.value}" for state, count in states.items() if count]
     models = dict.fromkeys(str(run.config["model.name"]) for run in comparison.runs if "model.name" in run.config)
-    return [*told, *models]
+    return [*counts, *models]
 
 
 def _baseline(comparison: Comparison, names: Mapping[str, str]) -> str:
@@ -114,21 +114,21 @@ class Shown:
 
 
 def _shown(comparison: Comparison, done: Sequence[RunRecord], names: Mapping[str, str]) -> Shown:
-    found = []
+    evaluated = []
     for run in done:
         try:
             document = read_json(run.path / DETAILS)
             curve_of(document["quantized"], run.name, intervals=False)
-            found.append((run, document))
+            evaluated.append((run, document))
         except (CalibError, KeyError, TypeError, ValueError):
             continue
-    chosen = _chosen(comparison, [run for run, _ in found])
-    kept = tuple((run, document) for run, document in found if run.name in chosen)
-    return Shown(kept, tuple(names[run.name] for run, _ in kept), len(found))
+    chosen = _chosen(comparison, [run for run, _ in evaluated])
+    kept = tuple((run, document) for run, document in evaluated if run.name in chosen)
+    return Shown(kept, tuple(names[run.name] for run, _ in kept), len(evaluated))
 
 
 def _chosen(comparison: Comparison, runs: Sequence[RunRecord]) -> set[str]:
-    """Names of the runs to show: of the front, or all of it and others, evenly from the least to the most bytes."""
+    """Return the names of the runs to show: of the front first, then of others, evenly from the smallest on."""
     size = comparison.pareto_axes[0]
     ordered = sorted(runs, key=lambda run: run.metrics.get(size, math.inf))
     front = [run.name for run in ordered if run.name in comparison.pareto]
@@ -138,7 +138,7 @@ def _chosen(comparison: Comparison, runs: Sequence[RunRecord]) -> set[str]:
 
 
 def _spread(names: Sequence[str], most: int) -> list[str]:
-    """At most so many of ``names``, the ends among them."""
+    """Return at most ``most`` of ``names``, evenly, the ends among them."""
     if len(names) <= most:
         return list(names)
     return [names[round(i * (len(names) - 1) / max(1, most - 1))] for i in range(most)]
@@ -146,31 +146,28 @@ def _spread(names: Sequence[str], most: int) -> list[str]:
 
 def _front(comparison: Comparison, done: Sequence[RunRecord], names: Mapping[str, str]) -> list[Part]:
     x, y = comparison.pareto_axes
-    there: dict[tuple[float, float], list[RunRecord]] = {}
+    at: dict[tuple[float, float], list[RunRecord]] = {}
     across, up = metric_of(x), metric_of(y)
     for run in done:
         if x in run.metrics and y in run.metrics:
-            there.setdefault((run.metrics[x] * across.scale, run.metrics[y] * up.scale), []).append(run)
-    if sum(map(len, there.values())) < 2:
+            at.setdefault((run.metrics[x] * across.scale, run.metrics[y] * up.scale), []).append(run)
+    if sum(map(len, at.values())) < 2:
         return []
     dots, front = [], []
-    for place, runs in there.items():
+    for place, runs in at.items():
         label = " = ".join(names[run.name] for run in runs)
         marked = any(run.name in comparison.pareto for run in runs)
-        tip = f"{label}: {', '.join(_told(m, v) for m, v in zip((across, up), place, strict=True))}"
+        tip = f"{label}: {', '.join(_with_unit(m, v) for m, v in zip((across, up), place, strict=True))}"
         dots.append(Dot(label, *place, series=0, tip=tip, marked=marked))
         front += [place] if marked else []
     titles = (_axis(across.title, across.unit), _axis(up.title, up.unit))
-    scales = (False, y == "output_error" and all(value > 0 for _, value in there))
-    svg = for_both(
-        "front",
-        lambda n, w: scatter(n, dots, titles, {}, 8 if w >= WIDTH else 4, front, scales, w),
-    )
+    scales = (False, y == "output_error" and all(value > 0 for _, value in at))
+    figure = trusted(scatter("front", dots, titles, {}, MOST_NAMED, front, scales))
     note = "Ringed: no other run is as good in both, and better in one. Hover a dot for its figures."
-    return [Part("front", f"{up.title[:1].upper()}{up.title[1:]} against {across.title}", note, trusted(svg))]
+    return [Part("front", f"{up.title[:1].upper()}{up.title[1:]} against {across.title}", note, figure)]
 
 
-def _told(metric: Metric, value: float) -> str:
+def _with_unit(metric: Metric, value: float) -> str:
     return f"{metric.form.format(value)} {metric.unit}".strip()
 
 
@@ -187,26 +184,25 @@ def _errors(shown: Shown) -> list[Part]:
     if not curves:
         return []
     note = f"The model's output on the same states, mean over prompts.{shown.note}"
-    svg = for_both("errors", lambda n, w: error_chart(n, curves, w))
-    return [Part("errors", "Error against step", note, trusted(svg))]
+    return [Part("errors", "Error against step", note, trusted(error_chart("errors", curves)))]
 
 
 def _pictures(shown: Shown) -> tuple[list[dict[str, Any]], bool]:
-    """Rows of the grid: the prompts of the first run, each with its picture at full precision and of every run.
+    """Return rows of the grid, each a prompt, its picture at full precision and every run's; and if all are small.
 
-    A run whose prompts are others has none in a row that is not its own.
+    Prompts are those of the first run that has pictures; a run with another prompt in its place has no picture there.
     """
-    there = [
+    evaluated = [
         (list(document["prompts"]), pictures_of(run.path), document["quantized"].get("psnr") or [])
         for run, document in shown.runs
     ]
-    prompts, own, _ = next((entry for entry in there if entry[1]), ([], [], []))
+    prompts, own, _ = next((entry for entry in evaluated if entry[1]), ([], [], []))
     rows, small = [], True
     for number in range(min(MOST_PROMPTS, len(own))):
         full, size = data_address(own[number][0])
         small = small and max(size) <= LOSSLESS
         cells = [(full, "")]
-        for its, pictures, psnrs in there:
+        for its, pictures, psnrs in evaluated:
             same = number < len(pictures) and its[number : number + 1] == prompts[number : number + 1]
             address = data_address(pictures[number][1])[0] if same else ""
             cells.append((address, decibels(psnrs, number) if same else ""))

@@ -1,4 +1,4 @@
-"""From values to a page: templates filled, style and script inlined."""
+"""Fills a template of a page; style and script are inlined."""
 
 import json
 from functools import cache
@@ -24,19 +24,19 @@ def _asset(name: str) -> str:
 
 
 def render(template: str, **values: Any) -> str:
-    """The page ``template`` with ``values``; texts are escaped, what :func:`trusted` marks is not."""
+    """Return the page ``template`` filled with ``values``; texts are escaped unless :func:`trusted` marks them."""
     page = _environment().get_template(template)
     own = {"style": trusted(_asset("style.css")), "script": trusted(_asset("page.js")), "version": calib.__version__}
     return page.render(**own, **values)
 
 
 def trusted(html: str) -> Any:
-    """Markup that calib made itself."""
+    """Mark markup that calib made itself: it is not escaped."""
     from markupsafe import Markup
 
     return Markup(html)
 
 
 def embedded(value: Any) -> Any:
-    """JSON for a script element; no text in it can end the element."""
+    """Return JSON for a script element; no text in it can end the element."""
     return trusted(json.dumps(value, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c"))

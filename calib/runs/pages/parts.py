@@ -1,4 +1,4 @@
-"""What the pages of a run and of a comparison have in common."""
+"""What the page of a run and that of a comparison share: sections, short names, curves."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -18,23 +18,23 @@ class Part:
     name: str
     title: str
     note: str
-    svg: Any
+    figure: Any
     data: Any = ""
 
 
-#: What tells names of folders apart that look alike, at their end.
+#: The end of a job's folder: it keeps those apart whose names are otherwise equal.
 _HASH = re.compile(r"-[0-9a-f]{8}$")
 
 
 def _word(key: str, value: str) -> str:
-    """A value that says what it is: a number does not, nor does true."""
+    """Return the value of a setting, with its key if the value alone does not say what it is: a number, or true."""
     return (
         value if value[:1].isalpha() and value not in ("true", "false", "null") else f"{key.rpartition('.')[2]} {value}"
     )
 
 
 def labels(names: Sequence[str]) -> list[str]:
-    """Names of jobs in short, for figures: the values of what differs, without the hash; what would clash stays.
+    """Return short names of jobs, for figures: the values that differ, without the hash; in full where two would clash.
 
     ``analysis=range,seed=1-0123abcd`` and ``analysis=sqnr,seed=2-4567cdef`` are 'range · seed 1' and 'sqnr · seed 2'.
     """
@@ -46,14 +46,14 @@ def labels(names: Sequence[str]) -> list[str]:
         differing = [i for i in range(len(values[0])) if len({own[i] for own in values}) > 1]
         short = [" · ".join(own[i] for i in differing) for own in values]
     alone = [own if bare.count(own) == 1 else name for own, name in zip(bare, names, strict=True)]
-    for found in (short, alone):
-        if len(set(found)) == len(found) and all(found):
-            return found
+    for candidates in (short, alone):
+        if len(set(candidates)) == len(candidates) and all(candidates):
+            return candidates
     return list(names)
 
 
 def curve_of(fidelity: Mapping[str, Any], label: str, intervals: bool = True) -> Curve:
-    """Output error against step of an ``evaluation.json``'s entry."""
+    """Return the output error against step of an entry of ``evaluation.json``."""
     steps, error = np.array(fidelity["steps"], np.int64), np.array(fidelity["error"], np.float64)
     if not intervals:
         return Curve(label, steps, error.mean(axis=0))

@@ -1,4 +1,4 @@
-"""Pictures inside a page, as data: small ones as they are, large ones made smaller."""
+"""Embeds pictures in a page as data: small ones as they are, large ones made smaller."""
 
 import base64
 import io
@@ -28,7 +28,7 @@ class Pair:
 
 
 def data_address(path: Path) -> tuple[str, tuple[int, int]]:
-    """A picture as an address that holds it, and its size in pixels."""
+    """Return a ``data:`` address that holds a picture, and the size of what it holds in pixels."""
     with Image.open(path) as opened:
         image = opened.convert("RGB")
     out = io.BytesIO()
@@ -43,7 +43,7 @@ def data_address(path: Path) -> tuple[str, tuple[int, int]]:
 
 
 def pictures_of(run: Path) -> list[tuple[Path, Path]]:
-    """Files of a run's pictures, full precision and quantized, in the order of the prompts."""
+    """Return the files of a run's pictures, full precision and quantized, in the order of the prompts."""
     full = sorted((run / FULL_PICTURES).glob("[0-9]*.png"))
     return [
         (path, run / QUANTIZED_PICTURES / path.name) for path in full if (run / QUANTIZED_PICTURES / path.name).exists()
@@ -51,7 +51,7 @@ def pictures_of(run: Path) -> list[tuple[Path, Path]]:
 
 
 def decibels(psnrs: Sequence[float | None], number: int) -> str:
-    """PSNR of a picture for people: none of it is that of equal ones; '' where it is not known."""
+    """Return the PSNR of a picture for people: 'equal' for None, which stands for infinity; '' if it is not known."""
     if number >= len(psnrs):
         return ""
     value = psnrs[number]
@@ -59,11 +59,11 @@ def decibels(psnrs: Sequence[float | None], number: int) -> str:
 
 
 def pairs(run: Path, prompts: list[str], psnrs: list[float | None]) -> list[Pair]:
-    """The first :data:`MOST` pictures of a run, for its page."""
-    found = []
+    """Return the first :data:`MOST` pictures of a run."""
+    shown = []
     for number, (full, quantized) in enumerate(pictures_of(run)[:MOST]):
         one, size = data_address(full)
         other, _ = data_address(quantized)
         prompt = prompts[number] if number < len(prompts) else ""
-        found.append(Pair(prompt, one, other, decibels(psnrs, number), size))
-    return found
+        shown.append(Pair(prompt, one, other, decibels(psnrs, number), size))
+    return shown

@@ -1,4 +1,4 @@
-"""The page of one run: what it was asked, what came out, and what it looks like."""
+"""Writes the page of one run: what it was asked, what came out, and what it looks like."""
 
 import shlex
 from collections.abc import Iterator, Mapping
@@ -8,21 +8,27 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from calib.base.errors import CalibError
+from calib.activations.reader import ActivationFile
+from calib.analysis.plan import LayerPlan, read_layer
+from calib.analysis.steps import StepPlan, read_steps
+from calib.base.errors import CalibError, reason_of
 from calib.base.files import read_json, write_text
-from calib.base.layout import ACTIVATIONS, DETAILS, ENVIRONMENT, HYDRA, LOG, PAGE, PLAN, STEPS
+from calib.base.layout import ACTIVATIONS, DETAILS, ENVIRONMENT, HYDRA_OVERRIDES, LOG, PAGE, PLAN, STEPS, SUMMARY
 from calib.base.progress import readable_duration
 from calib.runs.compare.columns import metric_of
-from calib.runs.pages.charts import error_chart, for_both, heat_map, histogram_charts, scatter
+from calib.runs.pages.charts import error_chart, histogram_charts, scatter
+from calib.runs.pages.heat import heat_map
 from calib.runs.pages.layers import (
     BitTable,
     Ranges,
     bit_tables,
     chosen_layers,
     clip_of,
-    read_ranges,
+    own_name,
+    ranges_of,
     sensitivity_dots,
     shape_of,
+    short_names,
 )
 from calib.runs.pages.page import embedded, render, trusted
 from calib.runs.pages.parts import Part, curve_of
@@ -32,60 +38,38 @@ from calib.runs.record import RunRecord, read_run
 import numpy as np
 import yaml
 
-ANALYSIS = "analysis.txt"
 #: Lines of a failed run's log that are shown.
 TRACE_LINES = 60
 
 
 @dataclass
-class Found:
-    """What a run directory has to show; what could not be read is in ``problems``."""
+class PageParts:
+    """The parts of a page that a run directory has something to show for; ``problems`` names those that failed."""
 
-    parts: list[Part] = field(default_factory=list)
+    plan: Mapping[str, LayerPlan] = field(default_factory=dict)
     tables: list[BitTable] = field(default_factory=list)
     pairs: list[Pair] = field(default_factory=list)
+    figures: list[Part] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
     @contextmanager
     def trying(self, what: str) -> Iterator[None]:
-        """A section that cannot be made, of a damaged file say, is told and spoils nothing else."""
+        """Turn whatever the body raises, of a damaged file say, into a line of ``problems``."""
         try:
             yield
         except Exception as error:  # readers of damaged files raise what they like
-            self.problems.append(f"{what}: {' '.join(str(error).split()) or type(error).__name__}")
+            self.problems.append(f"{what}: {reason_of(error)}")
 
 
 def write_page(run: Path) -> Path:
-    """Write the page of the run directory ``run``, whole or not at all; returns where it is."""
+    """Write the page of the run directory ``run``, whole or not at all, and return its path."""
     write_text(run / PAGE, run_page(run))
     return run / PAGE
 
 
 def run_page(path: Path) -> str:
-    """The page of a run directory, of whatever is in it."""
-    run, found = read_run(path, path.resolve().name), Found()
-    details: dict[str, Any] = {}
-    if (path / DETAILS).exists():
-        with found.trying("evaluation"):
-            details = read_json(path / DETAILS)
-            found.pairs = pairs(path, list(details["prompts"]), list(details["quantized"]["psnr"]))
-    plan: dict[str, Any] = {}
-    if (path / PLAN).exists():
-        with found.trying("the plan"):
-            plan = read_json(path / PLAN)
-            found.tables = bit_tables(plan)
-    if details:
-        with found.trying("error against step"):
-            found.parts.append(_error_part(details))
-    if (path / ACTIVATIONS).exists():
-        with found.trying("statistics"):
-            ranges = read_ranges(path / ACTIVATIONS)
-            for make in (_range_part, _drift_part):
-                found.parts.append(make(ranges))
-            with found.trying("histograms"):
-                found.parts += _histogram_part(ranges, plan, path)
-    with found.trying("sensitivities"):
-        found.parts += _sensitivity_part(plan)
+    """Return the page of a run directory, made of whatever is in it."""
+    run, parts = read_run(path, path.resolve().name), page_parts(path)
     surroundings = _surroundings(path)
     return render(
         "run.html",
@@ -94,19 +78,60 @@ def run_page(path: Path) -> str:
         facts=_facts(run, surroundings),
         trace=_trace(path) if run.state != "complete" else "",
         tiles=_tiles(run.metrics),
-        pairs=found.pairs,
+        pairs=parts.pairs,
         pictures=len(pictures_of(path)),
-        small=bool(found.pairs) and max(found.pairs[0].size) <= LOSSLESS,
-        tables=found.tables,
-        notes=_notes(plan),
-        parts=found.parts,
-        problems=[*found.problems, *(run.problems if run.state == "complete" else ())],
+        small=bool(parts.pairs) and max(parts.pairs[0].size) <= LOSSLESS,
+        tables=parts.tables,
+        notes=_notes(parts.plan),
+        parts=parts.figures,
+        problems=[*parts.problems, *(run.problems if run.state == "complete" else ())],
         command=command_of(run),
         machine=_machine(surroundings),
         config=list(run.config.items()),
         metrics=[(key, f"{value:.6g}") for key, value in run.metrics.items()],
-        analysis=(path / ANALYSIS).read_text(encoding="utf-8", errors="replace") if (path / ANALYSIS).exists() else "",
+        analysis=(path / SUMMARY).read_text(encoding="utf-8", errors="replace") if (path / SUMMARY).exists() else "",
     )
+
+
+def page_parts(path: Path) -> PageParts:
+    """Read what the run directory ``path`` holds, and draw it."""
+    parts = PageParts()
+    details: dict[str, Any] = {}
+    if (path / DETAILS).exists():
+        with parts.trying("evaluation"):
+            details = read_json(path / DETAILS)
+            parts.pairs = pairs(path, list(details["prompts"]), list(details["quantized"]["psnr"]))
+    if (path / PLAN).exists():
+        with parts.trying("the plan"):
+            parts.plan = _readable_layers(path / PLAN, parts)
+            parts.tables = bit_tables(parts.plan)
+    if details:
+        with parts.trying("error against step"):
+            parts.figures.append(_error_part(details))
+    if (path / ACTIVATIONS).exists():
+        with parts.trying("statistics"), ActivationFile(path / ACTIVATIONS) as file:
+            ranges = ranges_of(file)
+            parts.figures.append(_range_part(ranges))
+            parts.figures.append(_drift_part(ranges))
+            with parts.trying("histograms"):
+                parts.figures += _histogram_part(file, ranges, parts, path)
+    with parts.trying("sensitivities"):
+        parts.figures += _sensitivity_part(parts.plan)
+    return parts
+
+
+def _readable_layers(path: Path, parts: PageParts) -> dict[str, LayerPlan]:
+    """Return the layers of a plan; those that are damaged are left out, and the first of them is named."""
+    layers, damaged = {}, list[CalibError]()
+    for name, entry in read_json(path).items():
+        try:
+            layers[name] = read_layer(path, name, entry)
+        except CalibError as error:
+            damaged.append(error)
+    if damaged:
+        more = f" ({len(damaged)} layers are damaged)" if len(damaged) > 1 else ""
+        parts.problems.append(f"the plan: {damaged[0]}{more}")
+    return layers
 
 
 def _title(run: RunRecord, path: Path) -> str:
@@ -134,18 +159,17 @@ def _facts(run: RunRecord, surroundings: Mapping[str, Any]) -> list[str]:
 
 def _machine(surroundings: Mapping[str, Any]) -> list[str]:
     versions = surroundings.get("versions")
-    told = [f"{name} {value}" for name, value in versions.items()] if isinstance(versions, dict) else []
     commit = surroundings.get("git_commit")
     return [
-        *told,
+        *([f"{name} {value}" for name, value in versions.items()] if isinstance(versions, dict) else []),
         *(str(surroundings[key]) for key in ("platform", "blas") if surroundings.get(key)),
         *([f"commit {commit}"] if commit and commit != "unknown" else []),
     ]
 
 
 def command_of(run: RunRecord) -> str:
-    """The command that makes such a run, alone: for a job of a sweep too."""
-    overrides = run.path / HYDRA / "overrides.yaml"
+    """Return the command that makes such a run alone, also of a job that a sweep made."""
+    overrides = run.path / HYDRA_OVERRIDES
     try:
         given = [str(o) for o in yaml.safe_load(overrides.read_text(encoding="utf-8"))]
     except (OSError, TypeError, yaml.YAMLError):
@@ -164,7 +188,7 @@ def _trace(path: Path) -> str:
 
 
 def _alone(form: str) -> str:
-    """A number that stands in no column needs no power of ten in common with others."""
+    """Return the format of a number outside of any column: it needs no power of ten in common with others."""
     return "{:.3g}" if "e" in form else form
 
 
@@ -173,9 +197,9 @@ def _tiles(metrics: Mapping[str, float]) -> list[dict[str, str]]:
 
     def tile(key: str, note: str = "") -> None:
         if key in metrics:
-            told = metric_of(key)
-            value = _alone(told.form).format(metrics[key] * told.scale)
-            tiles.append({"title": told.title, "value": value, "unit": told.unit, "note": note})
+            metric = metric_of(key)
+            value = _alone(metric.form).format(metrics[key] * metric.scale)
+            tiles.append({"title": metric.title, "value": value, "unit": metric.unit, "note": note})
 
     for key in ("psnr", "ssim", "output_error"):
         form, note = _alone(metric_of(key).form), ""
@@ -202,25 +226,23 @@ def _tiles(metrics: Mapping[str, float]) -> list[dict[str, str]]:
     return tiles
 
 
-def _notes(plan: Mapping[str, Any]) -> list[str]:
-    sensitive = sum(bool(entry.get("sensitive")) for entry in plan.values())
-    told = f"{sensitive} of {len(plan)} layers are sensitive: ringed" if sensitive else "no layer is marked sensitive"
-    return [told] if plan else []
+def _notes(plan: Mapping[str, LayerPlan]) -> list[str]:
+    sensitive = sum(layer.sensitive for layer in plan.values())
+    note = f"{sensitive} of {len(plan)} layers are sensitive: ringed" if sensitive else "no layer is marked sensitive"
+    return [note] if plan else []
 
 
 def _error_part(details: Mapping[str, Any]) -> Part:
     curves = [curve_of(details["quantized"], "quantized"), curve_of(details["control"], "control, all in bfloat16")]
     note = "The model's output on the same states, mean and 95% interval over prompts. The control is the noise floor."
-    return Part("error", "Error against step", note, trusted(for_both("error", lambda n, w: error_chart(n, curves, w))))
+    return Part("error", "Error against step", note, trusted(error_chart("error", curves)))
 
 
 def _heat_part(name: str, title: str, note: str, ranges: Ranges, values: Any, label: str, logarithmic: bool) -> Part:
-    def draw(own: str, width: float) -> str:
-        return heat_map(own, ranges.layers, ranges.steps, values, label, logarithmic, width)
-
+    figure = heat_map(short_names(ranges.layers), ranges.steps, values, label, logarithmic)
     rounded = [[None if not np.isfinite(v) else float(f"{v:.3g}") for v in row] for row in values]
     data = embedded({"rows": ranges.layers, "steps": ranges.steps, "values": rounded})
-    return Part(name, title, note, trusted(for_both(name, draw)), data)
+    return Part(name, title, note, trusted(figure), data)
 
 
 def _range_part(ranges: Ranges) -> Part:
@@ -233,25 +255,18 @@ def _drift_part(ranges: Ranges) -> Part:
     return _heat_part("drift", "Drift", note, ranges, ranges.drift, "share of the layer's widest range", False)
 
 
-def _histogram_part(ranges: Ranges, plan: Mapping[str, Any], path: Path) -> list[Part]:
-    steps = read_json(path / STEPS) if (path / STEPS).exists() else {}
-    chosen = chosen_layers(ranges, plan)
-    shapes = [shape_of(ranges, layer, why, clip_of(steps, layer)) for layer, why in chosen]
-    there = [shape for shape in shapes if shape is not None]
-    if not there:
-        return []
-    note = "A few layers that tell most; over each, why it was chosen."
-    return [
-        Part(
-            "histograms",
-            "Inputs by step",
-            note,
-            trusted(for_both("histograms", lambda n, w: histogram_charts(n, there, w))),
-        )
-    ]
+def _histogram_part(file: ActivationFile, ranges: Ranges, parts: PageParts, path: Path) -> list[Part]:
+    steps = StepPlan()
+    with parts.trying("the plan's clips"):
+        steps = read_steps(path / STEPS)
+    chosen = [(own_name(row), why) for row, why in chosen_layers(ranges, parts.plan)]
+    shapes = [shape_of(file.by_step(layer), ranges.steps, layer, why, clip_of(steps, layer)) for layer, why in chosen]
+    drawn = [shape for shape in shapes if shape is not None]
+    note = "Shares of values against value, of a few layers; over each, why it was chosen."
+    return [Part("histograms", "Inputs by step", note, trusted(histogram_charts("histograms", drawn)))] if drawn else []
 
 
-def _sensitivity_part(plan: Mapping[str, Any]) -> list[Part]:
+def _sensitivity_part(plan: Mapping[str, LayerPlan]) -> list[Part]:
     dots, series = sensitivity_dots(plan)
     if not dots:
         return []
@@ -260,5 +275,5 @@ def _sensitivity_part(plan: Mapping[str, Any]) -> list[Part]:
         "S = ‖Δv‖² / ‖v‖². Hover a dot for its layer."
     )
     labels = ("kB of the layer as planned", "S, measured")
-    svg = for_both("sensitivity", lambda n, w: scatter(n, dots, labels, series, width=w))
-    return [Part("sensitivity", "Sensitivity against bytes", note, trusted(svg))]
+    figure = trusted(scatter("sensitivity", dots, labels, series))
+    return [Part("sensitivity", "Sensitivity against bytes", note, figure)]

@@ -48,9 +48,7 @@
   all("figure[data-heat]").forEach((figure) => {
     const heat = JSON.parse(document.getElementById(figure.dataset.heat).textContent);
     figure.addEventListener("pointermove", (event) => {
-      const shown = all("svg", figure).find((svg) => svg.getBoundingClientRect().width > 0);
-      const image = shown.querySelector("image");
-      const box = image.getBoundingClientRect();
+      const box = figure.querySelector("img").getBoundingClientRect();
       const column = Math.floor((event.clientX - box.left) / box.width * heat.steps.length);
       const row = Math.floor((event.clientY - box.top) / box.height * heat.rows.length);
       const inside = column >= 0 && row >= 0 && column < heat.steps.length && row < heat.rows.length;

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 from calib.base import progress
+from calib.base.keep_awake import keep_awake
 
 import pytest
 
@@ -38,7 +39,7 @@ def notes_are_new() -> None:
 
 @pytest.mark.parametrize(("platform", "name"), [("darwin", "caffeinate"), ("linux", "systemd-inhibit")])
 @pytest.mark.parametrize("error", [None, KeyboardInterrupt, ValueError])
-def test_the_helper_lives_exactly_as_long_as_the_work(
+def test_helper_lives_as_long_as_the_work(
     platform: str,
     name: str,
     error: type[BaseException] | None,
@@ -69,9 +70,7 @@ def test_the_helper_lives_exactly_as_long_as_the_work(
     assert capsys.readouterr().err == ""
 
 
-def test_a_machine_without_a_helper_is_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_no_helper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     done = False
     with keep_awake():
@@ -81,9 +80,7 @@ def test_a_machine_without_a_helper_is_told(
     assert error.startswith("calib: note: keep_awake: ") and error.count("\n") == 1
 
 
-def test_a_helper_that_fails_is_told_and_the_work_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_helper_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     fake(tmp_path, "systemd-inhibit", "exit 1")
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)

@@ -1,0 +1,66 @@
+"""CPU-seconds (user and system) that calib's commands and imports take to start, as processes of their own.
+
+    python scripts/benchmark_startup.py [--python OTHER/.venv/bin/python …] [--times 5]
+
+Prints medians, a column for each environment: this one, then those of the other checkouts. They take turns, so that
+what else the machine does slows all of them alike. A tiny dataset and run directory are made first, by this one.
+"""
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+#: A job with pages and pictures of none, to make a dataset to verify and a run to compare.
+JOB = (
+    *("num_images=2", "sampler.num_steps=2", "sampler.batch_size=2", "timestep_schedule=all", "evaluation=none"),
+    *("report=none", "data_dir=dataset", "cache_dir=cache", "hydra.run.dir=run"),
+)
+#: Of what a job imports; before 0.2 it was in another module.
+JOB_MODULE = "'calib.stages.stages' if importlib.util.find_spec('calib.stages') else 'calib.pipeline'"
+MEASURED = {
+    "calib --version": ("-m", "calib", "--version"),
+    "calib --help": ("-m", "calib", "--help"),
+    "calib verify DIR": ("-m", "calib", "verify", "dataset"),
+    "calib compare DIR": ("-m", "calib", "compare", "run"),
+    "import calib.activations.reader": ("-c", "import calib.activations.reader"),
+    "import what a job imports": ("-c", f"import importlib.util; __import__({JOB_MODULE})"),
+    "calib --cfg job": ("-m", "calib", "--cfg", "job"),
+}
+
+
+def cpu_seconds(command: list[str], folder: Path) -> float:
+    """User and system time of one process with its children, run in ``folder``."""
+    process = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    error = process.stderr.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        sys.exit(f"{' '.join(command)}: {error}")
+    return usage.ru_utime + usage.ru_stime
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--python", nargs="*", default=[], metavar="PATH", help="interpreters of other environments")
+    parser.add_argument("--times", type=int, default=5, help="processes to take the median of")
+    given = parser.parse_args()
+    # Not resolved: an environment's interpreter is a link, and known by where the link lies.
+    pythons = [str(Path(python).absolute()) for python in (sys.executable, *given.python)]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        subprocess.run([pythons[0], "-m", "calib", *JOB], cwd=folder, check=True, capture_output=True)
+        print(f"{'CPU-seconds':32}" + "".join(f"{number:>8}" for number in range(len(pythons))))
+        for label, arguments in MEASURED.items():
+            taken = [[cpu_seconds([python, *arguments], folder) for python in pythons] for _ in range(given.times)]
+            medians = [statistics.median(column) for column in zip(*taken, strict=True)]
+            print(f"{label:32}" + "".join(f"{median:8.2f}" for median in medians), flush=True)
+        print("\n".join(f"{number}: {python}" for number, python in enumerate(pythons)))
+
+
+if __name__ == "__main__":
+    main()

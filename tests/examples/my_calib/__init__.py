@@ -1,0 +1,1 @@
+"""A package of one's own, with options for calib: see docs/ARCHITECTURE.md."""
