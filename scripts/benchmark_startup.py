@@ -14,12 +14,12 @@ import sys
 import tempfile
 from pathlib import Path
 
-#: A job with pages and pictures of none, to make a dataset to verify and a run to compare.
+#: A job that makes a dataset to verify and a run to compare.
 JOB = (
     *("num_images=2", "sampler.num_steps=2", "sampler.batch_size=2", "timestep_schedule=all", "evaluation=none"),
     *("report=none", "data_dir=dataset", "cache_dir=cache", "hydra.run.dir=run"),
 )
-#: Of what a job imports; before 0.2 it was in another module.
+#: The module that imports what a job needs, also in checkouts from before it had its present name.
 JOB_MODULE = "'calib.stages.stages' if importlib.util.find_spec('calib.stages') else 'calib.pipeline'"
 MEASURED = {
     "calib --version": ("-m", "calib", "--version"),

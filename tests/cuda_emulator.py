@@ -17,14 +17,14 @@ import numpy as np
 
 COMPILER = shutil.which("g++")
 
+#: Without C++'s own headers, which would take longer to compile than all that is compiled.
 PRELUDE = r"""
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <vector>
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
 #include <ucontext.h>
-using std::min; using std::max;
+template <class T> static T min(T a, T b) { return b < a ? b : a; }
+template <class T> static T max(T a, T b) { return a < b ? b : a; }
 struct Index { unsigned x; };
 static Index threadIdx, blockIdx;
 static ucontext_t scheduler_, threads_[1024];
@@ -140,7 +140,7 @@ static void thread() {{
 }}
 extern "C" void launch(void** pointers, void** strides, unsigned blocks, unsigned threads) {{
   pointers_ = pointers, strides_ = strides;
-  static std::vector<char> stacks(1024 * 32768);
+  static char stacks[1024 * 32768];
   for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) {{
     for (unsigned t = 0; t < threads; ++t) {{
       ended_[t] = false;

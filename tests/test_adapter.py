@@ -87,9 +87,7 @@ def inputs(rows: int) -> tuple[mx.array, mx.array, mx.array, mx.array]:
 
 
 @pytest.mark.parametrize("which", ["sd3", "flux"])
-def test_a_checkpoint_in_the_original_naming_gives_every_weight_back(
-    which: str, request: pytest.FixtureRequest
-) -> None:
+def test_original_naming(which: str, request: pytest.FixtureRequest) -> None:
     expected, path = request.getfixturevalue(which)
     load, config = (load_sd3_transformer, SD3) if which == "sd3" else (load_flux_transformer, FLUX)
     loaded = load(str(path), config, mx.float32)
@@ -99,9 +97,7 @@ def test_a_checkpoint_in_the_original_naming_gives_every_weight_back(
 
 @pytest.mark.parametrize("which", ["sd3", "flux"])
 @pytest.mark.parametrize("rows", [1, 3])
-def test_velocity_equals_diffusionkit_with_its_modulation_cache(
-    which: str, rows: int, request: pytest.FixtureRequest
-) -> None:
+def test_velocity_equals_diffusionkits(which: str, rows: int, request: pytest.FixtureRequest) -> None:
     model, _ = request.getfixturevalue(which)
     x, tokens, pooled, timestep = inputs(rows)
     ours = velocity(model, x, tokens, pooled, timestep)
@@ -113,7 +109,7 @@ def test_velocity_equals_diffusionkit_with_its_modulation_cache(
 
 
 @pytest.mark.parametrize("which", ["sd3", "flux"])
-def test_forwards_and_taps_leave_the_weights_as_loaded(which: str, request: pytest.FixtureRequest) -> None:
+def test_forwards_leave_the_weights(which: str, request: pytest.FixtureRequest) -> None:
     model, _ = request.getfixturevalue(which)
     architecture, before = MMDiTArchitecture(model), weights_fingerprint(model)
     modules = [id(module) for module in model.modules()]
@@ -130,20 +126,20 @@ def test_forwards_and_taps_leave_the_weights_as_loaded(which: str, request: pyte
         assert {"unified_block_1.attn.q_proj", "unified_block_1.mlp.fc2", "unified_block_1"} <= set(seen)
 
 
-def test_flux_shares_one_tap_among_q_k_v_and_fc1_of_a_unified_block(flux: tuple[MMDiT, Path]) -> None:
+def test_unified_blocks_share_a_tap(flux: tuple[MMDiT, Path]) -> None:
     points = {point.name: point for point in tap_points(MMDiTArchitecture(flux[0]), TapSelection())}
     aliases = points["unified_block_0.attn.q_proj"].aliases
     assert set(aliases) == {f"unified_block_0.{layer}" for layer in ("attn.k_proj", "attn.v_proj", "mlp.fc1")}
 
 
 @pytest.mark.parametrize("which", ["sd3", "flux"])
-def test_names_and_paths_are_inverse_on_every_linear_layer(which: str, request: pytest.FixtureRequest) -> None:
+def test_names_and_paths_are_inverse(which: str, request: pytest.FixtureRequest) -> None:
     model, _ = request.getfixturevalue(which)
     assert all(layer_name(module_path(name)) == name for name in MMDiTArchitecture(model).layers())
 
 
 @pytest.mark.parametrize("change", ["drop", "add", "reshape", "truncate", "foreign"])
-def test_a_wrong_checkpoint_is_named_in_one_line(change: str, sd3: tuple[MMDiT, Path], tmp_path: Path) -> None:
+def test_wrong_checkpoints(change: str, sd3: tuple[MMDiT, Path], tmp_path: Path) -> None:
     path = tmp_path / f"{change}.safetensors"
     weights = mx.load(str(sd3[1]))
     key = f"{SD3_PREFIX}joint_blocks.1.x_block.mlp.fc2.weight"
@@ -163,12 +159,12 @@ def test_a_wrong_checkpoint_is_named_in_one_line(change: str, sd3: tuple[MMDiT, 
     assert str(path) in str(raised.value) and "\n" not in str(raised.value)
 
 
-def test_flux_key_bias_is_the_one_tensor_that_diffusionkit_has_no_place_for(flux: tuple[MMDiT, Path]) -> None:
+def test_flux_key_bias_has_no_place(flux: tuple[MMDiT, Path]) -> None:
     names = dict(tree_flatten(flux[0].parameters()))
     assert not any(part in name for name in names for part in FLUX_UNUSED)
 
 
-def test_vae_decoder_reads_the_original_naming(folder: Path) -> None:
+def test_vae_in_the_original_naming(folder: Path) -> None:
     config = VAEDecoderConfig()
     decoder = VAEDecoder(config.in_channels, config.out_channels, list(config.block_out_channels))
     weights = random_weights(decoder)
@@ -179,7 +175,7 @@ def test_vae_decoder_reads_the_original_naming(folder: Path) -> None:
     assert weights_fingerprint(loaded) == weights_fingerprint(decoder)
 
 
-def test_skeletons_know_the_layers_of_the_real_models_without_loading_them() -> None:
+def test_skeletons() -> None:
     repository = "argmaxinc/mlx-stable-diffusion-3-medium"
     layers = sd3_skeleton("sd3_medium", repository).layers()
     assert len([name for name in layers if name.endswith("mlp.fc2")]) == 24 + 23
@@ -187,7 +183,7 @@ def test_skeletons_know_the_layers_of_the_real_models_without_loading_them() -> 
     assert len([name for name in layers if name.startswith("unified_block_") and name.endswith("adaln")]) == 38
 
 
-def test_flux_refuses_guidance_and_unknown_repositories_before_loading() -> None:
+def test_refused_before_loading() -> None:
     with pytest.raises(ConfigError, match=r"sampler\.cfg_weight=3"):
         flux_skeleton("flux_dev", "argmaxinc/mlx-FLUX.1-dev", cfg_weight=3.0)
     with pytest.raises(ConfigError, match=r"model\.repository=argmaxinc/mlx-FLUX\.1-deev.*Did you mean"):
@@ -196,14 +192,14 @@ def test_flux_refuses_guidance_and_unknown_repositories_before_loading() -> None
         sd3_skeleton("sd3_medium", "argmaxinc/mlx-FLUX.1-schnell")
 
 
-def test_quantized_repositories_are_refused_with_the_name_of_the_plain_one() -> None:
+def test_quantized_repositories() -> None:
     with pytest.raises(ConfigError, match=r"4-bit already.*: argmaxinc/mlx-stable-diffusion-3\.5-large$"):
         sd3_skeleton("sd35_large", "argmaxinc/mlx-stable-diffusion-3.5-large-4bit-quantized")
     with pytest.raises(ConfigError, match=r"4-bit already.*: argmaxinc/mlx-FLUX\.1-schnell$"):
         flux_skeleton("flux_schnell", "argmaxinc/mlx-FLUX.1-schnell-4bit-quantized")
 
 
-def test_sd3_refuses_images_beyond_its_positions() -> None:
+def test_images_beyond_sd3s_positions() -> None:
     repository = "argmaxinc/mlx-stable-diffusion-3-medium"
     assert sd3_skeleton("sd3_medium", repository, image_size=(1536, 1024))
     with pytest.raises(ConfigError, match=r"sampler\.image_size=\[512, 1552\]: .*at most 1536 pixels"):

@@ -15,6 +15,7 @@ from calib.analysis.options import Options
 from calib.analysis.plan import WEIGHT_BITS, Plan
 from calib.analysis.sensitivities import Sensitivities
 from calib.base.errors import CalibError, ConfigError
+from calib.base.values import bind_target
 
 import numpy as np
 import pytest
@@ -56,7 +57,7 @@ def best_by_trying(found: Sensitivities, budget: Fraction) -> float:
 
 @settings(max_examples=150)
 @given(found=small_models(), share=st.floats(0, 1), in_megabytes=st.booleans())
-def test_no_other_plan_within_the_budget_is_better(found: Sensitivities, share: float, in_megabytes: bool) -> None:
+def test_no_other_plan_is_better(found: Sensitivities, share: float, in_megabytes: bool) -> None:
     sizes = [
         [bytes_of(shape, *option) for option in found.weights[name] if shape[1] % option[1] == 0]
         for name, shape in found.shapes.items()
@@ -73,7 +74,7 @@ def test_no_other_plan_within_the_budget_is_better(found: Sensitivities, share: 
         assert found.shapes[name][1] % layer.group_size == 0
 
 
-def test_uniform_four_bits_in_groups_of_64_are_four_and_a_half() -> None:
+def test_uniform_four_bits() -> None:
     shapes = {"a": (64, 128), "b": (8, 256), "c": (3, 64)}
     found = measured({name: {(4, 64): 1e-3, (8, 64): 1e-5} for name in shapes}, shapes)
     by_default, at_four_and_a_half = (plan_layers(layers_of(found), found, average_bits=b) for b in (None, 4.5))
@@ -85,7 +86,7 @@ def test_uniform_four_bits_in_groups_of_64_are_four_and_a_half() -> None:
 
 @pytest.mark.parametrize("unit", ["average_bits", "megabytes"])
 @pytest.mark.parametrize("value", [1e-9, 0.0, -4.5, math.nan, math.inf])
-def test_a_budget_that_cannot_be_names_the_smallest_that_can(unit: str, value: float) -> None:
+def test_impossible_budgets(unit: str, value: float) -> None:
     shapes = {"a": (7, 96), "b": (5, 128), "c": (1, 32)}
     found = measured({n: {(b, 32): 1e-3 / b for b in WEIGHT_BITS} | {(2, 128): 1.0} for n in shapes}, shapes)
     with pytest.raises(ConfigError, match=rf"^analysis.{unit}={re.escape(str(value))}: must be ") as caught:
@@ -98,14 +99,14 @@ def test_a_budget_that_cannot_be_names_the_smallest_that_can(unit: str, value: f
     assert taken(plan, found) >= least
 
 
-def test_a_budget_is_the_number_that_is_written() -> None:
+def test_budgets_are_decimal() -> None:
     """Ten layers at 4.3 bits: eight at 4 and two at 3 in groups of 64. The float 4.3 is a little less than 4.3."""
     found = measured({name: {(3, 64): 1.0, (4, 64): 0.5} for name in "abcdefghij"})
     plan = plan_layers(layers_of(found), found, average_bits=4.3)
     assert sorted(layer.weight_bits for layer in plan.layers.values()) == [3, 3, *[4] * 8]
 
 
-def test_a_budget_beyond_all_options_gives_the_least_s_and_says_so() -> None:
+def test_a_budget_beyond_all_options() -> None:
     weights = typical()
     weights["b"][6, 32] = 0.0  # the best need not be the largest
     found = measured(weights)
@@ -124,7 +125,7 @@ def test_only_what_is_allowed_is_chosen() -> None:
     assert {layer.weight_bits for layer in plan.layers.values()} == {3, 6}
 
 
-def test_what_mlx_cannot_quantize_is_kept_and_costs_nothing() -> None:
+def test_kept_layers() -> None:
     found = measured(typical())
     layers = {"x_embedder": SUMMARY, **layers_of(found), "narrow": SUMMARY}
     plan = plan_layers(layers, found, activation_bits=6)
@@ -140,7 +141,7 @@ def test_what_mlx_cannot_quantize_is_kept_and_costs_nothing() -> None:
     assert not any("kept" in note for note in alone.notes)
 
 
-def test_fragile_layers_are_found_and_said() -> None:
+def test_fragile_layers() -> None:
     """One layer of eight does a thousand times what the others do; one is tiny and does less."""
     names = [f"block_{i}.fc1" for i in range(6)]
     weights = typical(["adaln", "tiny", *names])
@@ -190,12 +191,12 @@ def test_sensitive_and_aggressive(
         (-1.25, True, "robust: 1.2 bits fewer than the average"),
     ],
 )
-def test_reasons_are_words(above: float, harmless: bool, words: str) -> None:
+def test_reasons(above: float, harmless: bool, words: str) -> None:
     assert allocate._reason(above, harmless) == words
 
 
 @pytest.mark.parametrize(("average", "cost"), [(9.0, 1.0), (8.9, 2.0), (4.0, 2.0), (3.9, 5.0), (1.0, 5.0)])
-def test_what_a_layer_does_at_the_average(average: float, cost: float) -> None:
+def test_cost_at_the_average(average: float, cost: float) -> None:
     """The least of what fits; of the smallest option where none does."""
     costs, nbytes = np.array([5.0, 2.0, 7.0, 1.0]), np.array([3, 4, 5, 9])
     own = Options(np.zeros((4, 1), np.int64), np.full(4, 64), costs, nbytes, weights=8)
@@ -205,7 +206,7 @@ def test_what_a_layer_does_at_the_average(average: float, cost: float) -> None:
 # Notes
 
 
-def test_notes_tell_what_was_reached_and_what_a_bit_costs() -> None:
+def test_notes() -> None:
     found = measured(typical(list("abcdef"), seed=5), dict(zip("abcdef", SHAPES, strict=False)))
     layers = layers_of(found)
     plan, more, less = (plan_layers(layers, found, average_bits=b) for b in (4.0, 5.0, 3.0))
@@ -234,7 +235,7 @@ def _said(error: float, best: float) -> str:
     return f"ΣS = {error:.3g}, {error / best:.3g} times as much"
 
 
-def test_no_comparison_with_uniform_where_a_layer_cannot_have_it() -> None:
+def test_notes_where_uniform_is_impossible() -> None:
     weights = typical()
     for option in [o for o in weights["b"] if o[1] != 32]:
         del weights["b"][option]
@@ -242,7 +243,7 @@ def test_no_comparison_with_uniform_where_a_layer_cannot_have_it() -> None:
     assert not any("uniform" in note for note in plan_layers(layers_of(found), found).notes)
 
 
-def test_an_error_of_nothing_is_compared_with_nothing() -> None:
+def test_notes_of_no_error() -> None:
     found = measured({"a": {(2, 64): 0.0, (4, 64): 0.0, (8, 64): 0.0}})
     plan = plan_layers(layers_of(found), found)
     assert plan.layers["a"].weight_bits == 2
@@ -304,7 +305,7 @@ def check_phases(found: Sensitivities, average_bits: float) -> Plan:
 
 @settings(max_examples=100)
 @given(data=st.data())
-def test_no_other_bits_by_phase_are_better(data: st.DataObject) -> None:
+def test_no_other_phases_are_better(data: st.DataObject) -> None:
     s = st.lists(st.floats(1e-9, 1e-3), min_size=4, max_size=4)
     weights = {}
     for name in "ab"[: data.draw(st.integers(1, 2))]:
@@ -321,7 +322,7 @@ def different_by_phase() -> Sensitivities:
     return measured(weights, steps=MEASURED_AT)
 
 
-def test_copies_are_counted_and_what_they_gain_is_said() -> None:
+def test_copies_are_counted() -> None:
     found = different_by_phase()
     plan = check_phases(found, average_bits=6.0)
     bits = {phase: own["a"] for phase, own in plan.phase_weight_bits.items()}
@@ -344,7 +345,7 @@ def test_copies_are_counted_and_what_they_gain_is_said() -> None:
     assert float(said[2]) == pytest.approx(one_copy / reached, rel=1e-2)
 
 
-def test_where_s_falls_with_bits_one_copy_is_best() -> None:
+def test_one_copy_where_s_falls_with_bits() -> None:
     """The copy of most bits in all phases takes less, and does no more."""
     rng = np.random.default_rng(2)
     weights = {
@@ -362,7 +363,7 @@ def test_where_s_falls_with_bits_one_copy_is_best() -> None:
     assert early == mid == late == {name: layer.weight_bits for name, layer in plan.layers.items()}
 
 
-def test_kept_layers_have_no_bits_by_phase() -> None:
+def test_kept_layers_have_no_phases() -> None:
     found = different_by_phase()
     plan = plan_layers(layers_of(found, "conv"), found, per_phase=True)
     assert all(list(own) == ["a", "b"] for own in plan.phase_weight_bits.values())
@@ -374,7 +375,7 @@ def test_kept_layers_have_no_bits_by_phase() -> None:
     ("steps", "phase", "missing"),
     [((4, 9), "early", "0 to 2"), ((0, 9), "mid", "3 to 6"), ((0, 4, 10), "late", "7 to 9")],
 )
-def test_every_phase_must_be_measured(steps: tuple[int, ...], phase: str, missing: str) -> None:
+def test_unmeasured_phases(steps: tuple[int, ...], phase: str, missing: str) -> None:
     """State 10 is not: the model never sees it."""
     found = measured({"a": {(4, 64): 1e-3}}, steps=steps)
     with pytest.raises(CalibError, match=f"{phase} phase; measure at one or more of the steps {missing}"):
@@ -382,7 +383,7 @@ def test_every_phase_must_be_measured(steps: tuple[int, ...], phase: str, missin
     assert plan_layers(layers_of(found), found).layers["a"].weight_bits == 4
 
 
-def test_a_phase_that_a_short_trajectory_lacks_needs_no_measurement() -> None:
+def test_short_trajectories() -> None:
     """Of one step all is mid."""
     found = measured({"a": {(4, 64): 1e-3}}, num_steps=1)
     plan = plan_layers(layers_of(found), found, per_phase=True)
@@ -403,7 +404,7 @@ def test_a_phase_that_a_short_trajectory_lacks_needs_no_measurement() -> None:
         ({"group_sizes": [16]}, r"analysis.group_sizes=\[16\]: must be some of \[32, 64, 128\]"),
     ],
 )
-def test_impossible_parameters_are_refused_before_data_are_looked_at(parameters: dict[str, Any], words: str) -> None:
+def test_impossible_parameters(parameters: dict[str, Any], words: str) -> None:
     nothing = measured({})
     with pytest.raises(ConfigError, match=f"^{words}"):
         plan_layers({}, nothing, **parameters)
@@ -432,9 +433,7 @@ BAD_DATA = [
 
 @pytest.mark.parametrize(("found", "words"), BAD_DATA)
 @pytest.mark.parametrize("heuristic", [allocate.plan_layers, sensitivity.plan_layers])
-def test_garbled_sensitivities_end_with_one_line(
-    heuristic: Callable[..., Plan], found: Sensitivities, words: str
-) -> None:
+def test_garbled_sensitivities(heuristic: Callable[..., Plan], found: Sensitivities, words: str) -> None:
     with pytest.raises(CalibError, match=re.escape(words)) as caught:
         heuristic({"a": SUMMARY}, found)
     assert len(str(caught.value).splitlines()) == 1
@@ -444,7 +443,7 @@ def test_garbled_sensitivities_end_with_one_line(
 
 
 @pytest.mark.parametrize("module", [allocate, sensitivity])
-def test_the_configuration_names_every_parameter_with_its_default(module: Any) -> None:
+def test_options_name_every_default(module: Any) -> None:
     name = module.__name__.rpartition(".")[2]
     text = (CONF / f"{name}.yaml").read_text(encoding="utf-8")
     node = OmegaConf.to_container(OmegaConf.create(text))

@@ -3,18 +3,18 @@
 import json
 import math
 import re
-import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from calib.activations.reader import ActivationFile
-from calib.analysis.heuristic import make_plan, outlier_channels, outlier_layers
+from calib.analysis.heuristic import Heuristic, make_plan, outlier_channels, outlier_layers
 from calib.analysis.heuristics import range as range_heuristic
 from calib.analysis.heuristics import uniform
 from calib.analysis.layers import LayerSummary, read_summaries
-from calib.analysis.plan import LayerPlan, Plan, phase_bits
+from calib.analysis.plan import LayerPlan, Plan
+from calib.analysis.sensitivities import Sensitivities
 from calib.analysis.steps import read_steps
 from calib.analysis.summary import summary_text
 from calib.base.errors import CalibError, ConfigError
@@ -22,10 +22,11 @@ from calib.dataset.timesteps import phase_bounds
 
 import numpy as np
 import pytest
-from helpers import run_here, run_process
+from helpers import run_here
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+RANGE = Heuristic.of(range_heuristic.plan_layer, "analysis=range")
 NUMBER = st.floats(-1e4, 1e4, allow_subnormal=False)
 
 
@@ -97,7 +98,7 @@ def test_range_is_the_origins_rule(layer: LayerSummary) -> None:
         (0.0, 1.0, 6),
     ],
 )
-def test_range_thresholds_are_exceeded_not_met(p99: float, std: float, bits: int) -> None:
+def test_range_thresholds(p99: float, std: float, bits: int) -> None:
     assert range_heuristic.plan_layer(summary(0.0, p99, 0.0, p99, std)).weight_bits == bits
 
 
@@ -116,7 +117,7 @@ def test_range_takes_thresholds() -> None:
 
 
 @given(layer=summaries(), bits=st.sampled_from([2, 3, 4, 5, 6, 8]), activation_bits=st.integers(2, 16))
-def test_uniform_gives_the_same_to_every_layer(layer: LayerSummary, bits: int, activation_bits: int) -> None:
+def test_uniform(layer: LayerSummary, bits: int, activation_bits: int) -> None:
     plan = uniform.plan_layer(layer, weight_bits=bits, activation_bits=activation_bits)
     assert (plan.weight_bits, plan.activation_bits, plan.clips) == (bits, activation_bits, False)
 
@@ -130,13 +131,13 @@ def test_uniform_gives_the_same_to_every_layer(layer: LayerSummary, bits: int, a
         ({"activation_bits": 17}, "analysis.activation_bits=17"),
     ],
 )
-def test_uniform_refuses_bits_that_cannot_be(given_bits: dict[str, int], words: str) -> None:
+def test_uniform_refuses(given_bits: dict[str, int], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         uniform.plan_layer(summary(0, 1, 0, 1, 0.2), **given_bits)
 
 
 @given(ranges=st.lists(st.floats(0.01, 100), min_size=1, max_size=40))
-def test_outlier_channels_exceed_two_and_a_half_medians(ranges: list[float]) -> None:
+def test_outlier_channels(ranges: list[float]) -> None:
     layer = replace(summary(0, 1, 0, 1, 0.2), channel_range=np.array(ranges))
     limit = 2.5 * float(np.median(ranges))
     found = outlier_channels(layer)
@@ -145,17 +146,28 @@ def test_outlier_channels_exceed_two_and_a_half_medians(ranges: list[float]) -> 
         assert medians == pytest.approx(ranges[channel] / float(np.median(ranges)))
 
 
-def test_outlier_layers_have_heavy_tails() -> None:
+def test_outlier_layers() -> None:
     layers = {name: replace(summary(0, 1, 0, 1, 0.2), kurtosis=k) for name, k in {"a": 3.0, "b": 51.0}.items()}
     layers["c"] = summary(0, 1, 0, 1, 0.2)
     assert outlier_layers(layers) == {"b": 51.0}
     assert outlier_channels(layers["c"]) == {}
 
 
-def test_phases_are_planned_from_their_own_statistics() -> None:
+def test_phases() -> None:
     wide, narrow = summary(-10, 10, -10, 10, 3.0), summary(-1, 1, -1, 1, 0.3)
     layers = {"a": replace(narrow, phases={"early": wide, "late": narrow})}
-    assert phase_bits(layers, range_heuristic.plan_layer) == {"early": {"a": 8}, "late": {"a": 4}}
+    plan = RANGE.plan(layers, never)
+    assert (plan, RANGE.phase_bits(layers, plan)) == (
+        make_plan(layers, range_heuristic.plan_layer),
+        {"early": {"a": 8}, "late": {"a": 4}},
+    )
+    whole = Heuristic.of(lambda layers: Plan(dict.fromkeys(layers, LayerPlan(4, 6))), "analysis=own")
+    plan = whole.plan(layers, never)
+    assert whole.phase_bits(layers, plan) == {"early": {"a": 6}, "late": {"a": 6}}, "the plan's, which is one for all"
+
+
+def never() -> Sensitivities:
+    raise AssertionError("sensitivities were measured")
 
 
 # What people read
@@ -176,7 +188,7 @@ Layer Statistics Summary:
 """
 
 
-def test_the_summary_has_exactly_the_form_of_the_issue() -> None:
+def test_the_summary_to_the_letter() -> None:
     eight = LayerPlan(8, 8, reason="large range", sensitive=True, figure="r = 12.4")
     six = LayerPlan(6, 6, reason="medium range", figure="r = 7")
     four = LayerPlan(4, 4, reason="narrow range", aggressive=True, figure="r = 3.1")
@@ -188,7 +200,7 @@ def test_the_summary_has_exactly_the_form_of_the_issue() -> None:
     assert summary_text(Plan(layers)) == EXPECTED.format(sensitive=sensitive, aggressive=aggressive)
 
 
-def test_what_stands_out_is_added_below_the_summary() -> None:
+def test_what_stands_out_is_added_below() -> None:
     plan = Plan({"a": LayerPlan(6, 6, reason="medium range")}, {"a": 120.4}, {"a": {1: 2.6, 2: 7.0}})
     text = summary_text(replace(plan, notes=("predicted error 3", "nothing else")))
     assert text.startswith(summary_text(Plan(plan.layers)))
@@ -204,7 +216,7 @@ def load(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def test_the_lines_of_users_scripts_run_on_every_layer(tiny_run: Path) -> None:
+def test_users_scripts(tiny_run: Path) -> None:
     stats = json.load(open(tiny_run / "layer_statistics.json"))  # noqa: SIM115  (as users' scripts have it)
     plan = json.load(open(tiny_run / "quantization_config.json"))  # noqa: SIM115
     scales = {}
@@ -218,7 +230,7 @@ def test_the_lines_of_users_scripts_run_on_every_layer(tiny_run: Path) -> None:
     assert all(math.isfinite(scale) and scale > 0 for scale in scales.values())
 
 
-def test_layer_statistics_json_keeps_its_contract(tiny_run: Path) -> None:
+def test_layer_statistics_json(tiny_run: Path) -> None:
     stats = load(tiny_run / "layer_statistics.json")
     with ActivationFile(tiny_run / "activations.h5") as file:
         assert set(stats) == set(file.layers)
@@ -241,7 +253,7 @@ def test_layer_statistics_json_keeps_its_contract(tiny_run: Path) -> None:
     assert stats["mm_block_0.text.adaln"]["num_samples"] == 5 * 2 * 2 * 256
 
 
-def test_quantization_config_json_keeps_its_contract(tiny_run: Path) -> None:
+def test_quantization_config_json(tiny_run: Path) -> None:
     plan, layers = load(tiny_run / "quantization_config.json"), load(tiny_run / "layer_statistics.json")
     assert list(plan) == list(layers)
     for name, entry in plan.items():
@@ -270,7 +282,7 @@ def bounds_by_step(run: Path) -> dict[str, dict[int, tuple[float, float]]]:
     return found
 
 
-def test_timestep_config_json_has_phases_and_ranges(tiny_run: Path) -> None:
+def test_timestep_config_json(tiny_run: Path) -> None:
     config, plan = load(tiny_run / "timestep_config.json"), load(tiny_run / "quantization_config.json")
     manifest = load(tiny_run.parent / "dataset" / "manifest.json")
     assert config["num_steps"] == 4
@@ -281,7 +293,8 @@ def test_timestep_config_json_has_phases_and_ranges(tiny_run: Path) -> None:
     assert {name: tuple(phase["steps"]) for name, phase in config["phases"].items()} == bounds
     assert sorted(step for first, last in bounds.values() for step in range(first, last + 1)) == [0, 1, 2, 3]
     assert not any("weight_bits" in phase for phase in config["phases"].values()), "one copy serves all phases"
-    by_phase = phase_bits(read_summaries(tiny_run)[0], range_heuristic.plan_layer)
+    layers, _ = read_summaries(tiny_run)
+    by_phase = RANGE.phase_bits(layers, RANGE.plan(layers, never))
     steps, several = read_steps(tiny_run / "timestep_config.json"), 0
     for name, entry in plan.items():
         by_step = steps.bits_by_step(name, entry["suggested_activation_bits"])
@@ -297,10 +310,8 @@ def test_timestep_config_json_has_phases_and_ranges(tiny_run: Path) -> None:
         assert (ranges["low"], ranges["high"]) == (pytest.approx([low]), pytest.approx([high])), name
 
 
-def test_ranges_vary_with_the_step_where_they_are_asked_to(
-    tiny_run: Path, folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    given_ranges = ["ranges=per_step", "phase_bits=false", "hydra.run.dir=run"]
+def test_ranges_that_vary_with_the_step(tiny_run: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given_ranges = ["ranges=per_step", "phase_bits=false", "hydra.run.dir=run", "report=none"]
     outcome = run_here(["analyze", f"stats={tiny_run}", *given_ranges], capsys)
     assert outcome.status == 0, outcome.err
     config = load(folder / "run" / "timestep_config.json")
@@ -317,7 +328,7 @@ def test_ranges_vary_with_the_step_where_they_are_asked_to(
     assert several > 40
 
 
-def test_the_runs_summary_is_printed_and_agrees_with_its_plan(tiny_run: Path) -> None:
+def test_the_runs_summary(tiny_run: Path) -> None:
     text, plan = (tiny_run / "analysis.txt").read_text(encoding="utf-8"), load(tiny_run / "quantization_config.json")
     stats = load(tiny_run / "layer_statistics.json")
     assert text in (tiny_run.parent / "stdout.txt").read_text(encoding="utf-8")
@@ -342,7 +353,7 @@ def test_the_runs_summary_is_printed_and_agrees_with_its_plan(tiny_run: Path) ->
     assert all(plan[name]["figure"] == f"r = {r[name]:.3g}" for name in expected)
 
 
-def test_a_plan_names_the_channels_that_stand_out(tiny_run: Path) -> None:
+def test_a_plan_names_outlier_channels(tiny_run: Path) -> None:
     plan = load(tiny_run / "quantization_config.json")
     lines = (tiny_run / "analysis.txt").read_text(encoding="utf-8").splitlines()
     total = 0
@@ -358,7 +369,7 @@ def test_a_plan_names_the_channels_that_stand_out(tiny_run: Path) -> None:
     assert re.fullmatch(r"    - \S+ \(\d+ channels, widest \d+: [\d.]+ × median\)", lines[place + 1])
 
 
-def test_the_runs_summary_ends_with_the_layers_that_drift_most(tiny_run: Path) -> None:
+def test_the_summary_ends_with_drift(tiny_run: Path) -> None:
     lines = (tiny_run / "analysis.txt").read_text(encoding="utf-8").splitlines()
     rows = lines[lines.index("  Drift over the steps (width at its widest : at its narrowest):") + 1 :]
     # Layers that read one array are told once, by the first one's name.
@@ -378,7 +389,7 @@ def test_the_runs_summary_ends_with_the_layers_that_drift_most(tiny_run: Path) -
         assert row == f"    - {name}{told[name]} ({figures})"
 
 
-def test_a_run_directory_and_its_json_alone_give_the_same_plan(tiny_run: Path) -> None:
+def test_the_json_alone(tiny_run: Path) -> None:
     whole, steps = read_summaries(tiny_run)
     alone, no_steps = read_summaries(tiny_run / "layer_statistics.json")
     assert (steps, no_steps) == (4, None)
@@ -389,7 +400,7 @@ def test_a_run_directory_and_its_json_alone_give_the_same_plan(tiny_run: Path) -
     assert whole["x_embedder"].channel_range is not None
 
 
-def test_a_phase_pools_the_steps_that_the_sampler_evaluates(tiny_run: Path) -> None:
+def test_a_phase_pools_evaluated_steps(tiny_run: Path) -> None:
     whole, _ = read_summaries(tiny_run)
     with ActivationFile(tiny_run / "activations.h5") as file:
         for phase, (first, last) in phase_bounds(4).items():
@@ -404,14 +415,12 @@ def test_a_phase_pools_the_steps_that_the_sampler_evaluates(tiny_run: Path) -> N
             assert found.percentiles == pytest.approx(expected.percentiles)
 
 
-def test_analyze_gives_another_plan_from_the_same_statistics(tiny_run: Path, tmp_path: Path) -> None:
-    shutil.copytree(tiny_run, tmp_path / "run")
-    outcome = run_process(
-        tmp_path, "analyze", "stats=run", "analysis=uniform", "analysis.weight_bits=3", "export_config=out/plan.json"
-    )
+def test_another_plan(tiny_run: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given_plan = ["analysis=uniform", "analysis.weight_bits=3", "export_config=out/plan.json", "report=none"]
+    outcome = run_here(["analyze", f"stats={tiny_run}", *given_plan], capsys)
     assert outcome.status == 0, outcome.err
-    plan = load(tmp_path / "out/plan.json")
-    (own,) = tmp_path.glob("outputs/*/*/quantization_config.json")
+    plan = load(folder / "out/plan.json")
+    (own,) = folder.glob("outputs/*/*/quantization_config.json")
     assert plan == load(own)
     assert {entry["suggested_weight_bits"] for entry in plan.values()} == {3}
     assert {entry["suggested_activation_bits"] for entry in plan.values()} == {8}
@@ -435,7 +444,7 @@ def test_analyze_gives_another_plan_from_the_same_statistics(tiny_run: Path, tmp
         '{"a": {"min": 0, "max": 1, "mean": 0, "std": 1, "num_samples": 1e999, "percentiles": {"p01": 0, "p99": 1}}}',
     ],
 )
-def test_garbled_statistics_end_with_one_line_that_names_the_file(
+def test_garbled_statistics(
     tmp_path: Path, content: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -447,7 +456,7 @@ def test_garbled_statistics_end_with_one_line_that_names_the_file(
     assert "layer_statistics.json" in outcome.err
 
 
-def test_missing_statistics_say_what_makes_them(tmp_path: Path) -> None:
+def test_missing_statistics(tmp_path: Path) -> None:
     with pytest.raises(CalibError, match=r"nowhere.*calib collect"):
         read_summaries(tmp_path / "nowhere")
     with pytest.raises(CalibError, match="calib collect"):

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from calib.activations.reader import ActivationFile
-from calib.base.progress import note
 from calib.dataset.generate import generate
 from calib.models.model import DiffusionModel
 
@@ -19,14 +18,16 @@ from damage import SETTINGS, restated, set_states
 from helpers import PROMPTS, contents, everything, flip_byte, is_one_clear_line, lines_of, run_here, temporaries
 
 #: Of a dataset of four images and two steps.
-COLLECT = ("collect", "data_dir=dataset", "sampler.num_steps=2", "timestep_schedule=all", "hydra.run.dir=run")
+COLLECT = (
+    *("collect", "data_dir=dataset", "sampler.num_steps=2", "timestep_schedule=all", "report=none"),
+    "hydra.run.dir=run",
+)
 
 
 @pytest.fixture
 def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The working folder, in which ``dataset`` lies."""
     monkeypatch.chdir(tmp_path)
-    note.cache_clear()
     return tmp_path
 
 
@@ -36,7 +37,7 @@ def check_failed_run(work: Path, message: str) -> None:
     assert status["state"] == "failed"
     assert message in status["error"]
     made = {path.name for path in (work / "run").iterdir() if not path.name.startswith(".")}
-    assert made == {"config.resolved.yaml", "env.json", "report.html", "run.log", "status.json"}
+    assert made - {"report.html"} == {"config.resolved.yaml", "env.json", "run.log", "status.json"}
     assert list(work.rglob("step_*")) == []
     assert temporaries(work) == set()
 
@@ -72,6 +73,15 @@ def test_states_that_are_not_sound_are_named_before_anything_is_collected(
     mend = "calib verify dataset says what else is wrong; calib generate draws them again"
     assert line == f"dataset: {words}; {mend}"
     check_failed_run(work, words)
+    assert not (work / "run" / "report.html").exists()
+
+
+def test_a_failed_run_has_a_page_that_says_why(dataset: Path, work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    damage, words = STATES["a lost file"]
+    damage(dataset)
+    assert words in is_one_clear_line(run_here([*COLLECT, "report=html"], capsys), status=1)
+    check_failed_run(work, words)
+    assert words in (work / "run" / "report.html").read_text(encoding="utf-8")
 
 
 def test_of_states_in_files_of_their_own_only_those_asked_for_must_be_sound(
@@ -223,7 +233,7 @@ def test_what_is_not_finite_is_named_left_out_and_marked_and_the_run_goes_on(
         x = file.by_step("x_embedder")[1]
         assert x.count.min() == 4 * 2 * 256 - 2 and x.count.max() == 4 * 2 * 256
         assert np.isfinite(file.image_ranges("x_embedder", [1])).all(), "one value of many"
-    outcome = run_here(["analyze", "stats=run", "hydra.run.dir=run2"], capsys)
+    outcome = run_here(["analyze", "stats=run", "hydra.run.dir=run2", "report=none"], capsys)
     assert outcome.status == 0, outcome.err
     # What is in the cache is told again, by the run that takes it from there.
     outcome = run_here([*COLLECT[:-1], "hydra.run.dir=run3", *every_row], capsys)
@@ -241,5 +251,5 @@ def test_a_layer_that_is_never_finite_is_named_when_a_plan_is_asked_for(
     restated(dataset)
     outcome = run_here([*COLLECT, "taps.include=[x_embedder,t_embedder.0]"], capsys)
     assert outcome.status == 0, outcome.err
-    line = is_one_clear_line(run_here(["analyze", "stats=run", "hydra.run.dir=run2"], capsys), status=1)
+    line = is_one_clear_line(run_here(["analyze", "stats=run", "hydra.run.dir=run2", "report=none"], capsys), status=1)
     assert "'x_embedder' has no finite activations; look at collection_metadata.json" in line

@@ -110,19 +110,18 @@ def check_alike(found: Observer, plain: Observer, forwards: Sequence[Mapping[str
 
 
 @pytest.mark.parametrize("dtype", list(MLX_DTYPES))
-def test_every_value_of_any_activation_is_seen(dtype: str) -> None:
+def test_every_value_is_seen(dtype: str) -> None:
     forwards = [in_type(activations(rows, seed), dtype) for seed, rows in enumerate((3, 3, 1))]
     check_alike(CudaObserver(1), MlxObserver(1), forwards, every_row=True)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16"])
 @pytest.mark.parametrize("stride", [7, 1000])
-def test_the_same_rows_are_sampled(dtype: str, stride: int) -> None:
-    forwards = [in_type(activations(rows, seed), dtype) for seed, rows in enumerate((2, 2, 1))]
+def test_the_same_rows_are_sampled(stride: int) -> None:
+    forwards = [in_type(activations(rows, seed), "bfloat16") for seed, rows in enumerate((2, 2, 1))]
     check_alike(CudaObserver(stride), MlxObserver(stride), forwards, every_row=False)
 
 
-def test_more_taps_than_a_launch_takes_of_several_types_in_turn(emulator: Emulator) -> None:
+def test_more_taps_than_a_launch_takes(emulator: Emulator) -> None:
     """Every change of type begins a launch, and so does a full one."""
     random = np.random.RandomState(0)
     dtypes = [*["float16"] * (cuda_launch.TAPS + 3), "float32", "float32", "float16", "bfloat16"]
@@ -134,7 +133,7 @@ def test_more_taps_than_a_launch_takes_of_several_types_in_turn(emulator: Emulat
     assert emulator.launches == 2 * (5 * 2 + 2), "two kernels over each of five groups, two over all"
 
 
-def test_counters_are_emptied_before_they_could_overflow(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_counters_are_emptied_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
     random = np.random.RandomState(0)
     forwards = [{"x": array(random, 2, 30, 16), "y": array(random, 2, 1, 8)} for _ in range(4)]
     monkeypatch.setattr(observer_cuda, "MOST_COUNTS", 2 * 960)
@@ -152,7 +151,7 @@ def test_counters_are_emptied_before_they_could_overflow(monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("most", [256, 32])
-def test_sums_do_not_depend_on_how_tokens_are_shared_out(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+def test_tokens_may_be_shared_out_in_any_way(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
     monkeypatch.setattr(cuda_launch, "MOST_TOKENS", most)
     random = np.random.RandomState(0)
     forwards = [{"x": array(random, rows, 700, 40, mean=100, spread=0.1)} for rows in (2, 1)]
@@ -160,7 +159,7 @@ def test_sums_do_not_depend_on_how_tokens_are_shared_out(monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e30])
-def test_a_value_that_cannot_be_summed_makes_what_was_seen_unsound(bad: float) -> None:
+def test_a_value_that_cannot_be_summed(bad: float) -> None:
     values = np.random.RandomState(0).randn(3, 2, 45, 20).astype(np.float32)
     values[1, 1, 44, 19] = bad
     observer = CudaObserver(1)
@@ -177,7 +176,7 @@ def test_all_patterns_of_a_type_are_counted() -> None:
         assert len(found.keys) == (1 << 16) - 2 * (1 << {"float16": 10, "bfloat16": 7}[dtype]), "all that are finite"
 
 
-def test_the_activation_that_is_passed_on_is_the_one_that_was_seen() -> None:
+def test_activations_are_passed_on() -> None:
     observer, x = CudaObserver(1), array(np.random.RandomState(0), 2, 5, 8)
     observer.begin(0)
     for i in range(cuda_launch.TAPS + 1):
@@ -185,7 +184,7 @@ def test_the_activation_that_is_passed_on_is_the_one_that_was_seen() -> None:
         assert np.array_equal(np.array(observer.tie(x)), np.array(x))
 
 
-def test_the_self_test_of_a_gpu_passes_and_notices_a_kernel_that_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_self_test_notices_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     def observer(stride: int, finite_only: bool = False) -> Observer:
         return MlxObserver(stride, finite_only) if finite_only else CudaObserver(stride)
 

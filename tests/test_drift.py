@@ -130,8 +130,8 @@ def test_a_layer_with_nothing_finite_says_nothing(whole: Whole) -> None:
 
 
 def test_drift_is_a_schedule_of_the_states_that_the_sampler_evaluates() -> None:
-    assert timesteps.drift(50) == timesteps.Drift(17, 8)
-    assert timesteps.drift(4, count=4, images=1) == timesteps.Drift(4, 1)
+    assert timesteps.drift(50) == timesteps.DriftSchedule(17, 8)
+    assert timesteps.drift(4, count=4, images=1) == timesteps.DriftSchedule(4, 1)
     check_config_error(lambda: timesteps.drift(4, count=5), ("timestep_schedule.count=5", "1 to 4"))
     check_config_error(lambda: timesteps.drift(4, count=0), ("timestep_schedule.count=0", "1 to 4"))
     check_config_error(lambda: timesteps.drift(4, count=1, images=0), ("timestep_schedule.images=0", "1 or more"))
@@ -139,7 +139,8 @@ def test_drift_is_a_schedule_of_the_states_that_the_sampler_evaluates() -> None:
 
 def drift(data_dir: Path, run: str, count: int, *more: str) -> list[str]:
     schedule = ("sampler.num_steps=8", "timestep_schedule=drift", f"timestep_schedule.count={count}")
-    return ["collect", f"data_dir={data_dir}", *schedule, "taps.include=['*.fc2']", f"hydra.run.dir={run}", *more]
+    own = ("taps.include=['*.fc2']", f"hydra.run.dir={run}", "report=none")
+    return ["collect", f"data_dir={data_dir}", *schedule, *own, *more]
 
 
 def steps_of(run: Path) -> list[int]:
@@ -273,7 +274,7 @@ def test_the_command_collects_diverse_images(
 ) -> None:
     given = ["collect", f"data_dir={data_dir}", "sampler.num_steps=8", "timestep_schedule=list", "seed=3"]
     given += ["timestep_schedule.steps=[0]", "taps.include=[x_embedder]", "subset=diverse", "subset.num_images=2"]
-    assert run_here([*given, "hydra.run.dir=run"], capsys).status == 0
+    assert run_here([*given, "hydra.run.dir=run", "report=none"], capsys).status == 0
     found = json.loads((folder / "run" / "collection_metadata.json").read_text())["image_ids"]
     assert found == subsets.diverse(range(4), 2, lambda ids: features(data_dir, manifest, ids), seed=3)
 

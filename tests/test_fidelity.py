@@ -71,14 +71,14 @@ def slow_ssim(x: NDArray[np.float64], y: NDArray[np.float64]) -> float:
 
 @pytest.mark.parametrize("size", [(11, 11), (11, 17), (23, 14)])
 @pytest.mark.parametrize("noise", [1e-4, 0.05, 0.5])
-def test_ssim_is_the_papers_window_by_window(size: tuple[int, int], noise: float) -> None:
+def test_ssim_window_by_window(size: tuple[int, int], noise: float) -> None:
     x, y = noisy_pair(7, size, noise)
     assert ssim(x, y) == pytest.approx(slow_ssim(x, y), abs=1e-12)
     assert ssim(x.astype(np.float32), y) == pytest.approx(slow_ssim(x, y), abs=1e-6)
 
 
 @given(pictures)
-def test_ssim_is_symmetric_and_bounded(pair: tuple[NDArray[Any], NDArray[Any]]) -> None:
+def test_ssim_is_symmetric(pair: tuple[NDArray[Any], NDArray[Any]]) -> None:
     x, y = pair
     found = ssim(x, y)
     assert -1 <= found <= 1 + 1e-12
@@ -93,7 +93,7 @@ def test_ssim_of_a_negative_is_negative() -> None:
 
 
 @given(pictures)
-def test_psnr_is_that_of_the_mean_square(pair: tuple[NDArray[Any], NDArray[Any]]) -> None:
+def test_psnr(pair: tuple[NDArray[Any], NDArray[Any]]) -> None:
     x, y = pair
     assert psnr(x, x) == math.inf
     mse = float(np.mean((x - y) ** 2))
@@ -108,7 +108,7 @@ def test_psnr_of_a_known_difference(difference: float, expected: float) -> None:
     assert psnr(x.astype(np.float16), np.full((8, 8, 3), difference)) == pytest.approx(expected, abs=1e-4)
 
 
-def test_pictures_that_cannot_be_compared_are_refused() -> None:
+def test_pictures_that_do_not_fit() -> None:
     x = np.zeros((12, 12, 3))
     for measure in (psnr, ssim):
         for other in (x[:11], x[:, :, :1], x[0]):
@@ -118,7 +118,7 @@ def test_pictures_that_cannot_be_compared_are_refused() -> None:
         ssim(x[:10], x[:10])
 
 
-def test_relative_error_is_of_squares_row_by_row() -> None:
+def test_relative_error() -> None:
     rng = np.random.default_rng(1)
     v = rng.normal(size=(5, 4, 4, 16)).astype(np.float32)
     v_q = v + rng.normal(0, 0.01, v.shape).astype(np.float32)
@@ -141,7 +141,7 @@ def test_relative_error_knows_no_scale(seed: int, scale: float, factor: float) -
     np.testing.assert_allclose(relative_error(scale * v, factor * scale * v), (1 - factor) ** 2, rtol=1e-9, atol=1e-28)
 
 
-def test_intervals_hold_the_mean_about_as_often_as_they_say() -> None:
+def test_coverage() -> None:
     rng = np.random.default_rng(0)
     inside = 0
     for seed in range(300):
@@ -152,7 +152,7 @@ def test_intervals_hold_the_mean_about_as_often_as_they_say() -> None:
 
 
 @pytest.mark.parametrize("prompts", [50, 1000])
-def test_an_interval_is_as_wide_as_the_standard_error_says(prompts: int) -> None:
+def test_width_of_intervals(prompts: int) -> None:
     """1000 prompts take several blocks."""
     values = np.random.default_rng(2).normal(3, 1, prompts)
     interval = bootstrap(values)
@@ -164,7 +164,7 @@ def test_an_interval_is_as_wide_as_the_standard_error_says(prompts: int) -> None
     assert half.high - half.low == pytest.approx(2 * 0.6745 * error, rel=0.08)
 
 
-def test_an_interval_is_a_function_of_values_and_seed() -> None:
+def test_intervals_repeat() -> None:
     values = np.random.default_rng(3).random(12)
     assert bootstrap(values) == bootstrap(values)
     assert bootstrap(values, seed=1) != bootstrap(values)
@@ -175,21 +175,21 @@ def test_an_interval_is_a_function_of_values_and_seed() -> None:
 
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=12))
 @settings(deadline=None)
-def test_an_interval_holds_its_own_mean_and_stays_within_the_values(values: list[float]) -> None:
+def test_intervals_stay_within_the_values(values: list[float]) -> None:
     interval = bootstrap(np.array(values), resamples=200)
     assert interval.low <= interval.mean <= interval.high
     slack = 1e-9 * max(map(abs, values))
     assert min(values) - slack <= interval.low and interval.high <= max(values) + slack
 
 
-def test_rounding_puts_no_mean_outside_its_interval() -> None:
+def test_rounding_of_intervals() -> None:
     for prompts in range(1, 60):
         interval = bootstrap(np.full(prompts, 0.1), resamples=10)
         assert interval.low <= interval.mean <= interval.high
         assert interval.high - interval.low < 1e-15
 
 
-def test_one_value_is_its_own_interval_and_values_that_are_not_finite_are_refused() -> None:
+def test_intervals_of_one_and_none() -> None:
     interval = bootstrap(np.array([0.3]))
     assert (interval.mean, interval.low, interval.high) == (0.3, 0.3, 0.3)
     for bad in ([], [1.0, math.inf], [math.nan]):
@@ -197,7 +197,7 @@ def test_one_value_is_its_own_interval_and_values_that_are_not_finite_are_refuse
             bootstrap(np.array(bad))
 
 
-def test_pairing_cancels_what_prompts_have_in_common() -> None:
+def test_pairing() -> None:
     rng = np.random.default_rng(4)
     prompts = rng.normal(30, 5, 40)
     a, b = prompts + rng.normal(0.5, 0.3, 40), prompts + rng.normal(0, 0.3, 40)
@@ -226,7 +226,7 @@ def test_pairing_cancels_what_prompts_have_in_common() -> None:
         ([1.0, 0.0], NO_ERROR),
     ],
 )
-def test_growth_is_that_from_the_first_fifth_to_the_last(errors: list[float], expected: float) -> None:
+def test_growth(errors: list[float], expected: float) -> None:
     steps = np.arange(len(errors)) * 3
     assert growth(np.array(errors), steps) == pytest.approx(expected)
     order = np.random.default_rng(5).permutation(len(errors))
@@ -246,7 +246,7 @@ def same(prompts: int, steps: int = 4) -> Fidelity:
     return Fidelity(np.full(prompts, np.inf), np.ones(prompts), np.zeros((prompts, steps)), np.arange(steps))
 
 
-def test_the_summary_is_flat_and_strict_json(tmp_path: Path) -> None:
+def test_the_summary_is_strict_json(tmp_path: Path) -> None:
     found = fidelity(3)
     found.psnr[1] = np.inf
     metrics = {**found.summary(), **same(2).summary("control_")}
@@ -275,7 +275,7 @@ def test_the_summary_is_flat_and_strict_json(tmp_path: Path) -> None:
         ("ssim", np.nan, "prompt 1: the picture is not finite"),
     ],
 )
-def test_a_model_that_is_not_finite_ends_in_one_clear_line(name: str, value: float, words: str) -> None:
+def test_not_finite(name: str, value: float, words: str) -> None:
     found = fidelity(3)
     arrays = {"psnr": found.psnr, "ssim": found.ssim, "error": found.error, "steps": found.steps}
     arrays[name][(1, 1) if name == "error" else 1] = value
@@ -285,7 +285,7 @@ def test_a_model_that_is_not_finite_ends_in_one_clear_line(name: str, value: flo
     assert "\n" not in str(error.value)
 
 
-def test_arrays_that_do_not_fit_are_refused() -> None:
+def test_arrays_that_do_not_fit() -> None:
     found = fidelity(3)
     for error, steps in ((found.error[:2], found.steps), (found.error, found.steps[1:]), (found.error[0], found.steps)):
         with pytest.raises(ValueError, match="shapes"):
@@ -294,7 +294,7 @@ def test_arrays_that_do_not_fit_are_refused() -> None:
         Fidelity(found.psnr[:0], found.ssim[:0], found.error[:0], found.steps)
 
 
-def test_the_table_of_two_prompts_to_the_letter() -> None:
+def test_the_table_to_the_letter() -> None:
     """Of two values every quarter of the resamples is one of them alone: the interval is known."""
     error = np.array([[1e-3, 2e-3, 8e-3], [3e-3, 2e-3, 4e-3]])
     quantized = Fidelity(np.array([30.0, 32.0]), np.array([0.9, 0.95]), error, np.array([0, 25, 49]))
@@ -328,19 +328,19 @@ def test_the_table_of_two_prompts_to_the_letter() -> None:
         ((2.0, 0.0), "falls to none (first fifth 2.00e+00, last 0.00e+00, in 3 of 3 prompts); "),
     ],
 )
-def test_the_text_says_how_the_error_goes_with_the_step(ends: tuple[float, float], words: str) -> None:
+def test_how_the_error_goes_with_the_step(ends: tuple[float, float], words: str) -> None:
     error = np.tile(np.linspace(*ends, 5), (3, 1))
     found = Fidelity(np.full(3, 30.0), np.ones(3), error, np.arange(5))
     assert f"error against step: {words}" in fidelity_text(found, same(3), 5)
 
 
-def test_a_growth_of_one_prompt_alone_is_told() -> None:
+def test_growth_of_one_prompt() -> None:
     error = np.array([[1.0, 1, 1, 1, 10], [1, 1, 1, 1, 0.9], [1, 1, 1, 1, 0.9]])
     found = Fidelity(np.full(3, 30.0), np.ones(3), error, np.arange(5))
     assert "in 1 of 3 prompts" in fidelity_text(found, same(3), 5)
 
 
-def test_few_prompts_are_told_and_what_is_within_the_noise_floor() -> None:
+def test_few_prompts_and_the_noise_floor() -> None:
     control = fidelity(8, level=1e-5)
     assert "only 7 prompts" in fidelity_text(fidelity(7), control, 50)
     clear = Fidelity(control.psnr - 5, control.ssim - 0.1, control.error * 10, control.steps)
@@ -369,7 +369,7 @@ BLUE, ORANGE = (31, 119, 180), (255, 127, 14)
 PALE_BLUE = (210, 228, 240)
 
 
-def test_the_plot_has_a_curve_for_each_label(tmp_path: Path) -> None:
+def test_the_plots_curves(tmp_path: Path) -> None:
     both, one = tmp_path / "new" / "both.png", tmp_path / "one.png"
     plot_error(both, {"quantized": fidelity(), "control": fidelity(level=1e-5, growing=1)})
     plot_error(one, {"quantized": fidelity()})
@@ -393,7 +393,7 @@ def test_the_plots_axis_is_logarithmic(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("steps", [1, 4])
 @pytest.mark.filterwarnings("error")
-def test_errors_of_zero_and_single_prompts_are_drawn_without_a_complaint(tmp_path: Path, steps: int) -> None:
+def test_plots_of_zeros_and_single_prompts(tmp_path: Path, steps: int) -> None:
     some = Fidelity(np.full(2, 30.0), np.ones(2), np.array([[0.0, 0, 1e-4, 1], [0, 1e-3, 0, 1]]), np.arange(4))
     plot_error(tmp_path / "zero.png", {"control": same(3, steps)})
     plot_error(tmp_path / "some.png", {"quantized": some, "control": same(1, steps)})
@@ -405,7 +405,7 @@ def test_errors_of_zero_and_single_prompts_are_drawn_without_a_complaint(tmp_pat
     assert 0 < band[:, right - 5].sum() < 100 < band.sum(axis=0).max()
 
 
-def test_a_picture_that_cannot_be_written_ends_in_one_clear_line_and_leaves_nothing(tmp_path: Path) -> None:
+def test_a_picture_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "folder.png").mkdir()
     x = np.zeros((1, 16, 16, 3))
     for write in (lambda path: plot_error(path, {"a": fidelity()}), lambda path: picture_grid(path, x, x, ["a"])):
@@ -415,7 +415,7 @@ def test_a_picture_that_cannot_be_written_ends_in_one_clear_line_and_leaves_noth
     assert [path.name for path in tmp_path.iterdir()] == ["folder.png"]
 
 
-def test_matplotlib_is_loaded_to_draw_alone_and_pyplot_never(tmp_path: Path) -> None:
+def test_pyplot_is_never_loaded(tmp_path: Path) -> None:
     code = (
         "import sys, numpy as np; from pathlib import Path; from calib.evaluation.report import *\n"
         "assert 'matplotlib' not in sys.modules\n"
@@ -435,9 +435,7 @@ def flat(color: tuple[int, int, int], count: int, size: tuple[int, int]) -> NDAr
     ("size", "shown"),
     [((64, 64), (128, 128)), ((50, 100), (100, 200)), ((200, 300), (200, 300)), ((1024, 512), (384, 192))],
 )
-def test_the_grid_has_every_prompts_pictures_and_their_difference(
-    tmp_path: Path, size: tuple[int, int], shown: tuple[int, int]
-) -> None:
+def test_the_grid(tmp_path: Path, size: tuple[int, int], shown: tuple[int, int]) -> None:
     full, quantized, difference = (200, 30, 90), (160, 40, 90), (200, 50, 0)
     picture_grid(tmp_path / "grid.png", flat(full, 3, size), flat(quantized, 3, size), ["a", "b", "c"], most=2)
     pixels = pixels_of(tmp_path / "grid.png")
@@ -451,7 +449,7 @@ def test_the_grid_has_every_prompts_pictures_and_their_difference(
     assert pixels.shape[0] < 3 * shown[0] + 120 and pixels.shape[1] < 2 * shown[1] + 250
 
 
-def test_small_pictures_are_enlarged_without_blur_and_differences_saturate(tmp_path: Path) -> None:
+def test_small_pictures(tmp_path: Path) -> None:
     rng = np.random.default_rng(6)
     levels = rng.integers(60, 200, (1, 32, 32, 3))
     picture_grid(tmp_path / "grid.png", levels / 255, np.clip(levels / 255 + 0.5, 0, 1), ["x"])
@@ -463,7 +461,7 @@ def test_small_pictures_are_enlarged_without_blur_and_differences_saturate(tmp_p
     assert (pixels[-130:-20, left + 10 : left + 110].max(axis=-1) == 255).all(), "5 · 0.5 is white, not wrapped around"
 
 
-def test_captions_are_the_prompts_accents_and_all_and_stay_in_their_columns(tmp_path: Path) -> None:
+def test_captions_stay_in_their_columns(tmp_path: Path) -> None:
     white = np.ones((2, 64, 64, 3))
 
     def captions(first: str) -> NDArray[np.int64]:
@@ -480,7 +478,7 @@ def test_captions_are_the_prompts_accents_and_all_and_stay_in_their_columns(tmp_
         assert second - 140 < columns.min() <= columns.max() < second
 
 
-def test_a_grid_of_nothing_or_of_too_few_is_refused(tmp_path: Path) -> None:
+def test_a_grid_of_too_few(tmp_path: Path) -> None:
     x = np.zeros((2, 16, 16, 3))
     for references, images, prompts in ((x[:0], x[:0], []), (x, x[:1], ["a", "b"]), (x, x, ["a"])):
         with pytest.raises(ValueError, match="make no grid"):

@@ -327,7 +327,7 @@ def test_sqnr_takes_the_fewest_weight_bits(target: float, weight_target: float |
 
 
 @given(values=some_values(), bits=st.integers(2, 12), norm=st.sampled_from([2.0, 2.4]))
-def test_mse_clips_where_the_error_is_least(values: Values, bits: int, norm: float) -> None:
+def test_mse(values: Values, bits: int, norm: float) -> None:
     plan = mse.plan_layer(summary(values), bits, norm)
     clip = best_clip(histogram_of(values), bits, norm)
     assert (plan.weight_bits, plan.activation_bits, plan.clip_percentile) == (8, bits, clip.percentiles)
@@ -340,7 +340,7 @@ def test_mse_leaves_16_bits_alone() -> None:
     assert (plan.activation_bits, plan.clips) == (16, False)
 
 
-def test_a_higher_norm_holds_on_to_outliers() -> None:
+def test_higher_norms_keep_outliers() -> None:
     layer = summary(np.random.default_rng(0).standard_t(4, 100_000))
     highs = [mse.plan_layer(layer, 4, norm).clip_percentile[1] for norm in (1.0, 2.0, 2.4, 4.0)]
     assert highs == sorted(set(highs))

@@ -60,7 +60,7 @@ def keys_of(bits: NDArray[Any], dtype: str) -> NDArray[np.uint16]:
 
 
 @pytest.mark.parametrize("dtype", SIXTEEN_BIT)
-def test_every_16_bit_value_has_a_key_of_its_own_in_the_order_of_values(dtype: str) -> None:
+def test_16_bit_keys_are_in_order(dtype: str) -> None:
     bits = np.arange(1 << 16, dtype=np.uint32)
     keys, values = keys_of(bits, dtype), values_of_bits(bits, dtype)
     assert keys.dtype == np.uint16
@@ -74,7 +74,7 @@ def test_every_16_bit_value_has_a_key_of_its_own_in_the_order_of_values(dtype: s
 
 
 @pytest.mark.parametrize("dtype", SIXTEEN_BIT)
-def test_every_16_bit_key_gives_back_its_value(dtype: str) -> None:
+def test_16_bit_keys_give_values_back(dtype: str) -> None:
     bits = np.arange(1 << 16, dtype=np.uint32)
     keys = keys_of(bits, dtype)
     found, values = key_values(keys, dtype), values_of_bits(bits, dtype)
@@ -84,7 +84,7 @@ def test_every_16_bit_key_gives_back_its_value(dtype: str) -> None:
 
 
 @given(bits=bit_patterns("float32"))
-def test_float32_keys_are_in_the_order_of_values(bits: NDArray[Any]) -> None:
+def test_float32_keys_are_in_order(bits: NDArray[Any]) -> None:
     keys, values = keys_of(bits, "float32"), values_of_bits(bits, "float32")
     numbers = ~np.isnan(values)
     order = np.argsort(values[numbers], kind="stable")
@@ -94,7 +94,7 @@ def test_float32_keys_are_in_the_order_of_values(bits: NDArray[Any]) -> None:
 
 
 @given(bits=bit_patterns("float32"))
-def test_float32_keys_give_back_the_value_to_four_in_a_thousand(bits: NDArray[Any]) -> None:
+def test_float32_keys_give_values_back(bits: NDArray[Any]) -> None:
     keys = keys_of(bits, "float32")
     found, values = key_values(keys, "float32"), values_of_bits(bits, "float32")
     finite = np.isfinite(values)
@@ -106,7 +106,7 @@ def test_float32_keys_give_back_the_value_to_four_in_a_thousand(bits: NDArray[An
 
 
 @given(case=any_dtype)
-def test_counts_are_exact_and_of_finite_values_only(case: tuple[str, NDArray[Any]]) -> None:
+def test_counts(case: tuple[str, NDArray[Any]]) -> None:
     dtype, bits = case
     histogram, values = histogram_of(bits, dtype), values_of_bits(bits, dtype)
     assert histogram.keys.dtype == np.uint16
@@ -123,7 +123,7 @@ def test_counts_are_exact_and_of_finite_values_only(case: tuple[str, NDArray[Any
 
 @given(case=finite_16)
 @example(case=("float16", np.array([0x7BFF, 0xFBFF])))
-def test_percentiles_of_16_bit_values_equal_numpys(case: tuple[str, NDArray[Any]]) -> None:
+def test_16_bit_percentiles(case: tuple[str, NDArray[Any]]) -> None:
     dtype, bits = case
     found = histogram_of(bits, dtype).percentiles(PERCENTS)
     values = values_of_bits(bits, dtype)
@@ -133,7 +133,7 @@ def test_percentiles_of_16_bit_values_equal_numpys(case: tuple[str, NDArray[Any]
 
 
 @given(bits=bit_patterns("float32", finite=True))
-def test_percentiles_of_float32_values_are_within_four_in_a_thousand(bits: NDArray[Any]) -> None:
+def test_float32_percentiles(bits: NDArray[Any]) -> None:
     found = histogram_of(bits, "float32").percentiles(PERCENTS)
     values = values_of_bits(bits, "float32")
     below, above = (np.percentile(values, PERCENTS, method=side) for side in ("lower", "higher"))
@@ -142,7 +142,7 @@ def test_percentiles_of_float32_values_are_within_four_in_a_thousand(bits: NDArr
 
 
 @given(case=any_dtype, data=st.data())
-def test_any_split_merges_to_the_whole(case: tuple[str, NDArray[Any]], data: st.DataObject) -> None:
+def test_merging(case: tuple[str, NDArray[Any]], data: st.DataObject) -> None:
     dtype, bits = case
     cuts = sorted(data.draw(st.lists(st.integers(0, len(bits)), max_size=4)))
     parts = [histogram_of(part, dtype) for part in np.split(bits, cuts) if len(part)]
@@ -160,7 +160,7 @@ def test_any_split_merges_to_the_whole(case: tuple[str, NDArray[Any]], data: st.
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_bit_patterns_are_those_of_any_view_in_its_shape(dtype: str) -> None:
+def test_bits_of_views(dtype: str) -> None:
     """Those of a float32 are every second half of its words, also where it does not lie in one piece."""
     bits = np.random.RandomState(0).randint(0, 2**32, (3, 8, 10), dtype=np.uint64)
     bits = bits >> (32 - (32 if dtype == "float32" else 16))
@@ -174,24 +174,24 @@ def test_bit_patterns_are_those_of_any_view_in_its_shape(dtype: str) -> None:
     assert np.array_equal(turned, wanted.transpose(0, 2, 1))
 
 
-def test_merging_counts_beyond_32_bits() -> None:
+def test_counts_beyond_32_bits() -> None:
     large = Histogram("float16", np.array([7], np.uint16), np.array([2**40], np.uint64))
     assert large.merge(large).counts.tolist() == [2**41]
 
 
-def test_histograms_of_different_types_do_not_merge() -> None:
+def test_types_do_not_mix() -> None:
     with pytest.raises(ValueError, match=r"float16.*bfloat16"):
         Histogram("float16").merge(Histogram("bfloat16"))
 
 
-def test_an_empty_histogram_has_no_percentiles() -> None:
+def test_empty() -> None:
     empty = histogram_of(np.array([0x7E00, 0x7C00]), "float16")
     assert empty.total == 0
     assert np.isnan(empty.percentiles([1, 50])).all()
 
 
 @given(case=finite_16)
-def test_kurtosis_equals_the_fourth_standardised_moment(case: tuple[str, NDArray[Any]]) -> None:
+def test_kurtosis(case: tuple[str, NDArray[Any]]) -> None:
     dtype, bits = case
     values = values_of_bits(bits, dtype)
     values = values[np.abs(values) <= 1e30]

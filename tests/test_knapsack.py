@@ -1,13 +1,11 @@
 """The exact solver behind budgets, against all choices tried and against dynamic programming."""
 
+import ctypes
 import itertools
 import math
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -60,7 +58,7 @@ def instances(draw: st.DrawFn) -> tuple[list[list[int]], list[list[int]], int, f
 
 @settings(max_examples=400)
 @given(instance=instances())
-def test_the_solver_finds_what_trying_all_choices_finds(
+def test_all_choices_tried(
     instance: tuple[list[list[int]], list[list[int]], int, float],
 ) -> None:
     check_solved(*instance)
@@ -81,7 +79,7 @@ def test_near_ties_are_told_apart(in_line: bool, tens: int) -> None:
         check_solved(cost, nbytes, budget, 1e-20)
 
 
-def test_a_cost_that_cannot_be_avoided_hides_no_tiny_one() -> None:
+def test_an_unavoidable_cost_hides_no_tiny_one() -> None:
     rng = np.random.default_rng(1)
     cost = [[10**20], *rng.integers(1, 1000, (5, 4)).tolist()]
     nbytes = [[8], *rng.integers(1, 9, (5, 4)).tolist()]
@@ -89,7 +87,7 @@ def test_a_cost_that_cannot_be_avoided_hides_no_tiny_one() -> None:
         check_solved(cost, nbytes, budget, 1e-20)
 
 
-def test_options_that_take_more_and_cost_no_less_are_dropped() -> None:
+def test_dominated_options_are_dropped() -> None:
     cost, nbytes = np.array([4.0, 9.0, 4.0, 3.0, 3.5, 1.0]), np.array([2, 2, 3, 5, 6, 7])
     assert list(knapsack._undominated(cost, nbytes)) == [0, 3, 5]
 
@@ -116,7 +114,7 @@ def by_dynamic_programming(cost: list[NDArray[np.float64]], units: list[NDArray[
 
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("noise", [0.0, 0.3])
-def test_the_solver_agrees_with_dynamic_programming(noise: float, seed: int) -> None:
+def test_dynamic_programming(noise: float, seed: int) -> None:
     shapes = [(256, 256)] * 20 + [(1024, 256), (256, 1280)] * 5
     cost, nbytes = realistic(shapes, seed, noise)
     unit = 256 * 256 // 32
@@ -162,7 +160,7 @@ def test_the_contested_instance_needs_highs(monkeypatch: pytest.MonkeyPatch) -> 
     assert len(costs) > 50
 
 
-def test_an_optimum_that_is_not_proven_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unproven_optimum_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     failed = SimpleNamespace(status=1, message="Time limit reached.", x=None)
     monkeypatch.setattr(optimize, "milp", lambda *_, **__: failed)
     with pytest.raises(CalibError, match=r"no optimum \(Time limit reached\.\)"):
@@ -186,29 +184,20 @@ def test_what_highs_returns_is_checked(monkeypatch: pytest.MonkeyPatch, lowest: 
         knapsack.solve(*contested())
 
 
-TALKATIVE = """
-import ctypes, os, sys
-sys.path.insert(0, "tests")
-from calib.analysis import knapsack
-from scipy import optimize
-from test_knapsack import contested
-libc, solver = ctypes.CDLL(None), optimize.milp
-def talkative(*arguments, **options):
-    libc.puts(b"from a buffer")
-    os.write(1, b"at once")
-    return solver(*arguments, **options)
-optimize.milp = talkative
-libc.puts(b"before")
-knapsack.solve(*contested())
-libc.puts(b"after")
-"""
-
-
-def test_what_highs_prints_is_not_seen() -> None:
+def test_what_highs_prints_is_not_seen(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     """Nor is what C code left in its buffer before lost."""
-    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
-    root = Path(__file__).parents[1]
-    done = subprocess.run(
-        [sys.executable, "-c", TALKATIVE], cwd=root, env=buffered, capture_output=True, text=True, check=True
-    )
-    assert done.stdout == "before\nafter\n"
+    libc, solver = ctypes.CDLL(None), optimize.milp
+    libc.fflush(None)
+    capfd.readouterr()
+
+    def talkative(*arguments: Any, **options: Any) -> Any:
+        libc.puts(b"from a buffer")
+        os.write(1, b"at once")
+        return solver(*arguments, **options)
+
+    monkeypatch.setattr(optimize, "milp", talkative)
+    libc.puts(b"before")
+    knapsack.solve(*contested())
+    libc.puts(b"after")
+    libc.fflush(None)
+    assert capfd.readouterr().out == "before\nafter\n"

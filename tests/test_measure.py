@@ -207,7 +207,7 @@ def test_an_architecture_that_cannot_resume(sd3: DiffusionModel, data_dir: Path,
             np.testing.assert_allclose(found[1].weights[name][option], s, rtol=1e-3)
 
 
-def test_groups_that_divide_a_width_are_tried(sd3: DiffusionModel, data_dir: Path, tmp_path: Path) -> None:
+def test_groups_that_divide(sd3: DiffusionModel, data_dir: Path, tmp_path: Path) -> None:
     layers = chosen(sd3, ["x_embedder", "context_embedder"])
     narrow = {**layers, "narrow": nn.Linear(48, 8)}
     found = measure(lambda: sd3, layers, [], states_of(data_dir, [0], [3]), {}, tmp_path)
@@ -253,7 +253,7 @@ def begun(request: pytest.FixtureRequest, model: DiffusionModel) -> Begun:
     return Begun(tiny_model(model, request.param).architecture, x, text, timestep)
 
 
-def test_a_forward_from_any_block_is_the_whole(begun: Begun) -> None:
+def test_forwards_from_any_block(begun: Begun) -> None:
     plain, modules = begun.forward(), begun.modules()
     for block in range(begun.blocks):
         assert np.array_equal(begun.forward(block, begun.kept(block)), plain), block
@@ -261,7 +261,7 @@ def test_a_forward_from_any_block_is_the_whole(begun: Begun) -> None:
     assert np.array_equal(begun.forward(), plain)
 
 
-def test_later_outputs_are_those_of_the_whole(begun: Begun) -> None:
+def test_outputs_of_later_blocks(begun: Begun) -> None:
     first = begun.kept(0)
     for block in range(1, begun.blocks):
         expected, found = begun.kept(block), begun.kept(block, 0, first)
@@ -284,7 +284,7 @@ def test_what_lies_before_is_not_run(begun: Begun) -> None:
         assert set(seen) == ahead | {name for name, own in place.items() if own is not None and own > block}
 
 
-def test_blocks_are_put_back_when_a_forward_fails(begun: Begun) -> None:
+def test_blocks_are_put_back(begun: Begun) -> None:
     modules, output = begun.modules(), begun.kept(1)
 
     def fail(_: Any) -> None:
@@ -376,7 +376,7 @@ def test_what_is_missing_is_measured(ask: Ask, tmp_path: Path, capsys: pytest.Ca
     assert temporaries(tmp_path) == set()
 
 
-def test_an_input_of_several_layers_is_another(ask: Ask) -> None:
+def test_an_input_of_several_layers(ask: Ask) -> None:
     """All that read it are tried at once: what one alone does is less."""
     q, *others = (f"mm_block_2.image.attn.{which}_proj" for which in "qkv")
     ranges = {q: (-2.0, 2.0)}
@@ -388,7 +388,7 @@ def test_an_input_of_several_layers_is_another(ask: Ask) -> None:
     check_same(ask(never, points=[alone], ranges=ranges), first)
 
 
-def test_other_states_are_another_measurement(ask: Ask, data_dir: Path, tmp_path: Path) -> None:
+def test_other_states(ask: Ask, data_dir: Path, tmp_path: Path) -> None:
     first = ask()
     for states in (states_of(data_dir, [1], [3]), states_of(data_dir, [0], [2]), states_of(data_dir, [0, 1], [3])):
         with pytest.raises(AssertionError, match="the model was loaded"):
@@ -455,7 +455,7 @@ def test_a_damaged_cache_is_measured_again(
     assert path.read_bytes() == whole
 
 
-def test_a_lost_state_is_named_before_the_model_is_loaded(ask: Ask, data_dir: Path, tmp_path: Path) -> None:
+def test_a_lost_state_is_named(ask: Ask, data_dir: Path, tmp_path: Path) -> None:
     shutil.copytree(data_dir, tmp_path / "copy")
     (tmp_path / "copy" / "samples/0001.h5").unlink()
     with pytest.raises(CalibError, match=r"samples/0001\.h5 is missing"):
@@ -463,7 +463,7 @@ def test_a_lost_state_is_named_before_the_model_is_loaded(ask: Ask, data_dir: Pa
     assert not list((tmp_path / "sensitivity").glob("*.json"))
 
 
-def test_an_output_that_is_not_finite_ends_in_one_line(ask: Ask, data_dir: Path, tmp_path: Path) -> None:
+def test_an_output_that_is_not_finite(ask: Ask, data_dir: Path, tmp_path: Path) -> None:
     shutil.copytree(data_dir, tmp_path / "copy")
     set_states(tmp_path / "copy" / "samples/0000.h5", lambda x: x.__setitem__((3, 2, 2, 2), np.nan))
     restated(tmp_path / "copy")
@@ -514,9 +514,7 @@ def test_however_it_ends(
     assert temporaries(tmp_path) == set()
 
 
-def test_another_that_measures_the_same_is_waited_for(
-    ask: Ask, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_another_is_waited_for(ask: Ask, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """What it finds in the meantime is not measured again."""
     first = ask()
     content = cached(tmp_path).read_bytes()
@@ -552,7 +550,7 @@ def measured(folder: Path) -> dict[str, Any]:
     return json.loads(paths[0].read_text()) if paths else {"weights": {}, "inputs": {}}
 
 
-def test_interrupted_it_says_so_and_keeps_what_is_done(
+def test_interrupted(
     tiny_run: Path, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     forward = MMDiT.__call__
@@ -587,9 +585,7 @@ def collected(model: DiffusionModel, tmp_path_factory: pytest.TempPathFactory) -
 
 
 @pytest.mark.slow
-def test_killed_another_that_waits_goes_on(
-    collected: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_killed(collected: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     given = ["analyze", f"stats={collected}", *SENSITIVITY]
     first = start_process(folder, *given, "hydra.run.dir=one")
     second = None

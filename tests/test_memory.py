@@ -3,8 +3,10 @@
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 
 from calib.models import memory
+from calib.models.architecture import Conditioning
 from calib.models.diffusionkit import sd3_config, sd3_skeleton
 from calib.models.memory import (
     LARGEST_BATCH,
@@ -16,10 +18,9 @@ from calib.models.memory import (
     nbytes,
     plan_memory,
     shrink_factor,
-    tokens_of,
     useful_batch,
 )
-from helpers import velocity
+from calib.models.mmdit.architecture import MMDiTArchitecture
 from calib.models.model import DiffusionModel
 
 import make_standin_checkpoint as standin
@@ -48,20 +49,21 @@ def as_float16(module: nn.Module) -> nn.Module:
     return module
 
 
+@cache
 def sd3_medium(use_t5: bool, pixels: int) -> Needs:
-    """SD3-medium in float16 with guidance; networks without weights have shapes, which is enough."""
-    transformer, decoder = as_float16(sd3_skeleton("sd3_medium", SD3)), as_float16(VAEDecoder())
+    """SD3-medium in float16 with guidance, on a GPU; networks without weights have shapes, which is enough."""
+    architecture, decoder = sd3_skeleton("sd3_medium", SD3), as_float16(VAEDecoder())
     shapes = standin.TextShapes()
     text = [CLIPTextModel(shapes.clip_l), CLIPTextModel(shapes.clip_g)]
     if use_t5:
         text.append(SD3T5Encoder(T5Config(**{**shapes.t5, "num_layers": T5_LAYERS})))
     size = (pixels // shrink_factor(decoder), pixels // shrink_factor(decoder))
-    tokens = tokens_of(transformer.config, size, 77 + (512 if use_t5 else 77))
+    tokens = architecture.tokens(size) + 77 + (512 if use_t5 else 77)
     return Needs(
-        transformer=nbytes(transformer),
+        transformer=nbytes(as_float16(architecture.module)),
         decoder=nbytes(decoder),
         text=sum(nbytes(as_float16(network)) for network in text),
-        drawing=drawing_bytes(transformer.config, tokens, True, 2),
+        drawing=drawing_bytes(architecture, tokens, True, 2),
         decoding=decoding_bytes(decoder, size),
         useful_batch=useful_batch(tokens, True),
     )
@@ -78,7 +80,7 @@ def sd3_medium(use_t5: bool, pixels: int) -> Needs:
         (64, True, 1024, 1, 19.7, None),
     ],
 )
-def test_what_macs_get_for_sd3_medium(
+def test_sd3_medium_on_macs(
     gigabytes: int,
     use_t5: bool,
     pixels: int,
@@ -95,7 +97,7 @@ def test_what_macs_get_for_sd3_medium(
     assert plan.describe() in (plan.warning or plan.describe())
 
 
-def test_the_overnight_experiment_states_the_planned_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_overnight_experiments_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "on_gpu", lambda: True)
     text = (CHECKOUT / "conf" / "experiment" / "sd3_overnight.yaml").read_text()
     stated = [float(number) for number in re.findall(r"\d+\.\d", "".join(re.findall(r"#   \d+ GB.*", text)))]
@@ -119,7 +121,7 @@ ROOMY = Needs(transformer=4 * GB, decoder=GB, text=3 * GB, drawing=GB, decoding=
     ("total", "keep_text", "batch_size"),
     [(100, True, 10), (12, True, 4), (10, True, 2), (9.9, False, 4), (8, False, 3), (7, False, 2), (4, False, 1)],
 )
-def test_text_encoders_stay_where_an_image_fits_beside_them(total: float, keep_text: bool, batch_size: int) -> None:
+def test_text_encoders_stay_where_they_fit(total: float, keep_text: bool, batch_size: int) -> None:
     plan = MemoryPlan.of(ROOMY, int(total * GB))
     assert (plan.keep_text, plan.batch_size) == (keep_text, batch_size)
     assert (plan.warning is None) == (plan.peak <= total * GB)
@@ -127,14 +129,14 @@ def test_text_encoders_stay_where_an_image_fits_beside_them(total: float, keep_t
     assert plan.batch_size <= LARGEST_BATCH
 
 
-def test_a_default_batch_makes_the_device_busy_and_is_no_larger(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_default_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [useful_batch(tokens, guidance=True) for tokens in (80, 250, 1178, 10_000)] == [LARGEST_BATCH, 4, 1, 1]
     assert useful_batch(500, guidance=False) == 4
     assert MemoryPlan.of(replace(ROOMY, useful_batch=3), 100 * GB).batch_size == 3
     assert MemoryPlan.of(replace(ROOMY, useful_batch=3), 100 * GB, batch_size=5).batch_size == 5
 
 
-def test_a_batch_size_that_was_asked_for_is_kept_and_judged() -> None:
+def test_wanted_batch() -> None:
     assert MemoryPlan.of(ROOMY, 12 * GB, batch_size=3).describe().endswith("drawing 3.0 GB at batch 3")
     plan = MemoryPlan.of(ROOMY, 12 * GB, batch_size=5)
     assert (plan.batch_size, plan.keep_text, plan.warning) == (5, False, None), "text encoders make room"
@@ -142,14 +144,14 @@ def test_a_batch_size_that_was_asked_for_is_kept_and_judged() -> None:
     assert plan.batch_size == 9 and plan.warning is not None and plan.warning.endswith("choose sampler.batch_size=7")
 
 
-def test_what_cannot_fit_is_warned_of_with_advice() -> None:
+def test_warnings() -> None:
     plan = MemoryPlan.of(replace(ROOMY, decoding=8 * GB), 12 * GB)
     assert plan.warning is not None and "smaller sampler.image_size" in plan.warning and "\n" not in plan.warning
     plan = MemoryPlan.of(replace(ROOMY, text=9 * GB), 12 * GB)
     assert plan.warning is not None and plan.warning.endswith("do not fit beside the transformer")
 
 
-def test_the_device_has_memory_and_the_plan_is_the_same_each_time(model: DiffusionModel) -> None:
+def test_this_device(model: DiffusionModel) -> None:
     assert GB < device_memory() == device_memory()
     assert plan_memory(model, True) == plan_memory(model, True, memory=device_memory())
     assert plan_memory(model, True).describe().startswith("memory: 1")
@@ -166,7 +168,7 @@ def peak_over_weights(run: Callable[[], mx.array]) -> int:
 
 @on_cpu
 @pytest.mark.parametrize("batch_size", [1, 8])
-def test_drawing_emoji_takes_what_is_estimated(model: DiffusionModel, batch_size: int) -> None:
+def test_drawing_emoji(model: DiffusionModel, batch_size: int) -> None:
     text = model.encode(["red apple"] * batch_size, 3.0)
     x, timestep, sigma = mx.random.normal((batch_size, *model.latent_shape)), mx.array(500.0), mx.array(0.5)
     mx.eval(text.tokens, text.pooled, x, timestep, sigma)
@@ -176,7 +178,7 @@ def test_drawing_emoji_takes_what_is_estimated(model: DiffusionModel, batch_size
 
 
 @on_cpu
-def test_decoding_an_emoji_takes_what_is_estimated(model: DiffusionModel) -> None:
+def test_decoding_an_emoji(model: DiffusionModel) -> None:
     x = mx.random.normal((1, *model.latent_shape))
     mx.eval(x)
     estimate = plan_memory(model, True).needs.decoding
@@ -184,19 +186,20 @@ def test_decoding_an_emoji_takes_what_is_estimated(model: DiffusionModel) -> Non
 
 
 @on_cpu
-def test_blocks_of_sd3_take_what_is_estimated() -> None:
+def test_blocks_of_sd3() -> None:
     """Two of 24 blocks: one lives at a time."""
     config = replace(sd3_config(SD3), depth_multimodal=2, hidden_size_override=1536, dtype=mx.float32)
-    transformer = MMDiT(replace(config, max_latent_resolution=16))
-    x, tokens, pooled = mx.random.normal((2, 16, 16, 16)), mx.zeros((2, 154, 4096)), mx.zeros((2, 2048))
-    timestep = mx.array(500.0)
-    mx.eval(transformer.parameters(), x, tokens, pooled, timestep)
-    measured = peak_over_weights(lambda: velocity(transformer, x, tokens, pooled, timestep))
-    assert 0.95 * measured <= drawing_bytes(config, tokens_of(config, (16, 16), 154), True, 4) <= 1.35 * measured
+    architecture = MMDiTArchitecture(MMDiT(replace(config, max_latent_resolution=16)))
+    text = Conditioning(mx.zeros((2, 154, 4096)), mx.zeros((2, 2048)))
+    x, timestep = mx.random.normal((2, 16, 16, 16)), mx.array(500.0)
+    mx.eval(architecture.module.parameters(), x, text.arrays(), timestep)
+    measured = peak_over_weights(lambda: architecture.velocity(x, text, timestep))
+    estimate = drawing_bytes(architecture, architecture.tokens((16, 16)) + 154, True, 4)
+    assert 0.95 * measured <= estimate <= 1.35 * measured
 
 
 @on_cpu
-def test_decoding_with_sd3s_vae_takes_what_is_estimated() -> None:
+def test_decoding_with_sd3s_vae() -> None:
     decoder, latent = VAEDecoder(), mx.random.normal((1, 4, 4, 16))
     mx.eval(decoder.parameters(), latent)
     measured = peak_over_weights(lambda: decoder(latent))

@@ -39,7 +39,7 @@ def pairs(draw: st.DrawFn) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
 @given(a=numbers, b=numbers)
 @example(a=1.0, b=2.0**-53)
 @example(a=1e100, b=-1e100)
-def test_two_numbers_are_added_and_multiplied_without_loss(a: float, b: float) -> None:
+def test_exact_sums_and_products(a: float, b: float) -> None:
     assert exactly(doubled.two_sum(one(a), one(b))) == Fraction(a) + Fraction(b)
     assert doubled.two_sum(one(a), one(b))[0][0] == a + b
     assert exactly(doubled.two_product(one(a), one(b))) == Fraction(a) * Fraction(b)
@@ -48,7 +48,7 @@ def test_two_numbers_are_added_and_multiplied_without_loss(a: float, b: float) -
 
 @settings(max_examples=200)
 @given(a=pairs(), b=pairs(), by=st.integers(1, 2**40))
-def test_doubled_numbers_keep_more_than_100_bits(
+def test_a_hundred_bits(
     a: tuple[NDArray[np.float64], NDArray[np.float64]], b: tuple[NDArray[np.float64], NDArray[np.float64]], by: int
 ) -> None:
     for found, expected in (
@@ -98,9 +98,7 @@ def merged(parts: Sequence[Moments], order: Sequence[int]) -> Moments:
 
 @settings(max_examples=100)
 @given(channels=channels(), data=st.data())
-def test_any_order_of_merging_gives_the_rounded_exact_mean_and_deviation(
-    channels: list[list[Part]], data: st.DataObject
-) -> None:
+def test_any_order_of_merging(channels: list[list[Part]], data: st.DataObject) -> None:
     count = np.array([sum(part[0] for part in channel) for channel in channels], np.uint64)
     parts = [moments_of(channels, i) for i in range(len(channels[0]))]
     total = [sum(n * Fraction(s) + Fraction(f) for n, s, f, _ in channel) for channel in channels]
@@ -120,7 +118,7 @@ def test_any_order_of_merging_gives_the_rounded_exact_mean_and_deviation(
 
 
 @given(channels=channels(), exponent=st.integers(-60, 60))
-def test_sums_of_scaled_values_are_those_of_the_values(channels: list[list[Part]], exponent: int) -> None:
+def test_scales(channels: list[list[Part]], exponent: int) -> None:
     """A scale, as summaries of very large or spoiled values have it, is undone exactly."""
     count = np.array([channel[0][0] for channel in channels], np.float64)
     plain = moments_of(channels, 0)
@@ -133,7 +131,7 @@ def test_sums_of_scaled_values_are_those_of_the_values(channels: list[list[Part]
 
 
 @pytest.mark.parametrize("value", [0.1, -3e4, 1e-20, 65504.0])
-def test_a_constant_has_no_spread_however_often_it_is_merged(value: float) -> None:
+def test_constants(value: float) -> None:
     shift, nothing = np.array([np.float32(value)], np.float64), np.zeros(1)
     whole = part = Moments.shifted(np.array([333.0]), shift, nothing, nothing)
     for _ in range(999):
@@ -143,7 +141,7 @@ def test_a_constant_has_no_spread_however_often_it_is_merged(value: float) -> No
     assert whole.m2(count) == 0
 
 
-def test_the_smallest_spread_that_float32_can_show_is_not_taken_for_rounding() -> None:
+def test_the_smallest_spread() -> None:
     """Of 2^30 values one differs by its last bit."""
     zero, count = np.zeros(1), 2**30
     many = Moments.shifted(np.array([count - 1.0]), np.ones(1), zero, zero)
@@ -153,7 +151,7 @@ def test_the_smallest_spread_that_float32_can_show_is_not_taken_for_rounding() -
 
 
 @given(channels=channels())
-def test_mean_and_deviation_can_be_taken_for_the_sums(channels: list[list[Part]]) -> None:
+def test_sums_of_mean_and_deviation(channels: list[list[Part]]) -> None:
     """As files of version 1 have them."""
     count = np.array([channel[0][0] for channel in channels], np.uint64)
     moments = moments_of(channels, 0)
@@ -163,7 +161,7 @@ def test_mean_and_deviation_can_be_taken_for_the_sums(channels: list[list[Part]]
     np.testing.assert_allclose(np.sqrt(again.m2(count) / count), std, rtol=1e-15, atol=0)
 
 
-def test_nothing_has_a_mean_of_zero_and_adds_nothing() -> None:
+def test_nothing() -> None:
     nothing, count = Moments.zero(3), np.array([0, 0, 0], np.uint64)
     assert nothing.mean(count).tolist() == nothing.m2(count).tolist() == [0, 0, 0]
     some = Moments.shifted(np.array([5.0, 6.0, 7.0]), np.array([1.0, 2.0, 3.0]), np.zeros(3), np.ones(3))

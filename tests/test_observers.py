@@ -94,7 +94,7 @@ def forwards(draw: st.DrawFn) -> list[dict[str, mx.array]]:
 
 
 @given(forwards=forwards(), finite_only=st.booleans())
-def test_what_is_seen_of_any_forwards_equals_numpys(forwards: list[dict[str, mx.array]], finite_only: bool) -> None:
+def test_any_forwards(forwards: list[dict[str, mx.array]], finite_only: bool) -> None:
     observer = MlxObserver(1, finite_only)
     seen = watch(observer, forwards)
     assert observer.sound
@@ -104,7 +104,7 @@ def test_what_is_seen_of_any_forwards_equals_numpys(forwards: list[dict[str, mx.
 
 
 @pytest.mark.parametrize("dtype", list(MLX_DTYPES))
-def test_rows_that_run_in_parts_are_seen_in_their_order(dtype: str) -> None:
+def test_parts_of_a_batch(dtype: str) -> None:
     whole = [{"a": array(5, 40, 24, dtype=dtype, seed=i), "b": array(5, 1, 8, dtype=dtype, seed=i)} for i in range(3)]
     cuts = [[2], [1, 3], []]
     parts = [
@@ -117,7 +117,7 @@ def test_rows_that_run_in_parts_are_seen_in_their_order(dtype: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", list(MLX_DTYPES))
-def test_sampled_rows_are_those_of_every_forwards_phase(device: None, dtype: str) -> None:
+def test_sampled_rows(device: None, dtype: str) -> None:
     arrays = [array(4, 50, 1, 12, dtype=dtype, seed=i) for i in range(4)]
     phases, stride = (0, 65_535, 30_000), 7
     seen = watch(MlxObserver(stride), [{"x": x, "row": x[:, :1]} for x in arrays], phases)
@@ -135,7 +135,7 @@ def test_sampled_rows_are_those_of_every_forwards_phase(device: None, dtype: str
     assert seen["x"].statistics.count.tolist() == [800] * 12
 
 
-def test_what_leaves_the_device_early_changes_nothing(device: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_leaving_the_device_early(device: None, monkeypatch: pytest.MonkeyPatch) -> None:
     forwards = [{"a": array(3, 60, 20, seed=i), "b": array(3, 8, 16, dtype="float16", seed=i)} for i in range(5)]
     expected = watch(MlxObserver(3), forwards, (1000, 50_000))
     for most in ("MOST_PENDING", "MOST_PENDING_GPU", "MOST_COUNTS"):
@@ -150,7 +150,7 @@ def test_what_leaves_the_device_early_changes_nothing(device: None, monkeypatch:
         assert np.array_equal(histograms[0].counts, histograms[1].counts)
 
 
-def test_the_activation_that_is_passed_on_is_the_one_that_was_seen(device: None) -> None:
+def test_activations_are_passed_on(device: None) -> None:
     observer, x = MlxObserver(1), array(2, 30, 16)
     observer.begin(0)
     observer.see("x", x)
@@ -161,7 +161,7 @@ def test_the_activation_that_is_passed_on_is_the_one_that_was_seen(device: None)
 
 @pytest.mark.parametrize("dtype", list(MLX_DTYPES))
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_one_bad_value_in_one_forward_makes_what_was_seen_unsound(dtype: str, bad: float) -> None:
+def test_one_bad_value(dtype: str, bad: float) -> None:
     values = [np.random.RandomState(i).randn(2, 70, 9).astype(np.float32) for i in range(3)]
     values[1][1, 66, 4] = bad
     forwards = [{"good": array(2, 5, 8, dtype=dtype), "x": mx.array(v).astype(MLX_DTYPES[dtype])} for v in values]
@@ -185,7 +185,7 @@ def test_one_bad_value_in_one_forward_makes_what_was_seen_unsound(dtype: str, ba
     assert np.isfinite(seen["x"].ranges).all()
 
 
-def test_a_tap_with_nothing_finite_has_no_ranges_and_takes_none_from_the_others() -> None:
+def test_a_tap_with_nothing_finite() -> None:
     nothing = mx.full((2, 5, 4), float("nan"))
     observer = MlxObserver(1, finite_only=True)
     seen = watch(observer, [{"x": nothing, "y": array(2, 5, 4)}])
@@ -198,7 +198,7 @@ def test_a_tap_with_nothing_finite_has_no_ranges_and_takes_none_from_the_others(
     assert merged.statistics.mean.tolist() == seen["y"].statistics.mean.tolist()
 
 
-def test_values_too_large_to_be_squared_are_unsound_and_then_exact() -> None:
+def test_values_too_large_to_be_squared() -> None:
     x = mx.array(np.random.RandomState(0).uniform(-1e30, 1e30, (2, 60, 5)).astype(np.float32))
     observer = MlxObserver(1)
     watch(observer, [{"x": x}])
@@ -208,7 +208,7 @@ def test_values_too_large_to_be_squared_are_unsound_and_then_exact() -> None:
 
 
 @given(data=st.data())
-def test_what_was_seen_merges_in_order(data: st.DataObject) -> None:
+def test_merging(data: st.DataObject) -> None:
     arrays = [array(data.draw(st.integers(1, 3)), 20, 6, seed=i) for i in range(data.draw(st.integers(2, 5)))]
     each = [watch(MlxObserver(1), [{"x": x}])["x"] for x in arrays]
     cut = data.draw(st.integers(1, len(each) - 1))
@@ -228,7 +228,7 @@ def test_what_was_seen_merges_in_order(data: st.DataObject) -> None:
 
 
 @given(size=st.integers(1, 5_000_000), channels=st.sampled_from([1, 2, 8, 64, 96, 1000, 1536, 6144]))
-def test_the_values_picked_of_a_row_are_spread_over_all_its_channels(size: int, channels: int) -> None:
+def test_picked_values(size: int, channels: int) -> None:
     size = max(1, size // channels) * channels
     stride = pick_stride(size, channels)
     picked = np.arange(0, size, stride)

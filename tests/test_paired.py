@@ -78,7 +78,7 @@ def rounding(model: DiffusionModel, digits: int = 2) -> Change:
     return change
 
 
-def test_an_unchanged_model_is_equal_to_the_bit(drawn: Drawn) -> None:
+def test_an_unchanged_model(drawn: Drawn) -> None:
     outcome = drawn.paired.compare(nullcontext, "unchanged")
     assert outcome.pictures.dtype == np.float32
     assert outcome.pictures.shape == (3, 64, 64, 3)
@@ -90,7 +90,7 @@ def test_an_unchanged_model_is_equal_to_the_bit(drawn: Drawn) -> None:
     assert found.steps.tolist() == list(STEPS)
 
 
-def test_the_references_pictures_are_the_datasets(drawn: Drawn) -> None:
+def test_the_references_pictures(drawn: Drawn) -> None:
     reference, pictures = drawn.reference, drawn.paired.pictures
     assert reference.images == [0, 1, 2]
     assert reference.prompts == list(PROMPTS[:3])
@@ -129,7 +129,7 @@ def test_errors_by_hand(drawn: Drawn, rounded: Outcome) -> None:
     assert np.isfinite(rounded.fidelity.psnr).all()
 
 
-def test_pictures_are_those_a_changed_model_draws(drawn: Drawn, rounded: Outcome, tmp_path: Path) -> None:
+def test_pictures_by_hand(drawn: Drawn, rounded: Outcome, tmp_path: Path) -> None:
     """The same prompts, seeds, blocks and sampler as a dataset of its own."""
     with rounding(drawn.model)():
         folder = draw(drawn.model, tmp_path / "own", batch_size=2)
@@ -137,7 +137,7 @@ def test_pictures_are_those_a_changed_model_draws(drawn: Drawn, rounded: Outcome
     assert np.array_equal(rounded.pictures, Paired(drawn.model, own).pictures)
 
 
-def test_comparisons_do_not_depend_on_those_before(drawn: Drawn, rounded: Outcome) -> None:
+def test_comparisons_are_independent(drawn: Drawn, rounded: Outcome) -> None:
     """What the reference has in common for all is computed at full precision, whichever comes first."""
     later = drawn.paired.compare(rounding(drawn.model, 1), "later")
     alone = Paired(drawn.model, drawn.reference).compare(rounding(drawn.model, 1), "alone")
@@ -178,7 +178,7 @@ def test_control(drawn: Drawn) -> None:
     assert np.isfinite(control.psnr).all()
 
 
-def test_a_changed_model_that_is_not_finite_ends_in_one_line(drawn: Drawn) -> None:
+def test_a_model_that_is_not_finite(drawn: Drawn) -> None:
     @contextmanager
     def broken() -> Iterator[None]:
         layer = drawn.model.transformer.final_layer.linear
@@ -198,7 +198,7 @@ def test_a_changed_model_that_is_not_finite_ends_in_one_line(drawn: Drawn) -> No
 # The reference and its control
 
 
-def test_reference_and_control_are_kept(drawn: Drawn, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_reference_and_control(drawn: Drawn, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Pictures that are there are not drawn again, and a control that was measured is read; a damaged one is not."""
     sampler = SamplerSettings(num_steps=4, cfg_weight=drawn.reference.manifest.cfg_weight, batch_size=2)
     given = (drawn.model, tmp_path / "dataset", PROMPTS, 2, sampler, 7, 2)

@@ -15,7 +15,7 @@ from calib.base.progress import note
 from calib.dataset.prompts import PER_TEMPLATE, TEMPLATES, builtin, emoji, from_file, report_duplicates
 
 import pytest
-from helpers import check_config_error, environment, everything, is_one_clear_line, run_process
+from helpers import check_config_error, environment, everything, is_one_clear_line, run_in
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -362,12 +362,12 @@ def test_empty_prompts_are_counted(
     assert capsys.readouterr().err == (f"calib: note: prompts.path={path}: {said}\n" if said else "")
 
 
-def test_a_process_draws_the_prompts_of_a_file_and_reports_once(tmp_path: Path) -> None:
+def test_a_job_draws_the_prompts_of_a_file_and_reports_once(tmp_path: Path) -> None:
     content = 'id,caption\r\n1,"a ""red"" fox,\r\nasleep 🦊"\r\n2,\r\n3,an owl\r\n4,an owl\r\n'
     written(tmp_path, "table.csv", b"\xef\xbb\xbf" + content.encode())
     cheap = ("num_images=1", "sampler.num_steps=1", "data_dir=dataset")
     arguments = ("generate", *cheap, "prompts=file", "prompts.path=table.csv", "prompts.column=caption")
-    outcome = run_process(tmp_path, *arguments)
+    outcome = run_in(tmp_path, *arguments, "report=none")
     assert outcome.status == 0, outcome.err
     notes = [line for line in outcome.err.splitlines() if "empty" in line or "repeat" in line]
     assert notes == [
@@ -379,9 +379,9 @@ def test_a_process_draws_the_prompts_of_a_file_and_reports_once(tmp_path: Path) 
     assert manifest["images"][0]["prompt"] == 'a "red" fox, asleep 🦊'
 
 
-def test_a_process_ends_with_one_clear_line_and_leaves_nothing(tmp_path: Path) -> None:
+def test_a_job_ends_with_one_clear_line_and_leaves_nothing(tmp_path: Path) -> None:
     written(tmp_path, "table.csv", "id,caption\n1,a cat\n")
-    line = is_one_clear_line(run_process(tmp_path, "prompts=file", "prompts.path=table.csv", "prompts.column=captoin"))
+    line = is_one_clear_line(run_in(tmp_path, "prompts=file", "prompts.path=table.csv", "prompts.column=captoin"))
     assert line.startswith("prompts.column=captoin: table.csv has columns 'id', 'caption'")
     assert line.endswith("Did you mean 'caption'?")
     assert everything(tmp_path) == ["table.csv"]

@@ -272,7 +272,7 @@ def test_the_model_is_given_back_after_an_error(
     assert np.array_equal(output(own, inputs), plain)
 
 
-def test_the_model_is_given_back_where_another_does_not_fit(own: DiffusionModel, quantized: QuantizedModel) -> None:
+def test_the_model_is_given_back_from_a_misfit(own: DiffusionModel, quantized: QuantizedModel) -> None:
     before, fingerprint = identities(own), weights_fingerprint(own.transformer)
     rule = next(iter(quantized.inputs.values()))
     packed = next(iter(quantized.layers.values()))
@@ -561,7 +561,7 @@ def test_widths_that_do_not_fit(model: DiffusionModel, inputs: Inputs) -> None:
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
-def test_a_huge_weight_spoils_its_group_alone(sd3: DiffusionModel, inputs: Inputs, bits: int) -> None:
+def test_a_huge_weight(sd3: DiffusionModel, inputs: Inputs, bits: int) -> None:
     layer = sd3.architecture.layers()[WIDE]
     own, plan = layer.weight, {WIDE: LayerPlan(bits, 16)}
     plain = built(sd3, plan)[0].layers[WIDE]
@@ -582,7 +582,7 @@ def test_a_huge_weight_spoils_its_group_alone(sd3: DiffusionModel, inputs: Input
     assert np.abs(found[3, 64:128][np.arange(64) != 6]).max() <= 0.51 * 60_000 / (2**bits - 1)
 
 
-def test_weights_beyond_16_bits_are_refused(sd3: DiffusionModel) -> None:
+def test_weights_beyond_16_bits(sd3: DiffusionModel) -> None:
     """They would be infinite, and the sd3's output would not be a number."""
     layer = sd3.architecture.layers()[WIDE]
     own = layer.weight

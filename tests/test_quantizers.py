@@ -332,7 +332,7 @@ def test_gptq_loses_much_less(columns: int, act_order: bool) -> None:
     assert losses[0] < 0.7 * losses[1]
 
 
-def test_weighted_error_is_what_outputs_differ_by() -> None:
+def test_weighted_error() -> None:
     random = np.random.RandomState(0)
     x, difference = random.randn(50, 32), random.randn(6, 32)
     expected = np.sum((x @ difference.T) ** 2) * 2 / 50
@@ -342,7 +342,7 @@ def test_weighted_error_is_what_outputs_differ_by() -> None:
 @both_orders
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bits", WEIGHT_BITS)
-def test_uncorrelated_inputs_leave_rounding_to_nearest(bits: int, dtype: str, act_order: bool) -> None:
+def test_uncorrelated_inputs(bits: int, dtype: str, act_order: bool) -> None:
     """The grids are the same, and every weight is at the nearest of its values as they are stored."""
     weight, _ = random_layer(192)
     packed = solved(weight, np.eye(192), act_order=act_order, bits=bits, dtype=DTYPES[dtype])
@@ -419,7 +419,7 @@ def test_gptq_never_loses_more(
 
 
 @pytest.mark.parametrize("value", [0.0, np.nan, np.inf])
-def test_inputs_that_tell_nothing_leave_rounding_to_nearest(value: float) -> None:
+def test_inputs_that_tell_nothing(value: float) -> None:
     work = fed(np.full((4, 128), value))
     made = gptq.quantize(work)
     assert same(made.layers["linear"], rtn.quantize(work).layers["linear"])
@@ -563,7 +563,7 @@ def whole(any_states: States) -> tuple[States, Quantized, Replays]:
     return any_states, *watched(work_on(any_states))
 
 
-def test_each_block_reads_what_quantized_ones_give(whole: tuple[States, Quantized, Replays]) -> None:
+def test_blocks_read_what_quantized_ones_give(whole: tuple[States, Quantized, Replays]) -> None:
     states, made, replays = whole
     layers, architecture = work_on(states).layers, states.architecture
     assert list(made.layers) == list(layers)
@@ -604,7 +604,7 @@ def output_error(states: States, made: Quantized) -> float:
     return float(np.mean([np.sum((q - v) ** 2, dtype=float) / np.sum(v**2, dtype=float) for q, v in pairs]))
 
 
-def test_outputs_are_nearer_than_with_rounding_to_nearest(whole: tuple[States, Quantized, Replays]) -> None:
+def test_gptq_outputs_are_nearer(whole: tuple[States, Quantized, Replays]) -> None:
     states, made, _ = whole
     work = work_on(states)
     assert output_error(states, made) < 0.6 * output_error(states, rtn.quantize(work))
@@ -698,7 +698,7 @@ def test_smoothed_weights_are_rounded(sd3: States) -> None:
             assert np.sum((found - plain) ** 2) < 5e-3 * np.sum(plain**2)
 
 
-def test_a_plan_of_some_layers_smooths_what_they_read(sd3: States) -> None:
+def test_smoothing_some_layers(sd3: States) -> None:
     whole = work_on(sd3)
     name = "mm_block_1.text.mlp.fc1"
     made = smooth.quantize(replace(whole, plan={name: whole.plan[name]}, layers={name: whole.layers[name]}))
@@ -707,7 +707,7 @@ def test_a_plan_of_some_layers_smooths_what_they_read(sd3: States) -> None:
     assert list(made.layers) == list(made.ranges) == [name]
 
 
-def test_smoothed_layers_are_the_same_alone(sd3: States) -> None:
+def test_smoothing_layers_alone(sd3: States) -> None:
     """With the same plan, whichever others are asked for beside them: copies for phases fit the rest."""
     work = work_on(sd3)
     whole = smooth.quantize(work)
@@ -716,7 +716,7 @@ def test_smoothed_layers_are_the_same_alone(sd3: States) -> None:
         assert same(alone.layers[name], whole.layers[name])
 
 
-def test_channels_of_zeros_are_not_smoothed(sd3: States) -> None:
+def test_zero_channels_are_not_smoothed(sd3: States) -> None:
     asked, seen = Asked(sd3), sd3.extremes["final_layer.linear"]
     low, high = seen.low.copy(), seen.high.copy()
     low[:3], high[:3] = 0, 0
@@ -734,7 +734,7 @@ def test_channels_of_zeros_are_not_smoothed(sd3: States) -> None:
 # Percentiles, and what is refused
 
 
-def test_percentiles_are_asked_of_every_planned_layer(sd3: States) -> None:
+def test_percentiles_of_planned_layers(sd3: States) -> None:
     """Blocks of the plan have no input of their own; a convolution has, though its weights stay."""
     asked = Asked(sd3)
     work = work_on(sd3, asked=asked)

@@ -78,7 +78,7 @@ def along(found: StepRanges, observed: Observed) -> tuple[NDArray[np.float64], N
 
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 @given(observed=observations())
-def test_every_rule_covers_what_was_seen_and_nothing_beyond(rule: RangeRule, observed: Observed) -> None:
+def test_every_rule(rule: RangeRule, observed: Observed) -> None:
     found = rule(observed)
     assert found.from_step[0] == 0
     assert all(a < b for a, b in pairwise((*found.from_step, observed.num_steps)))
@@ -93,24 +93,24 @@ def test_every_rule_covers_what_was_seen_and_nothing_beyond(rule: RangeRule, obs
 
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 @given(observed=observations(most=1))
-def test_a_single_step_gives_one_range(rule: RangeRule, observed: Observed) -> None:
+def test_a_single_step(rule: RangeRule, observed: Observed) -> None:
     assert rule(observed) == StepRanges((0,), (float(observed.low[0]),), (float(observed.high[0]),))
 
 
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 @pytest.mark.parametrize("bounds", [(0.0, 0.0), (-0.3, 0.7), (3.0, 3.0)])
-def test_a_constant_range_stays_one(rule: RangeRule, bounds: tuple[float, float]) -> None:
+def test_a_constant_range(rule: RangeRule, bounds: tuple[float, float]) -> None:
     observed = made([0, 4, 5, 9, 17, 30], [bounds[0]] * 6, [bounds[1]] * 6, 50)
     assert rule(observed) == StepRanges((0,), (bounds[0],), (bounds[1],))
 
 
 @given(observed=observations())
-def test_static_is_one_range(observed: Observed) -> None:
+def test_static(observed: Observed) -> None:
     assert static(observed) == StepRanges((0,), (min(observed.low),), (max(observed.high),))
 
 
 @given(observed=observations())
-def test_per_step_is_exact_where_collected_and_linear_between(observed: Observed) -> None:
+def test_per_step(observed: Observed) -> None:
     low, high = along(per_step(observed), observed)
     steps = observed.steps.tolist()
     for found, seen in ((low, observed.low), (high, observed.high)):
@@ -122,7 +122,7 @@ def test_per_step_is_exact_where_collected_and_linear_between(observed: Observed
             assert found[a:b] == pytest.approx(line, rel=1e-9, abs=1e-9 * np.abs(seen).max())
 
 
-def test_rounding_does_not_turn_a_narrow_range_round() -> None:
+def test_per_step_of_narrow_ranges() -> None:
     """Of so many pairs of lines that part by one digit, the last, some cross where they are interpolated."""
     for low, high in np.random.RandomState(0).randn(200, 2):
         observed = made([0, 39], [low, high], [np.nextafter(low, np.inf), high], 40)
@@ -139,7 +139,7 @@ def lost_bits(low: NDArray[np.float64], high: NDArray[np.float64], observed: Obs
 
 
 @given(observed=observations(most=8), groups=st.integers(1, 6))
-def test_grouped_loses_no_more_bits_than_any_other_grouping(observed: Observed, groups: int) -> None:
+def test_no_other_grouping_loses_less(observed: Observed, groups: int) -> None:
     found = grouped(observed, groups)
     count = len(observed.steps)
     assert len(found.from_step) <= min(groups, count)
@@ -154,7 +154,7 @@ def test_grouped_loses_no_more_bits_than_any_other_grouping(observed: Observed, 
 
 
 @given(observed=observations(), groups=st.integers(1, 6))
-def test_a_groups_range_is_the_hull_of_its_steps_and_borders_lie_midway(observed: Observed, groups: int) -> None:
+def test_groups_are_hulls(observed: Observed, groups: int) -> None:
     found = grouped(observed, groups)
     steps = observed.steps
     for i, (first, end) in enumerate(pairwise((*found.from_step, observed.num_steps))):
@@ -165,20 +165,20 @@ def test_a_groups_range_is_the_hull_of_its_steps_and_borders_lie_midway(observed
             assert first - before in (after - first, after - first + 1)
 
 
-def test_grouped_finds_groups_that_are_there() -> None:
+def test_grouped_finds_groups() -> None:
     steps = [0, 5, 10, 12, 20, 30, 37, 48]
     observed = made(steps, [-1, -1, -1, -4, -4, 0, 0, -9], [1, 1, 1, 2, 2, 8, 8, 9], 50)
     assert grouped(observed) == StepRanges((0, 11, 25, 43), (-1, -4, 0, -9), (1, 2, 8, 9))
     assert grouped(observed, groups=20) == grouped(observed)
 
 
-def test_grouped_sets_one_step_that_stands_out_apart() -> None:
+def test_grouped_sets_an_outlier_apart() -> None:
     observed = made(range(10), [-1.0] * 10, [1.0] * 6 + [500.0] + [1.0] * 3, 10)
     assert grouped(observed, groups=3) == StepRanges((0, 6, 7), (-1, -1, -1), (1, 500, 1))
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
-def test_grouped_minds_narrow_steps_as_much_as_wide_ones(scale: float) -> None:
+def test_grouped_minds_narrow_steps(scale: float) -> None:
     """From 90 to 100 it is farther than from 1 to 2, but only a seventh of a bit."""
     observed = made(range(4), [0.0] * 4, [100 * scale, 90 * scale, 2 * scale, scale], 4)
     assert grouped(observed, groups=3).high == (100 * scale, 2 * scale, scale)
@@ -188,7 +188,7 @@ MONOTONE = st.lists(st.floats(0.1, 10), min_size=1, max_size=5)
 
 
 @given(low=MONOTONE, high=MONOTONE, inner=st.sets(st.integers(1, 48), min_size=5, max_size=20))
-def test_polynomial_is_exact_on_polynomials(low: list[float], high: list[float], inner: set[int]) -> None:
+def test_polynomials_of_polynomials(low: list[float], high: list[float], inner: set[int]) -> None:
     """Also at steps that were not collected."""
     sigmas = made([0], [0], [0], 50).sigmas
     lows, highs = -np.polyval(low, sigmas), np.polyval(high, sigmas)
@@ -198,7 +198,7 @@ def test_polynomial_is_exact_on_polynomials(low: list[float], high: list[float],
 
 
 @given(low=st.lists(NUMBER, min_size=1, max_size=5), width=st.floats(0, 1e4))
-def test_polynomial_is_exact_on_any_polynomial_where_collected(low: list[float], width: float) -> None:
+def test_polynomials_where_collected(low: list[float], width: float) -> None:
     """Where it turns, too."""
     lows = np.polyval(low, made([0], [0], [0], 30).sigmas)
     observed = made(range(30), lows.tolist(), (lows + width).tolist(), 30)
@@ -207,7 +207,7 @@ def test_polynomial_is_exact_on_any_polynomial_where_collected(low: list[float],
 
 
 @pytest.mark.parametrize("slope", [1, -1])
-def test_polynomial_passes_over_a_dip(slope: int) -> None:
+def test_polynomials_pass_over_a_dip(slope: int) -> None:
     """Extremes of a few images dip by chance; a curve that runs above one widens the range there."""
     line = 3 + slope * made([0], [0], [0], 20).sigmas
     seen = line - 0.04 * (np.arange(20) == 8)
@@ -216,7 +216,7 @@ def test_polynomial_passes_over_a_dip(slope: int) -> None:
     assert high[8] > seen[8] + 0.01
 
 
-def test_polynomial_takes_the_lowest_degree_that_fits() -> None:
+def test_polynomials_are_of_the_lowest_degree() -> None:
     """R² of the straight line through this curve is 0.917."""
     steps = list(range(0, 50, 7))
     sigmas = made([0], [0], [0], 50).sigmas
@@ -229,7 +229,7 @@ def test_polynomial_takes_the_lowest_degree_that_fits() -> None:
 
 
 @given(observed=observations(), degree=st.integers(1, 8))
-def test_polynomial_never_leaves_what_the_steps_around_span(observed: Observed, degree: int) -> None:
+def test_polynomials_stay_near_the_steps(observed: Observed, degree: int) -> None:
     low, high = along(polynomial(observed, degree), observed)
     steps, last = observed.steps, len(observed.steps) - 1
     for step in range(observed.num_steps):
@@ -240,7 +240,7 @@ def test_polynomial_never_leaves_what_the_steps_around_span(observed: Observed, 
         assert observed.high[around].min() <= high[step] <= observed.high[around].max()
 
 
-def test_polynomial_does_not_swing_between_steps_far_apart() -> None:
+def test_polynomials_do_not_swing() -> None:
     """The curve of degree 8 through such a jump goes to several times its height."""
     steps = [0, 1, 2, 3, 40, 41, 42, 43, 44]
     observed = made(steps, [0.0] * 9, [1, 1, 1, 1.5, 3, 3, 3.5, 3, 3], 50)
@@ -249,7 +249,7 @@ def test_polynomial_does_not_swing_between_steps_far_apart() -> None:
     assert np.all(high[45:] == 3), "nor is it extrapolated"
 
 
-def test_polynomials_that_cross_give_way_to_what_lies_between() -> None:
+def test_polynomials_that_cross() -> None:
     """From a point to a point to a range: the parabola of high bends more, and dips below that of low."""
     observed = made([0, 5, 9], [-2, 0, 5], [-2, 0, 7], 12)
     found, between = polynomial(observed), per_step(observed)
@@ -270,12 +270,12 @@ def test_polynomials_that_cross_give_way_to_what_lies_between() -> None:
         (polynomial, {"r_squared": 1.01}, ("ranges.r_squared=1.01",)),
     ],
 )
-def test_bad_parameters_are_named(rule: Callable[..., Any], parameters: dict[str, float], words: Sequence[str]) -> None:
+def test_bad_parameters(rule: Callable[..., Any], parameters: dict[str, float], words: Sequence[str]) -> None:
     check_config_error(lambda: rule(made([0], [0], [1], 4), **parameters), words)
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_the_options_file_names_every_parameter_with_its_default(name: str) -> None:
+def test_options_name_every_default(name: str) -> None:
     node = OmegaConf.to_container(OmegaConf.load(CHECKOUT / f"conf/ranges/{name}.yaml"))
     bound = bind_target("ranges", node, given=("observed",))
     assert bound.func is getattr(ranges, name)
@@ -315,9 +315,7 @@ def path(values: dict[int, NDArray[np.float64]], tmp_path_factory: pytest.TempPa
     return written(tmp_path_factory.mktemp("ranges") / "activations.h5", values, 10, SIGMAS)
 
 
-def test_a_layer_is_observed_at_the_steps_that_the_sampler_evaluates(
-    path: Path, values: dict[int, NDArray[np.float64]]
-) -> None:
+def test_observed_at_evaluated_steps(path: Path, values: dict[int, NDArray[np.float64]]) -> None:
     with ActivationFile(path) as file:
         observed = observe(file, "x", (0, 100))
     assert observed.steps.tolist() == [2, 5, 8], "the finished latent is left out"
@@ -329,7 +327,7 @@ def test_a_layer_is_observed_at_the_steps_that_the_sampler_evaluates(
     assert observed.sigmas == pytest.approx(between, rel=1e-6), "1 at step 0, 0 at step 10"
 
 
-def test_a_clipped_layer_is_observed_by_percentiles(path: Path, values: dict[int, NDArray[np.float64]]) -> None:
+def test_observed_by_percentiles(path: Path, values: dict[int, NDArray[np.float64]]) -> None:
     with ActivationFile(path) as file:
         observed = observe(file, "x", (0.5, 98))
     expected = np.array([np.percentile(values[step], (0.5, 98)) for step in (2, 5, 8)])
@@ -337,9 +335,7 @@ def test_a_clipped_layer_is_observed_by_percentiles(path: Path, values: dict[int
 
 
 @pytest.mark.parametrize("clip", [(0.0, 100.0), (1.0, 99.0)])
-def test_divided_channels_are_observed_exactly(
-    path: Path, values: dict[int, NDArray[np.float64]], clip: tuple[float, float]
-) -> None:
+def test_observed_with_divisors(path: Path, values: dict[int, NDArray[np.float64]], clip: tuple[float, float]) -> None:
     divisors = np.array([2.0, 0.05, 30.0, 3.0])
     with ActivationFile(path) as file:
         observed = observe(file, "x", clip, divisors)
@@ -351,7 +347,7 @@ def test_divided_channels_are_observed_exactly(
     assert np.all((observed.low < observed.p99) & (observed.p99 < observed.high))
 
 
-def test_channel_extremes_are_those_of_evaluated_steps(path: Path, values: dict[int, NDArray[np.float64]]) -> None:
+def test_channel_extremes(path: Path, values: dict[int, NDArray[np.float64]]) -> None:
     with ActivationFile(path) as file:
         low, high = channel_extremes(file, "x")
     together = np.concatenate([values[step][0] for step in (2, 5, 8)])
@@ -363,7 +359,7 @@ def test_channel_extremes_are_those_of_evaluated_steps(path: Path, values: dict[
 
 @pytest.mark.parametrize("clip", [(0.0, 100.0), (1.0, 99.0)])
 @pytest.mark.parametrize("divisors", [None, np.array([2.0, 1.0, 0.5, 3.0])])
-def test_steps_without_a_finite_value_are_left_out(
+def test_steps_without_a_finite_value(
     values: dict[int, NDArray[np.float64]],
     clip: tuple[float, float],
     divisors: NDArray[np.float64] | None,
@@ -384,7 +380,7 @@ def test_steps_without_a_finite_value_are_left_out(
 
 @pytest.mark.parametrize("look", [lambda file: observe(file, "x", (0, 100)), lambda file: channel_extremes(file, "x")])
 @pytest.mark.parametrize("steps", [(5, 10), (10,)])
-def test_a_layer_with_nothing_to_observe_is_an_error_that_names_it(
+def test_nothing_to_observe(
     values: dict[int, NDArray[np.float64]],
     steps: Sequence[int],
     look: Callable[[ActivationFile], object],
@@ -397,16 +393,14 @@ def test_a_layer_with_nothing_to_observe_is_an_error_that_names_it(
     assert "\n" not in str(error.value)
 
 
-def test_a_layer_that_is_not_there_is_an_error_that_names_it(path: Path) -> None:
+def test_a_missing_layer(path: Path) -> None:
     with ActivationFile(path) as file:
         for look in (lambda: observe(file, "y", (0, 100)), lambda: channel_extremes(file, "y")):
             with pytest.raises(CalibError, match="'y'"):
                 look()
 
 
-def test_layers_of_a_model_are_observed_as_they_were_seen(
-    model: DiffusionModel, whole: Whole, manifest: Manifest, tmp_path: Path
-) -> None:
+def test_layers_of_a_model(model: DiffusionModel, whole: Whole, manifest: Manifest, tmp_path: Path) -> None:
     with ActivationFile(write_collected(tmp_path / "activations.h5", model, whole.collection, STEPS)) as file:
         found = {name: observe(file, name, (0, 100)) for name in whole.activations[0]}
         clipped = {name: observe(file, name, (1, 99)) for name in found}
@@ -429,7 +423,7 @@ def test_layers_of_a_model_are_observed_as_they_were_seen(
 
 
 @given(observed=observations())
-def test_drift_is_the_share_of_its_width_that_a_layer_loses(observed: Observed) -> None:
+def test_drift(observed: Observed) -> None:
     widths = observed.high - observed.low
     found = range_drift(observed)
     assert 0 <= found <= 1
@@ -438,7 +432,7 @@ def test_drift_is_the_share_of_its_width_that_a_layer_loses(observed: Observed) 
         assert found == 0
 
 
-def test_layers_that_drift_are_told_the_worst_first() -> None:
+def test_drift_is_told_the_worst_first() -> None:
     wide = {"a": 1.6, "b": 4.1, "c": 1.5, "d": 1.0}
     layers = {name: made([0, 20, 48], [-1, -1, -1], [0, 0.2, times - 1], 50) for name, times in wide.items()}
     layers["e"] = made([3, 4], [0, 0], [0, 7], 50)
@@ -455,7 +449,7 @@ def test_layers_that_drift_are_told_the_worst_first() -> None:
     ]
 
 
-def test_where_nothing_drifts_that_is_told() -> None:
+def test_no_drift_is_told() -> None:
     layers = {"c": made([0, 9], [0, 0], [1, 1.5], 10), "z": made([0, 9], [0, 0], [0, 0], 10)}
     head = "  Drift over the steps (width at its widest : at its narrowest):\n"
     assert drift_text(layers) == drift_text({}) == head + "    - none\n"
@@ -465,7 +459,7 @@ def test_where_nothing_drifts_that_is_told() -> None:
 
 
 @given(observed=observations(), rule=st.sampled_from(sorted(RULES)))
-def test_ranges_come_back_from_json_as_they_were(observed: Observed, rule: str) -> None:
+def test_json(observed: Observed, rule: str) -> None:
     made_of = {"mm_block_0.image.mlp.fc2": RULES[rule](observed), "x_embedder": static(observed)}
     document = json.loads(json.dumps(ranges_to_json(made_of), allow_nan=False))
     assert ranges_from_json(document, PATH, observed.num_steps) == made_of
@@ -475,7 +469,7 @@ def test_ranges_come_back_from_json_as_they_were(observed: Observed, rule: str) 
 SOUND = {"from_step": [0, 5, 9], "low": [-1.5, -2, 0], "high": [1, 2.5, 0]}
 
 
-def test_whole_numbers_of_json_are_numbers() -> None:
+def test_json_of_whole_numbers() -> None:
     found = ranges_from_json({"a": SOUND}, PATH, 10)
     assert found == {"a": StepRanges((0, 5, 9), (-1.5, -2.0, 0.0), (1.0, 2.5, 0.0))}
     assert all(type(value) is float for value in (*found["a"].low, *found["a"].high))
@@ -508,7 +502,7 @@ def test_whole_numbers_of_json_are_numbers() -> None:
         ({"low": None}, "must have lists"),
     ],
 )
-def test_damaged_ranges_are_an_error_that_names_file_layer_and_fault(change: dict[str, Any], words: str) -> None:
+def test_damaged_json(change: dict[str, Any], words: str) -> None:
     document = {"b": SOUND, "mm_block_0.image.mlp.fc2": SOUND | change}
     with pytest.raises(CalibError) as error:
         ranges_from_json(document, PATH, 10)
@@ -519,6 +513,6 @@ def test_damaged_ranges_are_an_error_that_names_file_layer_and_fault(change: dic
 
 
 @pytest.mark.parametrize("document", [None, [], 3, "x", {"a": None}, {"a": [0]}, {"a": {}}, {"a": {"step_index": [0]}}])
-def test_what_holds_no_ranges_at_all_is_an_error(document: Any) -> None:
+def test_json_of_no_ranges(document: Any) -> None:
     with pytest.raises(CalibError, match=r"timestep_config\.json.*must"):
         ranges_from_json(document, PATH, 10)

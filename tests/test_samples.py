@@ -7,7 +7,6 @@ from typing import Any
 import calib.activations.step
 from calib.activations.record import StepRecord
 from calib.activations.samples import RowIdentity, Samples, SampleSettings, SampleWriter, read_rows
-from calib.activations.store import write_activations
 from calib.activations.taps import Halves, TapKind, TapSelection
 from calib.base.errors import CalibError
 from calib.base.progress import readable_bytes
@@ -22,7 +21,7 @@ from helpers import MLX_DTYPES, contents, flip_byte, is_one_clear_line, lines_of
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from watching import collected, collection_of, in_parts, recording
+from watching import collected, collection_of, in_parts, recording, write_collected
 
 STEPS = (1, 8)
 ATTENTION = "mm_block_0.image.attn"
@@ -59,8 +58,7 @@ def collect_and_write(
     for place in range(len(STEPS)):  # of a subset in parts, all steps of the first part come before those of the next
         own = [observer.values() for observer in observers[place :: len(STEPS)]]
         values.append({name: np.concatenate([part[name] for part in own]) for name in own[0]})
-    path = folder / "activations.h5"
-    write_activations(path, collection.source(STEPS), collection.points, collection.manifest, STEPS, {}, {})
+    write_collected(folder / "activations.h5", model, collection, STEPS)
     return values, records
 
 
@@ -214,8 +212,11 @@ def test_infinities_that_went_by_are_kept_and_are_no_overflow(tmp_path: Path) ->
         np.testing.assert_array_equal(rows.view(np.float16), [[1, np.inf], [-np.inf, np.nan]])
 
 
+BRIEF = ("sampler.num_steps=8", "report=none")
+
+
 def test_how_much_will_be_kept_is_said_before(data_dir: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    given = ["collect", f"data_dir={data_dir}", "sampler.num_steps=8", "timestep_schedule=quarters"]
+    given = ["collect", f"data_dir={data_dir}", *BRIEF, "timestep_schedule=quarters"]
     given += ["subset.num_images=3", "taps=all", "taps.include=[mm_block_1,x_embedder,t_embedder.0]", "storage=full"]
     outcome = run_here([*given, "hydra.run.dir=run"], capsys)
     assert outcome.status == 0, outcome.err
@@ -229,7 +230,7 @@ def test_how_much_will_be_kept_is_said_before(data_dir: Path, folder: Path, caps
 def test_what_no_disk_can_hold_is_refused_before_anything_is_collected(
     data_dir: Path, small_disk: Path, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    given = ["collect", f"data_dir={data_dir}", "sampler.num_steps=8", "timestep_schedule=quarters", "storage=full"]
+    given = ["collect", f"data_dir={data_dir}", *BRIEF, "timestep_schedule=quarters", "storage=full"]
     for place in (["cache_dir=disk/cache", "hydra.run.dir=run"], ["hydra.run.dir=disk/run"]):
         outcome = run_here([*given, *place], capsys)
         assert outcome.status == 1
@@ -243,7 +244,7 @@ def test_what_no_disk_can_hold_is_refused_before_anything_is_collected(
 def test_a_flipped_byte_in_what_was_kept_is_one_clear_line_and_mended_by_the_same_command(
     data_dir: Path, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    given = ["collect", f"data_dir={data_dir}", "sampler.num_steps=8", "timestep_schedule=list", "subset.num_images=2"]
+    given = ["collect", f"data_dir={data_dir}", *BRIEF, "timestep_schedule=list", "subset.num_images=2"]
     given += ["timestep_schedule.steps=[1]", "taps.include=[x_embedder]", "storage=sampled"]
     assert run_here([*given, "hydra.run.dir=run"], capsys).status == 0
     before = contents(folder)

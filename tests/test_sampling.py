@@ -22,6 +22,7 @@ from diffusionkit.mlx import CFGDenoiser, DiffusionPipeline, sample_euler
 from diffusionkit.mlx.sampler import FluxSampler, ModelSamplingDiscreteFlow
 from helpers import PROMPTS, pipeline_of
 from mlx.utils import tree_flatten
+from tiny_models import tiny_model
 
 SAMPLERS = [ModelSamplingDiscreteFlow(1.0), ModelSamplingDiscreteFlow(3.0), FluxSampler(1.0), FluxSampler(1.15)]
 SAMPLER_NAMES = ["flow", "flow-shift3", "flux", "flux-shift1.15"]
@@ -29,9 +30,15 @@ LATENT = (16, 16, 16)
 
 
 @pytest.fixture(scope="module")
-def copy() -> DiffusionModel:
-    """A second model for DiffusionKit to draw with."""
-    return emoji.load()
+def tiny(model: DiffusionModel) -> DiffusionModel:
+    """SD3's structure, small: what is tested here is how it is called."""
+    return tiny_model(model, "sd3")
+
+
+@pytest.fixture(scope="module")
+def copy(model: DiffusionModel) -> DiffusionModel:
+    """The same once more, for DiffusionKit to draw with."""
+    return tiny_model(model, "sd3")
 
 
 @pytest.fixture(scope="module")
@@ -57,29 +64,30 @@ def kits_final_state(
 @pytest.mark.parametrize("sampler", SAMPLERS, ids=SAMPLER_NAMES)
 @pytest.mark.parametrize("cfg_weight", [3.0, 0.0])
 @pytest.mark.parametrize("seeds", [(5,), (1, 2**32 - 1)], ids=["one", "two"])
-def test_finished_latents_equal_diffusionkits(
-    model: DiffusionModel, copy: DiffusionModel, sampler: Any, cfg_weight: float, seeds: tuple[int, ...]
+def test_finished_latents(
+    tiny: DiffusionModel, copy: DiffusionModel, sampler: Any, cfg_weight: float, seeds: tuple[int, ...]
 ) -> None:
     settings = SamplerSettings(num_steps=6, cfg_weight=cfg_weight)
     prompts = PROMPTS[: len(seeds)]
     expected = kits_final_state(replace(copy, sampler=sampler), prompts, seeds, settings)
-    *_, final = trajectory(replace(model, sampler=sampler), prompts, seeds, settings)
+    *_, final = trajectory(replace(tiny, sampler=sampler), prompts, seeds, settings)
     assert final.x.dtype == mx.float32
     assert mx.std(final.x).item() > 0.1, "a picture, not a blank"
     assert mx.max(mx.abs(final.x - expected)).item() <= 1e-5
 
 
-def test_a_16_bit_model_sees_diffusionkits_rounded_timesteps() -> None:
+def test_16_bit_timesteps(model: DiffusionModel) -> None:
+    """Rounded as DiffusionKit rounds them."""
     settings = SamplerSettings(num_steps=3, cfg_weight=3.0)
-    ours, copy = (emoji.load(dtype=emoji.ModelDtype.BFLOAT16) for _ in range(2))
+    ours, copy = (tiny_model(model, "sd3", mx.bfloat16) for _ in range(2))
     expected = kits_final_state(copy, PROMPTS[:1], [5], settings)
     *_, final = trajectory(ours, PROMPTS[:1], [5], settings)
     assert mx.max(mx.abs(final.x - expected)).item() <= 1e-5
 
 
-def test_the_whole_of_denoise_latents_and_the_decoded_picture_are_reproduced(
-    model: DiffusionModel, copy: DiffusionModel
-) -> None:
+def test_denoise_latents_and_decoding(model: DiffusionModel) -> None:
+    """The shipped model's picture, to the end."""
+    copy = emoji.load()
     pipeline, text = pipeline_of(copy), copy.encode(["red apple"], 3.0)
     latent, _ = pipeline.denoise_latents(
         text.tokens, text.pooled, num_steps=6, cfg_weight=3.0, latent_size=(16, 16), seed=7
@@ -92,7 +100,7 @@ def test_the_whole_of_denoise_latents_and_the_decoded_picture_are_reproduced(
 
 @pytest.mark.parametrize("sampler", SAMPLERS, ids=SAMPLER_NAMES)
 @pytest.mark.parametrize("num_steps", [1, 2, 4, 7, 50, 100])
-def test_noise_levels_equal_diffusionkits(bare_pipeline: DiffusionPipeline, sampler: Any, num_steps: int) -> None:
+def test_noise_levels(bare_pipeline: DiffusionPipeline, sampler: Any, num_steps: int) -> None:
     expected = bare_pipeline.get_sigmas(sampler, num_steps)
     sigmas = noise_levels(sampler, num_steps)
     assert sigmas.shape == (num_steps + 1,)
@@ -104,13 +112,13 @@ def test_noise_levels_equal_diffusionkits(bare_pipeline: DiffusionPipeline, samp
 
 @pytest.mark.parametrize("shape", [LATENT, (6, 10, 16)])
 @pytest.mark.parametrize("seed", [0, 1, 42, 2**32 - 1])
-def test_noise_equals_diffusionkits(bare_pipeline: DiffusionPipeline, seed: int, shape: tuple[int, int, int]) -> None:
+def test_noise(bare_pipeline: DiffusionPipeline, seed: int, shape: tuple[int, int, int]) -> None:
     expected = bare_pipeline.get_noise(seed, mx.zeros((1, *shape)))
     assert np.array_equal(np.array(initial_noise(seed, shape)), np.array(expected[0]))
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS, ids=SAMPLER_NAMES)
-def test_state_0_equals_diffusionkits_scaled_noise(bare_pipeline: DiffusionPipeline, sampler: Any) -> None:
+def test_state_0(bare_pipeline: DiffusionPipeline, sampler: Any) -> None:
     sigmas = noise_levels(sampler, 5)
     noise, empty = initial_noise(3, LATENT)[None], bare_pipeline.get_empty_latent(*LATENT[:2])
     for sigma in (sigmas, 0.6 * sigmas):  # with less than all of the noise, the empty latent shows
@@ -118,10 +126,10 @@ def test_state_0_equals_diffusionkits_scaled_noise(bare_pipeline: DiffusionPipel
         assert np.array_equal(np.array(initial_state(noise, sampler, sigma)), np.array(expected))
 
 
-def test_states_carry_their_index_sigma_and_timestep(model: DiffusionModel) -> None:
+def test_states(tiny: DiffusionModel) -> None:
     settings = SamplerSettings(num_steps=5, cfg_weight=0.0)
-    states = list(trajectory(model, PROMPTS[:1], [3], settings))
-    sigmas = np.array(noise_levels(model.sampler, 5))
+    states = list(trajectory(tiny, PROMPTS[:1], [3], settings))
+    sigmas = np.array(noise_levels(tiny.sampler, 5))
     assert [state.step_index for state in states] == [0, 1, 2, 3, 4, 5]
     assert [state.sigma for state in states] == sigmas.tolist()
     assert [state.timestep for state in states] == (sigmas * np.float32(1000)).tolist()
@@ -129,23 +137,23 @@ def test_states_carry_their_index_sigma_and_timestep(model: DiffusionModel) -> N
     assert np.array_equal(np.array(states[0].x[0]), np.array(initial_noise(3, LATENT)))
 
 
-def test_every_state_follows_from_the_one_before_by_the_euler_step(model: DiffusionModel) -> None:
+def test_euler_steps(tiny: DiffusionModel) -> None:
     settings = SamplerSettings(num_steps=4, cfg_weight=3.0)
-    states = list(trajectory(model, PROMPTS[:2], [3, 4], settings))
-    text = model.encode(PROMPTS[:2], 3.0)
+    states = list(trajectory(tiny, PROMPTS[:2], [3, 4], settings))
+    text = tiny.encode(PROMPTS[:2], 3.0)
     for state, after in pairwise(states):
         sigma = mx.array(state.sigma)
-        denoised = np.array(model.denoise(state.x, mx.array(state.timestep), sigma, text, 3.0)).astype(np.float64)
+        denoised = np.array(tiny.denoise(state.x, mx.array(state.timestep), sigma, text, 3.0)).astype(np.float64)
         x = np.array(state.x).astype(np.float64)
         expected = x + (x - denoised) / state.sigma * (after.sigma - state.sigma)
         assert np.max(np.abs(np.array(after.x) - expected)) <= 1e-5
 
 
-def test_an_image_depends_on_its_own_prompt_and_seed_only(model: DiffusionModel) -> None:
+def test_images_are_independent(tiny: DiffusionModel) -> None:
     settings = SamplerSettings(num_steps=4, cfg_weight=3.0)
-    *_, first = trajectory(model, ["red apple", "octopus"], [1, 2], settings)
-    *_, other = trajectory(model, ["red apple", "rocket"], [1, 9], settings)
-    *_, again = trajectory(model, ["red apple", "octopus"], [1, 2], settings)
+    *_, first = trajectory(tiny, ["red apple", "octopus"], [1, 2], settings)
+    *_, other = trajectory(tiny, ["red apple", "rocket"], [1, 9], settings)
+    *_, again = trajectory(tiny, ["red apple", "octopus"], [1, 2], settings)
     assert np.array_equal(np.array(first.x), np.array(again.x))
     assert np.max(np.abs(np.array(first.x[0] - other.x[0]))) <= 1e-5
     assert np.max(np.abs(np.array(first.x[1] - other.x[1]))) > 0.1
@@ -156,21 +164,21 @@ def global_random_states() -> list[Any]:
     return [random.getstate(), kind, np.array(keys).tolist(), rest, [np.array(key).tolist() for key in mx.random.state]]
 
 
-def test_drawing_leaves_global_random_states_alone(model: DiffusionModel) -> None:
+def test_global_randomness_is_left_alone(tiny: DiffusionModel) -> None:
     np.random.seed(11)
     mx.random.seed(11)
     before = global_random_states()
-    *_, final = trajectory(model, PROMPTS[:2], [3, 4], SamplerSettings(num_steps=2, cfg_weight=3.0))
-    mx.eval(model.decode(final.x))
+    *_, final = trajectory(tiny, PROMPTS[:2], [3, 4], SamplerSettings(num_steps=2, cfg_weight=3.0))
+    mx.eval(tiny.decode(final.x))
     assert global_random_states() == before
 
 
-def test_global_random_states_do_not_change_what_is_drawn(model: DiffusionModel) -> None:
+def test_global_randomness_changes_nothing(tiny: DiffusionModel) -> None:
     drawn = []
     for seed in (1, 2):
         np.random.seed(seed)
         mx.random.seed(seed)
-        *_, final = trajectory(model, PROMPTS[:1], [3], SamplerSettings(num_steps=2, cfg_weight=3.0))
+        *_, final = trajectory(tiny, PROMPTS[:1], [3], SamplerSettings(num_steps=2, cfg_weight=3.0))
         drawn.append(np.array(final.x))
     assert np.array_equal(*drawn)
 
@@ -187,28 +195,28 @@ def leftovers(model: DiffusionModel) -> list[str]:
     return [f"{name}.{key}" for name, key in found]
 
 
-def test_after_many_images_the_weights_are_the_very_same_arrays(model: DiffusionModel) -> None:
-    before, fingerprint = weights(model), weights_fingerprint(model.transformer)
+def test_weights_stay_the_same_arrays(tiny: DiffusionModel) -> None:
+    before, fingerprint = weights(tiny), weights_fingerprint(tiny.transformer)
     for seed in range(4):
-        *_, final = trajectory(model, PROMPTS[:2], [seed, seed + 1], SamplerSettings(num_steps=3, cfg_weight=3.0))
-        mx.eval(model.decode(final.x))
-    after = weights(model)
+        *_, final = trajectory(tiny, PROMPTS[:2], [seed, seed + 1], SamplerSettings(num_steps=3, cfg_weight=3.0))
+        mx.eval(tiny.decode(final.x))
+    after = weights(tiny)
     assert list(after) == list(before)
     assert all(after[name] is before[name] for name in before)
-    assert weights_fingerprint(model.transformer) == fingerprint == model.fingerprint
-    assert leftovers(model) == []
+    assert weights_fingerprint(tiny.transformer) == fingerprint == tiny.fingerprint
+    assert leftovers(tiny) == []
 
 
-def test_an_interrupted_draw_leaves_nothing_behind(model: DiffusionModel) -> None:
-    fingerprint = weights_fingerprint(model.transformer)
-    states = trajectory(model, PROMPTS[:2], [1, 2], SamplerSettings(num_steps=3, cfg_weight=3.0))
+def test_an_interrupted_draw(tiny: DiffusionModel) -> None:
+    fingerprint = weights_fingerprint(tiny.transformer)
+    states = trajectory(tiny, PROMPTS[:2], [1, 2], SamplerSettings(num_steps=3, cfg_weight=3.0))
     next(states)
     next(states)
     states.close()
     with pytest.raises(ValueError):
-        model.denoise(mx.zeros((1, *LATENT)), mx.array(5.0), mx.array(0.5), model.encode(["x", "y"], 3.0), 3.0)
-    assert leftovers(model) == []
-    assert weights_fingerprint(model.transformer) == fingerprint
+        tiny.denoise(mx.zeros((1, *LATENT)), mx.array(5.0), mx.array(0.5), tiny.encode(["x", "y"], 3.0), 3.0)
+    assert leftovers(tiny) == []
+    assert weights_fingerprint(tiny.transformer) == fingerprint
 
 
 class Opened:
@@ -240,7 +248,7 @@ def model_without_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
     yield loaded
 
 
-def test_between_images_no_file_is_opened(model_without_files: DiffusionModel, opened: Opened) -> None:
+def test_no_file_is_opened_between_images(model_without_files: DiffusionModel, opened: Opened) -> None:
     settings = SamplerSettings(num_steps=2, cfg_weight=3.0)
     drawn = []
     for _ in range(3):

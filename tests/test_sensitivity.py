@@ -15,7 +15,7 @@ from plans import GOOD, bytes_of, layers_of, measured, small_models, taken
 
 @settings(max_examples=150)
 @given(found=small_models(), tolerance=st.floats(1e-9, 1e-7))
-def test_sensitivity_takes_the_smallest_option_within_the_tolerance(found: Sensitivities, tolerance: float) -> None:
+def test_smallest_option_within_the_tolerance(found: Sensitivities, tolerance: float) -> None:
     plan = sensitivity.plan_layers(layers_of(found), found, tolerance)
     for name, layer in plan.layers.items():
         shape, own = found.shapes[name], found.weights[name]
@@ -32,7 +32,7 @@ def test_sensitivity_takes_the_smallest_option_within_the_tolerance(found: Sensi
         assert layer.figure == f"S = {s[chosen]:.1e}"
 
 
-def test_fewer_bits_count_before_larger_groups() -> None:
+def test_bits_before_groups() -> None:
     found = measured({"a": {(2, 32): 1e-4, (3, 128): 1e-6}, "b": {(4, 32): 1e-5, (4, 64): 1e-5, (4, 128): 1e-3}})
     plan = sensitivity.plan_layers(layers_of(found), found)
     assert (plan.layers["a"].weight_bits, plan.layers["a"].group_size) == (2, 32)
@@ -54,7 +54,7 @@ def test_fewer_bits_count_before_larger_groups() -> None:
         ({}, 8),
     ],
 )
-def test_activation_bits_of_sensitivity(s: dict[int, float], bits: int) -> None:
+def test_activation_bits(s: dict[int, float], bits: int) -> None:
     found = measured({"a": GOOD}, activations={"a": s, "conv": s})
     plan = sensitivity.plan_layers(layers_of(found, "conv", "unknown"), found, 1e-4)
     assert plan.layers["a"].activation_bits == plan.layers["conv"].activation_bits == bits
@@ -63,7 +63,7 @@ def test_activation_bits_of_sensitivity(s: dict[int, float], bits: int) -> None:
     assert apart.layers["a"].activation_bits == bits
 
 
-def test_sensitivity_tells_what_it_could_not_do() -> None:
+def test_notes() -> None:
     weights = {"a": {(8, 64): 1e-2}, "b": {(3, 64): 1e-5, (8, 64): 0.0}, "c": {(3, 64): 3e-5}}
     found = measured(weights, activations={"a": {8: 1.0}, "b": {8: 1e-6}})
     plan = sensitivity.plan_layers(layers_of(found, "conv"), found)
@@ -79,7 +79,7 @@ def test_sensitivity_tells_what_it_could_not_do() -> None:
     assert len(sensitivity.plan_layers(layers_of(found), found, 1.0).notes) == 1
 
 
-def test_sensitivity_calls_fragile_what_needs_far_more_bits_than_the_rest() -> None:
+def test_fragile_layers() -> None:
     weights = {name: {(3, 64): 1e-6} for name in "bcdefgh"} | {"a": {(3, 64): 1e-2, (6, 64): 1e-6}}
     found = measured(weights)
     plan = sensitivity.plan_layers(layers_of(found), found)
@@ -90,6 +90,6 @@ def test_sensitivity_calls_fragile_what_needs_far_more_bits_than_the_rest() -> N
 
 @pytest.mark.parametrize("value", [0.0, -1e-4, math.nan, math.inf])
 @pytest.mark.parametrize("key", ["tolerance", "activation_tolerance"])
-def test_a_tolerance_must_be_positive(key: str, value: float) -> None:
+def test_impossible_tolerances(key: str, value: float) -> None:
     with pytest.raises(ConfigError, match=rf"^analysis.{key}={value}: must be positive and finite"):
         sensitivity.plan_layers({}, measured({}), **{key: value})

@@ -41,7 +41,7 @@ import numpy as np
 import pytest
 from diffusionkit.mlx import DiffusionPipeline, FluxPipeline, model_io
 from diffusionkit.mlx.config import FLUX_SCHNELL, CLIPTextModelConfig, SD3_2b, VAEDecoderConfig, VAEEncoderConfig
-from helpers import CHECKOUT, environment, is_one_clear_line, run_process
+from helpers import CHECKOUT, environment, is_one_clear_line, run_in, run_process
 from huggingface_hub import constants
 from mlx.utils import tree_flatten
 
@@ -259,7 +259,9 @@ LOADERS: dict[str, Callable[[str], object]] = {
 }
 
 
-@pytest.mark.parametrize("file", LOADERS)
+@pytest.mark.parametrize(
+    "file", [pytest.param(f, marks=pytest.mark.slow) if f == "sd3_medium.safetensors" else f for f in LOADERS]
+)
 def test_whichever_tensor_is_missing_or_misshapen_one_line_says_so(cache: Path, file: str, tmp_path: Path) -> None:
     weights = dict(mx.load(str(next(cache.glob(f"*/snapshots/*/{file}")))))
     path = tmp_path / "damaged.safetensors"
@@ -315,6 +317,9 @@ def test_a_local_checkpoint_needs_no_transformer_on_the_hub(
     assert mx.all(mx.isfinite(loaded.encode(["x"], 0.0).pooled))
 
 
+SD3_JOB = ("generate", "model=sd3_medium", "model.dtype=float32", "num_images=1", "report=none")
+
+
 class Answer(BaseHTTPRequestHandler):
     """A hub that answers every request alike."""
 
@@ -347,8 +352,14 @@ def hub(request: pytest.FixtureRequest) -> Iterator[str]:
     ("hub", "advice"),
     [
         ((403, "GatedRepo"), "its licence was not accepted; accept it on {hub}/" + SD3 + ", `hf auth login`"),
-        ((401, "GatedRepo"), "its licence was not accepted; accept it on {hub}/" + SD3 + ", `hf auth login`"),
-        ((401, ""), "the hub refuses access; see {hub}/" + SD3 + ", `hf auth login`"),
+        pytest.param(
+            (401, "GatedRepo"),
+            "its licence was not accepted; accept it on {hub}/" + SD3 + ", `hf auth login`",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            (401, ""), "the hub refuses access; see {hub}/" + SD3 + ", `hf auth login`", marks=pytest.mark.slow
+        ),
         ((404, "RepoNotFound"), "the hub shows no such repository"),
     ],
     indirect=["hub"],
@@ -360,16 +371,16 @@ def test_what_the_hub_refuses_is_said_in_one_line(
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HF_ENDPOINT", hub)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
-    outcome = run_process(tmp_path, "generate", "model=sd3_medium", "model.dtype=float32", "num_images=1")
+    outcome = run_process(tmp_path, *SD3_JOB)
     line = is_one_clear_line(outcome, status=1)
     assert line.startswith(f"{SD3}/sd3_medium.safetensors: {advice.format(hub=hub)}")
     assert line.endswith("; or give model.checkpoint=FILE")
 
 
 def test_offline_without_a_cache_is_said_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
-    outcome = run_process(tmp_path, "generate", "model=sd3_medium", "model.dtype=float32", "num_images=1")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    outcome = run_in(tmp_path, *SD3_JOB)
     line = is_one_clear_line(outcome, status=1)
     assert line.startswith(f"{SD3}/sd3_medium.safetensors: not in the cache {tmp_path / 'hub'}, and HF_HUB_OFFLINE")
 

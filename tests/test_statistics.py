@@ -36,19 +36,19 @@ def sampled_rows(rows: int, stride: int, phase: int) -> NDArray[np.int64]:
 
 
 @given(x=activations())
-def test_statistics_equal_numpys(x: mx.array) -> None:
+def test_statistics(x: mx.array) -> None:
     check_statistics(statistics_of(x), float64(x), name_of(x))
 
 
 @given(x=activations())
-def test_statistics_that_look_for_non_finite_values_equal_numpys_too(x: mx.array) -> None:
+def test_careful_statistics(x: mx.array) -> None:
     statistics = statistics_of(x, finite_only=True)
     check_statistics(statistics, float64(x), name_of(x))
     assert (statistics.nan, statistics.inf) == (0, 0)
 
 
 @given(x=activations(), data=st.data())
-def test_any_split_merges_to_the_whole(x: mx.array, data: st.DataObject) -> None:
+def test_merging(x: mx.array, data: st.DataObject) -> None:
     cuts = sorted(set(data.draw(st.lists(st.integers(1, max(1, x.shape[0] - 1)), max_size=5))))
     cuts = [cut for cut in cuts if cut < x.shape[0]]
     parts = data.draw(st.permutations([statistics_of(part) for part in mx.split(x, cuts)]))
@@ -67,7 +67,7 @@ def test_any_split_merges_to_the_whole(x: mx.array, data: st.DataObject) -> None
 @pytest.mark.parametrize("dtype", list(MLX_DTYPES))
 @pytest.mark.parametrize("rows", [100, 4_096, 20_480])
 @pytest.mark.parametrize("parts", [1, 7])
-def test_a_mean_that_is_large_against_the_spread_costs_no_accuracy(dtype: str, rows: int, parts: int) -> None:
+def test_a_large_mean(dtype: str, rows: int, parts: int) -> None:
     x = mx.array((3 + 0.1 * np.random.RandomState(0).randn(rows, 6)).astype(np.float32)).astype(MLX_DTYPES[dtype])
     cuts = [rows * i // parts for i in range(1, parts)]
     merged, *others = [statistics_of(part) for part in mx.split(x, cuts)]
@@ -76,7 +76,7 @@ def test_a_mean_that_is_large_against_the_spread_costs_no_accuracy(dtype: str, r
     check_statistics(merged, float64(x), dtype)
 
 
-def test_constant_activations_have_no_spread() -> None:
+def test_constant_activations() -> None:
     for value in (0.0, 0.1, -3e4):
         statistics = statistics_of(mx.full((1000, 3), value))
         assert np.all(statistics.std <= 1e-6 * abs(value))
@@ -85,7 +85,7 @@ def test_constant_activations_have_no_spread() -> None:
 
 
 @pytest.mark.parametrize("scale", [1e-15, 1e10, 1e20, 1e35])
-def test_very_small_and_very_large_values_have_finite_statistics(scale: float) -> None:
+def test_extreme_scales(scale: float) -> None:
     x = mx.array((scale * np.random.RandomState(0).uniform(-1, 1, (500, 4))).astype(np.float32))
     careful = not sound(x)  # as collection decides
     check_statistics(statistics_of(x, finite_only=careful), float64(x), "float32")
@@ -107,7 +107,7 @@ def spoiled(draw: st.DrawFn) -> tuple[str, NDArray[np.float64]]:
 @given(case=spoiled())
 @example(case=("float32", np.full((3, 2), np.nan)))
 @example(case=("float16", np.array([[np.inf, 1.0], [-np.inf, 2.0]])))
-def test_nan_and_infinity_are_counted_apart_and_never_enter_a_range(case: tuple[str, NDArray[np.float64]]) -> None:
+def test_nan_and_infinity(case: tuple[str, NDArray[np.float64]]) -> None:
     dtype, values = case
     x = mx.array(values.astype(np.float32)).astype(MLX_DTYPES[dtype])
     found = statistics_of(x, finite_only=True)
@@ -133,7 +133,7 @@ def test_nan_and_infinity_are_counted_apart_and_never_enter_a_range(case: tuple[
 
 
 @given(case=spoiled(), data=st.data())
-def test_spoiled_parts_merge_to_the_whole(case: tuple[str, NDArray[np.float64]], data: st.DataObject) -> None:
+def test_merging_spoiled_parts(case: tuple[str, NDArray[np.float64]], data: st.DataObject) -> None:
     dtype, values = case
     x = mx.array(values.astype(np.float32)).astype(MLX_DTYPES[dtype])
     cut = data.draw(st.integers(0, len(values)))
@@ -150,7 +150,7 @@ def test_spoiled_parts_merge_to_the_whole(case: tuple[str, NDArray[np.float64]],
 
 @settings(max_examples=200)
 @given(rows=st.integers(1, 5000), stride=st.integers(2, 600), phase=st.integers(0, PHASES - 1) | st.just(PHASES - 1))
-def test_sampled_rows_are_a_stride_apart_and_exist(rows: int, stride: int, phase: int) -> None:
+def test_sampled_rows(rows: int, stride: int, phase: int) -> None:
     index = sampled_rows(rows, stride, phase)
     assert abs(len(index) - rows / stride) <= 1
     assert len(index) >= 1 and index[0] < stride and index[-1] < rows
@@ -159,7 +159,7 @@ def test_sampled_rows_are_a_stride_apart_and_exist(rows: int, stride: int, phase
 
 @settings(max_examples=20)
 @given(rows=st.integers(1, 500), stride=st.integers(2, 600))
-def test_every_row_is_sampled_at_as_many_phases(rows: int, stride: int) -> None:
+def test_all_rows_are_sampled_alike(rows: int, stride: int) -> None:
     firsts = [first_sampled(rows, stride, phase) for phase in range(PHASES)]
     times = np.bincount(firsts)
     assert len(times) == min(stride, rows)
@@ -169,7 +169,7 @@ def test_every_row_is_sampled_at_as_many_phases(rows: int, stride: int) -> None:
 
 @pytest.mark.parametrize("dtype", list(MLX_DTYPES))
 @pytest.mark.parametrize("finite_only", [False, True])
-def test_rows_are_sampled_for_the_histogram_alone(dtype: str, finite_only: bool) -> None:
+def test_sampling_is_for_histograms_alone(dtype: str, finite_only: bool) -> None:
     x = mx.array(np.random.RandomState(0).randn(10, 100, 5).astype(np.float32)).astype(MLX_DTYPES[dtype])
     sampled = statistics_of(x, histogram_stride=7, phase=20_000, finite_only=finite_only)
     every = statistics_of(x, finite_only=finite_only)
@@ -181,25 +181,25 @@ def test_rows_are_sampled_for_the_histogram_alone(dtype: str, finite_only: bool)
     assert every.minimum.min() <= sampled.percentiles()["p001"] < sampled.percentiles()["p999"] <= every.maximum.max()
 
 
-def test_other_rows_are_sampled_at_another_phase() -> None:
+def test_phases() -> None:
     x = mx.arange(1000, dtype=mx.float32).reshape(10, 100, 1).astype(mx.float16)
     first, second = (statistics_of(x, histogram_stride=100, phase=phase).histogram for phase in (0, 45_000))
     assert first.values().tolist() == list(range(0, 1000, 100))
     assert second.values().tolist() == list(range(68, 1000, 100))
 
 
-def test_an_input_without_tokens_is_counted_whole() -> None:
+def test_inputs_without_tokens() -> None:
     x = mx.array(np.random.RandomState(0).randn(20, 1, 1, 5).astype(np.float32))
     assert statistics_of(x, histogram_stride=7).histogram.total == 100
 
 
-def test_percentiles_stay_within_the_exact_extremes() -> None:
+def test_percentiles_within_extremes() -> None:
     # The midpoint of 1.0's bin of float32 values is above 1.
     found = statistics_of(mx.full((10, 2), 1.0)).percentiles()
     assert set(found.values()) == {1.0}
 
 
-def test_infinities_and_nans_cause_no_warning() -> None:
+def test_no_warnings() -> None:
     x = mx.array([[np.inf, np.nan, -np.inf, 1.0]])
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -15,13 +15,14 @@ from calib.activations.taps import Halves, TapPoint, TapSelection
 from calib.activations.weights import WEIGHT_BITS, weight_sqnr
 from calib.base.errors import CalibError
 from calib.dataset.manifest import Manifest
+from calib.models.architecture import names_in_order
 from calib.models.model import DiffusionModel
 
 import h5py
 import mlx.core as mx
 import numpy as np
 import pytest
-from helpers import MLX_DTYPES, STEPS, flip_byte, run_process
+from helpers import MLX_DTYPES, STEPS, flip_byte, run_here
 from mlx import nn
 from watching import collected, collection_of, pooled, watch, write_collected
 
@@ -42,7 +43,7 @@ def stored(
     return write_collected(path, model, collection, STEPS, weight_sqnr=sqnr, attributes=ATTRIBUTES)
 
 
-def test_root_has_dimension_scales_and_what_lies_along_them(stored: Path, manifest: Manifest) -> None:
+def test_root(stored: Path, manifest: Manifest) -> None:
     with h5py.File(stored, "r") as file:
         assert file.attrs["format"] == "calib-activations"
         assert file.attrs["format_version"] == 2
@@ -57,7 +58,7 @@ def test_root_has_dimension_scales_and_what_lies_along_them(stored: Path, manife
         assert file["evaluated_by_sampler"][:].tolist() == [True, True, False]
 
 
-def test_every_layer_is_a_group_with_attributes_arrays_and_scales(stored: Path, model: DiffusionModel) -> None:
+def test_layers(stored: Path, model: DiffusionModel) -> None:
     modules = model.architecture.layers()
     blocks = [f"mm_block_{i}{stream}" for i in range(4) for stream in ("", ".image", ".text")][:-1]
     with h5py.File(stored, "r") as file:
@@ -91,7 +92,7 @@ def test_every_layer_is_a_group_with_attributes_arrays_and_scales(stored: Path, 
                 assert channels == inputs
 
 
-def test_layers_that_share_an_input_share_their_arrays_by_hard_link(stored: Path, collection: Collection) -> None:
+def test_shared_inputs_share_arrays(stored: Path, collection: Collection) -> None:
     shared = 0
     with h5py.File(stored, "r") as file:
         for point in collection.points:
@@ -107,7 +108,7 @@ def test_layers_that_share_an_input_share_their_arrays_by_hard_link(stored: Path
     assert shared == 24
 
 
-def test_weights_sqnr_is_that_of_each_layers_own_weights(stored: Path, model: DiffusionModel) -> None:
+def test_weight_sqnr(stored: Path, model: DiffusionModel) -> None:
     modules = model.architecture.layers()
     with h5py.File(stored, "r") as file:
         assert file["weight_bits"][:].tolist() == list(WEIGHT_BITS) == [2, 3, 4, 5, 6, 8]
@@ -141,7 +142,7 @@ def check_same(found: Statistics, expected: Statistics) -> None:
     assert found.percentiles() == expected.percentiles()
 
 
-def test_what_is_read_is_what_was_written(
+def test_read_is_written(
     stored: Path, manifest: Manifest, collection: Collection, records: dict[int, StepRecord]
 ) -> None:
     streams = {f"{point.name}.{stream}" for point in collection.points for stream in ("image", "text")}
@@ -162,7 +163,23 @@ def test_what_is_read_is_what_was_written(
                 np.testing.assert_array_equal(file.image_ranges(name)[row], ranges.astype(np.float32))
 
 
-def test_merged_views_are_the_merged_statistics(stored: Path, records: dict[int, StepRecord]) -> None:
+def test_layers_are_in_network_order(stored: Path, model: DiffusionModel, tmp_path: Path) -> None:
+    """Also in files of calib 0.1.0, which do not say it."""
+    expected = names_in_order(model.architecture)
+    shutil.copy(stored, tmp_path / "older.h5")
+    with h5py.File(tmp_path / "older.h5", "a") as file:
+        for group in file["layers"].values():
+            del group.attrs["order"]
+    with ActivationFile(stored) as file:
+        assert [name for name in file.layers if not name.endswith((".image", ".text"))] == expected
+        places = {name: file.layers.index(name) for name in file.layers}
+        assert places["mm_block_1"] < places["mm_block_1.text"] < places["mm_block_1.image.adaln"]
+    with ActivationFile(tmp_path / "older.h5") as file:
+        layers = list(model.architecture.layers())
+        assert [name for name in file.layers if name in layers] == layers
+
+
+def test_merged_views(stored: Path, records: dict[int, StepRecord]) -> None:
     with ActivationFile(stored) as file:
         for name in ("mm_block_1.image.mlp.fc2", "final_layer.linear", "mm_block_2", "x_embedder"):
             check_same(file.statistics(name), pooled(records, name))
@@ -173,7 +190,7 @@ def test_merged_views_are_the_merged_statistics(stored: Path, records: dict[int,
         )
 
 
-def test_moments_can_be_kept_to_the_last_bit(
+def test_exact_moments(
     model: DiffusionModel, collection: Collection, records: dict[int, StepRecord], tmp_path: Path
 ) -> None:
     path = write_collected(tmp_path / "activations.h5", model, collection, [3], exact=True)
@@ -182,7 +199,7 @@ def test_moments_can_be_kept_to_the_last_bit(
             np.testing.assert_array_equal(file.statistics(name).moments.sums, own.statistics.moments.sums)
 
 
-def test_halves_that_were_kept_apart_can_be_asked_for(model: DiffusionModel, data_dir: Path, tmp_path: Path) -> None:
+def test_halves_apart(model: DiffusionModel, data_dir: Path, tmp_path: Path) -> None:
     taps = TapSelection(include=("mm_block_0.image.attn.?_proj", "x_embedder"), cfg_halves=Halves.APART)
     collection = collection_of(model, data_dir, tmp_path, [0, 1], taps)
     own = collected(collection, [3])[3]
@@ -200,7 +217,7 @@ def test_halves_that_were_kept_apart_can_be_asked_for(model: DiffusionModel, dat
             file.statistics("x_embedder/other")
 
 
-def test_a_file_is_the_same_however_few_taps_fit_into_memory(
+def test_few_taps_in_memory(
     model: DiffusionModel, stored: Path, collection: Collection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All but the order of what lies in the file."""
@@ -228,9 +245,7 @@ def test_a_block_pools_its_streams(records: dict[int, StepRecord]) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-def test_any_activation_type_with_nan_and_inf_makes_the_round_trip(
-    tmp_path: Path, manifest: Manifest, dtype: str
-) -> None:
+def test_any_type_with_nan_and_inf(tmp_path: Path, manifest: Manifest, dtype: str) -> None:
     records = {}
     for step in (2, 5):
         values = np.random.RandomState(step).randn(3, 100, 7).astype(np.float32)
@@ -240,7 +255,9 @@ def test_any_activation_type_with_nan_and_inf_makes_the_round_trip(
         records[step] = StepRecord(step, [4, 0, 9], seen)
     source = Records(["x_embedder"], lambda names: records, 1 << 20, [Block(0, (4, 0)), Block(1, (9,))], halves=1)
     path = tmp_path / "a.h5"
-    write_activations(path, source, [TapPoint("x_embedder", "embedding")], manifest, [2, 5], {}, ATTRIBUTES, {"x_embedder": 0})
+    write_activations(
+        path, source, [TapPoint("x_embedder", "embedding")], manifest, [2, 5], {}, ATTRIBUTES, {"x_embedder": 0}
+    )
     with ActivationFile(path) as file:
         assert file.images == [4, 0, 9]
         for step in (2, 5):
@@ -272,7 +289,7 @@ def read_all(path: Path) -> list[list[float]]:
         return found
 
 
-def test_a_layer_or_step_that_is_not_there_is_an_error_that_names_the_file(stored: Path) -> None:
+def test_a_missing_layer_or_step(stored: Path) -> None:
     with ActivationFile(stored) as file:
         calls = (
             lambda: file.statistics("mm_block_9"),
@@ -286,7 +303,7 @@ def test_a_layer_or_step_that_is_not_there_is_an_error_that_names_the_file(store
 
 
 @pytest.mark.parametrize("damage", ["missing", "empty", "foreign", "half", "cut short", "another format", "folder"])
-def test_a_file_that_is_not_whole_is_an_error_that_names_it(stored: Path, tmp_path: Path, damage: str) -> None:
+def test_a_file_that_is_not_whole(stored: Path, tmp_path: Path, damage: str) -> None:
     path = tmp_path / "activations.h5"
     content = stored.read_bytes()
     if damage == "empty":
@@ -308,7 +325,7 @@ def test_a_file_that_is_not_whole_is_an_error_that_names_it(stored: Path, tmp_pa
 
 
 @pytest.mark.parametrize("lost", ["step_index", "layers", "evaluated_by_sampler", "layers/x_embedder/channel_min"])
-def test_a_file_that_lacks_a_part_is_an_error_that_names_it(stored: Path, tmp_path: Path, lost: str) -> None:
+def test_a_file_that_lacks_a_part(stored: Path, tmp_path: Path, lost: str) -> None:
     path = tmp_path / "activations.h5"
     shutil.copy(stored, path)
     with h5py.File(path, "a") as file:
@@ -318,7 +335,7 @@ def test_a_file_that_lacks_a_part_is_an_error_that_names_it(stored: Path, tmp_pa
         file.statistics("x_embedder")
 
 
-def test_a_file_of_a_later_format_version_is_refused(stored: Path, tmp_path: Path) -> None:
+def test_a_later_version(stored: Path, tmp_path: Path) -> None:
     path = tmp_path / "activations.h5"
     shutil.copy(stored, path)
     with h5py.File(path, "a") as file:
@@ -328,7 +345,7 @@ def test_a_file_of_a_later_format_version_is_refused(stored: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize("field", [*PER_CHANNEL, "histogram_keys", "histogram_counts"])
-def test_a_flipped_bit_is_an_error_that_names_the_file(stored: Path, tmp_path: Path, field: str) -> None:
+def test_a_flipped_bit(stored: Path, tmp_path: Path, field: str) -> None:
     path = tmp_path / "activations.h5"
     shutil.copy(stored, path)
     with h5py.File(path, "r") as file:
@@ -339,22 +356,22 @@ def test_a_flipped_bit_is_an_error_that_names_the_file(stored: Path, tmp_path: P
     assert "\n" not in str(error.value)
 
 
-def test_analyze_on_a_damaged_file_ends_with_one_line(stored: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
+def test_analyze_on_a_damaged_file(stored: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = folder / "run"
     run.mkdir()
     shutil.copy(stored, run)
     with h5py.File(stored, "r") as file:
         chunk = file["layers/x_embedder/channel_max"].id.get_chunk_info(0)
     flip_byte(run / "activations.h5", chunk.byte_offset + 1)
-    outcome = run_process(tmp_path, "analyze", "stats=run")
+    outcome = run_here(["analyze", "stats=run"], capsys)
     assert outcome.status in (1, 2)
     assert len(outcome.err.splitlines()) == 1, outcome.err
     assert outcome.err.startswith("calib: ")
     assert "activations.h5" in outcome.err
-    assert not (tmp_path / "outputs").exists()
+    assert not (folder / "outputs").exists()
 
 
-def test_a_runs_own_file_names_its_producer_model_and_configuration(tiny_run: Path, model: DiffusionModel) -> None:
+def test_a_runs_own_file(tiny_run: Path, model: DiffusionModel) -> None:
     with h5py.File(tiny_run / "activations.h5", "r") as file:
         attributes = dict(file.attrs)
     assert attributes["producer"].startswith("calib ")

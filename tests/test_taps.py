@@ -191,7 +191,7 @@ def test_shared_taps_read_equal_arrays(network: Network) -> None:
     assert not np.array_equal(seen["mm_block_0.image.attn.q_proj"], seen["mm_block_0.image.mlp.fc1"])
 
 
-def test_an_mlp_after_the_attention_has_a_tap_of_its_own() -> None:
+def test_serial_mlps_have_their_own_tap() -> None:
     points = tap_points(MMDiTArchitecture(tiny_transformer("serial")), TapSelection())
     assert "unified_block_0.mlp.fc1" in [point.name for point in points]
 
@@ -240,9 +240,7 @@ def test_block_taps_see_each_stream(emoji: Network) -> None:
     ("kind", "include", "taps"),
     [(TapKind.LINEAR, ["mm_block_1.image.mlp.fc2"], 1), (TapKind.BLOCK, ["mm_block_1", "mm_block_3"], 3)],
 )
-def test_layers_read_what_the_recorder_returns(
-    emoji: Network, kind: TapKind, include: Sequence[str], taps: int
-) -> None:
+def test_recorders_returns_are_read(emoji: Network, kind: TapKind, include: Sequence[str], taps: int) -> None:
     """It may have tied the activation to other work: so the very array that it gives back must be passed on."""
     plain, points = emoji.forward(), tap_points(emoji.architecture, TapSelection(kind, include=include))
     with tapped(emoji.architecture, points, lambda _, x: mx.zeros_like(x)):
@@ -294,7 +292,7 @@ def test_the_model_is_given_back(network: Network, kind: TapKind, error: type[Ba
     assert not any(isinstance(child, InputTap) for child in module.modules())
 
 
-def test_the_model_is_given_back_where_a_tap_cannot_be_placed(emoji: Network) -> None:
+def test_the_model_is_given_back_from_a_misfit(emoji: Network) -> None:
     before = emoji.identities()
     points = [*emoji.points(), TapPoint("mm_block_9.image.attn.q_proj", "modulated")]
     with pytest.raises(IndexError), tapped(emoji.architecture, points, lambda _, x: x):
@@ -318,7 +316,7 @@ def test_patterns_choose_layers(emoji: Network) -> None:
     assert names_of(emoji, ["mm_block_[12]"], kind=TapKind.BLOCK) == ["mm_block_1", "mm_block_2"]
 
 
-def test_a_chosen_alias_has_a_tap_of_its_own(emoji: Network) -> None:
+def test_chosen_aliases(emoji: Network) -> None:
     points = tap_points(emoji.architecture, TapSelection(include=["*_2.image.attn.v_proj", "final_layer.adaln"]))
     assert sorted((point.name, point.aliases, point.kind) for point in points) == [
         ("final_layer.adaln", (), "post-silu"),

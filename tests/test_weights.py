@@ -27,7 +27,7 @@ def never() -> Mapping[str, nn.Module]:
     raise AssertionError("measured again")
 
 
-def test_layers_are_measured_once(layers: dict[str, nn.Module], tmp_path: Path) -> None:
+def test_measured_once(layers: dict[str, nn.Module], tmp_path: Path) -> None:
     measured = cached_weight_sqnr(tmp_path, "0123", NAMES, lambda: layers)
     assert measured == {"a": weight_sqnr(layers["a"]), "zero": dict.fromkeys(WEIGHT_BITS, math.inf)}
     assert cached_weight_sqnr(tmp_path, "0123", NAMES, never) == measured
@@ -35,7 +35,7 @@ def test_layers_are_measured_once(layers: dict[str, nn.Module], tmp_path: Path) 
     assert cached_weight_sqnr(tmp_path, "4567", ["a"], lambda: layers) == {"a": measured["a"]}, "of another model"
 
 
-def test_further_layers_are_added(layers: dict[str, nn.Module], tmp_path: Path) -> None:
+def test_further_layers(layers: dict[str, nn.Module], tmp_path: Path) -> None:
     cached_weight_sqnr(tmp_path, "0123", ["a"], lambda: layers)
     cached_weight_sqnr(tmp_path, "0123", ["zero"], lambda: {"zero": layers["zero"]})
     assert set(cached_weight_sqnr(tmp_path, "0123", NAMES[:2], never)) == {"a", "zero"}
@@ -45,7 +45,7 @@ def test_further_layers_are_added(layers: dict[str, nn.Module], tmp_path: Path) 
     "content",
     ["", "{", "[]", "3", '{"a": 3}', '{"a": []}', '{"a": {"2": "x"}}', '{"a": {"2": [1]}}', '{"b": null}', "half"],
 )
-def test_a_spoiled_file_is_measured_again(layers: dict[str, nn.Module], tmp_path: Path, content: str) -> None:
+def test_spoiled_files(layers: dict[str, nn.Module], tmp_path: Path, content: str) -> None:
     expected = cached_weight_sqnr(tmp_path, "0123", NAMES, lambda: layers)
     (path,) = tmp_path.rglob("*.json")
     sound = path.read_text()

@@ -185,14 +185,20 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """The JSON value in ``path``; raises a CalibError where the file is missing or damaged."""
+def read_text(path: Path) -> str:
+    """The text in ``path``, UTF-8; raises a CalibError where the file is missing or cannot be read."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise CalibError(f"{path}: no such file") from None
     except OSError as error:
         raise CalibError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def read_json(path: Path) -> Any:
+    """The JSON value in ``path``; raises a CalibError where the file is missing or damaged."""
+    try:
+        return json.loads(read_text(path))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CalibError(f"{path}: not valid JSON ({error})") from None
 

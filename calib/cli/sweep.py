@@ -131,7 +131,7 @@ def run_sweep(launch: Callable[[], object], what: Planned) -> int:
     lacking = [job for job in jobs if job.state is not RunState.COMPLETE]
     for line in _summary(jobs, time.monotonic() - start):
         print(line)
-    with suppress(CalibError, OSError):  # of a full disk, say, which the jobs themselves report
+    with suppress(CalibError, OSError):  # of a full disk, for one, which the jobs themselves report
         for line in _compared(what.folders[0].parent) if what.folders else ():
             print(line)
     if error is not None and (lacking or not jobs):

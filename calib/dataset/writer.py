@@ -7,7 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from calib.base.errors import CalibError, reason_of
+from calib.base.errors import CalibError, in_a_line, reason_of
 from calib.base.progress import counted
 from calib.dataset.images import DrawnImage, write_image
 from calib.dataset.manifest import ImageEntry, Manifest
@@ -121,5 +121,4 @@ def _explained(error: BaseException | None, writer: Writer) -> CalibError:
     assert isinstance(error, OSError)
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)
     remedy = "make room" if full else "mend that"
-    what = f"{error.filename or writer.data_dir}: {error.strerror or error}"
-    return CalibError(f"{what}; {writer.kept()}: {remedy} and run the same command again")
+    return CalibError(f"{in_a_line(error, writer.data_dir)}; {writer.kept()}: {remedy} and run the same command again")

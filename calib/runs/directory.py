@@ -64,7 +64,7 @@ class RunDirectory:
                     yield self.path
                 except BaseException as error:
                     logger.error("%s", traceback.format_exc())
-                    with suppress(OSError):  # of a full disk, say: the first error is the one to report
+                    with suppress(OSError):  # of a full disk, for one; the first error is the one to report
                         self.write_status(RunState.FAILED, in_a_line(error))
                     raise
             self.write_status(RunState.COMPLETE)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from calib.base.errors import CalibError, reason_of
-from calib.base.files import is_locked, read_json
+from calib.base.files import is_locked, read_json, read_text
 from calib.base.layout import CONFIG, ENVIRONMENT, HYDRA_CONFIG, LOCK, METRICS, STATUS
 
 import yaml
@@ -229,12 +229,8 @@ def _json(path: Path) -> Any:
 
 def _yaml(path: Path) -> Any:
     try:
-        return yaml.load(path.read_text(encoding="utf-8"), Loader=_LOADER)
-    except FileNotFoundError:
-        raise CalibError(f"{path}: no such file") from None
-    except OSError as error:
-        raise CalibError(f"{path}: cannot be read ({error.strerror})") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a 13th month, say
+        return yaml.load(read_text(path), Loader=_LOADER)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a 13th month, for one
         raise CalibError(f"{path}: not valid YAML ({reason_of(error)[:80]})") from None
 
 

@@ -1,1 +1,1 @@
-"""Runs beside each other, as tables."""
+"""Comparisons of runs: by configuration and metrics, and by plan, as tables."""

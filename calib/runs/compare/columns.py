@@ -1,4 +1,4 @@
-"""Columns of a comparison: what figures are called, their units, and which way is better."""
+"""Columns of a comparison, and the titles, units and better sides of metrics."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from calib.runs.record import Scalar
 
 @dataclass(frozen=True)
 class Metric:
-    """How a figure is told: its title, its unit, which way is better ('higher', 'lower'), its format."""
+    """How a metric is shown: title, unit, better side ('higher', 'lower' or None), format, factor to its unit."""
 
     title: str
     unit: str = ""
@@ -17,7 +17,7 @@ class Metric:
     scale: float = 1.0
 
 
-#: What people ask first, in this order.
+#: The metrics of a table, in this order.
 METRICS: Mapping[str, Metric] = {
     "psnr": Metric("PSNR", "dB", "higher", "{:.2f}"),
     "ssim": Metric("SSIM", "", "higher", "{:.4f}"),
@@ -28,7 +28,7 @@ METRICS: Mapping[str, Metric] = {
     "images": Metric("images collected", "", None, "{:.0f}"),
     "steps": Metric("steps collected", "", None, "{:.0f}"),
 }
-#: The others that have a unit or a better side.
+#: Other metrics with a unit or a better side.
 FURTHER: Mapping[str, Metric] = {
     "control_psnr": Metric("control's PSNR", "dB", None, "{:.2f}"),
     "control_ssim": Metric("control's SSIM", "", None, "{:.4f}"),
@@ -40,7 +40,7 @@ FURTHER: Mapping[str, Metric] = {
 
 
 def metric_of(key: str) -> Metric:
-    """How the figure ``key`` is told; what nobody knows is told as it is."""
+    """How the metric ``key`` is shown; an unknown one by its key and as it is stored."""
     known = METRICS.get(key) or FURTHER.get(key)
     if known is not None:
         return known
@@ -63,7 +63,7 @@ class Column:
 
     @property
     def raw_unit(self) -> str:
-        """Of the value as it is stored, before it is scaled for people."""
+        """The unit of the stored value, before it is scaled for people."""
         return "bytes" if self.unit == "MB" else self.unit
 
     def text(self, value: Scalar, signed: bool = False) -> str:
@@ -72,6 +72,6 @@ class Column:
             return "–"
         if self.kind == "config" or isinstance(value, str | bool):
             return str(value)
-        told = metric_of(self.key)
-        form = told.form.replace("{:", "{:+") if signed else told.form
-        return form.format(value * told.scale)
+        metric = metric_of(self.key)
+        form = metric.form.replace("{:", "{:+") if signed else metric.form
+        return form.format(value * metric.scale)

@@ -1,4 +1,4 @@
-"""Runs beside each other: what differs in what they were asked and in what came out."""
+"""Compare runs: settings that differ, metrics, the best of each, the Pareto front."""
 
 import math
 import operator
@@ -12,14 +12,14 @@ from calib.runs.compare.columns import METRICS, Column, metric_of
 from calib.runs.record import RunRecord, RunState, Scalar
 
 DEFAULT_PARETO = ("quantized_bytes", "output_error")
-#: Of a run's configuration these say where things lie and not what was asked.
+#: Keys of a run's configuration that are about the place of files and not about results.
 HIDDEN = ("swept", "data_dir", "cache_dir", "keep_awake", "export_config", "hparams_search")
-#: What a run tells of itself besides its settings and figures.
+#: Entries of a run besides its settings and metrics.
 _FACTS = ("name", "state", "stage", "start", "end", "error")
-#: Settings of what is drawn and measured, and those among them that change neither.
+#: Settings that affect what is drawn and measured, and those among them that do not.
 _MEASURED, _UNMEASURED = ("evaluation.", "prompts", "sampler."), ("evaluation.dequantize", "sampler.batch_size")
-#: Runs that are named in a note.
-_MOST_TOLD = 3
+#: Runs with damaged files that notes name at most.
+_MOST_NOTED = 3
 _OPERATORS: Mapping[str, Callable[[float, float], bool]] = {
     ">=": operator.ge,
     "<=": operator.le,
@@ -35,8 +35,9 @@ class Comparison:
     """Runs and columns, in the order of the table.
 
     Attributes:
-        pareto: names of the runs that no other one beats in both of ``pareto_axes``, two metrics.
-        notes: what must be known to read the table.
+        best: by metric, names of the runs with the best value.
+        pareto: names of the runs that no other one beats in both metrics ``pareto_axes``.
+        notes: what a reader of the table must know.
     """
 
     runs: tuple[RunRecord, ...]
@@ -48,11 +49,11 @@ class Comparison:
     notes: tuple[str, ...] = ()
 
     def value(self, run: RunRecord, column: Column) -> Scalar:
-        """What ``run`` has in ``column``; None where it has nothing there."""
+        """The value of ``run`` in ``column``; None where it has none."""
         return value_of(run, column.key)
 
     def delta(self, run: RunRecord, column: Column) -> float | None:
-        """How much more than the baseline; None where one of the two has no number there."""
+        """Difference of ``run`` to the baseline; None where one of the two has no number."""
         if self.baseline is None or column.kind != "metric":
             return None
         own, base = run.metrics.get(column.key), self.baseline.metrics.get(column.key)
@@ -60,7 +61,7 @@ class Comparison:
 
 
 def value_of(run: RunRecord, key: str) -> Scalar:
-    """A run's figure, setting, state or stage by key."""
+    """A run's metric, setting, state or stage by key."""
     if key == "state":
         return run.state.value
     if key in _FACTS:
@@ -81,12 +82,12 @@ def compare(
     """Compare ``runs``.
 
     Args:
-        where: conditions such as 'psnr>30' or 'analysis=allocate', all of which a run must meet; the baseline stays.
-            A figure by its key is in its own unit, as JSON has it; by its title, 'size<5.5', as the table shows it.
-        sort: keys, a leading '-' for descending; runs without a number come last.
-        baseline: name or path of the run that the others' differences are to.
+        where: conditions such as 'psnr>30' or 'analysis=allocate'; runs that miss one are left out, but the baseline.
+            A metric named by its key is in its own unit, as in JSON; by its title, 'size<5.5', in that of the table.
+        sort: keys, with a leading '-' for descending; runs without a number come last.
+        baseline: name or path of the run to which differences are shown.
         pareto: the two metrics of the front.
-        every: all metrics and every setting that differs.
+        every: show all metrics and every setting that differs.
     """
     known = sorted({key for run in runs for key in (*run.metrics, *run.config)} | set(_FACTS))
     base = None if baseline is None else _named(runs, baseline)
@@ -97,7 +98,7 @@ def compare(
     kept = [run for run in runs if run in met or run is base]
     ordered = _sorted(kept, sort, known)
     columns = (*_config_columns(ordered, every), *_metric_columns(ordered, every))
-    # Errors of one model say nothing of another's.
+    # Metrics of different models cannot be ranked.
     ranked = [run for run in ordered if run.state is RunState.COMPLETE] if len(_models(ordered)) <= 1 else []
     front = pareto_front([(run.name, [_cost(run, key) for key in axes]) for run in ranked])
     return Comparison(
@@ -112,7 +113,7 @@ def compare(
 
 
 def _key(wanted: str, known: Sequence[str], given: str) -> str:
-    """The key that ``wanted``, of the option ``given``, names: itself, in any case, or the title in the table."""
+    """The key that ``wanted``, from the option ``given``, names in upper or lower case, by itself or its title."""
     if wanted in known:
         return wanted
     for key in known:
@@ -122,7 +123,7 @@ def _key(wanted: str, known: Sequence[str], given: str) -> str:
 
 
 def _axes(runs: Sequence[RunRecord], wanted: tuple[str, str], known: Sequence[str]) -> tuple[str, str]:
-    """The metrics of the front; the default ones may be missing: then there is none."""
+    """The metrics of the front; the default ones may be missing, and then there is no front."""
     x, y = (key if key in DEFAULT_PARETO else _key(key, known, f"--pareto {','.join(wanted)}") for key in wanted)
     figures = {key for run in runs for key in run.metrics}
     for key in (x, y):
@@ -161,7 +162,7 @@ def _meets(run: RunRecord, condition: str, known: Sequence[str]) -> bool:
 
 
 def _plain(value: Scalar) -> str:
-    """As it is written on the command line."""
+    """``value`` as it is written on the command line."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     return str(value)
@@ -183,7 +184,7 @@ def _sorted(runs: Sequence[RunRecord], sort: Sequence[str], known: Sequence[str]
 
 
 def _by(runs: Sequence[RunRecord], key: str, descending: bool) -> list[RunRecord]:
-    """Numbers before texts, and what has nothing there last, whichever way."""
+    """Sort by ``key``: numbers before texts, runs without a value last, in either direction."""
     numbers, texts, rest = [], [], []
     for run in runs:
         value = value_of(run, key)
@@ -198,20 +199,20 @@ def _by(runs: Sequence[RunRecord], key: str, descending: bool) -> list[RunRecord
 
 
 def _config_columns(runs: Sequence[RunRecord], every: bool) -> list[Column]:
-    """Settings that differ."""
+    """Columns of the settings that differ."""
     keys = dict.fromkeys(key for run in runs for key in run.config)
     shown = [key for key in keys if (every or key not in HIDDEN) and _differs(runs, key, every)]
     if not every and all(run.config.get("sampler") == run.config.get("model") for run in runs):
         shown = [key for key in shown if key != "sampler"]  # chosen with the model
-    # Groups first: their parameters say more about them.
+    # Groups come first, and after them their parameters.
     return [Column(key, key, "", "config") for key in sorted(shown, key=lambda key: "." in key)]
 
 
 def _differs(runs: Sequence[RunRecord], key: str, every: bool) -> bool:
     """Whether two runs have different values of a setting.
 
-    The defaults of different options follow from the options, whose own column says it all: a group's parameter
-    differs if two runs of one option have different values of it, or if somebody set it.
+    Defaults of different options follow from the option, which has a column of its own: a group's parameter differs
+    if two runs of one option have different values of it, or if the command line of a run set it.
     """
     if every or "." not in key or any(key in run.asked for run in runs):
         return len({_plain(run.config[key]) if key in run.config else None for run in runs if run.config}) > 1
@@ -226,12 +227,12 @@ def _metric_columns(runs: Sequence[RunRecord], every: bool) -> list[Column]:
     if every:
         wanted += [key for key in there if key not in METRICS]
     else:
-        alike = ("images", "steps")  # told where they differ
+        alike = ("images", "steps")  # shown where they differ
         wanted = [k for k in wanted if k not in alike or len({run.metrics.get(k) for run in runs} - {None}) > 1]
     columns = []
     for key in wanted:
-        told = metric_of(key)
-        columns.append(Column(key, told.title, told.unit, "metric", told.better))
+        metric = metric_of(key)
+        columns.append(Column(key, metric.title, metric.unit, "metric", metric.better))
     return columns
 
 
@@ -241,7 +242,7 @@ def _cost(run: RunRecord, key: str) -> float | None:
 
 
 def pareto_front(costs: Sequence[tuple[str, Sequence[float | None]]]) -> frozenset[str]:
-    """Names of those that none beats: no other costs as little in all, and less in one. Gaps take no part."""
+    """Names of those that no other dominates, by costing at most as much in all and less in one; None takes no part."""
     whole = [(name, [c for c in own if c is not None]) for name, own in costs if None not in own]
 
     def beaten(own: Sequence[float]) -> bool:
@@ -280,14 +281,16 @@ def _notes(runs: Sequence[RunRecord], base: RunRecord | None) -> list[str]:
     lacking = sum(bool(run.metrics) and "psnr" not in run.metrics for run in done)
     if 0 < lacking < len(done):
         notes.append(f"not evaluated, so without PSNR and errors: {lacking} of {len(runs)} runs")
-    # Of the others the table says what is wrong.
-    spoilt = [f"{run.name}: {run.why}" for run in done if run.why]
-    more = [f"{len(spoilt) - _MOST_TOLD} more runs have files that cannot be read"] if len(spoilt) > _MOST_TOLD else []
-    return [*notes, *spoilt[:_MOST_TOLD], *more]
+    # The table itself shows what is wrong with the others.
+    damaged = [f"{run.name}: {run.why}" for run in done if run.why]
+    notes += damaged[:_MOST_NOTED]
+    if len(damaged) > _MOST_NOTED:
+        notes.append(f"{len(damaged) - _MOST_NOTED} more runs have files that cannot be read")
+    return notes
 
 
 def _measured_otherwise(runs: Sequence[RunRecord]) -> list[str]:
-    """The settings of what is drawn and measured that differ."""
+    """Settings that affect what is drawn and measured, and differ."""
     keys = dict.fromkeys(key for run in runs for key in run.config if key.startswith(_MEASURED))
     differing = [k for k in keys if k not in _UNMEASURED and len({_plain(run.config.get(k)) for run in runs}) > 1]
     return differing

@@ -1,4 +1,4 @@
-"""A comparison as text: for the terminal, as CSV, JSON and Markdown."""
+"""A comparison as text for the terminal, CSV, JSON and Markdown."""
 
 import csv
 import io
@@ -12,20 +12,20 @@ from calib.runs.compare.comparison import Comparison
 from calib.runs.record import RunRecord, RunState
 
 BEST, FRONT = "*", "◆"
-#: Figures that outlast settings where there is no room for both.
+#: Number of metrics that take precedence over settings where there is no room for both.
 _FIRST = 3
 _BOLD, _DIM, _PLAIN = "\x1b[1m", "\x1b[2m", "\x1b[0m"
 
 
 def heading(column: Column) -> str:
-    """A column's title with its unit and the better side."""
+    """A column's title with its unit and an arrow to the better side."""
     arrow = {"higher": " ↑", "lower": " ↓"}.get(column.better or "", "")
     unit = f" ({column.unit})" if column.unit and column.unit not in column.title else ""
     return f"{column.title}{unit}{arrow}"
 
 
 def cell(comparison: Comparison, run: RunRecord, column: Column) -> str:
-    """A run's entry: the value, its difference to the baseline, and whether it is the best."""
+    """A run's entry: the value, its difference to the baseline, and a mark on the best."""
     text = column.text(comparison.value(run, column))
     delta = comparison.delta(run, column)
     if delta is not None and comparison.baseline is not None and run.path != comparison.baseline.path:
@@ -34,9 +34,9 @@ def cell(comparison: Comparison, run: RunRecord, column: Column) -> str:
 
 
 def terminal_table(comparison: Comparison, width: int, colour: bool = False) -> str:
-    """The table, as many columns as ``width`` characters hold, and under it what it does not say.
+    """The table, with as many columns as fit into ``width`` characters, and a legend.
 
-    Names that would leave no room for figures stand on lines of their own.
+    Names that would leave no room for metrics stand on lines of their own.
     """
     done = [run for run in comparison.runs if run.state is RunState.COMPLETE]
     others = [run for run in comparison.runs if run.state is not RunState.COMPLETE]
@@ -73,7 +73,7 @@ def _styled(text: str, style: str, colour: bool) -> str:
 
 
 def _layout(comparison: Comparison, runs: Sequence[RunRecord], width: int) -> tuple[list[Column], list[Column], bool]:
-    """Columns that fit, those that do not, and whether names stand on lines of their own: where that saves columns."""
+    """Columns that fit, those that do not, and whether names stand on lines of their own, which may save columns."""
     head = len(f"{FRONT}  run")
     beside = _fitting(comparison, runs, width, head - 3 + max((len(run.name) for run in runs), default=3))
     apart = _fitting(comparison, runs, width, head)
@@ -82,7 +82,7 @@ def _layout(comparison: Comparison, runs: Sequence[RunRecord], width: int) -> tu
 
 
 def _named(column: Column, runs: Sequence[RunRecord]) -> bool:
-    """Whether the runs' names say a setting, as a sweep's do."""
+    """Whether the runs' names contain a setting, as those of a sweep do."""
     return column.kind == "config" and all(f"{column.key}=" in run.name for run in runs)
 
 
@@ -91,12 +91,13 @@ def _fitting(
 ) -> tuple[list[Column], list[Column]]:
     """Columns that fit beside ``named`` characters, and the others.
 
-    First go settings that the names say, then the last figures, then other settings, then the first figures.
+    The first to be left out are settings that the names contain, then the last metrics, then other settings, then the
+    first metrics.
     """
     figures = [column for column in comparison.columns if column.kind == "metric"]
     settings = [column for column in comparison.columns if column.kind == "config"]
-    said, told = ([c for c in settings if _named(c, runs) == whether] for whether in (True, False))
-    going = [*reversed(said), *reversed(figures[_FIRST:]), *reversed(told), *reversed(figures[:_FIRST])]
+    in_names, others = ([c for c in settings if _named(c, runs) == whether] for whether in (True, False))
+    going = [*reversed(in_names), *reversed(figures[_FIRST:]), *reversed(others), *reversed(figures[:_FIRST])]
     space = {c.key: 2 + max(len(heading(c)), *(len(cell(comparison, r, c)) for r in runs)) for c in going if runs}
     gone: list[Column] = []
     while runs and len(going) > 1 and named + sum(space[column.key] for column in going) > width:
@@ -105,7 +106,7 @@ def _fitting(
 
 
 def legend(comparison: Comparison) -> list[str]:
-    """What the marks mean, and the notes."""
+    """The meaning of the marks, and the notes."""
     x, y = (metric_of(key).title for key in comparison.pareto_axes)
     lines = []
     if any(comparison.best.values()):
@@ -118,7 +119,7 @@ def legend(comparison: Comparison) -> list[str]:
 
 
 def csv_text(comparison: Comparison) -> str:
-    """Raw keys and full precision; the error of what failed in the last column."""
+    """CSV with raw keys and full precision; the last column is the error."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     keys = [column.key for column in comparison.columns]
@@ -146,7 +147,7 @@ def _row(comparison: Comparison, run: RunRecord) -> dict[str, Any]:
 
 
 def json_text(comparison: Comparison) -> str:
-    """One document: columns with their units, a row for each run, and all its settings and figures."""
+    """One JSON document: columns with units, and a row for each run with all its settings and metrics."""
     document = {
         "columns": [
             {"key": c.key, "title": c.title, "unit": c.raw_unit, "kind": c.kind, "better": c.better}
@@ -165,7 +166,7 @@ def json_text(comparison: Comparison) -> str:
 
 
 def markdown_text(comparison: Comparison) -> str:
-    """A table for a pull request or a notebook."""
+    """A table in Markdown, for a pull request or a notebook."""
     head = ["", "run", "state", *map(heading, comparison.columns)]
     lines = [_markdown_row(head)]
     lines.append("|" + "|".join("---:" if c == "metric" else "---" for c in ["", "", "", *_kinds(comparison)]) + "|")
