@@ -5,8 +5,9 @@ import math
 from collections.abc import Mapping, Sequence
 
 from calib.analysis.layers import LayerSummary
-from calib.analysis.plan import GROUP_SIZES, WEIGHT_BITS, Plan
+from calib.analysis.plan import Plan
 from calib.analysis.sensitivities import Sensitivities
+from calib.base.affine import GROUP_SIZES, WEIGHT_BITS
 
 import numpy as np
 from hypothesis import strategies as st

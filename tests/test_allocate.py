@@ -12,8 +12,9 @@ from typing import Any
 from calib.analysis.heuristics import allocate, sensitivity
 from calib.analysis.heuristics.allocate import plan_layers
 from calib.analysis.options import Options
-from calib.analysis.plan import WEIGHT_BITS, Plan
+from calib.analysis.plan import Plan
 from calib.analysis.sensitivities import Sensitivities
+from calib.base.affine import WEIGHT_BITS
 from calib.base.errors import CalibError, ConfigError
 from calib.base.values import bind_target
 

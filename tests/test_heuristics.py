@@ -12,8 +12,9 @@ from calib.analysis.grid import Grid
 from calib.analysis.heuristics import cv, mse, sqnr, uniform
 from calib.analysis.heuristics import range as range_heuristic
 from calib.analysis.layers import LayerSummary, read_summaries
-from calib.analysis.plan import GROUP_SIZES, NO_CLIP, WEIGHT_BITS, LayerPlan
+from calib.analysis.plan import NO_CLIP, LayerPlan
 from calib.analysis.rounding import Clip, best_clip, best_clip_of, percentile_at
+from calib.base.affine import GROUP_SIZES, WEIGHT_BITS
 from calib.base.errors import CalibError
 from calib.base.values import bind_target
 

@@ -14,8 +14,8 @@ from calib.activations.batches import StoredStates
 from calib.activations.states import read_states
 from calib.activations.taps import TapPoint, TapSelection, tap_points, tapped
 from calib.analysis.measure import measure
-from calib.analysis.plan import WEIGHT_BITS
 from calib.analysis.sensitivities import Sensitivities
+from calib.base.affine import WEIGHT_BITS
 from calib.base.errors import CalibError
 from calib.base.files import locked
 from calib.base.progress import note

@@ -8,21 +8,22 @@ from pathlib import Path
 from typing import Any
 
 from calib.activations.taps import TapPoint, tapped
-from calib.analysis.plan import GROUP_SIZES, LayerPlan
+from calib.analysis.plan import LayerPlan
 from calib.analysis.ranges import StepRanges, static
 from calib.analysis.steps import StepPlan
+from calib.base.affine import GROUP_SIZES
 from calib.base.errors import CalibError
 from calib.dataset.timesteps import phase_bounds
 from calib.models.architecture import Conditioning
 from calib.models.clock import Clock
 from calib.models.mmdit.architecture import MMDiTArchitecture
 from calib.models.model import DiffusionModel, weights, weights_fingerprint
+from calib.models.packed import Packed
 from calib.quantization import rtn
 from calib.quantization.apply import applied
 from calib.quantization.build import Calibration, fitting, quantize_layers
 from calib.quantization.checkpoint import load, save
 from calib.quantization.model import InputRule, QuantizedModel
-from calib.quantization.packed import Packed
 
 import mlx.core as mx
 import numpy as np

@@ -8,15 +8,16 @@ from functools import cached_property, partial
 from typing import Any, TypeAlias
 
 from calib.activations.taps import TapPoint, TapSelection, tap_points, tapped
-from calib.analysis.plan import GROUP_SIZES, WEIGHT_BITS, LayerPlan
+from calib.analysis.plan import LayerPlan
 from calib.analysis.ranges import StepRanges
+from calib.base.affine import GROUP_SIZES, WEIGHT_BITS
 from calib.base.errors import CalibError
 from calib.base.values import bind_target
 from calib.models.architecture import Architecture, Conditioning, Producer, Site
 from calib.models.mmdit.architecture import MMDiTArchitecture
 from calib.models.model import weights
+from calib.models.packed import Packed
 from calib.quantization import gptq, percentile, rtn, smooth
-from calib.quantization.packed import Packed
 from calib.quantization.quantizer import ChannelRange, Quantized, QuantizerInput
 
 import mlx.core as mx

@@ -12,7 +12,8 @@ from calib.activations.record import StepRecord
 from calib.activations.statistics import Statistics
 from calib.activations.store import Records, write_activations
 from calib.activations.taps import Halves, TapPoint, TapSelection
-from calib.activations.weights import WEIGHT_BITS, weight_sqnr
+from calib.activations.weights import weight_sqnr
+from calib.base.affine import WEIGHT_BITS
 from calib.base.errors import CalibError
 from calib.dataset.manifest import Manifest
 from calib.models.architecture import names_in_order

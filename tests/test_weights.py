@@ -5,7 +5,8 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
-from calib.activations.weights import WEIGHT_BITS, cached_weight_sqnr, weight_sqnr
+from calib.activations.weights import cached_weight_sqnr, weight_sqnr
+from calib.base.affine import WEIGHT_BITS
 
 import mlx.core as mx
 import pytest

@@ -11,7 +11,7 @@ from calib.activations.record import StepRecord
 from calib.activations.samples import RowIdentity, SampleSettings
 from calib.activations.statistics import stacked_moments
 from calib.activations.taps import TapPoint
-from calib.activations.weights import WEIGHT_BITS
+from calib.base.affine import WEIGHT_BITS
 from calib.base.files import replacing, take_room
 from calib.dataset.manifest import Manifest
 

@@ -6,15 +6,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import cast
 
+from calib.base.affine import DEFAULT_GROUP_SIZE, WEIGHT_BITS
 from calib.base.errors import CalibError
 from calib.base.files import locked, read_json, write_json
 from calib.base.progress import Progress, say
+from calib.models.packed import Packed
 
 import mlx.core as mx
 from mlx import nn
-
-WEIGHT_BITS = (2, 3, 4, 5, 6, 8)
-GROUP_SIZE = 64
 
 
 def energy(x: mx.array) -> float:
@@ -28,15 +27,14 @@ def weight_sqnr(layer: nn.Module) -> dict[int, float]:
     SQNR = 10 log10(Σw² / Σ(w - Q(w))²), in float32. Empty for layers that MLX cannot quantize in this way:
     convolutions, already quantized layers, and widths that 64 does not divide.
     """
-    if not isinstance(layer, nn.Linear) or layer.weight.shape[-1] % GROUP_SIZE:
+    if not isinstance(layer, nn.Linear) or layer.weight.shape[-1] % DEFAULT_GROUP_SIZE:
         return {}
     weight = layer.weight.astype(mx.float32)
     signal = energy(weight)
     result = {}
     for bits in WEIGHT_BITS:
-        packed = mx.quantize(weight, group_size=GROUP_SIZE, bits=bits)
-        restored = mx.dequantize(*packed, group_size=GROUP_SIZE, bits=bits)
-        noise = energy(weight - restored)
+        packed = Packed.nearest(weight, bits, DEFAULT_GROUP_SIZE, mx.float32)
+        noise = energy(weight - packed.dequantize())
         result[bits] = 10 * math.log10(signal / noise) if noise and signal else math.inf
     return result
 

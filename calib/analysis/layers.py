@@ -8,7 +8,7 @@ from typing import Any
 from calib.activations.histogram import BINS, Histogram
 from calib.activations.reader import ActivationFile
 from calib.activations.statistics import PERCENTILES, Statistics, merge_all
-from calib.analysis.plan import WEIGHT_BITS
+from calib.base.affine import WEIGHT_BITS
 from calib.base.errors import CalibError, ConfigError, lacks_or_garbles
 from calib.base.files import read_json, write_json
 from calib.base.layout import ACTIVATIONS, STATISTICS

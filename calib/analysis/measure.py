@@ -13,10 +13,10 @@ from calib.activations.batches import StoredStates
 from calib.activations.states import identity_of
 from calib.activations.taps import TapPoint, TapSelection, tap_points
 from calib.analysis.layers import PROBE, LayerSummary
-from calib.analysis.plan import GROUP_SIZES, WEIGHT_BITS
 from calib.analysis.run_trials import TrialRunner
 from calib.analysis.sensitivities import Sensitivities
 from calib.analysis.trials import Task, Trial, TrialCache
+from calib.base.affine import GROUP_SIZES, WEIGHT_BITS
 from calib.base.files import locked, short_hash
 from calib.base.progress import say
 from calib.base.versions import versions

@@ -8,17 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from calib.base.affine import DEFAULT_GROUP_SIZE, GROUP_SIZES, WEIGHT_BITS
 from calib.base.errors import CalibError, lacks_or_garbles
 from calib.base.files import read_json, short_hash
 
 NO_CLIP = (0.0, 100.0)
 
-#: Bit-widths of weights that MLX supports, and numbers of neighbouring weights of a row that share a scale and a bias.
-WEIGHT_BITS = (2, 3, 4, 5, 6, 8)
-GROUP_SIZES = (32, 64, 128)
 #: Weight bits where a heuristic sets none.
 DEFAULT_WEIGHT_BITS = 8
-DEFAULT_GROUP_SIZE = 64
 #: Activation bits that mean no quantization, as activations are 16-bit floats.
 UNQUANTIZED = 16
 

@@ -20,6 +20,7 @@ from calib.base.progress import Progress
 from calib.models.architecture import Architecture, Resumable
 from calib.models.memory import plan_memory
 from calib.models.model import DiffusionModel
+from calib.models.packed import Packed
 
 import mlx.core as mx
 import numpy as np
@@ -30,10 +31,7 @@ from numpy.typing import NDArray
 def rounded(weight: mx.array, bits: int, group_size: int) -> mx.array:
     """``weight`` quantized by MLX's affine rounding with 16-bit scales and biases, and dequantized; lazy."""
     half = weight.dtype if weight.dtype != mx.float32 else mx.float16
-    packed, scales, biases = mx.quantize(weight.astype(half), group_size=group_size, bits=bits)
-    kept = (scales.astype(weight.dtype), biases.astype(weight.dtype))
-    restored: mx.array = mx.dequantize(packed, *kept, group_size=group_size, bits=bits)
-    return restored
+    return Packed.nearest(weight, bits, group_size, half).dequantize(weight.dtype)
 
 
 class TrialRunner:

@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from calib.analysis.layers import LayerSummary
-from calib.analysis.plan import GROUP_SIZES, WEIGHT_BITS, LayerPlan
+from calib.analysis.plan import LayerPlan
+from calib.base.affine import GROUP_SIZES, WEIGHT_BITS
 from calib.base.errors import CalibError, suggest
 
 import numpy as np

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from calib.analysis.plan import WEIGHT_BITS
 from calib.analysis.ranges import StepRanges, ranges_from_json, ranges_to_json
+from calib.base.affine import WEIGHT_BITS
 from calib.base.errors import lacks_or_garbles
 from calib.base.files import read_json
 

@@ -7,7 +7,7 @@ from calib.activations.bits import count_bits, top_bits
 from calib.activations.histogram import BINS, ordered_keys
 from calib.analysis.grid import Grid
 from calib.cli.selftest_check import Check, differing, normal, relative
-from calib.quantization.packed import Packed
+from calib.models.packed import Packed
 
 import mlx.core as mx
 import numpy as np

@@ -9,8 +9,8 @@ from calib.base.device import on_metal
 from calib.models.architecture import parent_of
 from calib.models.clock import Clock
 from calib.models.model import DiffusionModel, weights
+from calib.models.packed import Packed
 from calib.quantization.model import InputRule, QuantizedModel
-from calib.quantization.packed import Packed
 
 import mlx.core as mx
 from mlx import nn

@@ -10,17 +10,18 @@ from calib.activations.reader import ActivationFile
 from calib.activations.taps import Recorder, TapPoint, tapped
 from calib.analysis.measure import quantizable
 from calib.analysis.observed import channel_extremes, observe, observed_ranges, plan_steps, rule_document
-from calib.analysis.plan import GROUP_SIZES, UNQUANTIZED, LayerPlan, Plan
+from calib.analysis.plan import UNQUANTIZED, LayerPlan, Plan
 from calib.analysis.ranges import RangeRule, StepRanges, static
 from calib.analysis.steps import StepPlan
+from calib.base.affine import GROUP_SIZES
 from calib.base.errors import CalibError, suggest
 from calib.base.layout import STEPS
 from calib.models.memory import plan_memory
 from calib.models.model import DiffusionModel, weights
+from calib.models.packed import Packed
 from calib.quantization import rtn
 from calib.quantization.checkpoint import origin_of
 from calib.quantization.model import InputRule, QuantizedModel
-from calib.quantization.packed import Packed
 from calib.quantization.quantizer import ChannelRange, Quantizer, QuantizerInput
 
 import mlx.core as mx

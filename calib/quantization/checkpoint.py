@@ -18,8 +18,8 @@ from calib.base.errors import CalibError, check_format, lacks_or_garbles, reason
 from calib.base.files import checksum, free_bytes, read_json, write_json
 from calib.models.mmdit.names import layer_name
 from calib.models.model import DiffusionModel
+from calib.models.packed import Packed
 from calib.quantization.model import InputRule, QuantizedModel
-from calib.quantization.packed import Packed
 
 import mlx.core as mx
 

@@ -11,7 +11,7 @@ from itertools import groupby
 from calib.activations.taps import TapPoint, TapSelection, tap_points
 from calib.base.errors import ConfigError
 from calib.base.progress import Progress
-from calib.quantization.packed import Packed
+from calib.models.packed import Packed
 from calib.quantization.quantizer import Quantized, QuantizerInput
 
 import mlx.core as mx

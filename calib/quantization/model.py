@@ -7,7 +7,7 @@ from typing import Any
 from calib.analysis.grid import Grid
 from calib.analysis.plan import UNQUANTIZED
 from calib.analysis.ranges import StepRanges
-from calib.quantization.packed import Packed
+from calib.models.packed import Packed
 
 import mlx.core as mx
 

@@ -9,7 +9,7 @@ from calib.activations.taps import Recorder, TapPoint
 from calib.analysis.plan import LayerPlan
 from calib.analysis.ranges import StepRanges
 from calib.models.architecture import Architecture
-from calib.quantization.packed import Packed
+from calib.models.packed import Packed
 
 import mlx.core as mx
 import numpy as np

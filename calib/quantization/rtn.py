@@ -1,6 +1,6 @@
 """Quantizer ``rtn``: round every weight to the nearest value of its group's grid."""
 
-from calib.quantization.packed import Packed
+from calib.models.packed import Packed
 from calib.quantization.quantizer import Quantized, QuantizerInput
 
 

@@ -11,7 +11,7 @@ from calib.analysis.ranges import StepRanges
 from calib.base.errors import CalibError, ConfigError
 from calib.base.layout import ACTIVATIONS
 from calib.models.architecture import Site, Smoothable
-from calib.quantization.packed import Packed
+from calib.models.packed import Packed
 from calib.quantization.quantizer import Quantized, QuantizerInput
 
 import mlx.core as mx

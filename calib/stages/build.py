@@ -8,7 +8,7 @@ from typing import Any, TypeVar, get_args, get_type_hints
 from calib.activations.samples import SampleSettings
 from calib.activations.step import CollectSettings
 from calib.activations.taps import tap_points
-from calib.analysis.plan import GROUP_SIZES
+from calib.base.affine import GROUP_SIZES
 from calib.base.errors import ConfigError, suggest
 from calib.base.files import short_hash
 from calib.base.values import at_least, build_dataclass, check, group

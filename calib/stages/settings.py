@@ -14,8 +14,8 @@ from calib.activations.samples import Samples
 from calib.activations.step import CollectSettings
 from calib.activations.taps import TapSelection
 from calib.analysis.heuristic import Heuristic
-from calib.analysis.plan import GROUP_SIZES
 from calib.analysis.ranges import RangeRule
+from calib.base.affine import GROUP_SIZES
 from calib.base.values import AtLeast
 from calib.dataset import subsets, timesteps
 from calib.dataset.settings import SamplerSettings

@@ -18,7 +18,7 @@ from fractions import Fraction
 from calib.analysis.knapsack import solve
 from calib.analysis.layers import LayerSummary
 from calib.analysis.options import Options, options_by_layer, phase_shares, weights_of
-from calib.analysis.plan import DEFAULT_WEIGHT_BITS, GROUP_SIZES, UNQUANTIZED, WEIGHT_BITS, LayerPlan, Plan
+from calib.analysis.plan import DEFAULT_WEIGHT_BITS, UNQUANTIZED, LayerPlan, Plan
 from calib.analysis.sensitivities import (
     KEPT_AT_16_BITS,
     Sensitivities,
@@ -29,6 +29,7 @@ from calib.analysis.sensitivities import (
     predicted,
     usable_options,
 )
+from calib.base.affine import GROUP_SIZES, WEIGHT_BITS
 from calib.base.errors import ConfigError
 
 import numpy as np

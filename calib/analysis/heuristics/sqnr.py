@@ -6,8 +6,9 @@ reported to have worsened the FID of MixDQ (arXiv 2405.17873) from 31.65 to 37.3
 """
 
 from calib.analysis.layers import LayerSummary
-from calib.analysis.plan import DEFAULT_WEIGHT_BITS, WEIGHT_BITS, LayerPlan
+from calib.analysis.plan import DEFAULT_WEIGHT_BITS, LayerPlan
 from calib.analysis.rounding import best_clip_of
+from calib.base.affine import WEIGHT_BITS
 from calib.base.errors import ConfigError
 
 ACTIVATION_BITS = (2, 3, 4, 5, 6, 8)

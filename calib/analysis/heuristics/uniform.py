@@ -1,7 +1,8 @@
 """Heuristic ``uniform``: the same bits everywhere, the baseline of every comparison."""
 
 from calib.analysis.layers import LayerSummary
-from calib.analysis.plan import DEFAULT_GROUP_SIZE, GROUP_SIZES, UNQUANTIZED, WEIGHT_BITS, LayerPlan
+from calib.analysis.plan import UNQUANTIZED, LayerPlan
+from calib.base.affine import DEFAULT_GROUP_SIZE, GROUP_SIZES, WEIGHT_BITS
 from calib.base.errors import ConfigError
 
 

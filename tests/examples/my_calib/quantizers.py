@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from calib.activations.batches import Batch
-from calib.quantization.packed import Packed
+from calib.models.packed import Packed
 from calib.quantization.quantizer import Quantized, QuantizerInput
 
 import mlx.core as mx
