@@ -8,14 +8,17 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the processors; a BLAS 
 
 import calib  # isort: skip  (its BLAS must be loaded before mlx)
 
+import copy
 import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from calib.activations.collect import Collection
 from calib.activations.record import StepRecord
 from calib.activations.taps import TapKind, TapSelection
+from calib.cli.help import CONF
 from calib.dataset.generate import generate
 from calib.dataset.load import load_manifest
 from calib.dataset.manifest import Manifest
@@ -27,7 +30,10 @@ from calib.models.model import DiffusionModel
 import pytest
 from damage import IMAGES, SETTINGS
 from helpers import PROMPTS, SAMPLER, STEPS, TINY, run_in
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra.core.utils import JobRuntime
 from hypothesis import settings
+from omegaconf import DictConfig
 from watching import Whole, collected, collection_of, recording
 
 assert calib.__version__
@@ -35,6 +41,34 @@ assert calib.__version__
 # The same examples in every run: a failure that comes and goes helps nobody.
 settings.register_profile("calib", deadline=None, max_examples=50, derandomize=True, database=None)
 settings.load_profile("calib")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def composed_once() -> Iterator[None]:
+    """Hydra's composing, which a command does four times over and which takes 70 ms, done once for the same overrides.
+
+    Not where folders of a user's own are searched, as their files may change.
+    """
+    compose = ConfigLoaderImpl.load_configuration
+    known: dict[tuple[str | None, ...], DictConfig] = {}
+
+    def load_configuration(
+        self: ConfigLoaderImpl, config_name: str | None, overrides: list[str], *more: Any, **options: Any
+    ) -> DictConfig:
+        paths = [source.path for source in self.get_search_path().get_path()]
+        if paths != ["pkg://hydra.conf", f"file://{CONF}", "structured://"] or "searchpath" in "".join(overrides):
+            return compose(self, config_name, overrides, *more, **options)
+        key = (config_name, *overrides)
+        if key not in known:
+            known[key] = compose(self, config_name, overrides, *more, **options)
+        config = copy.deepcopy(known[key])
+        config.hydra.runtime.cwd = os.getcwd()
+        config.hydra.job.name = JobRuntime().get("name")
+        return config
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ConfigLoaderImpl, "load_configuration", load_configuration)
+        yield
 
 
 @pytest.fixture(scope="session")

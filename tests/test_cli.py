@@ -25,6 +25,7 @@ from helpers import (
     everything,
     listed,
     run_here,
+    run_in,
     run_process,
     start_process,
     wait_until,
@@ -331,7 +332,7 @@ def test_interrupted_by_the_keyboard_it_says_so_and_goes_on_later(model: Diffusi
     ]
     status = json.loads((tmp_path / "run" / "status.json").read_text())
     assert status["state"] == "failed"
-    outcome = run_process(tmp_path, *job)
+    outcome = run_in(tmp_path, *job)
     assert outcome.status == 0, outcome.err
     assert f"(5 images, {5 - len(kept)} new)" in outcome.out
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "complete"

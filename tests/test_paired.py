@@ -217,6 +217,9 @@ def test_reference_and_control(drawn: Drawn, tmp_path: Path, capsys: pytest.Capt
 
     kept = control_of(drawn.model, reference, cast(Paired, SimpleNamespace(compare=never)), tmp_path)
     assert kept.to_json() == found.to_json()
+    with pytest.raises(AssertionError, match="measured again"):
+        other = replace(reference, steps=(1,))
+        control_of(drawn.model, other, cast(Paired, SimpleNamespace(compare=never)), tmp_path)
     for damage in ('{"psnr": ', "[]", '{"psnr": [1], "ssim": [1], "error": [[1]], "steps": [1, 2]}'):
         path.write_text(damage)
         assert control_of(drawn.model, reference, paired, tmp_path).to_json() == found.to_json()

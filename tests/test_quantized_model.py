@@ -195,7 +195,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "no files": (rewritten(lambda c: c.pop("files")), "config.json: lacks or garbles 'files'"),
     "no layers": (rewritten(lambda c: c.pop("layers")), "config.json: lacks or garbles 'layers'"),
-    "a layer too many": (rewritten(lambda c: c["layers"].update(x={"bits": 4, "group_size": 64})), "garbles 'x'"),
+    "a layer too many": (rewritten(lambda c: c["layers"].update(x={"bits": 4, "group_size": 64})), "'x.weight'"),
     "bits of one layer": (rewritten(lambda c: c["activation_bits"].popitem()), "config.json: lacks or garbles"),
     "a garbled range": (rewritten(lambda c: c["activation_ranges"].update(x=3)), "activation_ranges of 'x'"),
     "phases": (rewritten(lambda c: c.update(phases={"early": 3})), "config.json: lacks or garbles"),

@@ -245,7 +245,7 @@ CHECKS: dict[str, Callable[[Case], None]] = {
     "percentile": check_percentile,
     "gptq": partial(check_gptq, act_order=False),
     "gptq in act order": partial(check_gptq, act_order=True),
-    "smooth": partial(check_smooth, alpha=0.5),
+    "smooth": partial(check_smooth, alpha=0.3),
 }
 
 
@@ -659,6 +659,17 @@ def test_smoothing_keeps_outputs(any_states: States, alpha: float) -> None:
         attention, mlp = divisors[f"unified_block_{i}.attn.q_proj"], divisors[f"unified_block_{i}.mlp.fc1"]
         parallel = states.architecture.shared_input(f"unified_block_{i}.mlp.fc1").endswith("q_proj")
         assert np.array_equal(attention, mlp) is parallel
+
+
+def test_smoothing_after_a_layer_without_bias(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(4, 64, mx.float16)
+    case.architecture.module.modulation = nn.Linear(32, 192, bias=False)
+    monkeypatch.setattr(case.architecture, "sites", lambda: [Site(("linear",), (Producer("modulation"),))])
+    made = smooth.quantize(case.work())
+    weight = float64(case.architecture.module.modulation.weight)
+    assert set(made.weights) == {"modulation.weight"}
+    divided = float64(made.weights["modulation.weight"]) * case.divisors[0][:, None]
+    np.testing.assert_allclose(divided, weight, rtol=1e-6, atol=1e-9)
 
 
 def test_divisors_are_the_papers(sd3: States) -> None:

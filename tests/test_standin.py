@@ -380,7 +380,7 @@ def test_what_the_hub_refuses_is_said_in_one_line(
 def test_offline_without_a_cache_is_said_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    outcome = run_in(tmp_path, *SD3_JOB)
+    outcome = run_in(tmp_path, *SD3_JOB, "sampler.image_size=[64,64]")
     line = is_one_clear_line(outcome, status=1)
     assert line.startswith(f"{SD3}/sd3_medium.safetensors: not in the cache {tmp_path / 'hub'}, and HF_HUB_OFFLINE")
 

@@ -134,7 +134,7 @@ def _quantized(
         return Packed(weight, scales, biases, shape["bits"], shape["group_size"])
 
     # Checkpoints of calib 0.1.0, which were all of MMDiTs, do not name their layers.
-    names = document.get("names") or {path: layer_name(path) for path in document["layers"]}
+    names = {path: layer_name(path) for path in document["layers"]} | document.get("names", {})
     layers = {names[path]: packed(arrays, path, shape) for path, shape in document["layers"].items()}
     held = {
         phase: {names[path]: packed(copies, f"{phase}.{path}", shape) for path, shape in own.items()}

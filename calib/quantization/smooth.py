@@ -96,8 +96,9 @@ def smoothed(
             share[producer.chunk], offset[producer.chunk] = 1 / s, producer.offset
             factor, added = _float32(share.ravel()), _float32(offset.ravel())
             changed[producer.name, "weight"] = now(producer.name, "weight") * factor[:, None]
-            # The model adds the offset itself.
-            changed[producer.name, "bias"] = (now(producer.name, "bias") + added) * factor - added
+            if "bias" in linear[producer.name] or producer.offset:
+                # The model adds the offset itself.
+                changed[producer.name, "bias"] = (now(producer.name, "bias") + added) * factor - added
     return changed
 
 
