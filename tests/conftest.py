@@ -55,8 +55,8 @@ def composed_once() -> Iterator[None]:
     def load_configuration(
         self: ConfigLoaderImpl, config_name: str | None, overrides: list[str], *more: Any, **options: Any
     ) -> DictConfig:
-        paths = [source.path for source in self.get_search_path().get_path()]
-        if paths != ["pkg://hydra.conf", f"file://{CONF}", "structured://"] or "searchpath" in "".join(overrides):
+        paths = [source.path.removeprefix("file://") for source in self.get_search_path().get_path()]
+        if paths != ["pkg://hydra.conf", str(CONF), "structured://"] or "searchpath" in "".join(overrides):
             return compose(self, config_name, overrides, *more, **options)
         key = (config_name, *overrides)
         if key not in known:

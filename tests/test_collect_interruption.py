@@ -33,9 +33,9 @@ STEPS = 9
 
 
 def arguments(data_dir: Path, *more: str) -> list[str]:
-    """Of ``calib collect`` of half the taps of four images at nine steps: 18 forwards, some two seconds."""
+    """Of ``calib collect`` of some taps of four images at nine steps: 18 forwards, some two seconds."""
     given = ("sampler.num_steps=8", "timestep_schedule=all", "collect.batch_size=2", "taps=all", "storage=sampled")
-    taps = "taps.include=['*.image.*','x_embedder','mm_block_1']"
+    taps = "taps.include=['*.image.mlp.*','x_embedder','mm_block_1']"
     return ["collect", f"data_dir={data_dir}", *given, taps, "report=none", *more]
 
 

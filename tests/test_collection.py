@@ -149,7 +149,7 @@ def test_sampled_histograms_count_the_rows_of_each_forwards_phase(
     with recording() as observers:
         collection = collection_of(model, data_dir, tmp_path, [0, 1, 2, 3], FEW, histogram_rows=40, seed=3)
         record = collected(collection, [3])[3]
-    assert collection.stride == histogram_stride(model.transformer, manifest, 2, 40) == 7, "6 and 64 have a factor"
+    assert collection.stride == histogram_stride(model.architecture, manifest, 2, 40) == 7, "6 and 64 have a factor"
     for name, values in observers[0].values().items():
         counts = np.zeros(BINS, int)
         for block, forward in enumerate((rows(values[:4]), rows(values[4:]))):
@@ -228,9 +228,9 @@ def test_the_rows_of_a_batch_are_shared_out_among_processors(count: int, rows: i
     assert len(parts) == min(count, rows) and max(sizes) - min(sizes) <= 1
 
 
-@pytest.mark.skipif(blas.STATUS.library is None, reason="MLX's own BLAS is not told how many threads to take")
+@pytest.mark.skipif(blas.status().library is None, reason="MLX's own BLAS is not told how many threads to take")
 def test_products_take_so_many_threads_within_the_context_only() -> None:
-    library = ctypes.CDLL(str(blas.STATUS.library))
+    library = ctypes.CDLL(str(blas.status().library))
     number = next(getattr(library, name) for name in blas._GET_THREADS if hasattr(library, name))
     before = number()
     with pytest.raises(RuntimeError), blas.threads(1):

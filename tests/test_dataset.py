@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ import h5py
 import mlx.core as mx
 import numpy as np
 import pytest
+from damage import IMAGES, SETTINGS
 from helpers import PROMPTS, SAMPLER, contents, flip_byte, pipeline_of
 from PIL import Image
 
@@ -259,9 +261,9 @@ def test_other_weights_in_the_same_folder_are_refused(model: DiffusionModel, tmp
 @pytest.mark.parametrize("storage", list(StorageFormat))
 @pytest.mark.parametrize("damage", ["flipped", "truncated", "foreign", "empty", "missing"])
 def test_a_damaged_state_is_an_error_that_names_the_file_and_drawing_again_mends_it(
-    model: DiffusionModel, tmp_path: Path, storage: StorageFormat, damage: str
+    model: DiffusionModel, drawn: dict[StorageFormat, Path], tmp_path: Path, storage: StorageFormat, damage: str
 ) -> None:
-    folder = make(model, tmp_path, 2, storage=storage)
+    folder = Path(shutil.copytree(drawn[storage], tmp_path / "dataset"))
     before, manifest = contents(folder), load_manifest(folder)
     entry = manifest.images[1]
     path = folder / entry.samples[-1]
@@ -280,7 +282,7 @@ def test_a_damaged_state_is_an_error_that_names_the_file_and_drawing_again_mends
         read_state(folder, manifest, 1, 2)
     assert f"calib verify {folder} says what else is wrong" in str(error.value)
     assert "\n" not in str(error.value)
-    make(model, folder, 2, storage=storage)
+    generate(model, PROMPTS, IMAGES, folder, SETTINGS, storage=storage)
     assert contents(folder) == before
 
 

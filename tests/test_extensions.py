@@ -3,6 +3,7 @@
 import importlib
 import json
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from functools import cache, partial
 from pathlib import Path
@@ -30,7 +31,7 @@ import pytest
 from helpers import CHECKOUT, TINY, Outcome, is_one_clear_line, run_in
 from mlx import nn
 from mlx.utils import tree_flatten
-from tiny_flux import flux_transformer
+from tiny_models import tiny_transformer
 
 EXAMPLES = CHECKOUT / "tests" / "examples"
 CONF = EXAMPLES / "conf"
@@ -183,7 +184,7 @@ def test_a_quantizer_with_gradients_does_no_worse_than_rounding_to_nearest(folde
 @cache
 def architecture_of(name: str) -> Architecture:
     if name == "flux":
-        return MMDiTArchitecture(flux_transformer())
+        return MMDiTArchitecture(tiny_transformer("flux"))
     if name == "emoji":
         return emoji.load().architecture
     return plain_dit.load("plain_dit", ModelDtype.FLOAT32, 1.0, (32, 32)).architecture
@@ -272,7 +273,7 @@ OPTIONS = {
     "analysis": {
         "of_nothing": "a heuristic must take layer, or layers, or layers and sensitivities; this one takes bits",
         "of_both": "a heuristic must take layer, or layers, or layers and sensitivities; this one takes layer, layers",
-        "three": "returned int for a made-up layer; a heuristic that takes layer must return a LayerPlan",
+        "three": "returned int for a made-up layer; a heuristic must return a LayerPlan for each layer",
         "seven": "a made-up layer has suggested_weight_bits=7: MLX quantizes weights to (2, 3, 4, 5, 6, 8)",
         "half": "bits and group_size of a made-up layer must be integers",
         "dictionary": "returned dict; a heuristic that takes layers must return a Plan",
@@ -337,3 +338,52 @@ def test_the_document_quotes_the_examples_as_they_are() -> None:
         assert lines.strip() and lines in (CHECKOUT / name).read_text(encoding="utf-8"), f"{name}:\n{lines}"
     files = [*CONF.rglob("*.yaml"), *(path for path in (EXAMPLES / "my_calib").glob("*.py") if path.stem != "__init__")]
     assert {str(path.relative_to(CHECKOUT)) for path in files} | {"tests/plain_dit.py"} == {name for name, _ in quoted}
+
+
+def test_edited_code_runs_again(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The code of an option of the user's own counts: a run that it made is not complete once it has changed."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "conf" / "analysis").mkdir(parents=True)
+    (tmp_path / "conf" / "analysis" / "edited.yaml").write_text("_target_: edited_option.plan\n")
+    command = ("analyze", "stats=run", "analysis=edited", "report=none", "hydra.run.dir=edited")
+    for bits, complete in ((4, False), (4, True), (6, False)):
+        source = f"from calib.analysis.plan import LayerPlan\n\n\ndef plan(layer): return LayerPlan({bits}, 8)\n"
+        (tmp_path / "edited_option.py").write_text(source)
+        sys.modules.pop("edited_option", None)
+        importlib.invalidate_caches()
+        out = well(calib(folder, *command, conf=tmp_path / "conf")).out
+        assert ("Already complete" in out) == complete
+        entries = document(folder / "edited" / "quantization_config.json").values()
+        assert {entry["suggested_weight_bits"] for entry in entries} == {bits}
+
+
+HINTS = {
+    "timestep_schedule=lats": "no such option. Did you mean 'last'",
+    "timestep_schedule=last timestep_schedule.counts=3": "Did you mean 'timestep_schedule.count'?",
+    "timestep_schedule=last calibration.imgs=3": "Did you mean 'calibration.images'",
+    "timestep_schedule=last analisys.share=1": "no such key. Did you mean 'analysis",
+}
+
+
+@pytest.mark.parametrize("overrides", HINTS)
+def test_hints_know_options_of_the_users_own(overrides: str, tmp_path: Path) -> None:
+    assert HINTS[overrides] in is_one_clear_line(calib(tmp_path, *overrides.split()))
+
+
+def test_heuristic_that_divides_is_not_refused_for_made_up_layers(folder: Path, tmp_path: Path) -> None:
+    """All made-up layers are alike, so that a spread over layers is 0."""
+    (tmp_path / "dividing_option.py").write_text(
+        "from calib.analysis.plan import LayerPlan, Plan\n\n\n"
+        "def plan(layers):\n"
+        "    ranges = [layer.range for layer in layers.values()]\n"
+        "    scale = 1 / (max(ranges) - min(ranges))\n"
+        "    return Plan({n: LayerPlan(8 if layer.range * scale > 0.5 else 4, 8) for n, layer in layers.items()})\n"
+    )
+    (tmp_path / "conf" / "analysis").mkdir(parents=True)
+    (tmp_path / "conf" / "analysis" / "dividing.yaml").write_text("_target_: dividing_option.plan\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(tmp_path))
+        given = ("stats=run", "analysis=dividing", "report=none", "hydra.run.dir=dividing")
+        well(calib(folder, "analyze", *given, conf=tmp_path / "conf"))
+    bits = {e["suggested_weight_bits"] for e in document(folder / "dividing" / "quantization_config.json").values()}
+    assert bits == {4, 8}

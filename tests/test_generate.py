@@ -153,16 +153,17 @@ def small_memory(model: DiffusionModel, guidance: bool, batch_size: int | None =
 def test_text_encoders_are_unloaded_where_memory_is_short_and_the_files_are_the_same(
     model: DiffusionModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    roomy = make(model, tmp_path / "roomy", 5)
+    brief = replace(QUICK, num_steps=1)
+    roomy = make(model, tmp_path / "roomy", 5, brief)
     counted = Counted(model)
     with monkeypatch.context() as patch:
         patch.setattr(calib.dataset.generate, "plan_memory", small_memory)
-        short = make(counted.model, tmp_path / "short", 5)
+        short = make(counted.model, tmp_path / "short", 5, brief)
         assert counted.unloaded == [6], "once, after all five prompts and the empty one, before anything is drawn"
         # As with many images, whose prompts are encoded some at a time.
         patch.setattr(calib.models.model, "ENCODE_AHEAD", 2)
         again = Counted(model)
-        groups = make(again.model, tmp_path / "groups", 5)
+        groups = make(again.model, tmp_path / "groups", 5, brief)
         assert again.unloaded == [3, 5, 6]
     assert contents(short) == contents(roomy)
     assert contents(groups) == contents(roomy)
@@ -171,15 +172,20 @@ def test_text_encoders_are_unloaded_where_memory_is_short_and_the_files_are_the_
 # What is stored
 
 
+@pytest.fixture(scope="module")
+def drawn(model: DiffusionModel) -> Sequence[State]:
+    """The trajectory of the first two images."""
+    return list(trajectory(model, PROMPTS[:2], [image_seed(0, i) for i in (0, 1)], QUICK))
+
+
 @pytest.mark.parametrize("storage", list(StorageFormat))
 @pytest.mark.parametrize("dtype", list(StateDtype))
 def test_states_are_stored_as_their_type_rounds_them(
-    model: DiffusionModel, tmp_path: Path, storage: StorageFormat, dtype: StateDtype
+    model: DiffusionModel, drawn: Sequence[State], tmp_path: Path, storage: StorageFormat, dtype: StateDtype
 ) -> None:
     folder = make(model, tmp_path, 2, storage=storage, dtype=dtype)
     manifest = load_manifest(folder)
-    seeds = [image_seed(0, i) for i in (0, 1)]
-    for state in trajectory(model, PROMPTS[:2], seeds, QUICK):
+    for state in drawn:
         for image in (0, 1):
             rounded = state.x[image].astype({"float16": mx.float16, "bfloat16": mx.bfloat16}.get(dtype, mx.float32))
             found = read_state(folder, manifest, image, state.step_index)
@@ -209,22 +215,22 @@ def test_bfloat16_makes_the_round_trip_for_all_values(bits: list[int]) -> None:
 def test_only_the_states_asked_for_are_stored_and_they_are_those_of_a_full_dataset(
     model: DiffusionModel, tmp_path: Path, storage: StorageFormat
 ) -> None:
-    eight = replace(QUICK, num_steps=8)
-    full = make(model, tmp_path / "full", 2, eight, storage=storage)
-    some = make(model, tmp_path / "some", 2, eight, storage=storage, steps=(8, 0, 3))
+    four = replace(QUICK, num_steps=4)
+    full = make(model, tmp_path / "full", 2, four, storage=storage)
+    some = make(model, tmp_path / "some", 2, four, storage=storage, steps=(4, 0, 3))
     manifest = load_manifest(some)
-    assert manifest.steps == [0, 3, 8]
-    assert len(manifest.sigmas) == 9
+    assert manifest.steps == [0, 3, 4]
+    assert len(manifest.sigmas) == 5
     for image in (0, 1):
         if storage is StorageFormat.HDF5:
             with h5py.File(some / f"samples/{image:04d}.h5", "r") as file:
-                assert file["step_index"][:].tolist() == [0, 3, 8]
+                assert file["step_index"][:].tolist() == [0, 3, 4]
                 assert len(file["x"]) == 3
-                np.testing.assert_array_equal(file["sigma"][:], np.float32([manifest.sigmas[i] for i in (0, 3, 8)]))
+                np.testing.assert_array_equal(file["sigma"][:], np.float32([manifest.sigmas[i] for i in (0, 3, 4)]))
         else:
             files = sorted(path.name for path in some.glob(f"samples/{image:04d}*"))
-            assert files == [f"{image:04d}_{step:03d}.npz" for step in (0, 3, 8)]
-        for step in (0, 3, 8):
+            assert files == [f"{image:04d}_{step:03d}.npz" for step in (0, 3, 4)]
+        for step in (0, 3, 4):
             expected = read_state(full, load_manifest(full), image, step)
             np.testing.assert_array_equal(read_state(some, manifest, image, step), expected)
         for name in (f"images/{image:04d}.png", f"latents/{image:04d}.npy"):
@@ -265,8 +271,15 @@ def test_a_dataset_of_chosen_states_serves_its_schedule_and_no_other(
 # Disk
 
 
-@pytest.mark.parametrize("storage", list(StorageFormat))
-@pytest.mark.parametrize("dtype", list(StateDtype))
+@pytest.mark.parametrize(
+    ("storage", "dtype"),
+    [
+        (StorageFormat.HDF5, StateDtype.FLOAT16),
+        (StorageFormat.HDF5, StateDtype.BFLOAT16),
+        (StorageFormat.NPZ, StateDtype.FLOAT16),
+        (StorageFormat.NPZ, StateDtype.FLOAT32),
+    ],
+)
 def test_the_expected_bytes_are_at_least_and_not_far_above_what_is_written(
     model: DiffusionModel, tmp_path: Path, storage: StorageFormat, dtype: StateDtype
 ) -> None:
@@ -519,10 +532,11 @@ def test_a_slow_manifest_is_written_less_often_and_complete_in_the_end(
         add_entries(data_dir, entries)
 
     monkeypatch.setattr(calib.dataset.writer, "add_entries", slow)
-    folder = make(model, tmp_path / "slow", 7, replace(QUICK, batch_size=1))
+    singly = replace(BRIEF, batch_size=1)
+    folder = make(model, tmp_path / "slow", 7, singly)
     assert writes[0] == 1 and sum(writes) == 7 and len(writes) == 2
     monkeypatch.undo()
-    assert contents(folder) == contents(make(model, tmp_path / "plain", 7, replace(QUICK, batch_size=1)))
+    assert contents(folder) == contents(make(model, tmp_path / "plain", 7, singly))
 
 
 def test_a_dataset_keeps_its_batch_size_and_says_so(

@@ -8,10 +8,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import chdir, redirect_stderr, redirect_stdout
+from functools import cache
 from pathlib import Path
+from typing import TypeAlias
 
 from calib.dataset import prompts
 from calib.dataset.generate import generate
@@ -42,6 +44,7 @@ from helpers import (
 STEPS = 3
 #: Of each storage format's processes.
 KILLS = 10
+Undisturbed: TypeAlias = Callable[[int, StorageFormat], dict[str, str]]
 
 
 def arguments(num_images: int, num_steps: int = STEPS, *more: str) -> list[str]:
@@ -51,13 +54,17 @@ def arguments(num_images: int, num_steps: int = STEPS, *more: str) -> list[str]:
     return ["generate", f"num_images={num_images}", *sampler, *own, *more]
 
 
-def undisturbed(
-    model: DiffusionModel, folder: Path, num_images: int, storage: StorageFormat = StorageFormat.HDF5
-) -> dict[str, str]:
-    """What one process makes that nothing happens to."""
-    settings = SamplerSettings(num_steps=STEPS, batch_size=2)
-    generate(model, prompts.emoji(), num_images, folder, settings, storage=storage)
-    return contents(folder)
+@pytest.fixture(scope="module")
+def undisturbed(model: DiffusionModel, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
+    """What one process makes of so many images when nothing happens to it."""
+
+    @cache
+    def made(num_images: int, storage: StorageFormat) -> dict[str, str]:
+        folder, settings = tmp_path_factory.mktemp("undisturbed"), SamplerSettings(num_steps=STEPS, batch_size=2)
+        generate(model, prompts.emoji(), num_images, folder / "dataset", settings, storage=storage)
+        return contents(folder / "dataset")
+
+    return made
 
 
 # kill -9
@@ -111,7 +118,9 @@ def kill_many_times(work: Path, storage: StorageFormat) -> tuple[int, int]:
 
 
 @pytest.mark.slow
-def test_killed_at_any_moment_the_next_process_goes_on_to_the_same_files(model: DiffusionModel, tmp_path: Path) -> None:
+def test_killed_at_any_moment_the_next_process_goes_on_to_the_same_files(
+    undisturbed: Undisturbed, tmp_path: Path
+) -> None:
     works = {storage: tmp_path / storage for storage in StorageFormat}
     for work in works.values():
         work.mkdir()
@@ -124,15 +133,17 @@ def test_killed_at_any_moment_the_next_process_goes_on_to_the_same_files(model: 
         outcome = run_process(work, *arguments(num_images, STEPS, f"dataset={storage}"))
         assert outcome.status == 0, outcome.err
         assert f"({num_images} images, {num_images - len(kept)} new)" in outcome.out
-        assert contents(work / "dataset") == undisturbed(model, tmp_path / f"whole-{storage}", num_images, storage)
+        assert contents(work / "dataset") == undisturbed(num_images, storage)
         assert temporaries(work / "dataset") == set()
 
 
 # Several processes
 
 
-def test_shards_fill_one_dataset_at_the_same_time_and_one_of_them_may_die(model: DiffusionModel, folder: Path) -> None:
-    shards = [arguments(11, STEPS, f"shard.index={i}", "shard.count=2", f"hydra.run.dir=run{i}") for i in range(2)]
+def test_shards_fill_one_dataset_at_the_same_time_and_one_of_them_may_die(
+    undisturbed: Undisturbed, folder: Path
+) -> None:
+    shards = [arguments(10, STEPS, f"shard.index={i}", "shard.count=2", f"hydra.run.dir=run{i}") for i in range(2)]
     process = start_process(folder, *shards[1])
     wait_until(lambda: (folder / "dataset/samples/0002.h5").exists(), process)
     process.kill()
@@ -143,8 +154,8 @@ def test_shards_fill_one_dataset_at_the_same_time_and_one_of_them_may_die(model:
     assert outcome.status == 0, outcome.err
     status, err = end(process)
     assert status == 0, err
-    assert listed(folder / "dataset") == set(range(11))
-    assert contents(folder / "dataset") == undisturbed(model, folder / "whole", 11)
+    assert listed(folder / "dataset") == set(range(10))
+    assert contents(folder / "dataset") == undisturbed(10, StorageFormat.HDF5)
     assert temporaries(folder) == set()
 
 
@@ -161,7 +172,7 @@ def drawing(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
 
 
 def test_a_second_process_on_the_same_shard_ends_with_one_clear_line(
-    drawing: subprocess.Popen[str], model: DiffusionModel, tmp_path: Path
+    drawing: subprocess.Popen[str], undisturbed: Undisturbed, tmp_path: Path
 ) -> None:
     outcome = run_in(tmp_path, *arguments(4), "hydra.run.dir=run2")
     assert "another process is drawing this dataset" in is_one_clear_line(outcome, status=1)
@@ -169,7 +180,7 @@ def test_a_second_process_on_the_same_shard_ends_with_one_clear_line(
     drawing.send_signal(signal.SIGCONT)
     status, err = end(drawing)
     assert status == 0, err
-    assert contents(tmp_path / "dataset") == undisturbed(model, tmp_path / "whole", 4)
+    assert contents(tmp_path / "dataset") == undisturbed(4, StorageFormat.HDF5)
 
 
 STAGES = [
@@ -180,7 +191,7 @@ STAGES = [
 
 @pytest.mark.parametrize("stage", STAGES, ids=["run", "sweep"])
 def test_runs_and_sweeps_wait_for_the_process_that_draws_and_say_so(
-    drawing: subprocess.Popen[str], model: DiffusionModel, tmp_path: Path, stage: list[str]
+    drawing: subprocess.Popen[str], undisturbed: Undisturbed, tmp_path: Path, stage: list[str]
 ) -> None:
     given = [*stage, *arguments(4)[1:], "timestep_schedule=quarters", "taps.include=[x_embedder]", "evaluation=none"]
     if "-m" not in stage:
@@ -203,7 +214,7 @@ def test_runs_and_sweeps_wait_for_the_process_that_draws_and_say_so(
     assert waited and status == 0, err.getvalue()
     assert end(drawing)[0] == 0
     assert "(4 images, 0 new)" in out.getvalue()
-    assert contents(tmp_path / "dataset") == undisturbed(model, tmp_path / "whole", 4)
+    assert contents(tmp_path / "dataset") == undisturbed(4, StorageFormat.HDF5)
 
 
 # Signals
@@ -229,20 +240,20 @@ def test_a_signal_ends_the_drawing_within_a_step(tmp_path: Path, number: signal.
     assert temporaries(tmp_path) == set()
 
 
-def test_terminated_between_blocks_what_is_done_is_kept(model: DiffusionModel, tmp_path: Path) -> None:
-    process = start_process(tmp_path, *arguments(12))
+def test_terminated_between_blocks_what_is_done_is_kept(undisturbed: Undisturbed, tmp_path: Path) -> None:
+    process = start_process(tmp_path, *arguments(10))
     wait_until(lambda: len(listed(tmp_path / "dataset")) >= 2, process)
     process.terminate()
     status, err = end(process)
     assert status == 143, err
     kept = listed(tmp_path / "dataset")
-    assert 2 <= len(kept) < 12
+    assert 2 <= len(kept) < 10
     (line,) = lines_of(err)
-    assert line.startswith(f"interrupted; {len(kept)} of 12 images done and kept in dataset;")
-    outcome = run_in(tmp_path, *arguments(12))
+    assert line.startswith(f"interrupted; {len(kept)} of 10 images done and kept in dataset;")
+    outcome = run_in(tmp_path, *arguments(10))
     assert outcome.status == 0, outcome.err
-    assert f"(12 images, {12 - len(kept)} new)" in outcome.out
-    assert contents(tmp_path / "dataset") == undisturbed(model, tmp_path / "whole", 12)
+    assert f"(10 images, {10 - len(kept)} new)" in outcome.out
+    assert contents(tmp_path / "dataset") == undisturbed(10, StorageFormat.HDF5)
 
 
 @pytest.mark.slow
@@ -251,6 +262,7 @@ def test_an_interruption_that_python_swallows_is_not_lost(tmp_path: Path) -> Non
     code = """
 import gc, os, signal, sys
 from pathlib import Path
+from typing import TypeAlias
 from calib.cli.main import main
 
 def callback(phase, info):
@@ -286,18 +298,18 @@ main(sys.argv[1:])
 def test_a_disk_that_cannot_hold_the_images_is_refused_before_anything_is_made(
     small_disk: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    outcome = run_here([*arguments(100), "data_dir=disk/dataset"], capsys)
+    outcome = run_here([*arguments(100, 1), "data_dir=disk/dataset"], capsys)
     assert outcome.status == 1
     (line,) = lines_of(outcome.err)
     assert re.match(r"disk/dataset: 100 images \D* [\d.]+ MB", line)
     assert "2.1 MB are free" in line
     assert everything(small_disk) == []
     # What is left to do must fit, not what is there already.
-    assert run_here([*arguments(12), "data_dir=disk/dataset"], capsys).status == 0
+    assert run_here([*arguments(12, 1), "data_dir=disk/dataset"], capsys).status == 0
     fill(small_disk, room=300_000)
-    assert run_here([*arguments(14), "data_dir=disk/dataset", "hydra.run.dir=run2"], capsys).status == 0
+    assert run_here([*arguments(14, 1), "data_dir=disk/dataset", "hydra.run.dir=run2"], capsys).status == 0
     before = everything(small_disk)
-    outcome = run_here([*arguments(20), "data_dir=disk/dataset", "hydra.run.dir=run3"], capsys)
+    outcome = run_here([*arguments(20, 1), "data_dir=disk/dataset", "hydra.run.dir=run3"], capsys)
     assert outcome.status == 1
     assert re.match(r"disk/dataset: 6 images \D* [\d.]+ kB", lines_of(outcome.err)[0])
     assert everything(small_disk) == before
@@ -307,9 +319,9 @@ def test_a_disk_that_cannot_hold_the_images_is_refused_before_anything_is_made(
     "run", [pytest.param("run", marks=pytest.mark.slow), "disk/run"], ids=["", "with the run directory"]
 )
 def test_a_disk_that_fills_while_images_are_drawn_loses_nothing(
-    small_disk: Path, model: DiffusionModel, folder: Path, run: str
+    small_disk: Path, undisturbed: Undisturbed, folder: Path, run: str
 ) -> None:
-    given = [*arguments(12), "data_dir=disk/dataset", f"hydra.run.dir={run}"]
+    given = [*arguments(10), "data_dir=disk/dataset", f"hydra.run.dir={run}"]
     process = start_process(folder, *given)
     wait_until(lambda: bool(listed(small_disk / "dataset")), process)
     process.send_signal(signal.SIGSTOP)
@@ -318,15 +330,15 @@ def test_a_disk_that_fills_while_images_are_drawn_loses_nothing(
     status, err = end(process)
     assert status == 1, err
     kept = listed(small_disk / "dataset")
-    assert 2 <= len(kept) < 12
+    assert 2 <= len(kept) < 10
     (line,) = lines_of(err)
     assert "No space left on device" in line
-    assert f"{len(kept)} of 12 images done and kept in disk/dataset" in line
+    assert f"{len(kept)} of 10 images done and kept in disk/dataset" in line
     assert temporaries(small_disk) == set()
     ballast.unlink()
     outcome = run_in(folder, *given)
     assert outcome.status == 0, outcome.err
-    assert contents(small_disk / "dataset") == undisturbed(model, folder / "whole", 12)
+    assert contents(small_disk / "dataset") == undisturbed(10, StorageFormat.HDF5)
 
 
 def test_a_disk_that_is_full_from_the_start_ends_with_one_clear_line(small_disk: Path, folder: Path) -> None:

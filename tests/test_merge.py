@@ -10,8 +10,8 @@ import pytest
 from helpers import Outcome, everything, is_one_clear_line, run_here, run_in
 
 FIVE = (
-    *("num_images=5", "sampler.num_steps=4", "sampler.batch_size=2", "data_dir=dataset"),
-    *("timestep_schedule=quarters", "report=none"),
+    *("num_images=5", "sampler.num_steps=2", "sampler.batch_size=2", "data_dir=dataset"),
+    *("timestep_schedule=all", "report=none"),
 )
 KEPT = ("taps=all", "taps.cfg_halves=apart", "storage=sampled", "taps.include=[x_embedder,'*.fc2',mm_block_1]")
 SHARDS = 3

@@ -587,7 +587,7 @@ def test_a_layer_without_finite_values_is_named(tiny_run: Path, calib: Calib, fo
         check_failed_run(folder / "run", "no finite activations")
 
 
-@pytest.mark.parametrize("which", ["q", "k"])
+@pytest.mark.parametrize("which", [pytest.param("q", marks=pytest.mark.slow), "k"])
 def test_of_layers_that_read_one_array_some_may_be_tapped(calib: Calib, folder: Path, which: str) -> None:
     """What was seen of one is what all read."""
     given = [f"cache_dir={folder / 'cache'}"]

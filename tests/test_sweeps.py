@@ -42,6 +42,14 @@ def plan_layer(layer: LayerSummary) -> LayerPlan:
 '''
 
 
+ANALYSES = ("analyze,analysis=range", "analyze,analysis=broken", "analyze,analysis=uniform")
+
+
+def of_statistics(run: Path) -> list[str]:
+    """A sweep of jobs that take a tenth of a second: plans from what a run has collected."""
+    return ["analyze", "-m", f"stats={run}", *TINY]
+
+
 def states(sweep: Path) -> dict[str, str]:
     """State of each job by its folder's name, without the hash."""
     found = {path.parent.name: json.loads(path.read_text())["state"] for path in sweep.glob("*/status.json")}
@@ -69,22 +77,20 @@ def own_heuristic(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_job_that_fails_in_any_way_is_recorded_and_the_others_run(
-    own_heuristic: Path, capsys: pytest.CaptureFixture[str]
+    tiny_run: Path, own_heuristic: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    given = ["-m", *SMALL, "analysis=range,broken,uniform", "--config-dir=own"]
+    given = [*of_statistics(tiny_run), "analysis=range,broken,uniform", "--config-dir=own"]
     outcome = run_here(given, capsys)
     assert outcome.status == 1
     sweep = the_sweep(own_heuristic)
-    assert states(sweep) == {"analysis=range": "complete", "analysis=broken": "failed", "analysis=uniform": "complete"}
-    (failed,) = sweep.glob("analysis=broken-*")
+    assert states(sweep) == dict(zip(ANALYSES, ("complete", "failed", "complete"), strict=True))
+    (failed,) = sweep.glob("analyze,analysis=broken-*")
     status = json.loads((failed / "status.json").read_text())
     assert status["error"] == "ZeroDivisionError: a mistake of the user's own"
     log = (failed / "run.log").read_text()
     assert "Traceback" in log and "broken_heuristic.py" in log
     assert "Traceback" not in outcome.err
-    assert f"job 2 of 3 failed after 0 s, {failed.name}: ZeroDivisionError" in " ".join(outcome.err.split()) or (
-        f"{failed.name}: ZeroDivisionError: a mistake of the user's own" in outcome.err
-    )
+    assert f"{failed.name}: ZeroDivisionError: a mistake of the user's own" in outcome.err
     assert "3 jobs, 2 complete, 1 failed" in outcome.out
     assert f"1 of the sweep's 3 jobs failed ({failed.name})" in outcome.err
 
@@ -151,13 +157,14 @@ def test_jobs_that_another_process_runs_are_not_called_failed() -> None:
     assert "1 of the sweep's 4 jobs ended without a word (c)" in told
 
 
-def test_more_values_go_on_in_the_same_folder(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_here(["-m", *SMALL, "analysis=range,uniform"], capsys).status == 0
-    outcome = run_here(["-m", "analysis=uniform,range,sqnr", *reversed(SMALL)], capsys)
+def test_more_values_go_on_in_the_same_folder(tiny_run: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stage, *given = of_statistics(tiny_run)
+    assert run_here([stage, *given, "analysis=range,uniform"], capsys).status == 0
+    outcome = run_here([stage, "analysis=uniform,range,sqnr", *reversed(given)], capsys)
     assert outcome.status == 0, outcome.err
     assert outcome.out.count("Already complete: ") == 2
     assert len(states(the_sweep(folder))) == 3
-    outcome = run_here(["-m", *SMALL, "analysis=range,uniform", "seed=1"], capsys)
+    outcome = run_here([stage, *given, "analysis=range,uniform", "phase_bits=false"], capsys)
     assert outcome.status == 0 and "Already complete" not in outcome.out
     assert len(list(folder.glob("multirun/*"))) == 2, "another sweep, another folder"
 

@@ -25,6 +25,9 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+#: How an override with configuration folders of the user's own begins.
+SEARCH = "hydra.searchpath=["
+
 
 @dataclass(frozen=True)
 class Planned:
@@ -45,7 +48,7 @@ class Planned:
 def planned(arguments: Arguments) -> Planned:
     """Compose and check every job of a command line; raises a ConfigError for the first that is wrong."""
     folders = ",".join(f"file://{Path(folder).absolute()}" for folder in arguments.config_dirs)
-    search = [f"hydra.searchpath=[{folders}]"] if folders else []
+    search = [f"{SEARCH}{folders}]"] if folders else []
     with initialize_config_dir(str(CONF), version_base="1.3", job_name="calib"):
         parsed = parse(arguments.overrides)
         config = _compose([*search, *(o.input_line or "" for o in parsed if _of_launch(o))])
@@ -159,20 +162,23 @@ def _check_sampler(config: DictConfig) -> None:
 
 def _explain(message: str, overrides: Sequence[str], cause: str = "") -> str:
     """Hydra's message in one line, with the nearest valid name or ``cause``, OmegaConf's message about a value."""
+    search = [o for o in overrides if o.startswith(SEARCH)]
+    own = [Path(folder.removeprefix("file://")) for o in search for folder in o[len(SEARCH) : -1].split(",")]
+    known = groups(own)
     if match := re.match(r"(?:In '.*': )?Could not find '(.+)/(.+)'", message):
         group, option = match.groups()
         if group == "hydra/launcher":
             return f"{group}={option}: no such launcher.{missing_launcher(option)}"
-        return f"{group}={option}: no such option.{suggest(option, groups().get(group, []))}"
+        return f"{group}={option}: no such option.{suggest(option, known.get(group, []))}"
     if match := re.match(r"Could not override '(.+?)'", message):
         key = match.group(1)
         given = next((o for o in overrides if o.lstrip("+~").partition("=")[0] == key), key)
         group = key.rpartition(".")[0]
-        chosen = [o for o in overrides if o.partition("=")[0] in groups()]
-        if group in groups():
+        chosen = [*search, *(o for o in overrides if o.partition("=")[0] in known)]
+        if group in known:
             parameters = [k for k in known_keys(chosen) if k.startswith(f"{group}.")]
             takes = ", ".join(parameters) or "no parameters"
-            others = [option for option in groups()[group] if key in known_keys([*chosen, f"{group}={option}"])]
+            others = [option for option in known[group] if key in known_keys([*chosen, f"{group}={option}"])]
             named = " or ".join(f"{group}={option}" for option in others)
             hint = f" {named} takes it." if others else suggest(key, parameters, list_all=False)
             return f"{given}: the chosen {group} takes {takes}.{hint}"

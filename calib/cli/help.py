@@ -1,6 +1,7 @@
 """The text of ``calib --help`` and ``calib STAGE --help``."""
 
 import ast
+from collections.abc import Sequence
 from pathlib import Path
 
 import calib
@@ -44,10 +45,12 @@ examples
 """
 
 
-def groups() -> dict[str, list[str]]:
-    """Options by config group."""
-    folders = sorted(folder for folder in CONF.iterdir() if folder.is_dir())
-    return {folder.name: sorted(file.stem for file in folder.glob("*.yaml")) for folder in folders}
+def groups(more: Sequence[Path] = ()) -> dict[str, list[str]]:
+    """Options by config group, those in ``more`` configuration folders of the user's own among them."""
+    found: dict[str, set[str]] = {folder.name: set() for folder in sorted(CONF.iterdir()) if folder.is_dir()}
+    for group, options in found.items():
+        options |= {file.stem for place in (CONF, *more) for file in (place / group).glob("*.yaml")}
+    return {group: sorted(options) for group, options in found.items()}
 
 
 def help_text(stage: Stage | None) -> str:

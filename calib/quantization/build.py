@@ -20,6 +20,7 @@ from calib.models.memory import plan_memory
 from calib.models.model import DiffusionModel, weights
 from calib.models.packed import Packed
 from calib.quantization import rtn
+from calib.quantization.check import check_quantized, model_kept
 from calib.quantization.checkpoint import origin_of
 from calib.quantization.model import InputRule, QuantizedModel
 from calib.quantization.quantizer import ChannelRange, Quantizer, QuantizerInput
@@ -112,7 +113,12 @@ def quantize_layers(
     replay, batches = _replay(model, source)
     given = (replay, batches, *_statistics(plan, source))
     work = QuantizerInput(model.architecture, linear, {**plan, **chosen}, half, *given)
-    made = quantizer(work)
+    with model_kept(model) as changed:
+        made = quantizer(work)
+        check_quantized(made, work)
+        copies = _copies(linear, chosen, steps, made.layers, quantizer, work)
+    if changed:
+        notes.append(f"the quantizer changed weights of the model itself ({changed[0]}, …); they were put back")
     # A plan may also name blocks, where their outputs were observed: they have no input to quantize.
     inputs, more = _inputs({name: layer for name, layer in plan.items() if name in layers}, steps, made.ranges)
     paths = {name: model.architecture.path(name) for name in made.layers}
@@ -120,7 +126,6 @@ def quantize_layers(
     own = weights(model.transformer)
     rest = {path: made.weights.get(path, array).astype(half) for path, array in own.items() if path not in packed}
     about = {**origin_of(model), **made_by}
-    copies = _copies(linear, chosen, steps, made.layers, quantizer, work)
     quantized = QuantizedModel(made.layers, rest, inputs, steps.timesteps, copies, steps.phases, about, paths)
     mx.eval(rest, [[p.weight, p.scales, p.biases] for p in made.layers.values()])
     _check_finite(quantized, half)
@@ -179,7 +184,9 @@ def _copies(
         other = {name: b for name, b in bits.items() if name in made and b != chosen[name].weight_bits}
         if other:
             plan = {**work.plan, **{name: replace(chosen[name], weight_bits=b) for name, b in other.items()}}
-            again = quantizer(replace(work, plan=plan, layers={name: linear[name] for name in other}))
+            other_work = replace(work, plan=plan, layers={name: linear[name] for name in other})
+            again = quantizer(other_work)
+            check_quantized(again, other_work)
             copies[phase] = again.layers
     return copies
 

@@ -7,9 +7,11 @@ export_config
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from calib.analysis.heuristic import OF_THE_DATA
 from calib.analysis.layers import PROBE, LayerSummary, read_summaries
 from calib.analysis.measure import placeholder_sensitivities, sensitivities
 from calib.analysis.observed import drift_text, observed_ranges, plan_steps
@@ -84,12 +86,13 @@ def try_heuristic(settings: Settings, names: list[str]) -> None:
     heuristic, skeleton = settings.analyze.analysis, settings.job.model.skeleton
     if heuristic.by_layer:
         return
-    if not heuristic.measures:
-        heuristic.whole(dict.fromkeys(names, PROBE))
-    elif skeleton is not None:
-        sizes, num_steps = settings.analyze.sensitivity.group_sizes, settings.generate.sampler.num_steps
-        layers, found = placeholder_sensitivities(skeleton(), names, num_steps, sizes)
-        heuristic.whole(layers, lambda: found)
+    with suppress(*OF_THE_DATA):
+        if not heuristic.measures:
+            heuristic.whole(dict.fromkeys(names, PROBE))
+        elif skeleton is not None:
+            sizes, num_steps = settings.analyze.sensitivity.group_sizes, settings.generate.sampler.num_steps
+            layers, found = placeholder_sensitivities(skeleton(), names, num_steps, sizes)
+            heuristic.whole(layers, lambda: found)
 
 
 def _distinct(observed: Mapping[str, Observed]) -> dict[str, Observed]:

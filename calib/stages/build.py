@@ -1,6 +1,8 @@
 """Build typed settings from a composed configuration; every bad value is reported here, before a model is loaded."""
 
+import inspect
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
@@ -10,8 +12,8 @@ from calib.activations.step import CollectSettings
 from calib.activations.taps import tap_points
 from calib.base.affine import GROUP_SIZES
 from calib.base.errors import ConfigError, suggest
-from calib.base.files import short_hash
-from calib.base.values import at_least, build_dataclass, check, group
+from calib.base.files import checksum, short_hash
+from calib.base.values import at_least, build_dataclass, check, group, target_of
 from calib.dataset import timesteps
 from calib.dataset.settings import SamplerSettings
 from calib.dataset.shards import Shard
@@ -129,14 +131,29 @@ def _filled(kind: type[T], config: Mapping[str, Any], **made: Any) -> T:
 
 
 def fingerprint(config: Mapping[str, Any], prompts: Sequence[str]) -> str:
-    """Hash of everything in the configuration that results depend on (16 hex digits)."""
+    """Hash of everything in the configuration that results depend on (16 hex digits).
+
+    Of functions of the user's own that is their code, too: the file in which they are.
+    """
 
     def stable(node: Any) -> Any:
         if not isinstance(node, Mapping):
             return node
-        return {key: _former(str(value)) if key == "_target_" else stable(value) for key, value in node.items()}
+        found = {key: _former(str(value)) if key == "_target_" else stable(value) for key, value in node.items()}
+        file = _file_of_user(node.get("_target_"))
+        return found if file is None else found | {"code": checksum(file)}
 
     return short_hash([{k: stable(v) for k, v in config.items() if k not in WITHOUT_EFFECT}, prompts], digits=16)
+
+
+def _file_of_user(target: object) -> Path | None:
+    """The source file of a function that is not calib's; None where there is none."""
+    if target is None or str(target).startswith("calib."):
+        return None
+    with suppress(TypeError):  # built in
+        file = inspect.getsourcefile(inspect.unwrap(target_of("option", {"_target_": target})))
+        return Path(file) if file is not None and Path(file).is_file() else None
+    return None
 
 
 def _former(target: str) -> str:
