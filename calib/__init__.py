@@ -16,7 +16,6 @@ class _BlasBeforeMlx:
 
     def find_spec(self, name: str, path: object, target: object = None) -> None:
         if name == "mlx":
-            sys.meta_path.remove(self)
             from calib.base import blas
 
             blas.status()

@@ -25,7 +25,7 @@ from pathlib import Path
 from calib.base.device import device_name
 from calib.base.seeds import image_seed
 from calib.cli.compose import plain
-from calib.cli.help import CONF
+from calib.cli.conf import CONF
 from calib.dataset.generate import generate, trajectory
 from calib.dataset.sampling import initial_noise, initial_state, noise_levels
 from calib.dataset.store import StateDtype

@@ -29,7 +29,7 @@ from calib.analysis.ranges import RangeRule
 from calib.base.device import device_name
 from calib.base.layout import ACTIVATIONS
 from calib.cli.compose import plain
-from calib.cli.help import CONF
+from calib.cli.conf import CONF
 from calib.evaluation.metrics import Fidelity, bootstrap, bootstrap_difference
 from calib.evaluation.paired import Paired
 from calib.evaluation.reference import control_of, draw_reference

@@ -11,9 +11,10 @@ from calib.base.errors import ConfigError
 from calib.base.files import check_writable
 from calib.base.seeds import image_seed
 from calib.base.values import check
-from calib.cli.help import CONF
+from calib.cli.conf import CONF
 from calib.dataset.shards import Shard
 from calib.dataset.store import StateDtype, StorageFormat
+from calib.models import emoji
 from calib.models.model import ModelDtype
 from calib.quantization import rtn
 from calib.stages import Stage
@@ -72,6 +73,14 @@ def built(*overrides: str, multirun: bool = False) -> Settings:
 def no_latents(image_ids: Sequence[int]) -> NDArray[np.float32]:
     """Final latents of images that are all alike."""
     return np.zeros((len(image_ids), 3), np.float32)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def skeletons() -> Iterator[None]:
+    """The emoji model's shape is made once, and not for each of two thousand configurations."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(emoji, "skeleton", cache(emoji.skeleton))
+        yield
 
 
 @pytest.fixture

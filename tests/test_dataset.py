@@ -26,7 +26,7 @@ from damage import IMAGES, SETTINGS
 from helpers import PROMPTS, SAMPLER, contents, flip_byte, pipeline_of
 from PIL import Image
 
-QUICK = SamplerSettings(num_steps=2, cfg_weight=3.0, batch_size=2)
+QUICK = SETTINGS
 
 
 def make(model: DiffusionModel, folder: Path, num_images: int, settings: SamplerSettings = QUICK, **more: Any) -> Path:
@@ -197,27 +197,26 @@ def test_a_resume_keeps_the_datasets_own_batch_size(model: DiffusionModel, tmp_p
 
 @pytest.mark.parametrize("storage", list(StorageFormat))
 def test_lost_files_are_drawn_again_to_the_same_bytes(
-    model: DiffusionModel, tmp_path: Path, storage: StorageFormat
+    model: DiffusionModel, drawn: dict[StorageFormat, Path], tmp_path: Path, storage: StorageFormat
 ) -> None:
-    folder = make(model, tmp_path, 3, storage=storage)
+    folder = Path(shutil.copytree(drawn[storage], tmp_path / "dataset"))
     before = contents(folder)
     lost = ["images/0001.png", "latents/0002.npy", load_manifest(folder).images[0].samples[-1]]
     for name in lost:
         (folder / name).unlink()
-    make(model, folder, 3, storage=storage)
+    make(model, folder, IMAGES, storage=storage)
     assert contents(folder) == before
 
 
-def test_asking_again_draws_nothing(model: DiffusionModel, tmp_path: Path) -> None:
-    folder = make(model, tmp_path, 3)
-
+def test_asking_again_draws_nothing(model: DiffusionModel, dataset: Path) -> None:
     def traces() -> dict[str, tuple[int, int]]:
         """Which file on disk it is, and when it was written."""
-        return {name: ((folder / name).stat().st_ino, (folder / name).stat().st_mtime_ns) for name in contents(folder)}
+        stats = {name: (dataset / name).stat() for name in contents(dataset)}
+        return {name: (stat.st_ino, stat.st_mtime_ns) for name, stat in stats.items()}
 
     before = traces()
-    make(model, folder, 3)
-    make(model, folder, 1)
+    make(model, dataset, IMAGES)
+    make(model, dataset, 1)
     assert traces() == before
 
 
@@ -235,24 +234,22 @@ def test_asking_again_draws_nothing(model: DiffusionModel, tmp_path: Path) -> No
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_other_settings_in_the_same_folder_are_refused(
-    model: DiffusionModel, tmp_path: Path, change: dict[str, Any], words: tuple[str, ...]
+    model: DiffusionModel, dataset: Path, change: dict[str, Any], words: tuple[str, ...]
 ) -> None:
-    folder = make(model, tmp_path, 2)
-    before = contents(folder)
+    before = contents(dataset)
     with pytest.raises(CalibError) as error:
-        make(model, folder, 3, **change)
-    assert contents(folder) == before
-    assert str(folder) in str(error.value)
+        make(model, dataset, IMAGES + 1, **change)
+    assert contents(dataset) == before
+    assert str(dataset) in str(error.value)
     for word in words:
         assert word in str(error.value)
 
 
-def test_other_weights_in_the_same_folder_are_refused(model: DiffusionModel, tmp_path: Path) -> None:
-    folder = make(model, tmp_path, 1)
-    path = folder / "manifest.json"
+def test_other_weights_in_the_same_folder_are_refused(model: DiffusionModel, dataset: Path) -> None:
+    path = dataset / "manifest.json"
     path.write_text(path.read_text().replace(model.fingerprint, "0123456789abcdef"))
     with pytest.raises(CalibError, match="fingerprint=0123456789abcdef"):
-        make(model, folder, 2)
+        make(model, dataset, IMAGES + 1)
 
 
 # Damage
@@ -282,7 +279,7 @@ def test_a_damaged_state_is_an_error_that_names_the_file_and_drawing_again_mends
         read_state(folder, manifest, 1, 2)
     assert f"calib verify {folder} says what else is wrong" in str(error.value)
     assert "\n" not in str(error.value)
-    generate(model, PROMPTS, IMAGES, folder, SETTINGS, storage=storage)
+    make(model, folder, IMAGES, storage=storage)
     assert contents(folder) == before
 
 

@@ -22,6 +22,7 @@ from calib.dataset.generate import generate, trajectory
 from calib.dataset.images import DrawnImage, bytes_per_image, write_image
 from calib.dataset.load import load_manifest
 from calib.dataset.manifest import ImageEntry, Manifest
+from calib.dataset.sampling import State
 from calib.dataset.settings import SamplerSettings
 from calib.dataset.shards import Shard, add_entries
 from calib.dataset.store import SAMPLES, StateDtype, StorageFormat, read_state, write_trajectory
@@ -33,14 +34,15 @@ import h5py
 import mlx.core as mx
 import numpy as np
 import pytest
-from helpers import PROMPTS, contents, flip_byte, is_one_clear_line, run_here
+from damage import IMAGES, SETTINGS
+from helpers import PROMPTS, contents, flip_byte, is_one_clear_line, run_here, run_in
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 from watching import collection_of
 
-QUICK = SamplerSettings(num_steps=2, cfg_weight=3.0, batch_size=2)
+QUICK = SETTINGS
 BRIEF = SamplerSettings(num_steps=1, cfg_weight=0.0, batch_size=2)
 
 #: How far a state may be from the same image's in batches of another size, relative to the spread of all values of
@@ -62,11 +64,11 @@ def make(model: DiffusionModel, folder: Path, num_images: int, given: SamplerSet
 def test_other_batch_sizes_agree_within_the_tolerance(model: DiffusionModel, tmp_path: Path) -> None:
     drawn = {}
     for size in (1, 2, 3):
-        how = SamplerSettings(num_steps=8, cfg_weight=3.0, batch_size=size)
+        how = SamplerSettings(num_steps=4, cfg_weight=3.0, batch_size=size)
         folder = make(model, tmp_path / str(size), 3, how, dtype=StateDtype.FLOAT32)
         manifest = load_manifest(folder)
         assert manifest.batch_size == size
-        drawn[size] = np.array([[read_state(folder, manifest, image, step) for image in range(3)] for step in range(9)])
+        drawn[size] = np.array([[read_state(folder, manifest, image, step) for image in range(3)] for step in range(5)])
     for size in (2, 3):
         for one, other in zip(drawn[1], drawn[size], strict=True):
             assert np.abs(one - other).max() <= (GPU_BATCH_TOLERANCE if on_gpu() else BATCH_TOLERANCE) * one.std()
@@ -173,19 +175,19 @@ def test_text_encoders_are_unloaded_where_memory_is_short_and_the_files_are_the_
 
 
 @pytest.fixture(scope="module")
-def drawn(model: DiffusionModel) -> Sequence[State]:
-    """The trajectory of the first two images."""
+def trajectories(model: DiffusionModel) -> Sequence[State]:
+    """The states of the first two images."""
     return list(trajectory(model, PROMPTS[:2], [image_seed(0, i) for i in (0, 1)], QUICK))
 
 
 @pytest.mark.parametrize("storage", list(StorageFormat))
 @pytest.mark.parametrize("dtype", list(StateDtype))
 def test_states_are_stored_as_their_type_rounds_them(
-    model: DiffusionModel, drawn: Sequence[State], tmp_path: Path, storage: StorageFormat, dtype: StateDtype
+    model: DiffusionModel, trajectories: Sequence[State], tmp_path: Path, storage: StorageFormat, dtype: StateDtype
 ) -> None:
     folder = make(model, tmp_path, 2, storage=storage, dtype=dtype)
     manifest = load_manifest(folder)
-    for state in drawn:
+    for state in trajectories:
         for image in (0, 1):
             rounded = state.x[image].astype({"float16": mx.float16, "bfloat16": mx.bfloat16}.get(dtype, mx.float32))
             found = read_state(folder, manifest, image, state.step_index)
@@ -381,34 +383,32 @@ def test_a_shard_says_what_it_did(folder: Path, capsys: pytest.CaptureFixture[st
 
 
 def test_what_a_killed_writer_left_is_removed_and_what_a_living_one_writes_is_not(
-    model: DiffusionModel, tmp_path: Path
+    model: DiffusionModel, dataset: Path
 ) -> None:
-    folder = make(model, tmp_path, 2)
-    left = [folder / ".manifest.json.a1.tmp", folder / "samples/.0002.h5.b2.tmp", folder / "images/.0002.png.c3.tmp"]
-    living = folder / "latents/.0003.npy.d4.tmp"
-    for path in (*left, living):
+    left = [".manifest.json.a1.tmp", "samples/.0004.h5.b2.tmp", "images/.0004.png.c3.tmp"]
+    living = dataset / "latents/.0005.npy.d4.tmp"
+    for path in (*(dataset / name for name in left), living):
         path.write_bytes(b"half")
     with open(living, "rb") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        make(model, folder, 3)
+        make(model, dataset, 5)
         assert living.read_bytes() == b"half"
-    assert not any(path.exists() for path in left)
-    make(model, folder, 4)
+    assert not any((dataset / name).exists() for name in left)
+    make(model, dataset, 6)
     assert not living.exists()
-    assert sorted(load_manifest(folder).images) == [0, 1, 2, 3]
+    assert sorted(load_manifest(dataset).images) == list(range(6))
 
 
 @pytest.mark.parametrize("kind", ["samples", "images", "latents"])
-def test_a_file_that_is_not_what_was_written_is_drawn_again(model: DiffusionModel, tmp_path: Path, kind: str) -> None:
-    folder = make(model, tmp_path, 3)
-    before = contents(folder)
-    (path,) = (folder / kind).glob("0001.*")
+def test_a_file_that_is_not_what_was_written_is_drawn_again(model: DiffusionModel, dataset: Path, kind: str) -> None:
+    before = contents(dataset)
+    (path,) = (dataset / kind).glob("0001.*")
     flip_byte(path, path.stat().st_size - 40)
-    assert contents(folder) != before
-    inode = (folder / "samples/0000.h5").stat().st_ino
-    make(model, folder, 3)
-    assert contents(folder) == before
-    assert (folder / "samples/0000.h5").stat().st_ino == inode, "the others are left as they are"
+    assert contents(dataset) != before
+    inode = (dataset / "samples/0000.h5").stat().st_ino
+    make(model, dataset, IMAGES)
+    assert contents(dataset) == before
+    assert (dataset / "samples/0000.h5").stat().st_ino == inode, "the others are left as they are"
 
 
 # Memory
@@ -444,26 +444,22 @@ def test_memory_does_not_grow_with_the_number_of_images(
 # What got lost, or cannot be
 
 
-def test_images_without_their_manifest_are_not_drawn_over(
-    model: DiffusionModel, folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    data = make(model, folder / "dataset", 3)
-    (data / "manifest.json").unlink()
-    before = contents(data)
-    with pytest.raises(CalibError, match=r"files of 3 images but no manifest.*calib rebuild-manifest"):
-        make(model, data, 3)
-    line = is_one_clear_line(run_here(["generate", "num_images=9", "data_dir=dataset"], capsys), status=1)
+def test_images_without_their_manifest_are_not_drawn_over(model: DiffusionModel, dataset: Path) -> None:
+    (dataset / "manifest.json").unlink()
+    before = contents(dataset)
+    with pytest.raises(CalibError, match=r"files of 4 images but no manifest.*calib rebuild-manifest"):
+        make(model, dataset, IMAGES)
+    line = is_one_clear_line(run_in(dataset.parent, "generate", "num_images=9", "data_dir=dataset"), status=1)
     assert "calib rebuild-manifest dataset" in line
-    assert contents(data) == before
+    assert contents(dataset) == before
 
 
-def test_other_text_encoders_are_another_dataset(model: DiffusionModel, tmp_path: Path) -> None:
-    folder = make(model, tmp_path, 2)
+def test_other_text_encoders_are_another_dataset(model: DiffusionModel, dataset: Path, tmp_path: Path) -> None:
     other = replace(model, text_encoders="clip_l+t5")
     with pytest.raises(CalibError, match=r"text_encoders=emoji, not clip_l\+t5"):
-        make(other, folder, 3)
+        make(other, dataset, IMAGES + 1)
     with pytest.raises(CalibError, match=r"encoded by emoji, not clip_l\+t5"):
-        collection_of(other, folder, tmp_path / "cache", [0], TapSelection(include=("x_embedder",))).collect([0])
+        collection_of(other, dataset, tmp_path / "cache", [0], TapSelection(include=("x_embedder",))).collect([0])
 
 
 def test_an_image_that_cannot_be_stored_is_left_out_and_told_and_the_others_are_drawn(
@@ -540,9 +536,8 @@ def test_a_slow_manifest_is_written_less_often_and_complete_in_the_end(
 
 
 def test_a_dataset_keeps_its_batch_size_and_says_so(
-    model: DiffusionModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model: DiffusionModel, dataset: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     note.cache_clear()
-    make(model, tmp_path, 2)
-    make(model, tmp_path, 3, replace(QUICK, batch_size=3))
+    make(model, dataset, IMAGES + 1, replace(QUICK, batch_size=3))
     assert "begun with sampler.batch_size=2, which is kept" in capsys.readouterr().err

@@ -9,7 +9,7 @@ from typing import Any
 from calib.analysis.steps import read_steps
 from calib.base.errors import CalibError
 from calib.cli.compose import plain
-from calib.cli.help import CONF
+from calib.cli.conf import CONF
 from calib.dataset.load import load_manifest
 from calib.quantization.checkpoint import load
 from calib.stages.build import build
@@ -448,7 +448,7 @@ def test_steps_that_were_not_collected_lie_between_those_that_were(calib: Calib,
     assert outcome.status == 0, outcome.err
 
 
-@pytest.mark.parametrize("steps", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("steps", [1, *(pytest.param(steps, marks=pytest.mark.slow) for steps in (2, 3))])
 def test_trajectories_of_a_few_steps_lack_phases(calib: Calib, folder: Path, steps: int) -> None:
     """Of one step there is no early and no late phase, of two no middle one."""
     given = [f"sampler.num_steps={steps}", "timestep_schedule=all", "data_dir=dataset", "evaluation=none", FEW]

@@ -413,7 +413,7 @@ class Seen:
     def _input(self, rules: Mapping[str, InputRule], timestep: float) -> np.ndarray:
         seen: dict[str, mx.array] = {}
         # The rule is put around the tap: what the tap sees is what the layer reads.
-        point, quantized = TapPoint(self._name, ""), QuantizedModel({}, {}, dict(rules), TIMESTEPS)
+        point, quantized = TapPoint(self._name, ""), QuantizedModel({}, {}, dict(rules), TIMESTEPS, {})
         with tapped(self._model.architecture, [point], keep(seen)), applied(self._model, quantized, True):
             output(self._model, self._inputs, timestep)
         return np.array(seen[self._name]).astype(np.float64)

@@ -247,6 +247,7 @@ def test_a_damaged_file_is_named_in_one_line(
     assert change not in ("drop", "reshape") or "tensor '" in message
 
 
+LARGE = ("sd3_medium.safetensors", "t5/t5xxl.safetensors")
 LOADERS: dict[str, Callable[[str], object]] = {
     "sd3_medium.safetensors": lambda path: (
         load_sd3_transformer(path, sd3_config(SD3), mx.float32),
@@ -259,9 +260,7 @@ LOADERS: dict[str, Callable[[str], object]] = {
 }
 
 
-@pytest.mark.parametrize(
-    "file", [pytest.param(f, marks=pytest.mark.slow) if f == "sd3_medium.safetensors" else f for f in LOADERS]
-)
+@pytest.mark.parametrize("file", [pytest.param(f, marks=pytest.mark.slow) if f in LARGE else f for f in LOADERS])
 def test_whichever_tensor_is_missing_or_misshapen_one_line_says_so(cache: Path, file: str, tmp_path: Path) -> None:
     weights = dict(mx.load(str(next(cache.glob(f"*/snapshots/*/{file}")))))
     path = tmp_path / "damaged.safetensors"
@@ -360,7 +359,7 @@ def hub(request: pytest.FixtureRequest) -> Iterator[str]:
         pytest.param(
             (401, ""), "the hub refuses access; see {hub}/" + SD3 + ", `hf auth login`", marks=pytest.mark.slow
         ),
-        ((404, "RepoNotFound"), "the hub shows no such repository"),
+        pytest.param((404, "RepoNotFound"), "the hub shows no such repository", marks=pytest.mark.slow),
     ],
     indirect=["hub"],
 )

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from calib.base.errors import ConfigError
 from calib.cli.compose import planned
-from calib.cli.help import CONF
+from calib.cli.conf import CONF
 from calib.cli.launchers import sensible_jobs
 from calib.cli.names import job_name, sweep_name
 from calib.cli.overrides import take_apart

@@ -10,7 +10,7 @@ from calib.activations.histogram import Histogram
 from calib.activations.statistics import Moments, Statistics, merge_all
 from calib.base.errors import CalibError, check_format, reason_of, suggest
 from calib.base.layout import ACTIVATIONS
-from calib.models.mmdit.names import network_order
+from calib.models.former import former_order
 
 import h5py
 import numpy as np
@@ -62,7 +62,7 @@ class ActivationFile:
         """Positions of the layers; files of calib 0.1.0, which were all of MMDiTs, do not record them."""
         places = {name: group.attrs.get("order") for name, group in self._file["layers"].items()}
         if None in places.values():
-            return {name: place for place, name in enumerate(sorted(places, key=network_order))}
+            return {name: place for place, name in enumerate(former_order(places))}
         return {name: int(places[name]) for name in sorted(places, key=lambda name: (places[name], len(name), name))}
 
     @contextmanager

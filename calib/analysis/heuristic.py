@@ -7,8 +7,8 @@ only then.
 
 import inspect
 import operator
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, TypeAlias
 
@@ -16,11 +16,12 @@ from calib.analysis.layers import PROBE, LayerSummary
 from calib.analysis.plan import LayerPlan, Plan, fault_of
 from calib.analysis.sensitivities import Sensitivities
 from calib.base.errors import ConfigError
+from calib.base.progress import note
 
 import numpy as np
 
-#: What a sound heuristic may raise on made-up layers, which are all alike and of few steps: no proof against it.
-OF_THE_DATA = (ArithmeticError, LookupError, ValueError)
+#: Errors that a correct heuristic may raise on made-up statistics, which are all alike and of few steps.
+NOT_CONCLUSIVE = (ArithmeticError, LookupError, ValueError)
 
 #: A heuristic over one layer at a time, its parameters bound.
 LayerHeuristic: TypeAlias = Callable[[LayerSummary], LayerPlan]
@@ -56,9 +57,18 @@ class Heuristic:
         given = inspect.signature(function).parameters
         found = cls(function, "layer" in given, "sensitivities" in given, named)
         if found.by_layer:
-            with suppress(*OF_THE_DATA):
+            with found.on_trial():
                 found.check("a made-up layer", function(layer=PROBE))
         return found
+
+    @contextmanager
+    def on_trial(self) -> Iterator[None]:
+        """Try the heuristic on made-up statistics: errors that real ones may not cause become a note."""
+        try:
+            yield
+        except NOT_CONCLUSIVE as error:
+            raised = f"{type(error).__name__}: {error}"
+            note(f"{self.named}: raised {raised} on made-up statistics; if it does so on real ones, the job ends there")
 
     def plan(self, layers: Mapping[str, LayerSummary], sensitivities: Callable[[], Sensitivities]) -> Plan:
         """The plan for ``layers``, with the outliers in their statistics."""

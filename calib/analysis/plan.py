@@ -6,11 +6,13 @@ This is the only schema of that file, for writing, applying and comparing plans;
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from calib.base.affine import DEFAULT_GROUP_SIZE, GROUP_SIZES, WEIGHT_BITS
 from calib.base.errors import CalibError, lacks_or_garbles
 from calib.base.files import read_json, short_hash
+
+T = TypeVar("T", int, float)
 
 NO_CLIP = (0.0, 100.0)
 
@@ -144,11 +146,16 @@ def read_layer(path: Path, name: str, entry: Any) -> LayerPlan:
             bool(entry.get("aggressive", False)),
             _whole("group_size", entry.get("group_size", DEFAULT_GROUP_SIZE)),
             str(entry.get("figure", "")),
-            None if (sensitivity := entry.get("sensitivity")) is None else float(sensitivity),
-            None if (nbytes := entry.get("bytes")) is None else _whole("bytes", nbytes),
+            _further(entry.get("sensitivity"), float),
+            _further(entry.get("bytes"), int),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise lacks_or_garbles(path, error, "calib analyze writes a plan", part=f"layer {name!r}") from None
+
+
+def _further(value: Any, kind: type[T]) -> T | None:
+    """A number that is only shown; None where the plan has something else there."""
+    return kind(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
 def _whole(key: str, value: Any) -> int:

@@ -15,6 +15,8 @@ from calib.base.errors import ConfigError, suggest
 
 T = TypeVar("T")
 
+HEURISTICS = ("range", "cv", "uniform", "sqnr", "mse", "sensitivity", "allocate")
+
 _WORDS = {int: "an integer", float: "a number", str: "text", bool: "true or false", type(None): "null"}
 
 
@@ -82,11 +84,30 @@ def group(key: str, node: Any) -> Mapping[str, Any]:
     return node
 
 
+#: Modules of options in calib 0.1.0, and where they are now.
+MOVED = {
+    "calib.prompts.": "calib.dataset.prompts.",
+    "calib.timesteps.": "calib.dataset.timesteps.",
+    "calib.subsets.": "calib.dataset.subsets.",
+    **{f"calib.analysis.{name}.": f"calib.analysis.heuristics.{name}." for name in HEURISTICS},
+}
+
+
+def current_place(target: str) -> str:
+    """The import path of today for one of calib 0.1.0; any other as it is."""
+    return next((now + target[len(was) :] for was, now in MOVED.items() if target.startswith(was)), target)
+
+
+def former_place(target: str) -> str:
+    """The inverse of :func:`current_place`."""
+    return next((was + target[len(now) :] for was, now in MOVED.items() if target.startswith(now)), target)
+
+
 def target_of(key: str, node: Mapping[str, Any]) -> Callable[..., Any]:
     """The function that ``node['_target_']`` names; raises where there is no such function."""
     target = node.get("_target_")
     try:
-        function: Callable[..., Any] = pkgutil.resolve_name(str(target))
+        function: Callable[..., Any] = pkgutil.resolve_name(current_place(str(target)))
         inspect.signature(function), get_type_hints(function, include_extras=True)
     except (ImportError, AttributeError, NameError, ValueError, TypeError) as error:
         raise ConfigError.bad_value(f"{key}._target_", target, f"names no function ({error})") from None

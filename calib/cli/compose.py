@@ -9,7 +9,7 @@ from typing import Any, cast
 from calib.base.device import cores
 from calib.base.errors import CalibError, ConfigError, first_line, suggest
 from calib.base.files import check_writable
-from calib.cli.help import CONF, groups
+from calib.cli.conf import CONF, groups
 from calib.cli.launchers import is_joblib, missing_launcher, sensible_jobs, side_by_side
 from calib.cli.names import job_name
 from calib.cli.overrides import Arguments, in_short, jobs_of, parse, with_params

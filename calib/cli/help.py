@@ -1,15 +1,9 @@
 """The text of ``calib --help`` and ``calib STAGE --help``."""
 
 import ast
-from collections.abc import Sequence
-from pathlib import Path
 
-import calib
+from calib.cli.conf import PACKAGE, groups
 from calib.stages import Stage
-
-PACKAGE = Path(calib.__file__).parent
-#: In a wheel the configuration lies inside the package, in a checkout beside it.
-CONF = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf"
 
 HELP = """calib: time-aware calibration and post-training quantization of diffusion transformers on MLX
 
@@ -42,15 +36,9 @@ examples
   calib analyze stats=outputs/2026-01-31/08-00-00-000000 analysis=uniform
   calib -m timestep_schedule=key,quarters,uniform analysis=range,uniform    a sweep; started again it goes on
   calib hparams_search=budgets hydra/launcher=joblib                         a ready one, jobs side by side
+  calib report=none                                files alone, no page
+  calib --config-dir my_conf analysis=mine         options of your own: docs/ARCHITECTURE.md, "Adding things"
 """
-
-
-def groups(more: Sequence[Path] = ()) -> dict[str, list[str]]:
-    """Options by config group, those in ``more`` configuration folders of the user's own among them."""
-    found: dict[str, set[str]] = {folder.name: set() for folder in sorted(CONF.iterdir()) if folder.is_dir()}
-    for group, options in found.items():
-        options |= {file.stem for place in (CONF, *more) for file in (place / group).glob("*.yaml")}
-    return {group: sorted(options) for group, options in found.items()}
 
 
 def help_text(stage: Stage | None) -> str:

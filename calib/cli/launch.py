@@ -7,7 +7,7 @@ from pathlib import Path
 
 from calib.base.errors import CalibError, in_a_line
 from calib.cli.compose import plain, planned
-from calib.cli.help import CONF
+from calib.cli.conf import CONF
 from calib.cli.job import run_job
 from calib.cli.names import job_name, sweep_name
 from calib.cli.overrides import take_apart

@@ -47,13 +47,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(_run(given))
     except BrokenPipeError:  # `calib compare … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
+        sys.exit(0 if given[:1] == ["compare"] else 1)
     except (CalibError, OSError) as error:
         print(f"calib: {in_a_line(error)}", file=sys.stderr)
         sys.exit(error.exit_status if isinstance(error, CalibError) else 1)
     except KeyboardInterrupt as error:
-        done = str(error) or "the same command goes on from what is finished"
-        print(f"calib: interrupted; {done}", file=sys.stderr)
+        goes_on = "" if given[:1] in (["compare"], ["doctor"]) else "the same command goes on from what is finished"
+        print("; ".join(filter(None, ["calib: interrupted", str(error) or goes_on])), file=sys.stderr)
         sys.exit(error.exit_status if isinstance(error, interrupts.Terminated) else 130)
 
 

@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 
 from calib.base.files import short_hash
-from calib.stages.build import WITHOUT_EFFECT
+from calib.runs.record import WITHOUT_EFFECT
 
 LONGEST_NAME = 80
 

@@ -9,7 +9,7 @@ far above rounding and far below the error of a wrong result. Integer work, extr
 
 from collections.abc import Callable, Iterator, Mapping
 
-from calib.base.errors import in_a_line
+from calib.base.errors import first_line
 from calib.cli import selftest_collection as collection
 from calib.cli import selftest_kernels as kernels
 from calib.cli import selftest_model as model
@@ -36,5 +36,5 @@ def run() -> list[Check]:
         try:
             results.extend(group())
         except Exception as error:  # the report must show which operation the device lacks
-            results.append(Check(name, float("inf"), 0.0, in_a_line(error)))
+            results.append(Check(name, float("inf"), 0.0, f"{type(error).__name__}: {first_line(error)}"))
     return results

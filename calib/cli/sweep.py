@@ -66,7 +66,7 @@ def _is_requeued(error: Exception) -> bool:
 
 def _record(path: Path, error: Exception) -> None:
     """Record a failure that came before the run directory was locked; later ones are recorded by the directory."""
-    if standing(path).state is not RunState.INCOMPLETE:
+    if standing(path).state not in (RunState.INCOMPLETE, RunState.DAMAGED):
         return
     with suppress(CalibError, OSError):
         run = RunDirectory(path, "", "")

@@ -79,12 +79,17 @@ class _Deferred:
 
 
 class _DeferredModule(ModuleType):
-    """A stand-in for the module of the same name, each of whose members is deferred."""
+    """A stand-in for the module of the same name, each of whose members is deferred while DiffusionKit is imported.
+
+    Later it gives the real ones: another thread may have imported the package meanwhile.
+    """
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):  # the import system's questions
             raise AttributeError(name)
-        return _Deferred(self.__name__, name)
+        if sys.modules.get(self.__name__) is self:
+            return _Deferred(self.__name__, name)
+        return getattr(importlib.import_module(self.__name__), name)
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from calib.quantization import rtn
 from calib.quantization.check import check_quantized, model_kept
 from calib.quantization.checkpoint import origin_of
 from calib.quantization.model import InputRule, QuantizedModel
-from calib.quantization.quantizer import ChannelRange, Quantizer, QuantizerInput
+from calib.quantization.quantizer import Batches, ChannelRange, Quantizer, QuantizerInput, Replay
 
 import mlx.core as mx
 from mlx import nn
@@ -126,7 +126,7 @@ def quantize_layers(
     own = weights(model.transformer)
     rest = {path: made.weights.get(path, array).astype(half) for path, array in own.items() if path not in packed}
     about = {**origin_of(model), **made_by}
-    quantized = QuantizedModel(made.layers, rest, inputs, steps.timesteps, copies, steps.phases, about, paths)
+    quantized = QuantizedModel(made.layers, rest, inputs, steps.timesteps, paths, copies, steps.phases, about)
     mx.eval(rest, [[p.weight, p.scales, p.biases] for p in made.layers.values()])
     _check_finite(quantized, half)
     return quantized, [*notes, *made.notes, *more]
@@ -209,7 +209,7 @@ def _statistics(plan: Mapping[str, LayerPlan], source: Calibration) -> tuple[Any
     return channel_range, ranges
 
 
-def _replay(model: DiffusionModel, source: Calibration) -> tuple[Any, Callable[..., Iterator[Batch]]]:
+def _replay(model: DiffusionModel, source: Calibration) -> tuple[Replay, Batches]:
     """The functions ``replay`` and ``batches`` of :class:`QuantizerInput`."""
 
     def batches(size: int | None = None) -> Iterator[Batch]:
@@ -223,7 +223,7 @@ def _replay(model: DiffusionModel, source: Calibration) -> tuple[Any, Callable[.
     def replay(
         points: Sequence[TapPoint],
         record: Recorder,
-        pending: Any,
+        pending: Callable[[], Sequence[mx.array]],
         replaced: Mapping[str, mx.array],
     ) -> None:
         layers = model.architecture.layers()

@@ -38,8 +38,12 @@ def check_quantized(made: Quantized, work: QuantizerInput) -> None:
             wanted = f"they must be {wide}, {groups} and {groups}"
             raise CalibError(f"the quantizer returned arrays of shapes {shapes} for {name}; {wanted}")
         if packed.scales.dtype != work.dtype or packed.biases.dtype != work.dtype:
-            kind = str(work.dtype).rpartition(".")[2]
-            raise CalibError(f"the quantizer returned {packed.scales.dtype} scales for {name}; they must be {kind}")
+            found, kind = (str(dtype).rpartition(".")[2] for dtype in (packed.scales.dtype, work.dtype))
+            raise CalibError(f"the quantizer returned {found} scales for {name}; they must be {kind}")
+    known = weights(work.architecture.module)
+    if strange := [path for path in made.weights if path not in known]:
+        hint = suggest(strange[0], known, list_all=False)
+        raise CalibError(f"the quantizer returned other weights at {strange[0]!r}, which the model has not.{hint}")
 
 
 @contextmanager

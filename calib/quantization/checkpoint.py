@@ -16,7 +16,7 @@ from typing import Any
 from calib.analysis.ranges import ranges_from_json, ranges_to_json
 from calib.base.errors import CalibError, check_format, lacks_or_garbles, reason_of
 from calib.base.files import checksum, free_bytes, read_json, write_json
-from calib.models.mmdit.names import layer_name
+from calib.models.former import former_name
 from calib.models.model import DiffusionModel
 from calib.models.packed import Packed
 from calib.quantization.model import InputRule, QuantizedModel
@@ -134,7 +134,7 @@ def _quantized(
         return Packed(weight, scales, biases, shape["bits"], shape["group_size"])
 
     # Checkpoints of calib 0.1.0, which were all of MMDiTs, do not name their layers.
-    names = {path: layer_name(path) for path in document["layers"]} | document.get("names", {})
+    names = {path: former_name(path) for path in document["layers"]} | document.get("names", {})
     layers = {names[path]: packed(arrays, path, shape) for path, shape in document["layers"].items()}
     held = {
         phase: {names[path]: packed(copies, f"{phase}.{path}", shape) for path, shape in own.items()}
@@ -148,4 +148,4 @@ def _quantized(
     made |= {"activation_ranges", "activation_bits"}
     about = {key: value for key, value in document.items() if key not in made}
     paths = {names[path]: path for path in document["layers"]}
-    return QuantizedModel(layers, arrays, inputs, timesteps, held, phases, about, paths)
+    return QuantizedModel(layers, arrays, inputs, timesteps, paths, held, phases, about)

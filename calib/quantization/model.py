@@ -48,10 +48,10 @@ class QuantizedModel:
     weights: dict[str, mx.array]
     inputs: dict[str, InputRule]
     timesteps: tuple[float, ...]
+    paths: dict[str, str]
     copies: dict[str, dict[str, Packed]] = field(default_factory=dict)
     phases: dict[str, tuple[int, int]] = field(default_factory=dict)
     about: dict[str, Any] = field(default_factory=dict)
-    paths: dict[str, str] = field(default_factory=dict)
 
     def size(self) -> "Size":
         """Bytes and bits, computed from the arrays."""

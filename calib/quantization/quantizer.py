@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 from calib.activations.batches import Batch
 from calib.activations.taps import Recorder, TapPoint
@@ -23,6 +23,19 @@ class ChannelRange:
 
     low: NDArray[np.float64]
     high: NDArray[np.float64]
+
+
+#: Runs forwards, observed at taps: see :class:`QuantizerInput`.
+Replay: TypeAlias = Callable[
+    [Sequence[TapPoint], Recorder, Callable[[], Sequence[mx.array]], Mapping[str, mx.array]],
+    None,
+]
+
+
+class Batches(Protocol):
+    """Gives calibration states in batches."""
+
+    def __call__(self, size: int | None = None) -> Iterator[Batch]: ...
 
 
 @dataclass(frozen=True)
@@ -55,11 +68,8 @@ class QuantizerInput:
     layers: Mapping[str, nn.Linear]
     plan: Mapping[str, LayerPlan]
     dtype: mx.Dtype
-    replay: Callable[
-        [Sequence[TapPoint], Recorder, Callable[[], Sequence[mx.array]], Mapping[str, mx.array]],
-        None,
-    ]
-    batches: Callable[..., Iterator[Batch]]
+    replay: Replay
+    batches: Batches
     channel_range: Callable[[str], ChannelRange | None]
     ranges: Callable[[str, tuple[float, float] | None, NDArray[np.float64] | None], StepRanges | None]
 

@@ -65,7 +65,7 @@ class RunDirectory:
                 except BaseException as error:
                     logger.error("%s", traceback.format_exc())
                     with suppress(OSError):  # of a full disk, for one; the first error is the one to report
-                        self.write_status(RunState.FAILED, in_a_line(error))
+                        self.write_status(RunState.FAILED, in_a_line(error, self.path))
                     raise
             self.write_status(RunState.COMPLETE)
 
@@ -74,7 +74,7 @@ class RunDirectory:
         self.path.mkdir(parents=True, exist_ok=True)
         with _logging_to(self.path / LOG):
             logger.error("%s", trace)
-        self.write_status(RunState.FAILED, in_a_line(error))
+        self.write_status(RunState.FAILED, in_a_line(error, self.path))
 
     def _forget_other_job(self) -> None:
         """Remove the metrics of a job of another configuration: those that this one does not replace would mislead."""

@@ -14,12 +14,19 @@ from calib.base.layout import CONFIG, ENVIRONMENT, HYDRA_CONFIG, LOCK, METRICS, 
 
 import yaml
 
+#: Keys of a configuration that do not affect results.
+WITHOUT_EFFECT = ("swept", "cache_dir", "keep_awake", "report")
+
 Scalar: TypeAlias = str | int | float | bool | None
 
 #: The reader in C where PyYAML has it: ten times as fast.
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 #: Names of functions that many options share; such an option is called by its module.
 _COMMON = ("plan_layer", "plan_layers", "quantize", "load")
+
+
+#: Why a run is incomplete.
+NOT_BEGUN, ENDED = "was not begun", "its process ended without a word"
 
 
 class RunState(StrEnum):
@@ -69,7 +76,7 @@ class RunRecord:
 def read_run(path: Path, name: str) -> RunRecord:
     """Read the run directory ``path``, which is to be called ``name``."""
     if not _is_there(path):
-        return RunRecord(path, name, RunState.INCOMPLETE, problems=("was not begun; the same command runs it",))
+        return RunRecord(path, name, RunState.INCOMPLETE, problems=(f"{NOT_BEGUN}; the same command runs it",))
     problems: list[str] = []
     status = _mapping(path / STATUS, problems, _json)
     config, asked = _config(path, problems)
@@ -79,7 +86,7 @@ def read_run(path: Path, name: str) -> RunRecord:
     if state is RunState.COMPLETE and not _is_there(path / METRICS):
         problems.append(f"{METRICS} is lost, and with it the run's figures")
     if state is RunState.INCOMPLETE and not problems:
-        problems.append("its process ended without a word; the same command goes on")
+        problems.append(f"{ENDED}; the same command goes on")
     command = surroundings.get("command")
     return RunRecord(
         path=path,
@@ -121,7 +128,7 @@ def standing(path: Path) -> Standing:
     if state is RunState.RUNNING:
         why = "another process runs it"
     elif state is RunState.INCOMPLETE:
-        why = "its process ended without a word: killed, or out of memory" if begun else "was not begun"
+        why = f"{ENDED}: killed, or out of memory" if begun else NOT_BEGUN
     else:
         why = "; ".join(problems) or _text(status.get("error")) or ""
     return Standing(path, state, why, fingerprint)

@@ -7,11 +7,9 @@ export_config
 
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from calib.analysis.heuristic import OF_THE_DATA
 from calib.analysis.layers import PROBE, LayerSummary, read_summaries
 from calib.analysis.measure import placeholder_sensitivities, sensitivities
 from calib.analysis.observed import drift_text, observed_ranges, plan_steps
@@ -86,7 +84,7 @@ def try_heuristic(settings: Settings, names: list[str]) -> None:
     heuristic, skeleton = settings.analyze.analysis, settings.job.model.skeleton
     if heuristic.by_layer:
         return
-    with suppress(*OF_THE_DATA):
+    with heuristic.on_trial():
         if not heuristic.measures:
             heuristic.whole(dict.fromkeys(names, PROBE))
         elif skeleton is not None:

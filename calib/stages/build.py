@@ -9,15 +9,16 @@ from typing import Any, TypeVar, get_args, get_type_hints
 
 from calib.activations.samples import SampleSettings
 from calib.activations.step import CollectSettings
-from calib.activations.taps import tap_points
+from calib.activations.taps import TapSelection, tap_points
 from calib.base.affine import GROUP_SIZES
 from calib.base.errors import ConfigError, suggest
 from calib.base.files import checksum, short_hash
-from calib.base.values import at_least, build_dataclass, check, group, target_of
+from calib.base.values import at_least, build_dataclass, check, former_place, group, target_of
 from calib.dataset import timesteps
 from calib.dataset.settings import SamplerSettings
 from calib.dataset.shards import Shard
 from calib.dataset.store import StateDtype
+from calib.runs.record import WITHOUT_EFFECT
 from calib.stages import Stage
 from calib.stages.options import (
     chooser_of,
@@ -57,16 +58,6 @@ KEYS = tuple(
     for f in fields(kind)
     if not _marked(kind, f.name, DERIVED)
 )
-#: Keys that do not affect results: left out of fingerprints and of folder names.
-WITHOUT_EFFECT = ("swept", "cache_dir", "keep_awake", "report")
-
-#: Modules of options in calib 0.1.0. Fingerprints use these names, so that runs finished before stay valid.
-FORMER_PLACES = {
-    "calib.dataset.prompts.": "calib.prompts.",
-    "calib.dataset.timesteps.": "calib.timesteps.",
-    "calib.dataset.subsets.": "calib.subsets.",
-    "calib.analysis.heuristics.": "calib.analysis.",
-}
 
 
 def build(config: Mapping[str, Any], multirun: bool = False) -> Settings:
@@ -133,13 +124,14 @@ def _filled(kind: type[T], config: Mapping[str, Any], **made: Any) -> T:
 def fingerprint(config: Mapping[str, Any], prompts: Sequence[str]) -> str:
     """Hash of everything in the configuration that results depend on (16 hex digits).
 
-    Of functions of the user's own that is their code, too: the file in which they are.
+    Options of calib's own count under their import paths of calib 0.1.0, so that what was finished stays finished;
+    of a function of the user's own its code counts, too: the file in which it is.
     """
 
     def stable(node: Any) -> Any:
         if not isinstance(node, Mapping):
             return node
-        found = {key: _former(str(value)) if key == "_target_" else stable(value) for key, value in node.items()}
+        found = {key: former_place(str(value)) if key == "_target_" else stable(value) for key, value in node.items()}
         file = _file_of_user(node.get("_target_"))
         return found if file is None else found | {"code": checksum(file)}
 
@@ -154,13 +146,6 @@ def _file_of_user(target: object) -> Path | None:
         file = inspect.getsourcefile(inspect.unwrap(target_of("option", {"_target_": target})))
         return Path(file) if file is not None and Path(file).is_file() else None
     return None
-
-
-def _former(target: str) -> str:
-    for now, before in FORMER_PLACES.items():
-        if target.startswith(now):
-            return before + target.removeprefix(now)
-    return target
 
 
 def _sampler(node: Any) -> SamplerSettings:
@@ -194,8 +179,16 @@ def _collect(
     if parts and generate_missing:
         raise ConfigError("generate_missing=true: a shard does not draw what it collects; calib generate first")
     later = job.stage in (Stage.RUN, Stage.COLLECT) and generate_missing  # the subset is tried on the images to be
-    made = {"timestep_schedule": steps, "generate_missing": generate_missing}
-    return _filled(Collect, config, collect=_gathering(config), subset=chooser_of(config["subset"], later), **made)
+    taps = build_dataclass("taps", config["taps"], TapSelection)
+    storage = build_dataclass("storage", config["storage"], StorageSettings)
+    return Collect(
+        timestep_schedule=steps,
+        subset=chooser_of(config["subset"], later),
+        taps=taps,
+        storage=storage,
+        collect=_collect_settings(config, storage, taps),
+        generate_missing=generate_missing,
+    )
 
 
 def _dataset_folder(
@@ -239,16 +232,14 @@ def _kept_steps(
     return tuple(range(num_steps + 1))
 
 
-def _gathering(config: Mapping[str, Any]) -> CollectSettings:
+def _collect_settings(config: Mapping[str, Any], storage: StorageSettings, taps: TapSelection) -> CollectSettings:
     batch_size = check("collect.batch_size", group("collect", config["collect"]).get("batch_size"), int | None)
     if batch_size is not None:
         at_least("collect.batch_size", batch_size, 1)
-    storage = build_dataclass("storage", config["storage"], StorageSettings)
     if storage.dtype is StateDtype.FLOAT32:
         raise ConfigError.bad_value("storage.dtype", storage.dtype, "must be float16 or bfloat16, or null")
     samples = SampleSettings(storage.samples, storage.rows_per_image, storage.dtype)
-    halves = check("taps", config["taps"], get_type_hints(Collect)["taps"]).cfg_halves
-    return CollectSettings(batch_size, storage.histogram_rows, config["seed"], halves, samples)
+    return CollectSettings(batch_size, storage.histogram_rows, config["seed"], taps.cfg_halves, samples)
 
 
 def _check_group_sizes(sizes: Sequence[int]) -> None:

@@ -102,10 +102,11 @@ def chooser_of(node: Any, checked_later: bool) -> ImageChooser:
         if by_latents and latents is None:
             return list(image_ids[:count])  # placeholders: the choice needs drawn images
         more = {subsets.LATENTS: latents} if by_latents else {}
-        found = choose(image_ids=image_ids, num_images=count, **more)
-        if not _is_several(found) or not found or len(set(found)) < len(found) or not set(found) <= set(image_ids):
-            raise _must_return("subset._target_", node["_target_"], "ids of those given, each once", found)
-        return [int(i) for i in found]
+        returned = choose(image_ids=image_ids, num_images=count, **more)
+        found = [int(i) for i in returned] if _is_several(returned) else []
+        if not found or len(set(found)) < len(found) or not set(found) <= set(image_ids):
+            raise _must_return("subset._target_", node["_target_"], "ids of those given, each once", returned)
+        return found
 
     return chosen
 

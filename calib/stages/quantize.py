@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from calib.activations.batches import StoredStates
 from calib.analysis.observed import observed_ranges, plan_steps, rule_document
 from calib.analysis.plan import LayerPlan, Plan, plan_hash, read_plan
 from calib.analysis.steps import StepPlan, read_steps
@@ -74,6 +75,8 @@ def run(settings: Settings, run: RunDirectory, model: Callable[[], DiffusionMode
     source = _source(settings, run, path, steps)
     steps = _own_steps(path, plan, steps, source)
     about = {"quantizer": rule_document(quantizer), "ranges": steps.rule}
+    if settings.stage is Stage.RUN:  # the plan is a new one already
+        run.forget(EVALUATION)
     mx.reset_peak_memory()
     quantized, notes = quantize_layers(model(), plan, steps, quantizer, source, about)
     peak = mx.get_peak_memory()
@@ -121,7 +124,7 @@ def _source(settings: Settings, run: RunDirectory, plan: Path, steps: StepPlan) 
         return Calibration(None, rule, None)
     wanted = settings.quantize.calibration
 
-    def states() -> Any:
+    def states() -> StoredStates:
         return collected(settings, stats, "this quantizer").states(wanted.images, wanted.steps)
 
     return Calibration(activations_of(stats), rule, states)

@@ -125,7 +125,7 @@ class Job:
     """Keys of every stage."""
 
     stage: Stage
-    swept: Sequence[str]
+    swept: Sequence[str]  # for Hydra, which names folders by it
     model: Annotated[ModelChoice, MADE]
     shard: Annotated[Shard, MADE]
     cache_dir: Annotated[Path, MADE]

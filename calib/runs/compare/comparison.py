@@ -9,11 +9,11 @@ from pathlib import Path
 
 from calib.base.errors import ConfigError, suggest
 from calib.runs.compare.columns import METRICS, Column, metric_of
-from calib.runs.record import RunRecord, RunState, Scalar
+from calib.runs.record import WITHOUT_EFFECT, RunRecord, RunState, Scalar
 
 DEFAULT_PARETO = ("quantized_bytes", "output_error")
 #: Keys of a run's configuration that are about the place of files and not about results.
-HIDDEN = ("swept", "data_dir", "cache_dir", "keep_awake", "export_config", "hparams_search")
+HIDDEN = (*WITHOUT_EFFECT, "data_dir", "export_config", "hparams_search")
 #: Entries of a run besides its settings and metrics.
 _FACTS = ("name", "state", "stage", "start", "end", "error")
 #: Settings that affect what is drawn and measured, and those among them that do not.

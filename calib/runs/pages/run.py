@@ -54,7 +54,7 @@ class PageParts:
 
     @contextmanager
     def trying(self, what: str) -> Iterator[None]:
-        """Turn whatever the body raises, of a damaged file say, into a line of ``problems``."""
+        """Turn whatever the body raises, for example of a damaged file, into a line of ``problems``."""
         try:
             yield
         except Exception as error:  # readers of damaged files raise what they like
