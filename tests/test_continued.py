@@ -10,10 +10,9 @@ from calib.activations.reader import ActivationFile
 from calib.analysis.layers import read_summaries
 from calib.base.files import read_json, write_json
 from calib.base.layout import ACTIVATIONS, MODEL, PLAN, STATISTICS, STATUS, STEPS
-from calib.quantization.checkpoint import CHECKPOINT, load
+from calib.quantization.checkpoint import CHECKPOINT, load, save
 
 import mlx.core as mx
-import numpy as np
 import pytest
 from helpers import run_here
 
@@ -97,11 +96,9 @@ def test_plan_is_made_again_from_its_statistics(before: Path, calib: Run) -> Non
     assert documents(before / "again") == documents(before / "run")
 
 
-@pytest.fixture
-def quantized(before: Path, calib: Run) -> Path:
-    """Makes a quantized model of its plan; returns the folder."""
-    assert "2 layers at" in calib("quantize", "plan=run", "hydra.run.dir=quantized", "report=none")
-    return before / "quantized" / MODEL
+def test_plan_is_applied(before: Path, calib: Run) -> None:
+    assert "2 layers at" in calib("quantize", "plan=run", "hydra.run.dir=again", "report=none")
+    assert (before / "again" / MODEL / CHECKPOINT).is_file()
 
 
 def test_statistics_are_read(before: Path, calib: Run) -> None:
@@ -129,11 +126,16 @@ def test_plans_are_compared(before: Path, calib: Run) -> None:
     assert set(document["layers"]) == set(read_json(before / "run" / PLAN))
 
 
-def test_checkpoint_without_names(quantized: Path) -> None:
-    document, whole = read_json(quantized / CHECKPOINT), load(quantized)
-    write_json(quantized / CHECKPOINT, {key: value for key, value in document.items() if key != "names"})
-    found = load(quantized)
-    assert found.paths == whole.paths and found.layers.keys() == whole.layers.keys()
-    for name, layer in whole.layers.items():
-        assert mx.array_equal(found.layers[name].weight, layer.weight)
-        assert np.array_equal(np.array(found.layers[name].scales), np.array(layer.scales))
+def test_checkpoint_is_loaded_and_saved_again(before: Path, tmp_path: Path) -> None:
+    """Of a small network with random weights, a copy of one layer for the late steps, and ranges for three inputs."""
+    stored, found = read_json(before / "quantized" / CHECKPOINT), load(before / "quantized")
+    assert "names" not in stored and set(found.paths.values()) == set(stored["layers"])
+    assert found.paths["mm_block_0.image.mlp.fc1"].endswith("image_transformer_block.mlp.fc1")
+    assert (list(found.copies), len(found.inputs), found.phases["late"]) == (["late"], 3, (2, 2))
+    save(found, tmp_path / "again")
+    again = load(tmp_path / "again")
+    assert (again.inputs, again.paths, again.about) == (found.inputs, found.paths, found.about)
+    arrays = mx.load(str(before / "quantized" / "model.safetensors"))
+    assert again.parameters().keys() == found.parameters().keys() == arrays.keys()
+    for path, array in again.parameters().items():
+        assert mx.array_equal(array, arrays[path])
