@@ -90,8 +90,9 @@ def check_cycles(root: Path, modules: Mapping[str, Path]) -> Iterator[str]:
 
 def check_diffusionkit(root: Path, modules: Mapping[str, Path]) -> Iterator[str]:
     for name, path in modules.items():
-        if room_of(name) != "models" and any(target.split(".")[0] == "diffusionkit" for target in imported(path)):
-            yield f"{name} imports diffusionkit, which only calib.models may"
+        for package in ("diffusionkit", "calib.models.mmdit"):
+            if room_of(name) != "models" and any(f"{target}.".startswith(f"{package}.") for target in imported(path)):
+                yield f"{name} imports {package}, which only calib.models may"
 
 
 def check_file_names(root: Path, modules: Mapping[str, Path]) -> Iterator[str]:
@@ -175,6 +176,7 @@ def test_a_package_of_this_layout_has_no_fault(package: Path) -> None:
         ("base/errors.py", "import calib.base.files", ""),
         (LAYOUT, "import calib.base.files", "a cycle of imports: calib.base."),
         ("stages/kit.py", "from diffusionkit.mlx import mmdit", "calib.stages.kit imports diffusionkit"),
+        ("stages/dit.py", "import calib.models.mmdit.names", "calib.stages.dit imports calib.models.mmdit"),
         ("runs/names.py", 'path = run / "status.json"', "runs/names.py:1 spells 'status.json'"),
         ("runs/names.py", 'raise OSError(f"{run}: no status.json")', "runs/names.py:1 spells 'status.json'"),
         ("runs/names.py", 'x = "quantized"\ny = run / "images/full/0.png"', "runs/names.py:2 spells 'images/full'"),
