@@ -19,6 +19,7 @@ from typing import Any
 from calib.activations.collect import Collection
 from calib.activations.record import StepRecord
 from calib.activations.taps import TapKind, TapSelection
+from calib.base.device import cores
 from calib.cli.conf import CONF
 from calib.dataset.generate import generate
 from calib.dataset.load import load_manifest
@@ -46,6 +47,24 @@ assert calib.__version__
 # The same examples in every run: a failure that comes and goes helps nobody.
 settings.register_profile("calib", deadline=None, max_examples=50, derandomize=True, database=None)
 settings.load_profile("calib")
+
+
+def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
+    """Accept the options of xdist that pyproject.toml sets where xdist is switched off (-p no:xdist)."""
+    if not pluginmanager.hasplugin("xdist"):
+        for option in ("--numprocesses", "--dist"):
+            parser.addoption(option)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "xdist_group(name): of xdist; tests of a group share a process")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Two processes for a folder of tests; none beside this one for single files, or where output is watched (-s)."""
+    folder = any(Path(argument).is_dir() for argument in config.args)
+    return 2 if folder and cores() > 1 and config.option.capture != "no" else 0
 
 
 @pytest.fixture(scope="session", autouse=True)
