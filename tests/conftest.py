@@ -10,6 +10,7 @@ import calib  # isort: skip  (its BLAS must be loaded before mlx)
 
 import copy
 import shutil
+import signal
 import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
@@ -58,6 +59,9 @@ def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginMa
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "xdist_group(name): of xdist; tests of a group share a process")
+    # Ignored in what a script starts in the background or under nohup, and by the processes that tests start then.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -207,6 +207,7 @@ def test_side_by_side_gives_what_one_after_the_other_gives(tmp_path: Path) -> No
     check_shared(one, runs=2, drawings=1)
     check_shared(other, runs=2, drawings=1)
     check_side_by_side(one, other, outcome.err, runs=2)
+    assert not list(tmp_path.rglob("*.html")), "report=none"
 
 
 @pytest.mark.slow
@@ -222,6 +223,7 @@ def test_more_jobs_than_go_side_by_side_with_pages_and_evaluations(tmp_path: Pat
     for folder in (one, other):
         check_shared(folder, runs=4, drawings=2)
         assert len(list((folder / "calibration_cache").glob("evaluation/*.json"))) == 1
+        assert (the_sweep(folder) / "comparison.html").stat().st_size > 10_000
     check_side_by_side(one, other, outcome.err, runs=4)
 
 

@@ -25,6 +25,7 @@ from calib.runs.compare.tables import terminal_table
 from calib.runs.directory import RunDirectory
 from calib.runs.find import read_runs
 from calib.runs.record import RunState, Standing, standing
+from calib.stages.settings import ReportForm
 
 from hydra.conf import HydraConf
 
@@ -178,14 +179,16 @@ def _summary(jobs: Sequence[Standing], seconds: float) -> list[str]:
 
 
 def _compared(folder: Path) -> list[str]:
-    """The sweep's runs as a table, whose last line names the page that it writes into the sweep's folder."""
+    """The sweep's runs as a table; writes its page into the sweep's folder, unless no job is to have one."""
     runs = read_runs([str(folder)])
     if not any(run.metrics for run in runs):
         return []
-    comparison = compare(runs)
-    from calib.runs.pages.comparison import comparison_page  # slow to import
+    comparison, more = compare(runs), f"More: calib compare {short(folder.absolute())}"
+    if any(run.config.get("report") != ReportForm.NONE for run in runs):
+        from calib.runs.pages.comparison import comparison_page  # slow to import
 
-    page = folder / COMPARISON_PAGE
-    write_text(page, comparison_page(comparison, folder.absolute()))
+        page = folder / COMPARISON_PAGE
+        write_text(page, comparison_page(comparison, folder.absolute()))
+        more = f"The page: {short(page.absolute())}. {more}"
     table = terminal_table(comparison, shutil.get_terminal_size((120, 24)).columns)
-    return ["", table.rstrip(), f"The page: {short(page.absolute())}. More: calib compare {short(folder.absolute())}"]
+    return ["", table.rstrip(), more]
