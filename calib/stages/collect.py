@@ -98,6 +98,7 @@ def _collect(
     steps = chosen_steps(settings, manifest, architecture, model, image_ids)
     collection = _collection(settings, manifest, architecture, model, image_ids, points)
     collection.collect(steps, into=run.path)
+    unsharded = _collection(whole(settings), manifest, architecture, model, image_ids, points)
     fingerprint = manifest.fingerprint or model().fingerprint
     names = [name for point in points for name in point.names]
     sqnr = cached_weight_sqnr(cache_dir, fingerprint, names, lambda: model().architecture.layers())
@@ -112,7 +113,7 @@ def _collect(
         "cfg_weight": manifest.cfg_weight,
         "shard_index": shard.index,
         "shard_count": shard.count,
-        "collection": json.dumps(_identity(settings, manifest, architecture, model, image_ids, points, steps)),
+        "collection": json.dumps(_identity(unsharded, steps)),
     }
     sharded, order = shard.count > 1, {name: i for i, name in enumerate(names_in_order(architecture))}
     where = (run.path / ACTIVATIONS, collection.source(steps), points, manifest, steps)
@@ -202,18 +203,9 @@ def whole(settings: Settings) -> Settings:
     return replace(settings, job=replace(settings.job, shard=Shard()))
 
 
-def _identity(
-    settings: Settings,
-    manifest: Manifest,
-    architecture: Architecture,
-    model: Callable[[], DiffusionModel],
-    image_ids: Sequence[int],
-    points: Sequence[TapPoint],
-    steps: Sequence[int],
-) -> dict[str, Any]:
-    """The identity that all shards of one collection share: the cache key of their content, and the settings."""
-    collection = _collection(whole(settings), manifest, architecture, model, image_ids, points)
-    return {"key": collection.cache.folder.name, "steps": list(steps), "settings": asdict(collection.settings)}
+def _identity(unsharded: Collection, steps: Sequence[int]) -> dict[str, Any]:
+    """What all shards of an ``unsharded`` collection share: the key of its content in the cache, steps and settings."""
+    return {"key": unsharded.cache.folder.name, "steps": list(steps), "settings": asdict(unsharded.settings)}
 
 
 def _metadata(
