@@ -162,6 +162,12 @@ class Outcome:
     err: str
 
 
+def well(outcome: Outcome) -> Outcome:
+    """The outcome of a command that must end well."""
+    assert outcome.status == 0, outcome.err
+    return outcome
+
+
 def run_here(arguments: Sequence[str], capsys: pytest.CaptureFixture[str]) -> Outcome:
     """``calib`` with ``arguments``, in this process and the current folder."""
     capsys.readouterr()

@@ -1,6 +1,5 @@
 """Everything works on a transformer that is not DiffusionKit's: a plain DiT, an option of the user's own."""
 
-import json
 import re
 import shutil
 from dataclasses import replace
@@ -17,6 +16,7 @@ from calib.analysis.plan import LayerPlan, Plan, read_plan
 from calib.analysis.run_trials import rounded
 from calib.analysis.sensitivities import option_bytes
 from calib.base.errors import CalibError, ConfigError
+from calib.base.files import read_json
 from calib.dataset.load import load_manifest
 from calib.dataset.sampling import noise_levels
 from calib.dataset.store import read_state
@@ -34,7 +34,7 @@ import numpy as np
 import plain_dit
 import pytest
 from diffusionkit.mlx.sampler import ModelSamplingDiscreteFlow
-from helpers import CHECKOUT, Outcome, float64, is_one_clear_line, run_in
+from helpers import CHECKOUT, Outcome, float64, is_one_clear_line, run_in, well
 from mlx import nn
 from numpy.typing import NDArray
 
@@ -53,15 +53,6 @@ def calib(folder: Path, *arguments: str) -> Outcome:
     """``calib`` on the plain DiT."""
     stage = () if "=" in arguments[0] else arguments[:1]
     return run_in(folder, *stage, "--config-dir", str(CONF), "model=plain_dit", *SMALL, *arguments[len(stage) :])
-
-
-def well(outcome: Outcome) -> Outcome:
-    assert outcome.status == 0, outcome.err
-    return outcome
-
-
-def document(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module")
@@ -89,13 +80,13 @@ def states_of(folder: Path, steps: tuple[int, ...] = (0, 2)) -> StoredStates:
 def test_the_whole_job_ends_in_all_files_and_a_page(folder: Path, model: DiffusionModel) -> None:
     run = folder / "run"
     layers = list(model.architecture.layers())
-    assert set(document(run / "layer_statistics.json")) == {*layers, *BLOCKS}
-    assert set(document(run / "quantization_config.json")) == {*layers, *BLOCKS}
-    metrics = document(run / "metrics.json")
+    assert set(read_json(run / "layer_statistics.json")) == {*layers, *BLOCKS}
+    assert set(read_json(run / "quantization_config.json")) == {*layers, *BLOCKS}
+    metrics = read_json(run / "metrics.json")
     assert metrics["images"] == IMAGES and metrics["steps"] == STEPS + 1
     assert metrics["psnr"] < metrics["control_psnr"]
     assert 4.5 <= metrics["average_weight_bits"] <= 9
-    about = document(run / "quantized" / "config.json")
+    about = read_json(run / "quantized" / "config.json")
     assert about["plain_dit"] == {"depth": 3, "places": 16, "width": 64} and "mmdit" not in about
     page = (run / "report.html").read_text(encoding="utf-8")
     assert "blocks.1.attn.qkv" in page
@@ -216,7 +207,7 @@ def test_allocate_meets_its_budget_and_gptq_and_evaluate_follow(folder: Path, mo
     well(calib(folder, "collect", "taps.include=['blocks.[01]*','patch_embed','head']", "hydra.run.dir=some"))
     given = ("analysis=allocate", "analysis.average_bits=5", "sensitivity.group_sizes=[64]")
     well(calib(folder, "analyze", "stats=some", *given, "hydra.run.dir=planned"))
-    plan = document(folder / "planned" / "quantization_config.json")
+    plan = read_json(folder / "planned" / "quantization_config.json")
     layers = model.architecture.layers()
     nbytes = weights = 0
     for name in set(plan) - {"patch_embed"}:
@@ -227,7 +218,7 @@ def test_allocate_meets_its_budget_and_gptq_and_evaluate_follow(folder: Path, mo
     outcome = well(calib(folder, "quantize", "plan=planned", "quantizer=gptq", "stats=some", "hydra.run.dir=gptq"))
     assert "gptq: " in outcome.err
     well(calib(folder, "evaluate", "plan=gptq", "hydra.run.dir=evaluated"))
-    metrics = document(folder / "evaluated" / "metrics.json")
+    metrics = read_json(folder / "evaluated" / "metrics.json")
     assert np.isfinite(metrics["psnr"]) and metrics["output_error"] < 1
     well(calib(folder, "analyze", "stats=some", "analysis=uniform", "hydra.run.dir=uniform"))
     table = well(run_in(folder, "compare", "uniform", "planned", "--layers", "--all")).out
@@ -276,7 +267,7 @@ def test_a_saved_model_is_loaded_again_bit_for_bit(folder: Path, model: Diffusio
         one._fingerprint = ""
         assert one.fingerprint == before, "afterwards the model is what it was"
     np.testing.assert_array_equal(*outputs)
-    about = document(saved / "config.json")
+    about = read_json(saved / "config.json")
     alone = plain_dit.PlainDiT(**about["plain_dit"])
     nn.quantize(alone, class_predicate=lambda path, _: about["layers"].get(path, False))
     alone.load_weights(str(saved / "model.safetensors"))
@@ -381,7 +372,7 @@ def test_layers_that_see_fewer_rows_are_told(folder: Path, model: DiffusionModel
 def test_a_model_without_a_skeleton_is_loaded_where_its_shape_is_asked_for(tmp_path: Path) -> None:
     few = ("sampler.num_steps=1", "num_images=1", "timestep_schedule=quarters", "taps.include=['head']")
     well(calib(tmp_path, "collect", "~model.skeleton", *few, "generate_missing=true", "hydra.run.dir=run"))
-    assert set(document(tmp_path / "run" / "layer_statistics.json")) == {"head"}
+    assert set(read_json(tmp_path / "run" / "layer_statistics.json")) == {"head"}
 
 
 def test_only_models_know_diffusionkit() -> None:

@@ -1,18 +1,17 @@
 """Options of the user's own: a package on the path and a YAML file each, used from the command line."""
 
 import importlib
-import json
 import re
 import sys
 from collections.abc import Iterator, Sequence
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
 
 from calib.activations.batches import Batch, StoredStates
 from calib.analysis.plan import LayerPlan, Plan
 from calib.analysis.trials import TrialCache
 from calib.base.errors import ConfigError
+from calib.base.files import read_json
 from calib.base.values import bind_target
 from calib.dataset.load import load_manifest
 from calib.models import emoji
@@ -28,7 +27,7 @@ import mlx.core as mx
 import numpy as np
 import plain_dit
 import pytest
-from helpers import CHECKOUT, TINY, Outcome, is_one_clear_line, run_in
+from helpers import CHECKOUT, TINY, Outcome, is_one_clear_line, run_in, well
 from mlx import nn
 from mlx.utils import tree_flatten
 from tiny_models import tiny_transformer
@@ -48,15 +47,6 @@ def on_the_path() -> Iterator[None]:
 
 def calib(folder: Path, *arguments: str, conf: Path = CONF) -> Outcome:
     return run_in(folder, *arguments, "--config-dir", str(conf))
-
-
-def well(outcome: Outcome) -> Outcome:
-    assert outcome.status == 0, outcome.err
-    return outcome
-
-
-def document(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module")
@@ -83,13 +73,13 @@ def test_an_option_takes_two_files() -> None:
 def test_a_schedule(folder: Path) -> None:
     given = ("timestep_schedule=last", "timestep_schedule.count=2", "taps.include=['x_embedder']")
     well(calib(folder, "collect", *TINY, *given, "data_dir=dataset", "hydra.run.dir=last"))
-    steps = document(folder / "last" / "collection_metadata.json")["steps"]
+    steps = read_json(folder / "last" / "collection_metadata.json")["steps"]
     assert [step["step_index"] for step in steps] == [2, 3]
 
 
 def test_a_heuristic_that_looks_at_one_layer(folder: Path) -> None:
     well(calib(folder, "analyze", "stats=run", "analysis=by_tails", "report=none", "hydra.run.dir=by_tails"))
-    plan, statistics = (document(folder / name) for name in ("by_tails/quantization_config.json", STATISTICS))
+    plan, statistics = (read_json(folder / name) for name in ("by_tails/quantization_config.json", STATISTICS))
     assert len(plan) == len(statistics) == 8
     for name, entry in plan.items():
         seen = statistics[name]
@@ -112,8 +102,8 @@ def test_a_heuristic_over_all_layers_without_sensitivities_measures_nothing(
     for stats in ("run", STATISTICS):
         outcome = well(calib(folder, "analyze", f"stats={stats}", *given, "hydra.run.dir=widest"))
         assert "8 bits for 4 of 8 layers" in outcome.out
-        plan = document(folder / "widest" / "quantization_config.json")
-        statistics = document(folder / STATISTICS)
+        plan = read_json(folder / "widest" / "quantization_config.json")
+        statistics = read_json(folder / STATISTICS)
         widths = {n: s["percentiles"]["p99"] - s["percentiles"]["p01"] for n, s in statistics.items()}
         widest = sorted(widths, key=lambda name: -widths[name])[:4]
         assert {name for name, entry in plan.items() if entry["suggested_weight_bits"] == 8} == set(widest)
@@ -123,9 +113,9 @@ def test_a_heuristic_over_all_layers_with_sensitivities(folder: Path) -> None:
     few = ("sensitivity.images=1", "sensitivity.steps=1", "sensitivity.group_sizes=[32]", "report=none")
     well(calib(folder, "analyze", "stats=run", "analysis=fragile", *few, "hydra.run.dir=fragile"))
     (measured,) = (folder / "calibration_cache" / "sensitivity").glob("*.json")
-    harm = {name: np.mean(trials["4x32"]) for name, trials in document(measured)["weights"].items()}
+    harm = {name: np.mean(trials["4x32"]) for name, trials in read_json(measured)["weights"].items()}
     fragile = sorted(harm, key=lambda name: -harm[name])[: round(len(harm) / 4)]
-    plan = document(folder / "fragile" / "quantization_config.json")
+    plan = read_json(folder / "fragile" / "quantization_config.json")
     chosen = {name for name, entry in plan.items() if entry["suggested_weight_bits"] == 8}
     assert chosen == {*fragile, "x_embedder"}, "a convolution, which MLX cannot quantize"
 
@@ -319,7 +309,7 @@ def test_a_wrong_option_ends_in_one_line_before_anything_is_drawn(
 
 def test_numpys_integers_are_integers(wrong: Path, folder: Path) -> None:
     well(calib(folder, "analyze", "stats=run", "analysis=numpy_bits", "report=none", "hydra.run.dir=np", conf=wrong))
-    for entry in document(folder / "np" / "quantization_config.json").values():
+    for entry in read_json(folder / "np" / "quantization_config.json").values():
         found = {key: entry[key] for key in ("suggested_weight_bits", "suggested_activation_bits", "group_size")}
         assert list(found.values()) == [4, 8, 32]
 
@@ -353,7 +343,7 @@ def test_edited_code_runs_again(folder: Path, tmp_path: Path, monkeypatch: pytes
         importlib.invalidate_caches()
         out = well(calib(folder, *command, conf=tmp_path / "conf")).out
         assert ("Already complete" in out) == complete
-        entries = document(folder / "edited" / "quantization_config.json").values()
+        entries = read_json(folder / "edited" / "quantization_config.json").values()
         assert {entry["suggested_weight_bits"] for entry in entries} == {bits}
 
 
@@ -385,5 +375,5 @@ def test_heuristic_that_divides_is_not_refused_for_made_up_layers(folder: Path, 
         patch.syspath_prepend(str(tmp_path))
         given = ("stats=run", "analysis=dividing", "report=none", "hydra.run.dir=dividing")
         well(calib(folder, "analyze", *given, conf=tmp_path / "conf"))
-    bits = {e["suggested_weight_bits"] for e in document(folder / "dividing" / "quantization_config.json").values()}
+    bits = {e["suggested_weight_bits"] for e in read_json(folder / "dividing" / "quantization_config.json").values()}
     assert bits == {4, 8}

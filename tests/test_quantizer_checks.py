@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from calib.analysis.plan import LayerPlan
+from calib.analysis.ranges import static
 from calib.analysis.steps import StepPlan
 from calib.base.errors import CalibError
 from calib.models.model import DiffusionModel, ModelDtype
@@ -29,7 +30,7 @@ def small_model() -> DiffusionModel:
 def quantized(quantizer: Callable[[QuantizerInput], Quantized], model: DiffusionModel) -> list[str]:
     """The notes of a model that is quantized by ``quantizer``, every layer as :data:`PLAN` has it."""
     plan = dict.fromkeys(model.architecture.layers(), PLAN)
-    source = Calibration(None, lambda observed: None, None)  # type: ignore[arg-type,return-value]  # never asked
+    source = Calibration(None, static, None)
     return quantize_layers(model, plan, StepPlan(), quantizer, source, {})[1]
 
 

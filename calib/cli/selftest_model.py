@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 
-import calib.models.compat  # noqa: F401  (must precede diffusionkit.mlx)
 from calib.cli.selftest_check import Check, relative
 from calib.dataset.generate import trajectory
 from calib.dataset.settings import SamplerSettings

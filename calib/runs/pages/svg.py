@@ -16,6 +16,7 @@ from calib.runs.pages.scales import plain, ticks
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 #: Units of a figure are points of Matplotlib's, at so many an inch: pixels where the figure is shown at its own size.
 UNITS = 72
@@ -99,10 +100,10 @@ def svg_of(axes: "Axes", name: str, label: str, tips: Mapping[str, Sequence[str]
         label: what it shows, for those who cannot see it.
         tips: tooltips of the markers of a line, by the line's gid.
     """
-    figure = axes.figure
+    figure = cast("Figure", axes.figure)  # of new_axes, so no subfigure
     with io.StringIO() as out:
         metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        figure.savefig(out, format="svg", metadata=metadata)  # type: ignore[union-attr]
+        figure.savefig(out, format="svg", metadata=metadata)
         text = out.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL)
