@@ -17,7 +17,8 @@ from calib.base.errors import ConfigError
 from calib.base.layout import ACTIVATIONS, CONFIG, HYDRA, HYDRA_CONFIG, LOCK, METRICS, PLAN, STATUS, STEPS
 from calib.runs.compare.comparison import compare, pareto_front, value_of
 from calib.runs.find import read_runs, short_names
-from calib.runs.record import RunRecord, RunState
+from calib.runs.record import RunRecord
+from calib.runs.standing import RunState
 
 import pytest
 import yaml
@@ -33,8 +34,9 @@ FIGURES = {"range": (20.0, 4e-1, 6_000_000), "uniform": (30.5, 1e-1, 5_300_000),
 
 
 def copied(run: Path, into: Path, analysis: str) -> Path:
-    """A copy of a run directory as a job of another heuristic would have left it."""
+    """A copy of a run directory as a job of another heuristic would have left it, with figures of its own."""
     shutil.copytree(run, into)
+    changed(into / STATUS, made={})
     config = yaml.safe_load((into / CONFIG).read_text())
     config["analysis"] = {"_target_": f"calib.analysis.heuristics.{analysis}.plan_layer"}
     (into / CONFIG).write_text(yaml.safe_dump(config, sort_keys=False))

@@ -14,7 +14,8 @@ from calib.cli.compare import compare_command
 from calib.runs.compare.comparison import compare
 from calib.runs.compare.tables import json_text, terminal_table
 from calib.runs.find import read_runs
-from calib.runs.record import RunRecord, RunState, Scalar
+from calib.runs.record import RunRecord, Scalar
+from calib.runs.standing import RunState
 
 import pytest
 import yaml

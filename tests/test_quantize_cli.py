@@ -613,13 +613,13 @@ MODELS: dict[str, tuple[Damage, int, Sequence[str]]] = {
     "no folder": (
         lambda d: shutil.rmtree(d / "quantized"),
         2,
-        ["plan=made: no quantized model there", "calib quantize plan=made makes one"],
+        ["plan=made: no quantized model there", "calib quantize plan=made hydra.run.dir=made makes one"],
     ),
     "no run": (shutil.rmtree, 2, ["plan=made: no quantized model there"]),
     "an empty folder": (
         lambda d: (shutil.rmtree(d / "quantized"), (d / "quantized").mkdir()),
         2,
-        ["plan=made", "calib quantize plan=made makes one"],
+        ["plan=made", "calib quantize plan=made hydra.run.dir=made makes one"],
     ),
 }
 

@@ -26,7 +26,8 @@ from calib.runs.pages.layers import (
 from calib.runs.pages.parts import labels
 from calib.runs.pages.run import page_parts, run_page
 from calib.runs.pages.scales import limits, ticks
-from calib.runs.record import RunRecord, RunState
+from calib.runs.record import RunRecord
+from calib.runs.standing import RunState
 
 import numpy as np
 import pytest

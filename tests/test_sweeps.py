@@ -10,7 +10,7 @@ from calib.activations.reader import ActivationFile
 from calib.base.files import is_locked
 from calib.cli.sweep import _lacking
 from calib.dataset.load import load_manifest
-from calib.runs.record import RunState, Standing
+from calib.runs.standing import RunState, Standing
 
 import pytest
 from helpers import (

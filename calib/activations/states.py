@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from calib.base.errors import CalibError
-from calib.base.files import checksum
+from calib.base.files import checksum, short_hash
 from calib.base.interrupts import in_threads
 from calib.base.progress import Progress
 from calib.dataset.manifest import ImageEntry, Manifest
@@ -59,6 +59,12 @@ def identity_of(data_dir: Path, entry: ImageEntry) -> list[str]:
         return [str(entry.prompt), *(entry.checksums.get(name, "") for name in entry.samples)]
     found = [path.stat() for name in entry.samples if (path := data_dir / name).exists()]
     return [str(entry.prompt), *(f"{s.st_size} {s.st_mtime_ns}" for s in found)]
+
+
+def image_hashes(data_dir: Path, manifest: Manifest, images: Sequence[int]) -> list[str | None]:
+    """A hash of each image's prompt and states; None for images of an older dataset, which has no checksums."""
+    entries = [manifest.images[i] for i in images]
+    return [short_hash(identity_of(data_dir, e), digits=16) if e.checksums else None for e in entries]
 
 
 def read_states(data_dir: Path, manifest: Manifest, images: Sequence[int], step: int) -> NDArray[np.float32]:

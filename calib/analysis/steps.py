@@ -5,12 +5,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from calib.analysis.plan import LayerPlan
 from calib.analysis.ranges import StepRanges, ranges_from_json, ranges_to_json
 from calib.base.affine import WEIGHT_BITS
 from calib.base.errors import lacks_or_garbles
-from calib.base.files import read_json
+from calib.base.files import read_json, short_hash
 
 import numpy as np
+
+#: Keys about the origin of the statistics.
+ORIGIN = ("model", "fingerprint", "statistics", "statistics_checksum")
 
 
 @dataclass(frozen=True)
@@ -23,7 +27,7 @@ class StepPlan:
         activation_bits: by phase and layer, where they differ from the plan's.
         weight_bits: by phase and layer, where layers have copies of their weights.
         ranges: activation ranges by layer.
-        origin: origin of the statistics, where known: model, fingerprint, path.
+        origin: origin of the statistics, where known: model, fingerprint, path, and the file's checksum.
         plan: :func:`calib.analysis.plan.plan_hash` of the plan that this belongs to; empty where unknown.
         rule: the function that made the ranges and its parameters, in the form of an option of the config group.
         drift: :func:`calib.analysis.observed.range_drift` of each layer's observed ranges, 0 … 1.
@@ -65,6 +69,16 @@ class StepPlan:
         }
 
 
+def applied_hash(plan: Mapping[str, LayerPlan], steps: StepPlan) -> str:
+    """Hash of everything in a plan that a quantized model follows from: bits, groups, clips, ranges."""
+    layers = {
+        name: [layer.weight_bits, layer.group_size, layer.activation_bits, list(layer.clip_percentile)]
+        for name, layer in plan.items()
+    }
+    document = steps.to_json()
+    return short_hash([layers, *(document[key] for key in ("timesteps", "phases", "activation_ranges"))], digits=16)
+
+
 def read_steps(path: Path) -> StepPlan:
     """Read a ``timestep_config.json``; an empty :class:`StepPlan` where there is none.
 
@@ -75,8 +89,9 @@ def read_steps(path: Path) -> StepPlan:
         return StepPlan()
     document = read_json(path)
     try:
+        origin = {key: str(document[key]) for key in ORIGIN if key in document}
         if document["num_steps"] is None:
-            return StepPlan()
+            return StepPlan(origin=origin)
         timesteps = tuple(float(t) for t in document["timesteps"])
         if not timesteps or not np.isfinite(timesteps).all():
             raise ValueError("timesteps that are no finite numbers")
@@ -88,7 +103,7 @@ def read_steps(path: Path) -> StepPlan:
             {phase: _bits(own["activation_bits"], activations) for phase, own in phases.items()},
             {phase: _bits(own["weight_bits"], WEIGHT_BITS) for phase, own in phases.items() if "weight_bits" in own},
             ranges_from_json(document["activation_ranges"], path, len(timesteps)),
-            {key: str(document[key]) for key in ("model", "fingerprint", "statistics") if key in document},
+            origin,
             str(document.get("plan", "")),
             dict(document.get("ranges", {})),
             {name: float(drift) for name, drift in document.get("drift", {}).items()},

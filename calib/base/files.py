@@ -9,6 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
@@ -40,7 +41,7 @@ def replacing(path: Path) -> Iterator[Path]:
         _sync(handle)
         temporary.chmod(0o666 & ~UMASK)
         os.replace(temporary, path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except OSError as error:
         if error.filename in (str(temporary), None):
             error.filename = str(path)
@@ -74,7 +75,7 @@ def _sync(handle: int) -> None:
     os.fsync(handle)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Make a rename survive a power cut; file systems that refuse to do not need it."""
     handle = os.open(folder, os.O_RDONLY)
     try:
@@ -207,6 +208,17 @@ def checksum(path: Path) -> str:
     """SHA-256 of a file, as 'sha256:<hex>'."""
     with open(path, "rb") as file:
         return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
+
+
+def content_of(path: Path) -> str:
+    """The checksum of a file, read once in a process while the file stays the same."""
+    found = path.stat()
+    return _checksum_of(path, (found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns))
+
+
+@cache
+def _checksum_of(path: Path, version: tuple[int, ...]) -> str:
+    return checksum(path)
 
 
 def short_hash(value: Any, digits: int = 8) -> str:

@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from calib.base.errors import in_a_line
-from calib.base.layout import PAGE
+from calib.base.layout import CONFIG, PAGE
 from calib.base.progress import say
 from calib.runs.directory import RunDirectory
-from calib.runs.record import RunState, standing
+from calib.runs.standing import RunState, results_of
 from calib.stages.build import build
+from calib.stages.origin import check_directory
 from calib.stages.settings import ReportForm
 from calib.stages.stages import content_fingerprint, run_stage
 
@@ -21,25 +22,28 @@ def short(path: Path) -> Path:
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
-def run_job(values: Mapping[str, Any], path: Path, multirun: bool) -> None:
-    """Run the job of ``values``, a composed configuration, in ``path``, unless it is complete there."""
+def run_job(values: Mapping[str, Any], path: Path, multirun: bool, records: Mapping[str, str]) -> None:
+    """Run the job of ``values``, a composed configuration, in ``path``, unless it is complete there.
+
+    ``records`` has the text of further files, by name, that describe the job.
+    """
     settings = build(values, multirun)
     run = RunDirectory(path, settings.stage.value, content_fingerprint(settings))
     wanted = settings.job.report is ReportForm.HTML
     if run.is_complete():
         if wanted and not (path / PAGE).exists():
             _page(path)
-        print(f"Already complete: {short(run.path)}")
+        print(f"Already complete: {short(path)}")
         return
+    check_directory(settings, path)
     try:
-        with run.job(OmegaConf.to_yaml(OmegaConf.create(dict(values)))):
-            (path / PAGE).unlink(missing_ok=True)  # it is about an earlier job
+        with run.job({CONFIG: OmegaConf.to_yaml(OmegaConf.create(dict(values))), **records}):
             run_stage(settings, run, values)
     except Exception:
-        if wanted and standing(path).state is RunState.FAILED:
+        if wanted and results_of(path).state is RunState.FAILED:
             _page(path, quiet=True)  # the first error is the one to report
         raise
-    print(f"Run directory: {short(run.path)}{_page(path) if wanted else ''}")
+    print(f"Run directory: {short(path)}{_page(path) if wanted else ''}")
 
 
 def _page(path: Path, quiet: bool = False) -> str:

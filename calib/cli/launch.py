@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from calib.base.errors import CalibError, in_a_line
+from calib.base.layout import HYDRA_CONFIG, HYDRA_JOB, HYDRA_OVERRIDES
 from calib.cli.compose import plain, planned
 from calib.cli.conf import CONF
 from calib.cli.job import run_job
@@ -27,14 +28,21 @@ def task(config: DictConfig) -> None:
     path = Path(hydra_config.runtime.output_dir)
     if hydra_config.mode != RunMode.MULTIRUN:
         try:
-            run_job(plain(config), path, multirun=False)
+            run_job(plain(config), path, False, _records(config))
         except (CalibError, OSError) as error:
             # SystemExit, as Hydra prints a traceback for anything else.
             print(f"calib: {in_a_line(error, path)}", file=sys.stderr)
             raise SystemExit(error.exit_status if isinstance(error, CalibError) else 1) from None
         return
     with job_of_sweep(hydra_config, path):
-        run_job(plain(config), path, multirun=True)
+        run_job(plain(config), path, True, _records(config))
+
+
+def _records(config: DictConfig) -> dict[str, str]:
+    """Hydra's record of a job, by name of file; written by calib, as Hydra would overwrite that of an earlier job."""
+    own = OmegaConf.create({"hydra": HydraConfig.get()})
+    found = {HYDRA_JOB: config, HYDRA_CONFIG: own, HYDRA_OVERRIDES: HydraConfig.get().overrides.task}
+    return {name: OmegaConf.to_yaml(part) for name, part in found.items()}
 
 
 def launch(stage: Stage | None, arguments: list[str]) -> int:

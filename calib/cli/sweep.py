@@ -24,7 +24,7 @@ from calib.runs.compare.comparison import compare
 from calib.runs.compare.tables import terminal_table
 from calib.runs.directory import RunDirectory
 from calib.runs.find import read_runs
-from calib.runs.record import RunState, Standing, standing
+from calib.runs.standing import RunState, Standing, standing
 from calib.stages.settings import ReportForm
 
 from hydra.conf import HydraConf
@@ -67,7 +67,7 @@ def _is_requeued(error: Exception) -> bool:
 
 def _record(path: Path, error: Exception) -> None:
     """Record a failure that came before the run directory was locked; later ones are recorded by the directory."""
-    if standing(path).state not in (RunState.INCOMPLETE, RunState.DAMAGED):
+    if standing(path).state in (RunState.RUNNING, RunState.FAILED):
         return
     with suppress(CalibError, OSError):
         run = RunDirectory(path, "", "")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from calib.activations.batches import Batch, StoredStates, output_of
 from calib.activations.replay import shared_cores
-from calib.activations.states import read_states
+from calib.activations.states import image_hashes, read_states
 from calib.activations.taps import TapPoint, tapped
 from calib.base.progress import Progress
 from calib.dataset.generate import trajectory_from
@@ -43,6 +43,10 @@ class Reference:
     @property
     def prompts(self) -> list[str]:
         return [str(self.manifest.images[i].prompt) for i in self.images]
+
+    @property
+    def image_hashes(self) -> list[str | None]:
+        return image_hashes(self.data_dir, self.manifest, self.images)
 
     def states(self) -> StoredStates:
         return StoredStates(self.data_dir, self.manifest, self.images, self.steps)

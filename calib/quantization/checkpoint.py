@@ -9,6 +9,7 @@ import errno
 import os
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -26,6 +27,7 @@ import mlx.core as mx
 FORMAT, FORMAT_VERSION = "calib-quantized-model", 1
 CHECKPOINT, WEIGHTS, COPIES = "config.json", "model.safetensors", "phases.safetensors"
 _PARTS = ("weight", "scales", "biases")
+_AGAIN = "run calib quantize again"
 
 
 def origin_of(model: DiffusionModel) -> dict[str, Any]:
@@ -94,6 +96,32 @@ def _document(quantized: QuantizedModel) -> dict[str, Any]:
     }
 
 
+@dataclass(frozen=True)
+class Description:
+    """What a saved model was made from: the hash of its plan, None where unknown, and weight bits by layer."""
+
+    plan: str | None
+    bits: dict[str, int]
+
+
+def describe(folder: Path) -> Description:
+    """Read what :func:`save` recorded of a model's origin, without its weights; raises as :func:`load` does."""
+    document = read_json(folder / CHECKPOINT)
+    check_format(folder / CHECKPOINT, document, FORMAT, (FORMAT_VERSION,), _AGAIN)
+    try:
+        names = _names(document)
+        plan = document.get("made_from", {}).get("plan")
+        return Description(plan, {names[path]: shape["bits"] for path, shape in document["layers"].items()})
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise lacks_or_garbles(folder / CHECKPOINT, error, _AGAIN) from None
+
+
+def _names(document: Mapping[str, Any]) -> dict[str, str]:
+    """Layers' names by path; checkpoints of calib 0.1.0, which were all of MMDiTs, do not have them."""
+    former = {path: former_name(path) for path in document["layers"]}
+    return former | dict(document.get("names", {}))
+
+
 def load(folder: Path) -> QuantizedModel:
     """Load what :func:`save` wrote.
 
@@ -104,17 +132,16 @@ def load(folder: Path) -> QuantizedModel:
     if not path.exists():
         raise CalibError(f"{folder}: no quantized model there (no {CHECKPOINT}); calib quantize makes one")
     document = read_json(path)
-    again = "run calib quantize again"
-    check_format(path, document, FORMAT, (FORMAT_VERSION,), again)
+    check_format(path, document, FORMAT, (FORMAT_VERSION,), _AGAIN)
     try:
         for name, expected in document["files"].items():
             if not (folder / name).exists():
-                raise CalibError(f"{folder / name}: is missing; {again}")
+                raise CalibError(f"{folder / name}: is missing; {_AGAIN}")
             if checksum(folder / name) != expected:
-                raise CalibError(f"{folder / name}: is damaged; {again}")
+                raise CalibError(f"{folder / name}: is damaged; {_AGAIN}")
         return _quantized(path, document, _arrays(folder / WEIGHTS), _arrays(folder / COPIES))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise lacks_or_garbles(path, error, again) from None
+        raise lacks_or_garbles(path, error, _AGAIN) from None
 
 
 def _arrays(path: Path) -> dict[str, mx.array]:
@@ -133,8 +160,7 @@ def _quantized(
         weight, scales, biases = (source.pop(f"{prefix}.{part}") for part in _PARTS)
         return Packed(weight, scales, biases, shape["bits"], shape["group_size"])
 
-    # Checkpoints of calib 0.1.0, which were all of MMDiTs, do not name their layers.
-    names = {path: former_name(path) for path in document["layers"]} | document.get("names", {})
+    names = _names(document)
     layers = {names[path]: packed(arrays, path, shape) for path, shape in document["layers"].items()}
     held = {
         phase: {names[path]: packed(copies, f"{phase}.{path}", shape) for path, shape in own.items()}

@@ -4,11 +4,10 @@ import fcntl
 import logging
 import os
 import platform
-import shutil
 import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,23 @@ from typing import Any
 from calib.base import blas
 from calib.base.device import device_name
 from calib.base.errors import CalibError, in_a_line
-from calib.base.files import read_json, remove_abandoned, write_json, write_text
-from calib.base.layout import CONFIG, ENVIRONMENT, LOCK, LOG, METRICS, STATUS
+from calib.base.files import content_of, read_json, remove_abandoned, write_json, write_text
+from calib.base.layout import (
+    CHECKED,
+    ENVIRONMENT,
+    LOCK,
+    LOG,
+    METRICS,
+    NEXT,
+    PAGE,
+    PLAN,
+    PRODUCTS,
+    STATUS,
+    STEPS,
+)
 from calib.base.versions import git_commit, versions
-from calib.runs.record import RunState, standing
+from calib.runs.exchange import discard, exchange, is_decided, prepare, remove, settle
+from calib.runs.standing import RunState, changed_files, made_in, results_of
 
 logger = logging.getLogger("calib")
 
@@ -29,70 +41,160 @@ def _now() -> str:
 
 
 class RunDirectory:
-    """The directory ``path`` of a job whose configuration has ``fingerprint``."""
+    """The directory ``home`` of a job whose configuration has ``fingerprint``.
 
-    def __init__(self, path: Path, stage: str, fingerprint: str):
-        self.path, self.stage, self.fingerprint = path, stage, fingerprint
+    Attributes:
+        home: where the results are found, by people too.
+        path: where the job reads and writes what it makes: ``home``, or a folder in it for the time of the job where
+            ``home`` holds the results of an earlier job, which stay until the new ones are complete.
+    """
+
+    def __init__(self, home: Path, stage: str, fingerprint: str):
+        self.home = self.path = home
+        self.stage, self.fingerprint = stage, fingerprint
         self._start = _now()
+        self._metrics: dict[str, list[str]] = {}
+        self._obsolete: list[str] = []
 
     def is_complete(self) -> bool:
-        """Whether a job of the same fingerprint is complete here."""
-        found = standing(self.path)
-        return found.state is RunState.COMPLETE and found.fingerprint == self.fingerprint
+        """Whether a job of the same fingerprint is complete here.
 
-    def write_status(self, state: RunState, error: str | None = None) -> None:
-        ended = None if state is RunState.RUNNING else _now()
-        status = {"state": state, "stage": self.stage, "error": error, "start": self._start, "end": ended}
-        write_json(self.path / STATUS, {**status, "fingerprint": self.fingerprint})
+        Raises:
+            CalibError: its results were changed since, which a repetition would overwrite.
+        """
+        settle(self.home)
+        found = results_of(self.home)
+        if found.state is not RunState.COMPLETE or found.fingerprint != self.fingerprint:
+            return False
+        if changed := changed_files(self.home):
+            apply = f"calib quantize plan={self.home} hydra.run.dir={self.home} applies it; " if PLAN in changed else ""
+            again = f"without {self.home / STATUS} this job is run again"
+            raise CalibError(f"{self.home / changed[0]}: was changed after this job was complete; {apply}{again}")
+        with suppress(OSError), self._held():
+            discard(self.home)  # of another job, which failed
+        return True
 
     @contextmanager
-    def job(self, config_yaml: str) -> Iterator[Path]:
-        """Hold the directory within the context and yield its path; records configuration, log and final state."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        with open(self.path / LOCK, "w") as lock:
+    def _held(self) -> Iterator[None]:
+        """Hold the directory's lock; raises a BlockingIOError where another process does."""
+        with open(self.home / LOCK, "a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield
+
+    @contextmanager
+    def job(self, records: Mapping[str, str]) -> Iterator[None]:
+        """Hold the directory within the context; records configuration, log and final state.
+
+        Args:
+            records: text by name of further files that describe the job.
+        """
+        self.home.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as held:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                held.enter_context(self._held())
             except BlockingIOError:
-                raise CalibError(f"{self.path}: another process is running in this directory") from None
-            remove_abandoned(self.path)
-            self._forget_other_job()
-            write_text(self.path / CONFIG, config_yaml)
-            write_json(self.path / ENVIRONMENT, environment())
-            self.write_status(RunState.RUNNING)
-            with _logging_to(self.path / LOG):
+                raise CalibError(f"{self.home}: another process is running in this directory") from None
+            with _logging_to(self.home / LOG):
                 try:
-                    yield self.path
+                    self._begin(records)
+                    yield
+                    self._finish()
                 except BaseException as error:
                     logger.error("%s", traceback.format_exc())
                     with suppress(OSError):  # of a full disk, for one; the first error is the one to report
-                        self.write_status(RunState.FAILED, in_a_line(error, self.path))
+                        self._write_status(RunState.FAILED, in_a_line(error, self.home))
                     raise
-            self.write_status(RunState.COMPLETE)
+            self.path = self.home
+
+    def _begin(self, records: Mapping[str, str]) -> None:
+        """Choose where to write, and remove what is obsolete there."""
+        if is_decided(self.home):
+            exchange(self.home)
+        discard(self.home)
+        remove_abandoned(self.home)
+        kept = self._kept_stages()
+        metrics, self._obsolete = self._metrics_of(kept), self._stale(kept)
+        if _has_results(self.home):
+            self.path = self.home / NEXT
+            self.path.mkdir()
+        else:
+            remove(self.home, self._obsolete)
+        self._write_status(RunState.RUNNING)
+        for name, text in records.items():
+            write_text(self.path / name, text)
+        write_json(self.path / ENVIRONMENT, environment())
+        if metrics:
+            write_json(self.path / METRICS, metrics)
+
+    def _finish(self) -> None:
+        """Record what was made, and put it in its place."""
+        files = {}
+        for name in CHECKED:
+            file = self.path / name
+            if not file.exists() and name.partition("/")[0] not in self._obsolete:
+                file = self.home / name
+            if file.is_file():
+                files[name] = content_of(file)
+        if self.path != self.home:
+            prepare(self.home, self._obsolete)
+        self._write_status(RunState.COMPLETE, made={"files": files, "metrics": self._metrics})
+        if self.path != self.home:
+            exchange(self.home)
 
     def fail(self, error: BaseException, trace: str) -> None:
-        """Record a job that failed before it began, with ``trace`` in the log."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        with _logging_to(self.path / LOG):
+        """Record a job that failed before it began, with ``trace`` in the log; without effect while another runs."""
+        self.home.mkdir(parents=True, exist_ok=True)
+        with suppress(BlockingIOError), self._held(), _logging_to(self.home / LOG):
             logger.error("%s", trace)
-        self.write_status(RunState.FAILED, in_a_line(error, self.path))
+            self.path = self.home / NEXT if _has_results(self.home) else self.home
+            self._write_status(RunState.FAILED, in_a_line(error, self.home))
 
-    def _forget_other_job(self) -> None:
-        """Remove the metrics of a job of another configuration: those that this one does not replace would mislead."""
-        if standing(self.path).fingerprint not in (None, self.fingerprint):
-            (self.path / METRICS).unlink(missing_ok=True)
+    def _write_status(self, state: RunState, error: str | None = None, made: Mapping[str, Any] | None = None) -> None:
+        ended = None if state is RunState.RUNNING else _now()
+        status = {"state": state, "stage": self.stage, "error": error, "start": self._start, "end": ended}
+        more = {} if made is None else {"made": made}
+        write_json(self.path / STATUS, {**status, "fingerprint": self.fingerprint, **more})
 
-    def forget(self, names: Sequence[str]) -> None:
-        """Remove files and folders that what the job writes next makes obsolete."""
-        for name in names:
-            if (self.path / name).is_dir():
-                shutil.rmtree(self.path / name, ignore_errors=True)
-            else:
-                (self.path / name).unlink(missing_ok=True)
+    def _kept_stages(self) -> list[str]:
+        """Earlier stages whose products and metrics stay, where the directory has them."""
+        stages = list(PRODUCTS)
+        if self.stage == "generate":  # more images in the dataset leave the statistics of those before as they are
+            return stages[1:]
+        kept = [] if self.stage == "run" else stages[: stages.index(self.stage)]
+        if self.stage == "quantize" and PLAN in changed_files(self.home):  # by hand: the analysis is another plan's
+            kept.remove("analyze")
+        return kept
 
-    def add_metrics(self, metrics: Mapping[str, float]) -> None:
-        """Add numbers to ``metrics.json``, one a key."""
+    def _stale(self, kept: Sequence[str]) -> list[str]:
+        """Results of an earlier job that this one makes anew, or that were made from what it makes anew."""
+        products = [name for stage, names in PRODUCTS.items() if stage not in kept for name in names]
+        if self.stage == "quantize":
+            products = [name for name in products if name not in (PLAN, STEPS)]
+        return [*products, PAGE, METRICS]
+
+    def _metrics_of(self, kept: Sequence[str]) -> dict[str, float]:
+        """Metrics of the stages ``kept``, as the directory has them."""
+        self._metrics = {stage: list(keys) for stage, keys in made_in(self.home).metrics.items() if stage in kept}
+        try:
+            known = read_json(self.home / METRICS) if self._metrics else {}
+            return {key: known[key] for keys in self._metrics.values() for key in keys}
+        except (CalibError, KeyError, TypeError):  # damaged: they are lost
+            self._metrics = {}
+            return {}
+
+    def add_metrics(self, stage: str, metrics: Mapping[str, float]) -> None:
+        """Add numbers of a stage to ``metrics.json``, one a key."""
         path = self.path / METRICS
+        self._metrics.setdefault(stage, []).extend(metrics)
         write_json(path, (read_json(path) if path.exists() else {}) | dict(metrics))
+
+
+def _has_results(home: Path) -> bool:
+    """Whether a directory holds results to keep: of a complete job, or of one without a readable status."""
+    found = results_of(home).state
+    if (home / STATUS).exists():
+        return found in (RunState.COMPLETE, RunState.DAMAGED)
+    return any((home / name).exists() for names in PRODUCTS.values() for name in names)
 
 
 @contextmanager

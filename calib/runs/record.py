@@ -1,16 +1,28 @@
 """A run directory as a record and in its state, read without MLX and Hydra; damaged files are reported, not raised."""
 
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from enum import StrEnum
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from calib.base.errors import CalibError, reason_of
-from calib.base.files import is_locked, read_json, read_text
-from calib.base.layout import CONFIG, ENVIRONMENT, HYDRA_CONFIG, LOCK, METRICS, STATUS
+from calib.base.files import read_text
+from calib.base.layout import CONFIG, ENVIRONMENT, HYDRA_CONFIG, METRICS, STATUS
+from calib.runs.exchange import settle
+from calib.runs.standing import (
+    ENDED,
+    NOT_BEGUN,
+    RunState,
+    changed_files,
+    has_later_job,
+    is_there,
+    json_in,
+    mapping_in,
+    standing,
+    state_of,
+    text_of,
+)
 
 import yaml
 
@@ -23,20 +35,6 @@ Scalar: TypeAlias = str | int | float | bool | None
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 #: Names of functions that many options share; such an option is called by its module.
 _COMMON = ("plan_layer", "plan_layers", "quantize", "load")
-
-
-#: Why a run is incomplete.
-NOT_BEGUN, ENDED = "was not begun", "its process ended without a word"
-
-
-class RunState(StrEnum):
-    """State of a run."""
-
-    COMPLETE = "complete"
-    FAILED = "failed"
-    RUNNING = "running"
-    INCOMPLETE = "incomplete"
-    DAMAGED = "damaged"
 
 
 @dataclass(frozen=True)
@@ -75,27 +73,33 @@ class RunRecord:
 
 def read_run(path: Path, name: str) -> RunRecord:
     """Read the run directory ``path``, which is to be called ``name``."""
-    if not _is_there(path):
+    if not is_there(path):
         return RunRecord(path, name, RunState.INCOMPLETE, problems=(f"{NOT_BEGUN}; the same command runs it",))
+    settle(path)
     problems: list[str] = []
-    status = _mapping(path / STATUS, problems, _json)
+    status = mapping_in(path / STATUS, problems, json_in)
     config, asked = _config(path, problems)
     metrics = _metrics(path, problems)
-    surroundings = _mapping(path / ENVIRONMENT, [], _json)
-    state = _state(path, status)
-    if state is RunState.COMPLETE and not _is_there(path / METRICS):
+    surroundings = mapping_in(path / ENVIRONMENT, [], json_in)
+    state = state_of(path, status)
+    if state is RunState.COMPLETE and not is_there(path / METRICS):
         problems.append(f"{METRICS} is lost, and with it the run's figures")
     if state is RunState.INCOMPLETE and not problems:
         problems.append(f"{ENDED}; the same command goes on")
+    if state is RunState.COMPLETE:
+        problems += [f"{name} was changed after the job that the figures are of" for name in changed_files(path)]
+    if has_later_job(path):
+        latest = standing(path)
+        problems.append(f"a later job here is not complete ({latest.state}: {latest.why})")
     command = surroundings.get("command")
     return RunRecord(
         path=path,
         name=name,
         state=state,
-        stage=_text(status.get("stage")) or "",
-        error=_text(status.get("error")),
-        start=_text(status.get("start")),
-        end=_text(status.get("end")),
+        stage=text_of(status.get("stage")) or "",
+        error=text_of(status.get("error")),
+        start=text_of(status.get("start")),
+        end=text_of(status.get("end")),
         config=config,
         asked=asked,
         metrics=metrics,
@@ -104,59 +108,9 @@ def read_run(path: Path, name: str) -> RunRecord:
     )
 
 
-@dataclass(frozen=True)
-class Standing:
-    """State of the job in a run directory, and the reason where it is not complete.
-
-    Attributes:
-        fingerprint: of the job's configuration; None where no ``status.json`` can be read, '' where it has none.
-    """
-
-    path: Path
-    state: RunState
-    why: str = ""
-    fingerprint: str | None = None
-
-
-def standing(path: Path) -> Standing:
-    """State of the job in ``path``, from its ``status.json`` and the lock that its process holds."""
-    problems: list[str] = []
-    begun = _is_there(path / STATUS)
-    status = _mapping(path / STATUS, problems, _json) if begun else {}
-    fingerprint = str(status.get("fingerprint", "")) if begun and not problems else None
-    state = _state(path, status)
-    if state is RunState.RUNNING:
-        why = "another process runs it"
-    elif state is RunState.INCOMPLETE:
-        why = f"{ENDED}: killed, or out of memory" if begun else NOT_BEGUN
-    else:
-        why = "; ".join(problems) or _text(status.get("error")) or ""
-    return Standing(path, state, why, fingerprint)
-
-
-def _state(path: Path, status: Mapping[str, Any]) -> RunState:
-    state = status.get("state")
-    if state in ("complete", "failed"):
-        return RunState(state)
-    if state != "running" and _is_there(path / STATUS):
-        return RunState.DAMAGED
-    return RunState.RUNNING if is_locked(path / LOCK) else RunState.INCOMPLETE
-
-
-def _is_there(path: Path) -> bool:
-    """Whether a file exists; True where its folder cannot be looked into."""
-    try:
-        os.stat(path)
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    except OSError:
-        return True
-    return True
-
-
 def _metrics(path: Path, problems: list[str]) -> dict[str, float]:
     """Finite numbers by key; other values are added to ``problems``, but for null, which stands for none."""
-    found = _mapping(path / METRICS, problems, _json) if _is_there(path / METRICS) else {}
+    found = mapping_in(path / METRICS, problems, json_in) if is_there(path / METRICS) else {}
     if strange := [key for key, value in found.items() if value is not None and not _is_number(value)]:
         more = f" and {len(strange) - 1} more" if len(strange) > 1 else ""
         problems.append(f"{METRICS}: {strange[0]}{more}: no finite number")
@@ -168,8 +122,8 @@ def _config(path: Path, problems: list[str]) -> tuple[dict[str, Scalar], frozens
 
     A group's option is under the group's name, as Hydra recorded it, or else from the function that it names.
     """
-    document = _mapping(path / CONFIG, problems, _yaml)
-    recorded = _mapping(path / HYDRA_CONFIG, [], _yaml) if _is_there(path / HYDRA_CONFIG) else {}
+    document = mapping_in(path / CONFIG, problems, _yaml)
+    recorded = mapping_in(path / HYDRA_CONFIG, [], _yaml) if is_there(path / HYDRA_CONFIG) else {}
     choices, task = _within(recorded, "runtime", "choices"), _within(recorded, "overrides", "task")
     choices = choices if isinstance(choices, dict) else {}
     overrides = task if isinstance(task, list) else []
@@ -214,35 +168,11 @@ def _scalar(value: Any) -> Scalar:
     return value if isinstance(value, str | int | float | bool | None) else str(value)
 
 
-def _mapping(path: Path, problems: list[str], read: Any) -> dict[str, Any]:
-    """The mapping in a file; {} where it cannot be read, with the reason added to ``problems``."""
-    try:
-        found = read(path)
-    except CalibError as error:
-        problems.append(str(error).replace(str(path), path.name))
-        return {}
-    if not isinstance(found, dict):
-        problems.append(f"{path.name}: holds no keys")
-        return {}
-    return found
-
-
-def _json(path: Path) -> Any:
-    try:
-        return read_json(path)
-    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, brackets in thousands
-        raise CalibError(f"{path}: not valid JSON ({reason_of(error)[:80]})") from None
-
-
 def _yaml(path: Path) -> Any:
     try:
         return yaml.load(read_text(path), Loader=_LOADER)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a 13th month, for one
         raise CalibError(f"{path}: not valid YAML ({reason_of(error)[:80]})") from None
-
-
-def _text(value: Any) -> str | None:
-    return None if value is None else str(value)
 
 
 def _is_number(value: Any) -> bool:

@@ -7,6 +7,7 @@ export_config
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,12 @@ from calib.analysis.sensitivities import Sensitivities
 from calib.analysis.steps import StepPlan
 from calib.analysis.summary import summary_text
 from calib.base.errors import CalibError
-from calib.base.files import checksum, write_json, write_text
+from calib.base.files import content_of, write_json, write_text
 from calib.base.layout import ACTIVATIONS, METADATA, PLAN, STATISTICS, STEPS, SUMMARY
 from calib.models.model import DiffusionModel
 from calib.runs.directory import RunDirectory
 from calib.stages import Stage
-from calib.stages.origin import activations_of, collected, stats_of
+from calib.stages.origin import activations_of, check_statistics, collected, statistics_checksum, stats_of
 from calib.stages.settings import Settings
 
 
@@ -32,6 +33,7 @@ def check(settings: Settings) -> None:
     """Raise where the statistics cannot be read, or the heuristic cannot plan their layers."""
     stats = stats_of(settings)
     layers, _ = read_summaries(stats)
+    check_statistics(settings, stats)
     try_heuristic(settings, list(layers))
     if settings.analyze.analysis.measures:
         collected(settings, stats, "this heuristic")
@@ -41,7 +43,7 @@ def sources(settings: Settings) -> list[str]:
     """Checksums of the statistics that the plan is made from."""
     stats = stats_of(settings)
     files = (stats / ACTIVATIONS, stats / STATISTICS, stats / METADATA, stats)
-    return [checksum(path) for path in files if path.is_file()]
+    return [content_of(path) for path in files if path.is_file()]
 
 
 def run(settings: Settings, run: RunDirectory, model: Callable[[], DiffusionModel], config: Mapping[str, Any]) -> None:
@@ -52,13 +54,15 @@ def run(settings: Settings, run: RunDirectory, model: Callable[[], DiffusionMode
     _check_finite(stats, layers)
     plan = own.analysis.plan(layers, lambda: sensitivities_of(settings, stats, layers, model))
     steps, observed = _steps(settings, plan, layers, stats)
+    if settings.stage is Stage.RUN and "statistics" in steps.origin:
+        steps.origin["statistics"] = str(run.home / ACTIVATIONS)
     write_json(run.path / PLAN, plan.to_json())
     write_json(run.path / STEPS, steps.to_json())
     if own.export_config is not None:
         write_json(own.export_config, plan.to_json())
     text = summary_text(plan) + (drift_text(_distinct(observed)) if observed else "")
     write_text(run.path / SUMMARY, text)
-    run.add_metrics({**plan.metrics(), "analyze_seconds": time.monotonic() - start})
+    run.add_metrics(Stage.ANALYZE, {**plan.metrics(), "analyze_seconds": time.monotonic() - start})
     print(f"\n{text}")
 
 
@@ -109,8 +113,10 @@ def _steps(
 ) -> tuple[StepPlan, dict[str, Observed]]:
     """The step plan, and the observed ranges; both are empty for a layer_statistics.json."""
     path, own = activations_of(stats), settings.analyze
+    checksum = {"statistics_checksum": statistics_checksum(stats)}
     if path is None:
-        return StepPlan(), {}
+        return StepPlan(origin=checksum), {}
     observed = observed_ranges(plan, path)
     bits = own.analysis.phase_bits(layers, plan) if own.phase_bits else None
-    return plan_steps(plan, observed, path, own.ranges, bits), observed
+    steps = plan_steps(plan, observed, path, own.ranges, bits)
+    return replace(steps, origin=steps.origin | checksum), observed

@@ -18,6 +18,7 @@ from typing import Any
 from calib.activations.choose_steps import choose_steps
 from calib.activations.collect import Collection
 from calib.activations.samples import SampleSettings
+from calib.activations.states import image_hashes
 from calib.activations.store import write_activations
 from calib.activations.taps import Halves, TapPoint, tap_points
 from calib.activations.weights import cached_weight_sqnr
@@ -37,7 +38,7 @@ from calib.dataset.timesteps import DriftSchedule
 from calib.models.architecture import Architecture, names_in_order
 from calib.models.model import DiffusionModel
 from calib.runs.directory import RunDirectory
-from calib.stages import generate
+from calib.stages import Stage, generate
 from calib.stages.settings import Settings
 
 logger = logging.getLogger("calib")
@@ -121,9 +122,10 @@ def _collect(
     write_json(run.path / METADATA, _metadata(settings, manifest, collection, points, steps))
     summarise(run.path)
     seconds = time.monotonic() - start
-    run.add_metrics({"images": len(collection.images), "steps": len(steps), "collect_seconds": seconds})
-    size = (len(names), len(collection.images), len(steps))
-    logger.info("collected %d layers of %d images at %d steps in %.1f s", *size, seconds)
+    size = {"images": len(collection.images), "steps": len(steps)}
+    run.add_metrics(Stage.COLLECT, {**size, "collect_seconds": seconds})
+    shape = (len(names), len(collection.images), len(steps))
+    logger.info("collected %d layers of %d images at %d steps in %.1f s", *shape, seconds)
     if sharded:
         print(f"Shard {shard.index} of {shard.count}: calib merge joins the shards' run directories")
 
@@ -229,6 +231,7 @@ def _metadata(
         "model": manifest.model,
         "fingerprint": manifest.fingerprint,
         "image_ids": collection.images,
+        "image_hashes": image_hashes(settings.generate.data_dir, manifest, collection.images),
         "shard": asdict(settings.job.shard),
         "cfg_weight": manifest.cfg_weight,
         "cfg_halves": collection.settings.cfg_halves.value,

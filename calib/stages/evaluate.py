@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 from calib.base.errors import CalibError
-from calib.base.files import check_writable, checksum, write_json, write_text
+from calib.base.files import check_writable, content_of, write_json, write_text
 from calib.base.layout import (
     DETAILS,
     ERROR_PLOT,
@@ -31,7 +31,7 @@ from calib.quantization.apply import applied, runs_dense
 from calib.quantization.checkpoint import CHECKPOINT, load
 from calib.runs.directory import RunDirectory
 from calib.stages import Stage
-from calib.stages.origin import quantized_of
+from calib.stages.origin import check_quantized, quantized_of
 from calib.stages.settings import Settings
 
 import mlx.core as mx
@@ -42,7 +42,7 @@ logger = logging.getLogger("calib")
 def check(settings: Settings) -> None:
     """Raise where there is no quantized model, or no image to draw."""
     at_least("evaluation.num_images", settings.evaluate.evaluation.num_images, 1)
-    quantized_of(settings)
+    check_quantized(quantized_of(settings))
     check_reference(settings)
 
 
@@ -55,13 +55,14 @@ def check_reference(settings: Settings) -> None:
 
 def sources(settings: Settings) -> list[str]:
     """Checksum of the quantized model's description, which has the checksums of its other files."""
-    return [checksum(quantized_of(settings) / CHECKPOINT)]
+    return [content_of(quantized_of(settings) / CHECKPOINT)]
 
 
 def run(settings: Settings, run: RunDirectory, model: Callable[[], DiffusionModel], config: Mapping[str, Any]) -> None:
     """Draw held-out prompts at full precision and quantized; write metrics, pictures and a plot."""
     start, wanted, drawn = time.monotonic(), settings.evaluate.evaluation, settings.generate
-    quantized = load(run.path / MODEL if settings.stage is Stage.RUN else quantized_of(settings))
+    folder = run.path / MODEL if settings.stage is Stage.RUN else quantized_of(settings)
+    quantized = load(folder)
     if quantized.about.get("fingerprint") != model().fingerprint:
         made_from = quantized.about.get("model")
         raise CalibError(f"the quantized model was made from {made_from} with other weights; set model")
@@ -78,15 +79,17 @@ def run(settings: Settings, run: RunDirectory, model: Callable[[], DiffusionMode
     text = fidelity_text(found, control, drawn.sampler.num_steps)
     text += f"peak memory while drawing quantized: {readable_bytes(peak)}{_counted(wanted.dequantize)}\n"
     write_text(run.path / FIDELITY, text)
+    made_from = {"quantized": content_of(folder / CHECKPOINT), "model": model().fingerprint}
     details = {"prompts": reference.prompts, "quantized": found.to_json(), "control": control.to_json()}
+    details["made_from"] = made_from | {"images": reference.image_hashes}
     write_json(run.path / DETAILS, details)
     plot_error(run.path / ERROR_PLOT, {"quantized": found, "control: weights and states in bfloat16": control})
     picture_grid(run.path / PICTURE_GRID, paired.pictures, outcome.pictures, reference.prompts)
     save_pictures(run.path / FULL_PICTURES, paired.pictures)
     save_pictures(run.path / QUANTIZED_PICTURES, outcome.pictures)
     seconds = time.monotonic() - start
-    run.add_metrics({**found.summary(), **control.summary("control_")})
-    run.add_metrics({"evaluate_seconds": seconds, "evaluate_peak_bytes": peak})
+    run.add_metrics(Stage.EVALUATE, {**found.summary(), **control.summary("control_")})
+    run.add_metrics(Stage.EVALUATE, {"evaluate_seconds": seconds, "evaluate_peak_bytes": peak})
     logger.info("evaluated %d images in %.1f s", len(reference.images), seconds)
     print(f"\n{text}")
 

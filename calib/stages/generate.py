@@ -19,6 +19,7 @@ from calib.dataset.manifest import MANIFEST, Manifest
 from calib.dataset.settings import check_manifest_is_there, check_prompts, read_only_error
 from calib.models.model import DiffusionModel
 from calib.runs.directory import RunDirectory
+from calib.stages import Stage
 from calib.stages.settings import Settings
 
 logger = logging.getLogger("calib")
@@ -67,7 +68,7 @@ def run(settings: Settings, run: RunDirectory, model: Callable[[], DiffusionMode
             )
     seconds = time.monotonic() - start
     logger.info("dataset %s: %d images made in %.1f s", own.data_dir, drawn, seconds)
-    run.add_metrics({"images_generated": drawn, "generate_seconds": seconds})
+    run.add_metrics(Stage.GENERATE, {"images_generated": drawn, "generate_seconds": seconds})
     part = f"shard {shard.index} of {shard.count}, " if shard.count > 1 else ""
     complete = len(load_manifest(own.data_dir).images)
     print(f"Dataset: {own.data_dir} ({part}{counted(complete, 'image')}, {drawn} new)")

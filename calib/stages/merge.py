@@ -36,6 +36,8 @@ def merge(runs: Sequence[Path], into: Path) -> int:
         blocks = merge_shards(runs, made)
         summarise(made)
         joined = {**documents[0], "image_ids": [i for block in blocks for i in block.images]}
+        hashes = {i: h for d in documents for i, h in zip(d["image_ids"], d.get("image_hashes") or [], strict=False)}
+        joined |= {"image_hashes": [hashes.get(i) for i in joined["image_ids"]]}
         joined |= {"shard": {"index": 0, "count": 1}, "merged_from": [str(run) for run in runs]}
         joined["non_finite"] = _joined_non_finite([document["non_finite"] for document in documents])
         joined["non_finite_output"] = sorted({step for document in documents for step in document["non_finite_output"]})

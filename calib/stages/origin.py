@@ -1,19 +1,25 @@
 """Find the inputs of a later stage: a run's statistics, the dataset they were collected from, a plan, a model."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from calib.activations.batches import StoredStates
+from calib.activations.states import image_hashes
+from calib.analysis.plan import read_layers
+from calib.analysis.steps import StepPlan, applied_hash, read_steps
 from calib.base.errors import CalibError, ConfigError, lacks_or_garbles
-from calib.base.files import read_json
-from calib.base.layout import ACTIVATIONS, METADATA, MODEL, PLAN, STATISTICS
+from calib.base.files import content_of, read_json
+from calib.base.layout import ACTIVATIONS, METADATA, MODEL, MODEL_CONFIG, PLAN, STATISTICS, STEPS, SUMMARY
 from calib.dataset.check_model import checked_model
 from calib.dataset.load import load_manifest
 from calib.dataset.manifest import MANIFEST, Manifest
 from calib.dataset.timesteps import evenly
 from calib.models.model import DiffusionModel
-from calib.quantization.checkpoint import CHECKPOINT
+from calib.quantization.checkpoint import CHECKPOINT, describe
+from calib.runs.standing import changed_files
 from calib.stages import Stage
 from calib.stages.settings import Settings
 
@@ -64,6 +70,7 @@ def collected(settings: Settings, stats: Path, why: str) -> Collected:
     manifest = load_manifest(data_dir)
     if lacking := [i for i in images if i not in manifest.images]:
         raise CalibError(f"{data_dir}: lacks image {lacking[0]}, which {stats} was collected from")
+    _check_images(stats, document, data_dir, manifest)
     if not steps:
         raise CalibError(f"{stats}: only the finished latent was collected, which the model never sees; collect others")
     return Collected(data_dir, manifest, images, steps)
@@ -73,6 +80,46 @@ def activations_of(stats: Path) -> Path | None:
     """The ``activations.h5`` of ``stats``, a run directory or such a file; None where there is none."""
     path = stats / ACTIVATIONS if stats.is_dir() else stats
     return path if path.suffix == ".h5" and path.exists() else None
+
+
+def statistics_checksum(stats: Path) -> str:
+    """Checksum of the statistics in ``stats``, a run directory or a file of its.
+
+    That of ``layer_statistics.json`` where it is there, as equal statistics make it equal to the byte.
+    """
+    if stats.name == ACTIVATIONS:
+        stats = stats.parent
+    if stats.is_dir():
+        stats /= STATISTICS if (stats / STATISTICS).exists() else ACTIVATIONS
+    return content_of(stats)
+
+
+def check_statistics(settings: Settings, stats: Path) -> None:
+    """Raise where statistics in a run directory were changed since, or collected from other images than there are."""
+    if changed := changed_files(stats, (STATISTICS, ACTIVATIONS)):
+        renew = f"calib collect hydra.run.dir={stats} renews it, stats={stats / changed[0]} takes it alone, as it is"
+        raise CalibError(f"{stats / changed[0]}: was changed after it was collected; {renew}")
+    if not (stats / METADATA).exists():
+        return
+    document = read_json(stats / METADATA)
+    if not isinstance(document, dict):
+        raise CalibError(f"{stats / METADATA}: must be a JSON object; run calib collect again")
+    data_dir = settings.generate.given_data_dir or Path(str(document.get("data_dir")))
+    with suppress(CalibError):  # the statistics can be read without the dataset
+        manifest = load_manifest(data_dir) if (data_dir / MANIFEST).exists() else None
+    if manifest is not None:
+        _check_images(stats, document, data_dir, manifest)
+
+
+def _check_images(stats: Path, document: Mapping[str, Any], data_dir: Path, manifest: Manifest) -> None:
+    """Raise where the dataset holds other images than those that ``stats`` was collected from, by their hashes."""
+    ids, hashes = document.get("image_ids"), document.get("image_hashes")
+    if not isinstance(ids, list) or not isinstance(hashes, list):  # of calib 0.2.0 and earlier
+        return
+    for image, recorded in zip(ids, hashes, strict=False):
+        if image in manifest.images and recorded not in (None, *image_hashes(data_dir, manifest, [image])):
+            renew = f"calib collect data_dir={data_dir} hydra.run.dir={stats} renews it"
+            raise CalibError(f"{stats}: was collected from another image {image} than {data_dir} now holds; {renew}")
 
 
 def stats_of(settings: Settings) -> Path:
@@ -93,6 +140,65 @@ def plan_of(settings: Settings) -> Path:
     return path
 
 
+def statistics_of(settings: Settings, plan: Path, steps: StepPlan) -> Path | None:
+    """The run directory with the statistics of a plan: given by ``stats=``, beside the plan, or recorded with it.
+
+    Raises:
+        CalibError: the statistics are no longer those that the plan was made from.
+    """
+    if settings.analyze.stats is not None:
+        return settings.analyze.stats
+    recorded, named = steps.origin.get("statistics_checksum"), steps.origin.get("statistics")
+    for stats in (plan.parent, *([] if named is None else [Path(named).parent])):
+        there = [stats / name for name in (STATISTICS, ACTIVATIONS) if (stats / name).exists()]
+        if there:
+            check_statistics(settings, stats)
+            if recorded is not None and all(content_of(file) != recorded for file in there):
+                renew = f"calib analyze stats={stats} hydra.run.dir={plan.parent} renews it, stats=DIR names others"
+                raise CalibError(f"{plan}: was made from other statistics than {stats} now holds; {renew}")
+            return stats if activations_of(stats) else None
+    return None
+
+
+def check_quantized(folder: Path) -> None:
+    """Raise where the quantized model in ``folder`` was made from another plan than lies beside it."""
+    home = folder.parent
+    if not (home / PLAN).exists():
+        return
+    plan, found = read_layers(home / PLAN), describe(folder)
+    if found.plan is None:  # of calib 0.2.0 and earlier: as far as known
+        agree = all(plan[name].weight_bits == bits for name, bits in found.bits.items() if name in plan)
+    else:
+        agree = found.plan == applied_hash(plan, read_steps(home / STEPS))
+    if not agree:
+        renew = f"calib quantize plan={home} hydra.run.dir={home} renews it"
+        raise CalibError(f"{folder}: was made from another plan than {home / PLAN}; {renew}")
+
+
+def check_directory(settings: Settings, home: Path) -> None:
+    """Raise where ``home``, in which the job is to run, holds products that are not those that the job starts from.
+
+    Results beside them would pass for results of theirs.
+    """
+    pairs: list[tuple[str, Path]] = []
+    if settings.stage is Stage.ANALYZE:
+        stats = stats_of(settings)
+        source = stats if stats.is_dir() else stats.parent
+        name = STATISTICS if (home / STATISTICS).exists() else ACTIVATIONS
+        pairs = [(name, source / name)]
+    elif settings.stage is Stage.QUANTIZE:
+        source = plan_of(settings).parent
+        if any((home / name).exists() for name in (ACTIVATIONS, SUMMARY)):
+            pairs = [(PLAN, plan_of(settings))]
+    elif settings.stage is Stage.EVALUATE:
+        source = quantized_of(settings).parent
+        pairs = [(name, source / name) for name in (MODEL_CONFIG, PLAN)]
+    for name, file in pairs:
+        own = home / name
+        if own.exists() and not source.samefile(home) and not (file.exists() and content_of(own) == content_of(file)):
+            raise ConfigError(f"hydra.run.dir={home}: holds another {name} than {file}; name another directory")
+
+
 def quantized_of(settings: Settings) -> Path:
     """The folder of the quantized model in the run directory given by ``plan=``; raises where there is none."""
     given = settings.quantize.plan
@@ -100,5 +206,6 @@ def quantized_of(settings: Settings) -> Path:
         raise ConfigError("plan is not set: name the run directory of calib quantize, calib evaluate plan=DIR")
     folder = given / MODEL
     if not (folder / CHECKPOINT).is_file():
-        raise ConfigError(f"plan={given}: no quantized model there; calib quantize plan={given} makes one")
+        make = f"calib quantize plan={given} hydra.run.dir={given} makes one"
+        raise ConfigError(f"plan={given}: no quantized model there; {make}")
     return folder

@@ -7,17 +7,17 @@ Main keys: plan (a run directory or a quantization_config.json), quantizer, cali
 import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from calib.activations.batches import StoredStates
 from calib.analysis.observed import observed_ranges, plan_steps, rule_document
 from calib.analysis.plan import LayerPlan, Plan, plan_hash, read_plan
-from calib.analysis.steps import StepPlan, read_steps
+from calib.analysis.steps import StepPlan, applied_hash, read_steps
 from calib.base.errors import CalibError, ConfigError
-from calib.base.files import checksum, read_json, write_json
-from calib.base.layout import ACTIVATIONS, EVALUATION, MODEL, PLAN, STEPS
+from calib.base.files import content_of, read_json, write_json
+from calib.base.layout import ACTIVATIONS, MODEL, PLAN, STEPS
 from calib.base.progress import note, readable_bytes
 from calib.base.values import bind_target
 from calib.models.architecture import Architecture
@@ -27,7 +27,7 @@ from calib.quantization.checkpoint import save
 from calib.quantization.model import QuantizedModel
 from calib.runs.directory import RunDirectory
 from calib.stages import Stage
-from calib.stages.origin import activations_of, collected, plan_of
+from calib.stages.origin import activations_of, collected, plan_of, statistics_checksum, statistics_of
 from calib.stages.settings import Settings
 
 import mlx.core as mx
@@ -38,10 +38,10 @@ logger = logging.getLogger("calib")
 def check(settings: Settings) -> None:
     """Raise where there is no plan, or the plan is another model's; no weights are loaded."""
     path, model = plan_of(settings), settings.job.model
-    plan = read_plan(path)
+    plan, steps = read_plan(path), read_steps(path.parent / STEPS)
     if model.skeleton is not None:
         check_names(plan, _known(model.skeleton()), str(path))
-    made_for = read_steps(path.parent / STEPS).origin.get("model", model.name)
+    made_for = steps.origin.get("model", model.name)
     # Datasets of older scripts name a repository, or nothing; weights are compared once they are loaded.
     if made_for not in ("unknown", "None", model.name) and "/" not in made_for:
         raise ConfigError(f"plan={path}: made for model={made_for}, not {model.name}; set model={made_for}")
@@ -49,13 +49,14 @@ def check(settings: Settings) -> None:
     if stats is not None and activations_of(stats) is None:
         allowed = f"no {ACTIVATIONS} there; calib collect makes a run directory with one"
         raise ConfigError.bad_value("stats", stats, allowed)
+    statistics_of(settings, path, steps)
 
 
 def sources(settings: Settings) -> list[str]:
     """Checksums of the plan and of the statistics for quantizers."""
     plan = plan_of(settings)
     beside = (plan, plan.parent / STEPS, (settings.analyze.stats or plan.parent) / ACTIVATIONS)
-    return [checksum(path) for path in beside if path.is_file()]
+    return [content_of(path) for path in beside if path.is_file()]
 
 
 def _known(architecture: Architecture) -> list[str]:
@@ -74,22 +75,28 @@ def run(settings: Settings, run: RunDirectory, model: Callable[[], DiffusionMode
         raise CalibError(f"{path}: its statistics are of other weights ({fingerprint}, not {own})")
     source = _source(settings, run, path, steps)
     steps = _own_steps(path, plan, steps, source)
-    about = {"quantizer": rule_document(quantizer), "ranges": steps.rule}
-    if settings.stage is Stage.RUN:  # the plan is a new one already
-        run.forget(EVALUATION)
+    made_from: dict[str, Any] = {
+        "plan": applied_hash(plan, steps),
+        "statistics": source.statistics and statistics_checksum(source.statistics),
+    }
+    if source.states is not None:
+        made_from["calibration"] = asdict(settings.quantize.calibration)
+    about = {"quantizer": rule_document(quantizer), "ranges": steps.rule, "made_from": made_from}
     mx.reset_peak_memory()
     quantized, notes = quantize_layers(model(), plan, steps, quantizer, source, about)
     peak = mx.get_peak_memory()
-    run.forget(EVALUATION)  # results of an earlier job here are those of another model
     save(quantized, run.path / MODEL)
     if settings.stage is not Stage.RUN:
         _copy_plan(run, path, steps)
     for line in notes:
         note(line)
     seconds = time.monotonic() - start
-    run.add_metrics({**quantized.size().metrics(), "quantize_seconds": seconds, "quantize_peak_bytes": peak})
+    run.add_metrics(
+        Stage.QUANTIZE, {**quantized.size().metrics(), "quantize_seconds": seconds, "quantize_peak_bytes": peak}
+    )
     logger.info("quantized %d layers in %.1f s", len(quantized.layers), seconds)
-    print(f"{size_text(quantized, run.path / MODEL)}; peak memory {readable_bytes(peak)}")
+    on_disk = sum(path.stat().st_size for path in (run.path / MODEL).iterdir())
+    print(f"{size_text(quantized, run.home / MODEL, on_disk)}; peak memory {readable_bytes(peak)}")
 
 
 def _own_steps(path: Path, plan: dict[str, LayerPlan], steps: StepPlan, source: Calibration) -> StepPlan:
@@ -113,11 +120,7 @@ def _copy_plan(run: RunDirectory, plan: Path, steps: StepPlan) -> None:
 
 def _source(settings: Settings, run: RunDirectory, plan: Path, steps: StepPlan) -> Calibration:
     """Calibration data for the quantizer: of this run, else given by ``stats=``, else named by the plan."""
-    stats = run.path if settings.stage is Stage.RUN else settings.analyze.stats
-    if stats is None:
-        beside = plan.parent if activations_of(plan.parent) else None
-        named = Path(steps.origin["statistics"]) if "statistics" in steps.origin else None
-        stats = beside or (named.parent if named is not None and named.exists() else None)
+    stats = run.path if settings.stage is Stage.RUN else statistics_of(settings, plan, steps)
     # The rule of the plan's ranges also applies to those that a quantizer requests.
     rule = bind_target("ranges", steps.rule, given=("observed",)) if steps.rule else settings.analyze.ranges
     if stats is None:
@@ -130,12 +133,11 @@ def _source(settings: Settings, run: RunDirectory, plan: Path, steps: StepPlan) 
     return Calibration(activations_of(stats), rule, states)
 
 
-def size_text(quantized: QuantizedModel, folder: Path) -> str:
-    """The size of the quantized model, for people."""
+def size_text(quantized: QuantizedModel, folder: Path, on_disk: int) -> str:
+    """The size of the quantized model in ``folder``, ``on_disk`` bytes there, for people."""
     size = quantized.size()
     copies = sum(map(len, quantized.copies.values()))
     more = f", {copies} further copies for phases" if copies else ""
-    on_disk = sum(path.stat().st_size for path in folder.iterdir())
     return (
         f"Quantized model: {folder}\n"
         f"  {len(quantized.layers)} layers at {size.average_bits:.2f} bits a weight, scales and biases counted{more}\n"

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from calib.base.errors import ConfigError, suggest
 from calib.runs.compare.columns import METRICS, Column, metric_of
-from calib.runs.record import WITHOUT_EFFECT, RunRecord, RunState, Scalar
+from calib.runs.record import WITHOUT_EFFECT, RunRecord, Scalar
+from calib.runs.standing import RunState
 
 DEFAULT_PARETO = ("quantized_bytes", "output_error")
 #: Keys of a run's configuration that are about the place of files and not about results.

@@ -9,7 +9,8 @@ from typing import Any
 from calib.base.progress import counted
 from calib.runs.compare.columns import Column, metric_of
 from calib.runs.compare.comparison import Comparison
-from calib.runs.record import RunRecord, RunState
+from calib.runs.record import RunRecord
+from calib.runs.standing import RunState
 
 BEST, FRONT = "*", "◆"
 #: Number of metrics that take precedence over settings where there is no room for both.

@@ -20,7 +20,8 @@ from calib.runs.pages.charts import Curve, Dot, error_chart, scatter
 from calib.runs.pages.page import render, trusted
 from calib.runs.pages.parts import Part, curve_of, labels
 from calib.runs.pages.pictures import LOSSLESS, data_address, decibels, pictures_of
-from calib.runs.record import RunRecord, RunState
+from calib.runs.record import RunRecord
+from calib.runs.standing import RunState
 
 #: Runs whose curves and pictures are shown, prompts in the grid of pictures, dots that are named.
 MOST_RUNS, MOST_PROMPTS, MOST_NAMED = 8, 6, 6
