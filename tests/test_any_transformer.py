@@ -12,7 +12,8 @@ from calib.activations.reader import ActivationFile
 from calib.activations.step import CollectSettings
 from calib.activations.taps import TapKind, TapSelection, tap_points, tapped
 from calib.analysis.measure import measure
-from calib.analysis.plan import LayerPlan, Plan, read_plan
+from calib.analysis.plan import LayerPlan, Plan
+from calib.analysis.plan_file import read_plan
 from calib.analysis.run_trials import rounded
 from calib.analysis.sensitivities import option_bytes
 from calib.base.errors import CalibError, ConfigError

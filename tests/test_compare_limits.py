@@ -360,10 +360,14 @@ BITS = {"suggested_weight_bits": 4, "suggested_activation_bits": 4, "use_percent
     [
         (PLAN, [], "holds no layers"),
         (PLAN, {}, "holds no layers"),
-        (PLAN, {"x": 3}, "layer 'x' lacks or garbles"),
-        (PLAN, {"x": {"suggested_weight_bits": 4}}, "layer 'x' lacks or garbles 'use_percentile_clipping'"),
-        (PLAN, {"x": BITS}, "layer 'x' lacks or garbles 'clip_percentile'"),
-        (PLAN, {"x": BITS | {"clip_percentile": [0, 100], "group_size": "64"}}, "'x' lacks or garbles group_size=64"),
+        (PLAN, {"x": 3}, "layer 'x' is 3: must be an object"),
+        (PLAN, {"x": {"suggested_weight_bits": 4}}, "layer 'x' lacks suggested_activation_bits, an integer"),
+        (PLAN, {"x": BITS}, "layer 'x' lacks clip_percentile, two numbers"),
+        (
+            PLAN,
+            {"x": BITS | {"clip_percentile": [0, 100], "group_size": "64"}},
+            """'x' has group_size="64": must be an integer""",
+        ),
         (PLAN, None, "not valid JSON"),
         (STEPS, [], "lacks or garbles"),
         (STEPS, {"num_steps": 4}, "lacks or garbles 'timesteps'"),

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from calib.analysis.plan_file import read_plan
 from calib.analysis.steps import read_steps
 from calib.base.errors import CalibError
 from calib.cli.compose import plain
@@ -103,6 +104,18 @@ def timesteps(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], No
 
 def text(name: str, content: str) -> Callable[[Path], None]:
     return lambda plan: (plan / name).write_text(content) and None
+
+
+def replaced(old: str, new: str) -> Callable[[Path], None]:
+    """A damage: the first ``old`` in the plan's text becomes ``new``."""
+
+    def damage(plan: Path) -> None:
+        path = plan / "quantization_config.json"
+        content = path.read_text()
+        assert old in content
+        path.write_text(content.replace(old, new, 1))
+
+    return damage
 
 
 def check_failed_run(run: Path, message: str) -> None:
@@ -239,7 +252,7 @@ PLANS: dict[str, tuple[Damage, int, Sequence[str]]] = {
     ),
     "16 bits": (layer(suggested_weight_bits=16), 1, ["suggested_weight_bits=16"]),
     "bits with a point": (layer(suggested_weight_bits=8.0), 1, ["suggested_weight_bits=8.0"]),
-    "bits as text": (layer(suggested_weight_bits="4"), 1, ["suggested_weight_bits=4"]),
+    "bits as text": (layer(suggested_weight_bits="4"), 1, ['suggested_weight_bits="4": must be an integer']),
     "groups of 16": (layer(group_size=16), 1, ["group_size=16", "(32, 64, 128)"]),
     "groups with a point": (layer(group_size=64.0), 1, ["group_size=64.0"]),
     "one activation bit": (layer(suggested_activation_bits=1), 1, ["suggested_activation_bits=1", "2 to 16"]),
@@ -252,17 +265,33 @@ PLANS: dict[str, tuple[Damage, int, Sequence[str]]] = {
     "one percentile": (
         layer(use_percentile_clipping=True, clip_percentile=[99]),
         1,
-        ["'mm_block_1.image.mlp.fc1' lacks or garbles"],
+        ["'mm_block_1.image.mlp.fc1' has clip_percentile=[99]: must be two numbers"],
     ),
     "a key that is missing": (
         layer(suggested_activation_bits=None),
         1,
-        ["lacks or garbles 'suggested_activation_bits'", "calib analyze"],
+        ["lacks suggested_activation_bits", "calib analyze"],
     ),
     "a layer that is none": (
         rewritten("quantization_config.json", lambda c: c.update(x_embedder=3)),
         1,
-        ["'x_embedder' lacks or garbles"],
+        ["'x_embedder' is 3: must be an object"],
+    ),
+    "another key": (layer(weight_bits=4), 1, ["fc1' has weight_bits", "Did you mean 'suggested_weight_bits'"]),
+    "text for a flag": (layer(use_percentile_clipping="no"), 1, ['clipping="no": must be true or false']),
+    "a number for a flag": (layer(sensitive=0), 1, ["'mm_block_1.image.mlp.fc1' has sensitive=0: must be true or"]),
+    "bits that are true": (layer(suggested_activation_bits=True), 1, ["suggested_activation_bits=true"]),
+    "a layer twice": (replaced("{", '{"x_embedder": {},'), 1, ["has 'x_embedder' twice; keep one"]),
+    "a key twice": (replaced('"reason"', '"group_size": 32, "reason"'), 1, ["'x_embedder' has 'group_size' twice"]),
+    "another key of a phase": (
+        timesteps(lambda c: c["phases"]["mid"].update(bits={})),
+        1,
+        ["timestep_config.json: phase 'mid' has bits", "activation_bits"],
+    ),
+    "a phase's bits of another layer": (
+        timesteps(lambda c: c["phases"]["mid"]["activation_bits"].update(x_embeder=8)),
+        1,
+        ["timestep_config.json: has layer 'x_embeder'", "Did you mean 'x_embedder'"],
     ),
     "cut short": (
         lambda d: (d / "quantization_config.json").write_text('{"x_embedder": {'),
@@ -325,6 +354,15 @@ def test_a_plan_that_cannot_be_applied_is_refused(wanted: Settings, plan: Path, 
     assert "\n" not in str(error.value)
     for word in words:
         assert word in str(error.value)
+
+
+def test_a_plan_may_have_comments_and_a_byte_order_mark(plan: Path) -> None:
+    path = plan / "quantization_config.json"
+    before = read_plan(path)
+    layer(_why="too wide", _keys=[1])(plan)
+    rewritten(path.name, lambda document: document.update(_comment={"by": "me"}))(plan)
+    path.write_text("\ufeff" + path.read_text())
+    assert read_plan(path) == before
 
 
 def test_a_plan_is_refused_before_anything_is_made(calib: Calib, plan: Path, folder: Path) -> None:

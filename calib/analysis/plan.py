@@ -1,18 +1,14 @@
 """A plan: bits and clipping for every layer, with reasons. The content of ``quantization_config.json``.
 
-This is the only schema of that file, for writing, applying and comparing plans; it imports neither MLX nor h5py.
+It is written from here and read by :mod:`calib.analysis.plan_file`; neither imports MLX or h5py.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from calib.base.affine import DEFAULT_GROUP_SIZE, GROUP_SIZES, WEIGHT_BITS
-from calib.base.errors import CalibError, lacks_or_garbles
-from calib.base.files import read_json, short_hash
-
-T = TypeVar("T", int, float)
+from calib.base.files import short_hash
 
 NO_CLIP = (0.0, 100.0)
 
@@ -104,64 +100,6 @@ class Plan:
             "outlier_layers": len(self.outlier_layers),
             "outlier_channels": sum(map(len, self.outlier_channels.values())),
         }
-
-
-def read_plan(path: Path) -> dict[str, LayerPlan]:
-    """The layers of a ``quantization_config.json`` that MLX can run.
-
-    Raises:
-        CalibError: the file is missing or damaged, or a layer has what MLX cannot run.
-    """
-    layers = read_layers(path)
-    for name, layer in layers.items():
-        if fault := fault_of(layer):
-            raise CalibError(f"{path}: layer {name!r} has {fault}")
-    return layers
-
-
-def read_layers(path: Path) -> dict[str, LayerPlan]:
-    """The layers of a ``quantization_config.json`` as planned, whether MLX can run them or not.
-
-    Keys beyond the four of the contract may be missing.
-
-    Raises:
-        CalibError: the file is missing or damaged.
-    """
-    document = read_json(path)
-    if not isinstance(document, dict) or not document:
-        raise CalibError(f"{path}: holds no layers; calib analyze writes a plan")
-    return {name: read_layer(path, name, entry) for name, entry in document.items()}
-
-
-def read_layer(path: Path, name: str, entry: Any) -> LayerPlan:
-    """The layer ``name`` of the plan in ``path``, from its ``entry`` there; a CalibError where it is damaged."""
-    try:
-        clips, (low, high) = entry["use_percentile_clipping"], entry["clip_percentile"]
-        return LayerPlan(
-            _whole("suggested_weight_bits", entry["suggested_weight_bits"]),
-            _whole("suggested_activation_bits", entry["suggested_activation_bits"]),
-            (float(low), float(high)) if clips else NO_CLIP,
-            str(entry.get("reason", "")),
-            bool(entry.get("sensitive", False)),
-            bool(entry.get("aggressive", False)),
-            _whole("group_size", entry.get("group_size", DEFAULT_GROUP_SIZE)),
-            str(entry.get("figure", "")),
-            _further(entry.get("sensitivity"), float),
-            _further(entry.get("bytes"), int),
-        )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise lacks_or_garbles(path, error, "calib analyze writes a plan", part=f"layer {name!r}") from None
-
-
-def _further(value: Any, kind: type[T]) -> T | None:
-    """A number that is only shown; None where the plan has something else there."""
-    return kind(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
-
-
-def _whole(key: str, value: Any) -> int:
-    if type(value) is not int:
-        raise ValueError(f"{key}={value}, no integer")
-    return value
 
 
 def fault_of(layer: LayerPlan) -> str | None:

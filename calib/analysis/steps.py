@@ -8,13 +8,16 @@ from typing import Any
 from calib.analysis.plan import LayerPlan
 from calib.analysis.ranges import StepRanges, ranges_from_json, ranges_to_json
 from calib.base.affine import WEIGHT_BITS
-from calib.base.errors import lacks_or_garbles
-from calib.base.files import read_json, short_hash
+from calib.base.errors import CalibError, lacks_or_garbles, suggest
+from calib.base.files import read_edited_json, short_hash
 
 import numpy as np
 
 #: Keys about the origin of the statistics.
 ORIGIN = ("model", "fingerprint", "statistics", "statistics_checksum")
+
+KEYS = ("num_steps", "timesteps", *ORIGIN, "plan", "ranges", "phases", "activation_ranges", "drift")
+PHASE_KEYS = ("steps", "activation_bits", "weight_bits")
 
 
 @dataclass(frozen=True)
@@ -87,8 +90,9 @@ def read_steps(path: Path) -> StepPlan:
     """
     if not path.exists():
         return StepPlan()
-    document = read_json(path)
+    document = read_edited_json(path)
     try:
+        _check_keys(path, "", document, KEYS)
         origin = {key: str(document[key]) for key in ORIGIN if key in document}
         if document["num_steps"] is None:
             return StepPlan(origin=origin)
@@ -96,6 +100,8 @@ def read_steps(path: Path) -> StepPlan:
         if not timesteps or not np.isfinite(timesteps).all():
             raise ValueError("timesteps that are no finite numbers")
         phases = document["phases"]
+        for phase, own in phases.items():
+            _check_keys(path, f"phase {phase!r} ", own, PHASE_KEYS)
         activations = range(2, 17)
         return StepPlan(
             timesteps,
@@ -110,6 +116,11 @@ def read_steps(path: Path) -> StepPlan:
         )
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise lacks_or_garbles(path, error, "run calib analyze again") from None
+
+
+def _check_keys(path: Path, where: str, entry: Mapping[str, Any], known: Sequence[str]) -> None:
+    if unknown := [key for key in entry if key not in known]:
+        raise CalibError(f"{path}: {where}has {unknown[0]}, which is no key of it.{suggest(unknown[0], known)}")
 
 
 def _bounds(document: Any, num_steps: int) -> tuple[int, int]:

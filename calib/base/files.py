@@ -187,9 +187,9 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_text(path: Path) -> str:
-    """The text in ``path``, UTF-8; raises a CalibError where the file is missing or cannot be read."""
+    """The text in ``path``, UTF-8, a byte-order mark left out; a CalibError where it is missing or cannot be read."""
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise CalibError(f"{path}: no such file") from None
     except OSError as error:
@@ -202,6 +202,33 @@ def read_json(path: Path) -> Any:
         return json.loads(read_text(path))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CalibError(f"{path}: not valid JSON ({error})") from None
+
+
+def read_edited_json(path: Path) -> Any:
+    """The JSON value in a file that people edit: comments, whose keys begin with _, are left out.
+
+    Raises:
+        CalibError: the file is missing or damaged, or an object has a key twice, of which only one could count.
+    """
+    twice: dict[int, str] = {}
+
+    def read(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = {key: value for key, value in pairs if not key.startswith("_") or key == "_target_"}
+        names = [key for key, _ in pairs if key in found]
+        if len(names) > len(found):
+            twice[id(found)] = next(key for key in names if names.count(key) > 1)
+        for key, value in found.items():
+            if id(value) in twice:
+                raise CalibError(f"{path}: {key!r} has {twice[id(value)]!r} twice; keep one of them")
+        return found
+
+    try:
+        document = json.loads(read_text(path), object_pairs_hook=read)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CalibError(f"{path}: not valid JSON ({error})") from None
+    if id(document) in twice:
+        raise CalibError(f"{path}: has {twice[id(document)]!r} twice; keep one of them")
+    return document
 
 
 def checksum(path: Path) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from calib.activations.batches import StoredStates
 from calib.activations.states import image_hashes
-from calib.analysis.plan import read_layers
+from calib.analysis.plan_file import read_layers
 from calib.analysis.steps import StepPlan, applied_hash, read_steps
 from calib.base.errors import CalibError, ConfigError, lacks_or_garbles
 from calib.base.files import content_of, read_json

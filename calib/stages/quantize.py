@@ -13,9 +13,10 @@ from typing import Any
 
 from calib.activations.batches import StoredStates
 from calib.analysis.observed import observed_ranges, plan_steps, rule_document
-from calib.analysis.plan import LayerPlan, Plan, plan_hash, read_plan
+from calib.analysis.plan import LayerPlan, Plan, plan_hash
+from calib.analysis.plan_file import read_plan
 from calib.analysis.steps import StepPlan, applied_hash, read_steps
-from calib.base.errors import CalibError, ConfigError
+from calib.base.errors import CalibError, ConfigError, suggest
 from calib.base.files import content_of, read_json, write_json
 from calib.base.layout import ACTIVATIONS, MODEL, PLAN, STEPS
 from calib.base.progress import note, readable_bytes
@@ -41,6 +42,7 @@ def check(settings: Settings) -> None:
     plan, steps = read_plan(path), read_steps(path.parent / STEPS)
     if model.skeleton is not None:
         check_names(plan, _known(model.skeleton()), str(path))
+    _check_layers_of(steps, plan, path)
     made_for = steps.origin.get("model", model.name)
     # Datasets of older scripts name a repository, or nothing; weights are compared once they are loaded.
     if made_for not in ("unknown", "None", model.name) and "/" not in made_for:
@@ -50,6 +52,15 @@ def check(settings: Settings) -> None:
         allowed = f"no {ACTIVATIONS} there; calib collect makes a run directory with one"
         raise ConfigError.bad_value("stats", stats, allowed)
     statistics_of(settings, path, steps)
+
+
+def _check_layers_of(steps: StepPlan, plan: Mapping[str, LayerPlan], path: Path) -> None:
+    """Raise where the steps of ``plan`` name layers that it lacks, whose ranges or bits would have no effect."""
+    by_phase = [*steps.activation_bits.values(), *steps.weight_bits.values()]
+    named = [*steps.ranges, *(name for bits in by_phase for name in bits)]
+    if steps.plan == plan_hash(plan) and (unknown := [name for name in named if name not in plan]):
+        hint = suggest(unknown[0], plan, list_all=False)
+        raise CalibError(f"{path.parent / STEPS}: has layer {unknown[0]!r}, which {path.name} has not.{hint}")
 
 
 def sources(settings: Settings) -> list[str]:

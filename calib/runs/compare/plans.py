@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from calib.analysis.plan import LayerPlan, read_layers
+from calib.analysis.plan import LayerPlan
+from calib.analysis.plan_file import read_layers
 from calib.analysis.steps import StepPlan, read_steps
 from calib.base.errors import ConfigError
 from calib.base.layout import PLAN, STEPS

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from calib.activations.reader import ActivationFile
-from calib.analysis.plan import LayerPlan, read_layer
+from calib.analysis.plan import LayerPlan
+from calib.analysis.plan_file import read_entries, read_layer
 from calib.analysis.steps import StepPlan, read_steps
 from calib.base.errors import CalibError, reason_of
 from calib.base.files import read_json, write_text
@@ -123,7 +124,7 @@ def page_parts(path: Path) -> PageParts:
 def _readable_layers(path: Path, parts: PageParts) -> dict[str, LayerPlan]:
     """Return the layers of a plan; those that are damaged are left out, and the first of them is named."""
     layers, damaged = {}, list[CalibError]()
-    for name, entry in read_json(path).items():
+    for name, entry in read_entries(path).items():
         try:
             layers[name] = read_layer(path, name, entry)
         except CalibError as error:
