@@ -282,7 +282,7 @@ PLANS: dict[str, tuple[Damage, int, Sequence[str]]] = {
     "a number for a flag": (layer(sensitive=0), 1, ["'mm_block_1.image.mlp.fc1' has sensitive=0: must be true or"]),
     "bits that are true": (layer(suggested_activation_bits=True), 1, ["suggested_activation_bits=true"]),
     "a layer twice": (replaced("{", '{"x_embedder": {},'), 1, ["has 'x_embedder' twice; keep one"]),
-    "a key twice": (replaced('"reason"', '"group_size": 32, "reason"'), 1, ["'x_embedder' has 'group_size' twice"]),
+    "a key twice": (replaced('"reason"', '"group_size": 32, "reason"'), 1, ["has 'group_size' twice"]),
     "another key of a phase": (
         timesteps(lambda c: c["phases"]["mid"].update(bits={})),
         1,

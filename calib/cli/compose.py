@@ -117,6 +117,8 @@ def _shared(folder: Path, job: Sequence[str], earlier: Sequence[str]) -> str:
 def _check_job(overrides: list[str], multirun: bool, shows: bool, number: int = 0) -> tuple[Path, Settings]:
     """Check that a job can be run, as far as can be known; returns its folder and settings."""
     config = _compose(overrides)
+    if config.hydra.job.chdir:
+        raise ConfigError("hydra.job.chdir=true: paths are relative to where calib is started; leave it out")
     settings = build(plain(config), multirun)
     if not shows:
         _check_folders(config, settings, multirun)

@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from calib.base.errors import CalibError
-from calib.base.layout import CONVERGENCE_PLOT
+from calib.base.errors import CalibError, ConfigError
+from calib.base.layout import CONVERGENCE_PLOT, STATUS
 from calib.base.progress import counted
 from calib.cli.parser import Parser
 
@@ -18,12 +18,15 @@ if TYPE_CHECKING:
     from calib.dataset.rebuild import Rebuilt
     from calib.dataset.repair import Repair
 
-VERIFY_HELP = """Reads every file of the dataset in DIR and says whether it is sound.
+VERIFY_HELP = """Reads every file of the dataset, or of the run, in DIR and says whether it is sound.
 
 Found are: missing, truncated and altered files; NaN, infinite or implausible latents; constant pictures; entries of
 manifest.json that disagree with what the files say of themselves (prompt, seed, settings); images of other settings;
 files that no entry names, and what killed processes left half-written. A dataset of the older layout has no checksums:
 its files are judged by reading them.
+
+In a run directory: damaged files, files changed after the job, and products of another origin than what lies beside
+them, each with the command that renews it.
 """
 VERIFY_END = """exit status: 0 sound, 1 not sound or no dataset, 2 wrong arguments
 
@@ -31,6 +34,7 @@ examples
   calib verify calibration_data/emoji-…            a table, and one verdict
   calib verify DIR --json | jq .bad_images
   calib verify DIR --repair && calib generate …    the same bytes as if nothing had happened
+  calib verify outputs/…                           a run: statistics, plan, model, evaluation
 """
 REBUILD_HELP = """Writes DIR/manifest.json anew from the files beside it.
 
@@ -67,7 +71,7 @@ examples
 def verify_command(arguments: Sequence[str]) -> int:
     """Run ``calib verify`` with ``arguments``; returns the exit status."""
     parser = Parser("verify", VERIFY_HELP, VERIFY_END)
-    parser.add_argument("data_dir", metavar="DIR", type=Path, help="the dataset's folder")
+    parser.add_argument("data_dir", metavar="DIR", type=Path, help="the folder of the dataset, or of the run")
     parser.add_argument("--json", action="store_true", help="print one JSON document, every finding in it")
     parser.add_argument(
         "--repair",
@@ -76,6 +80,8 @@ def verify_command(arguments: Sequence[str]) -> int:
         "again; nothing is deleted",
     )
     given = parser.parse_args(arguments)
+    if (given.data_dir / STATUS).exists():
+        return _verify_run(given.data_dir, given.json, given.repair)
     from calib.dataset.repair import repair
     from calib.dataset.report import report_json, report_text
     from calib.dataset.verify import verify
@@ -96,6 +102,21 @@ def verify_command(arguments: Sequence[str]) -> int:
     else:
         print(report_text(report, report.verdict if repaired is None else _repair_text(repaired)), end="")
     return 0 if report.sound or repaired is not None else 1
+
+
+def _verify_run(run: Path, as_json: bool, repair: bool) -> int:
+    if repair:
+        raise ConfigError(f"--repair: {run} is a run directory; calib collect, analyze, quantize and evaluate renew it")
+    from calib.stages.verify_run import verify_run
+
+    found = verify_run(run)
+    problems = [problem for part in found.values() for problem in part]
+    if as_json:
+        _print_json({"run": str(run), "sound": not problems, "problems": found})
+    else:
+        print(*problems, sep="\n", end="\n" if problems else "")
+        print(f"{run}: {counted(len(problems), 'problem')}" if problems else f"sound: {', '.join(found)} of {run}")
+    return 1 if problems else 0
 
 
 def _print_json(document: Mapping[str, Any]) -> None:

@@ -96,6 +96,14 @@ def _document(quantized: QuantizedModel) -> dict[str, Any]:
     }
 
 
+def _check_files(folder: Path, document: Mapping[str, Any]) -> None:
+    for name, expected in document["files"].items():
+        if not (folder / name).exists():
+            raise CalibError(f"{folder / name}: is missing; {_AGAIN}")
+        if checksum(folder / name) != expected:
+            raise CalibError(f"{folder / name}: is damaged; {_AGAIN}")
+
+
 @dataclass(frozen=True)
 class Description:
     """What a saved model was made from: the hash of its plan, None where unknown, and weight bits by layer."""
@@ -104,11 +112,16 @@ class Description:
     bits: dict[str, int]
 
 
-def describe(folder: Path) -> Description:
-    """Read what :func:`save` recorded of a model's origin, without its weights; raises as :func:`load` does."""
+def describe(folder: Path, thorough: bool = False) -> Description:
+    """Read what :func:`save` recorded of a model's origin; raises as :func:`load` does.
+
+    The weights are not read, or only for their checksums where ``thorough``.
+    """
     document = read_json(folder / CHECKPOINT)
     check_format(folder / CHECKPOINT, document, FORMAT, (FORMAT_VERSION,), _AGAIN)
     try:
+        if thorough:
+            _check_files(folder, document)
         names = _names(document)
         plan = document.get("made_from", {}).get("plan")
         return Description(plan, {names[path]: shape["bits"] for path, shape in document["layers"].items()})
@@ -134,11 +147,7 @@ def load(folder: Path) -> QuantizedModel:
     document = read_json(path)
     check_format(path, document, FORMAT, (FORMAT_VERSION,), _AGAIN)
     try:
-        for name, expected in document["files"].items():
-            if not (folder / name).exists():
-                raise CalibError(f"{folder / name}: is missing; {_AGAIN}")
-            if checksum(folder / name) != expected:
-                raise CalibError(f"{folder / name}: is damaged; {_AGAIN}")
+        _check_files(folder, document)
         return _quantized(path, document, _arrays(folder / WEIGHTS), _arrays(folder / COPIES))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise lacks_or_garbles(path, error, _AGAIN) from None

@@ -33,7 +33,7 @@ def check(settings: Settings) -> None:
     """Raise where the statistics cannot be read, or the heuristic cannot plan their layers."""
     stats = stats_of(settings)
     layers, _ = read_summaries(stats)
-    check_statistics(settings, stats)
+    check_statistics(stats, settings.generate.given_data_dir)
     try_heuristic(settings, list(layers))
     if settings.analyze.analysis.measures:
         collected(settings, stats, "this heuristic")

@@ -94,8 +94,11 @@ def statistics_checksum(stats: Path) -> str:
     return content_of(stats)
 
 
-def check_statistics(settings: Settings, stats: Path) -> None:
-    """Raise where statistics in a run directory were changed since, or collected from other images than there are."""
+def check_statistics(stats: Path, data_dir: Path | None = None) -> None:
+    """Raise where statistics in a run directory were changed since, or collected from other images than there are.
+
+    ``data_dir`` is the dataset's folder, where it is not the one that the statistics name.
+    """
     if changed := changed_files(stats, (STATISTICS, ACTIVATIONS)):
         renew = f"calib collect hydra.run.dir={stats} renews it, stats={stats / changed[0]} takes it alone, as it is"
         raise CalibError(f"{stats / changed[0]}: was changed after it was collected; {renew}")
@@ -104,7 +107,7 @@ def check_statistics(settings: Settings, stats: Path) -> None:
     document = read_json(stats / METADATA)
     if not isinstance(document, dict):
         raise CalibError(f"{stats / METADATA}: must be a JSON object; run calib collect again")
-    data_dir = settings.generate.given_data_dir or Path(str(document.get("data_dir")))
+    data_dir = data_dir or Path(str(document.get("data_dir")))
     with suppress(CalibError):  # the statistics can be read without the dataset
         manifest = load_manifest(data_dir) if (data_dir / MANIFEST).exists() else None
     if manifest is not None:
@@ -140,19 +143,17 @@ def plan_of(settings: Settings) -> Path:
     return path
 
 
-def statistics_of(settings: Settings, plan: Path, steps: StepPlan) -> Path | None:
-    """The run directory with the statistics of a plan: given by ``stats=``, beside the plan, or recorded with it.
+def statistics_of(plan: Path, steps: StepPlan, data_dir: Path | None = None) -> Path | None:
+    """The run directory with the statistics of a plan, which lie beside it or are recorded with it.
 
     Raises:
         CalibError: the statistics are no longer those that the plan was made from.
     """
-    if settings.analyze.stats is not None:
-        return settings.analyze.stats
     recorded, named = steps.origin.get("statistics_checksum"), steps.origin.get("statistics")
     for stats in (plan.parent, *([] if named is None else [Path(named).parent])):
         there = [stats / name for name in (STATISTICS, ACTIVATIONS) if (stats / name).exists()]
         if there:
-            check_statistics(settings, stats)
+            check_statistics(stats, data_dir)
             if recorded is not None and all(content_of(file) != recorded for file in there):
                 renew = f"calib analyze stats={stats} hydra.run.dir={plan.parent} renews it, stats=DIR names others"
                 raise CalibError(f"{plan}: was made from other statistics than {stats} now holds; {renew}")

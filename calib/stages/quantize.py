@@ -51,7 +51,8 @@ def check(settings: Settings) -> None:
     if stats is not None and activations_of(stats) is None:
         allowed = f"no {ACTIVATIONS} there; calib collect makes a run directory with one"
         raise ConfigError.bad_value("stats", stats, allowed)
-    statistics_of(settings, path, steps)
+    if stats is None:
+        statistics_of(path, steps, settings.generate.given_data_dir)
 
 
 def _check_layers_of(steps: StepPlan, plan: Mapping[str, LayerPlan], path: Path) -> None:
@@ -131,7 +132,8 @@ def _copy_plan(run: RunDirectory, plan: Path, steps: StepPlan) -> None:
 
 def _source(settings: Settings, run: RunDirectory, plan: Path, steps: StepPlan) -> Calibration:
     """Calibration data for the quantizer: of this run, else given by ``stats=``, else named by the plan."""
-    stats = run.path if settings.stage is Stage.RUN else statistics_of(settings, plan, steps)
+    stats = run.path if settings.stage is Stage.RUN else settings.analyze.stats
+    stats = stats or statistics_of(plan, steps, settings.generate.given_data_dir)
     # The rule of the plan's ranges also applies to those that a quantizer requests.
     rule = bind_target("ranges", steps.rule, given=("observed",)) if steps.rule else settings.analyze.ranges
     if stats is None:

@@ -1,0 +1,157 @@
+"""A product of another origin than what lies beside it is refused, and the command that the refusal names renews it."""
+
+import json
+import shlex
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from calib.base.layout import ACTIVATIONS, MODEL, PAGE, PLAN, STATISTICS, STATUS, STEPS
+
+import h5py
+import pytest
+from helpers import TINY, Outcome, contents, everything, is_one_clear_line, run_here, well
+
+#: ``calib`` with these arguments, the settings of the shared run, and no dataset or cache but those in the folder.
+Calib = Callable[..., Outcome]
+RESULTS = (ACTIVATIONS, STATISTICS, "collection_metadata.json")
+
+
+@pytest.fixture
+def calib(tiny_run: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> Calib:
+    """The shared run as ``run``, its dataset and its cache, to change and go on with."""
+    shutil.copytree(tiny_run, folder / "run")
+    shutil.copytree(tiny_run.parent / "dataset", folder / "dataset")
+    for name in ("calibration_cache", *(path.name for path in tiny_run.parent.glob("emoji-evaluation-*"))):
+        shutil.copytree(tiny_run.parent / name, folder / name)
+
+    def call(*arguments: str) -> Outcome:
+        settings = () if arguments[0] in ("verify", "compare") else TINY
+        return run_here([*arguments, *(t for t in settings if t.split("=")[0] not in " ".join(arguments))], capsys)
+
+    return call
+
+
+def edited(path: Path, change: Callable[[Any], object]) -> None:
+    document = json.loads(path.read_text())
+    change(document)
+    path.write_text(json.dumps(document))
+
+
+def plan_by_hand(calib: Calib) -> None:
+    edited(Path("run") / PLAN, lambda plan: plan["mm_block_1.image.mlp.fc1"].update(suggested_weight_bits=8))
+
+
+def ranges_by_hand(calib: Calib) -> None:
+    edited(Path("run") / STEPS, lambda steps: steps["activation_ranges"]["x_embedder"].update(low=[-9.0]))
+
+
+def other_plan(calib: Calib) -> None:
+    well(calib("analyze", "stats=run", "analysis=uniform", "hydra.run.dir=other"))
+    for name in (PLAN, STEPS):
+        shutil.copy(Path("other") / name, Path("run") / name)
+
+
+def older_model(calib: Calib) -> None:
+    """As of calib 0.2.0, which did not record the plan: the bits of the layers tell."""
+    plan_by_hand(calib)
+    edited(Path("run") / MODEL / "config.json", lambda config: config.pop("made_from"))
+
+
+def other_statistics(calib: Calib) -> None:
+    well(calib("collect", "data_dir=dataset", "subset.num_images=1", "hydra.run.dir=other"))
+    for name in RESULTS:
+        shutil.copy(Path("other") / name, Path("run") / name)
+    (Path("run") / STATUS).unlink()
+
+
+def touched_statistics(calib: Calib) -> None:
+    with h5py.File(Path("run") / ACTIVATIONS, "r+") as file:
+        file.attrs["config"] = "{}"
+
+
+def statistics_by_hand(calib: Calib) -> None:
+    edited(Path("run") / STATISTICS, lambda layers: layers["x_embedder"].update(max=99.0))
+
+
+def other_dataset(calib: Calib) -> None:
+    shutil.rmtree("dataset")
+    well(calib("generate", "data_dir=dataset", "seed=1", "hydra.run.dir=other"))
+
+
+OF_ANOTHER_PLAN = f"run/{MODEL}: was made from another plan than run/{PLAN}"
+OF_OTHER_IMAGES = "run: was collected from another image 0 than dataset now holds"
+#: What was changed, the command that meets it, what it says, and whether its advice is followed, which takes seconds.
+CHANGES: list[tuple[Callable[[Calib], None], str, str, bool]] = [
+    (plan_by_hand, "evaluate plan=run", OF_ANOTHER_PLAN, True),
+    (ranges_by_hand, "evaluate plan=run", OF_ANOTHER_PLAN, False),
+    (other_plan, "evaluate plan=run", OF_ANOTHER_PLAN, False),
+    (older_model, "evaluate plan=run", OF_ANOTHER_PLAN, False),
+    (other_statistics, "quantize plan=run", f"run/{PLAN}: was made from other statistics than run now holds", True),
+    (touched_statistics, "analyze stats=run", f"run/{ACTIVATIONS}: was changed after it was collected", True),
+    (touched_statistics, "quantize plan=run", f"run/{ACTIVATIONS}: was changed after it was collected", False),
+    (statistics_by_hand, "analyze stats=run", f"run/{STATISTICS}: was changed after it was collected", False),
+    (other_dataset, "analyze stats=run", OF_OTHER_IMAGES, True),
+    (other_dataset, "quantize plan=run", OF_OTHER_IMAGES, False),
+]
+
+
+@pytest.mark.parametrize(("change", "command", "words", "followed"), CHANGES)
+def test_another_origin(
+    calib: Calib, folder: Path, change: Callable[[Calib], None], command: str, words: str, followed: bool
+) -> None:
+    change(calib)
+    before = everything(folder)
+    again = [*command.split(), "data_dir=dataset", "hydra.run.dir=again", "evaluation.num_images=1"]
+    line = is_one_clear_line(calib(*again), status=1)
+    assert line.startswith(words) and everything(folder) == before
+    found = calib("verify", "run")
+    assert found.status == 1 and words in found.out
+    if followed:
+        advised = next(part for part in line.partition("; ")[2].split(", ") if part.endswith(" renews it"))
+        well(calib(*shlex.split(advised.removeprefix("calib ").removesuffix(" renews it")), "data_dir=dataset"))
+        well(calib(*again))
+        if command.startswith("evaluate"):
+            assert "sound: job, statistics, activations, plan, quantized model of run" in calib("verify", "run").out
+
+
+def test_an_analysis_made_again_takes_what_followed_from_it(calib: Calib, folder: Path) -> None:
+    """The plan's own model, pictures and page are gone; what it was made from stays."""
+    kept = {name: content for name, content in contents(folder / "run").items() if name in RESULTS}
+    well(calib("analyze", "stats=run", "analysis=uniform", "hydra.run.dir=run"))
+    found = contents(folder / "run")
+    assert kept.items() <= found.items()
+    assert not {name for name in found if name.startswith((MODEL, "images", "evaluation")) or name == PAGE}
+    line = is_one_clear_line(calib("evaluate", "plan=run"))
+    assert "run: no quantized model there; calib quantize plan=run hydra.run.dir=run makes one" in line
+
+
+FOREIGN = [
+    ("analyze stats=run hydra.run.dir=other", STATISTICS),
+    ("quantize plan=run hydra.run.dir=other", PLAN),
+    ("evaluate plan=run hydra.run.dir=other", f"{MODEL}/config.json"),
+]
+
+
+@pytest.mark.parametrize(("command", "name"), FOREIGN)
+def test_results_beside_those_of_another_origin(calib: Calib, folder: Path, command: str, name: str) -> None:
+    shutil.copytree("run", "other")
+    path = folder / "other" / name
+    path.write_text(path.read_text() + "\n")
+    before = contents(folder)
+    line = is_one_clear_line(calib(*command.split()))
+    assert line.startswith(f"hydra.run.dir={folder / 'other'}: holds another {name} than run/{name}")
+    assert contents(folder) == before
+
+
+def test_results_changed_after_the_job(calib: Calib, folder: Path) -> None:
+    """They are not overwritten by the same command, and a comparison says so."""
+    whole = ["data_dir=dataset", "hydra.run.dir=run"]
+    assert "Already complete" in well(calib(*whole)).out
+    plan_by_hand(calib)
+    before = contents(folder)
+    line = is_one_clear_line(calib(*whole), status=1)
+    assert f"run/{PLAN}: was changed after this job was complete; calib quantize plan=" in line
+    assert contents(folder) == before
+    assert f"note: run: {PLAN} was changed after the job" in calib("compare", "run").out
