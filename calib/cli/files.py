@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calib.base.errors import CalibError, ConfigError
-from calib.base.layout import CONVERGENCE_PLOT, STATUS
+from calib.base.layout import ACTIVATIONS, CONVERGENCE_PLOT, MODEL, PLAN, STATUS
 from calib.base.progress import counted
 from calib.cli.parser import Parser
 
@@ -80,7 +80,7 @@ def verify_command(arguments: Sequence[str]) -> int:
         "again; nothing is deleted",
     )
     given = parser.parse_args(arguments)
-    if (given.data_dir / STATUS).exists():
+    if any((given.data_dir / name).exists() for name in (STATUS, ACTIVATIONS, PLAN, MODEL)):
         return _verify_run(given.data_dir, given.json, given.repair)
     from calib.dataset.repair import repair
     from calib.dataset.report import report_json, report_text

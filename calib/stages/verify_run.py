@@ -10,7 +10,7 @@ from calib.analysis.plan_file import read_plan
 from calib.analysis.steps import read_steps
 from calib.base.errors import CalibError
 from calib.base.files import content_of, read_json
-from calib.base.layout import ACTIVATIONS, CHECKED, DETAILS, MODEL, MODEL_CONFIG, PLAN, STATISTICS, STEPS
+from calib.base.layout import ACTIVATIONS, CHECKED, DETAILS, MODEL, MODEL_CONFIG, PLAN, STATISTICS, STATUS, STEPS
 from calib.quantization.checkpoint import describe
 from calib.runs.standing import RunState, changed_files, standing
 from calib.stages.origin import check_quantized, check_statistics, statistics_of
@@ -36,7 +36,8 @@ def verify_run(run: Path) -> dict[str, list[str]]:
 
 def _job(run: Path) -> list[str]:
     latest = standing(run)
-    failed = [] if latest.state is RunState.COMPLETE else [f"{run}: {latest.state}: {latest.why}"]
+    begun = (run / STATUS).exists()  # what calib merge joined has none
+    failed = [] if latest.state is RunState.COMPLETE or not begun else [f"{run}: {latest.state}: {latest.why}"]
     changed = changed_files(run, CHECKED)
     return [*failed, *(f"{run / name}: was changed after the job was complete" for name in changed)]
 
