@@ -127,7 +127,7 @@ def test_nothing_else_is_removed(tmp_path: Path) -> None:
 
 def job(home: Path, stage: str, fingerprint: str, files: dict[str, str], error: BaseException | None = None) -> None:
     run = RunDirectory(home, stage, fingerprint)
-    with run.job({}):
+    with run.job({}, {}):
         written(run.path, files)
         run.add_metrics(stage, {f"{stage}_{fingerprint}": 1.0})
         if error is not None:

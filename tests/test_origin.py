@@ -116,6 +116,17 @@ def test_another_origin(
             assert "sound: job, statistics, activations, plan, quantized model of run" in calib("verify", "run").out
 
 
+def test_configuration_is_that_of_what_made_it(calib: Calib) -> None:
+    """Of a plan that was made elsewhere, the analysis is the one that made it, not the default of this job."""
+    well(calib("analyze", "stats=run", "analysis=uniform", "analysis.weight_bits=5", "hydra.run.dir=plan"))
+    well(calib("quantize", "plan=plan", "hydra.run.dir=model"))
+    runs = json.loads(calib("compare", "run", "plan", "model", "--json", "--all").out)["runs"]
+    found = {run["run"]: run["config"] for run in runs}
+    assert [found[name]["analysis"] for name in ("run", "plan", "model")] == ["range", "uniform", "uniform"]
+    assert found["model"]["analysis.weight_bits"] == 5
+    assert found["plan"]["num_images"] == found["run"]["num_images"] == 2
+
+
 def test_an_analysis_made_again_takes_what_followed_from_it(calib: Calib, folder: Path) -> None:
     """The plan's own model, pictures and page are gone; what it was made from stays."""
     kept = {name: content for name, content in contents(folder / "run").items() if name in RESULTS}

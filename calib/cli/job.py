@@ -8,8 +8,10 @@ from calib.base.errors import in_a_line
 from calib.base.layout import CONFIG, PAGE
 from calib.base.progress import say
 from calib.runs.directory import RunDirectory
+from calib.runs.record import CARRIED
 from calib.runs.standing import RunState, results_of
 from calib.stages.build import build
+from calib.stages.carried import carried
 from calib.stages.origin import check_directory
 from calib.stages.settings import ReportForm
 from calib.stages.stages import content_fingerprint, run_stage
@@ -37,7 +39,9 @@ def run_job(values: Mapping[str, Any], path: Path, multirun: bool, records: Mapp
         return
     check_directory(settings, path)
     try:
-        with run.job({CONFIG: OmegaConf.to_yaml(OmegaConf.create(dict(values))), **records}):
+        earlier, options = carried(settings)
+        config = OmegaConf.to_yaml(OmegaConf.create({**values, **earlier}))
+        with run.job({CONFIG: config, **records}, {CARRIED: options} if options else {}):
             run_stage(settings, run, values)
     except Exception:
         if wanted and results_of(path).state is RunState.FAILED:

@@ -82,11 +82,12 @@ class RunDirectory:
             yield
 
     @contextmanager
-    def job(self, records: Mapping[str, str]) -> Iterator[None]:
+    def job(self, records: Mapping[str, str], surroundings: Mapping[str, Any]) -> Iterator[None]:
         """Hold the directory within the context; records configuration, log and final state.
 
         Args:
             records: text by name of further files that describe the job.
+            surroundings: further entries of ``env.json``.
         """
         self.home.mkdir(parents=True, exist_ok=True)
         with ExitStack() as held:
@@ -96,7 +97,7 @@ class RunDirectory:
                 raise CalibError(f"{self.home}: another process is running in this directory") from None
             with _logging_to(self.home / LOG):
                 try:
-                    self._begin(records)
+                    self._begin(records, surroundings)
                     yield
                     self._finish()
                 except BaseException as error:
@@ -106,7 +107,7 @@ class RunDirectory:
                     raise
             self.path = self.home
 
-    def _begin(self, records: Mapping[str, str]) -> None:
+    def _begin(self, records: Mapping[str, str], surroundings: Mapping[str, Any]) -> None:
         """Choose where to write, and remove what is obsolete there."""
         if is_decided(self.home):
             exchange(self.home)
@@ -122,7 +123,7 @@ class RunDirectory:
         self._write_status(RunState.RUNNING)
         for name, text in records.items():
             write_text(self.path / name, text)
-        write_json(self.path / ENVIRONMENT, environment())
+        write_json(self.path / ENVIRONMENT, {**environment(), **surroundings})
         if metrics:
             write_json(self.path / METRICS, metrics)
 

@@ -26,6 +26,8 @@ from calib.runs.standing import (
 
 import yaml
 
+#: Key of ``env.json`` with the chosen options that the job took over with what it started from.
+CARRIED = "carried_options"
 #: Keys of a configuration that do not affect results.
 WITHOUT_EFFECT = ("swept", "cache_dir", "keep_awake", "report")
 
@@ -78,7 +80,7 @@ def read_run(path: Path, name: str) -> RunRecord:
     settle(path)
     problems: list[str] = []
     status = mapping_in(path / STATUS, problems, json_in)
-    config, asked = _config(path, problems)
+    config = read_configuration(path, problems)
     metrics = _metrics(path, problems)
     surroundings = mapping_in(path / ENVIRONMENT, [], json_in)
     state = state_of(path, status)
@@ -100,8 +102,8 @@ def read_run(path: Path, name: str) -> RunRecord:
         error=text_of(status.get("error")),
         start=text_of(status.get("start")),
         end=text_of(status.get("end")),
-        config=config,
-        asked=asked,
+        config=_flat_config(config),
+        asked=config.asked,
         metrics=metrics,
         command=tuple(map(str, command)) if isinstance(command, list) else (),
         problems=tuple(problems),
@@ -117,27 +119,46 @@ def _metrics(path: Path, problems: list[str]) -> dict[str, float]:
     return {key: float(value) for key, value in found.items() if _is_number(value)}
 
 
-def _config(path: Path, problems: list[str]) -> tuple[dict[str, Scalar], frozenset[str]]:
-    """The flat configuration, and the keys that the command line set.
+@dataclass(frozen=True)
+class Configuration:
+    """What a run directory records of its configuration.
 
-    A group's option is under the group's name, as Hydra recorded it, or else from the function that it names.
+    Attributes:
+        values: by top-level key.
+        options: the chosen option of each group.
+        asked: keys that the command line set.
     """
-    document = mapping_in(path / CONFIG, problems, _yaml)
+
+    values: Mapping[str, Any]
+    options: Mapping[str, str]
+    asked: frozenset[str]
+
+
+def read_configuration(path: Path, problems: list[str]) -> Configuration:
+    """Read the configuration recorded in the run directory ``path``."""
+    values = mapping_in(path / CONFIG, problems, _yaml)
     recorded = mapping_in(path / HYDRA_CONFIG, [], _yaml) if is_there(path / HYDRA_CONFIG) else {}
+    carried = mapping_in(path / ENVIRONMENT, [], json_in).get(CARRIED)
     choices, task = _within(recorded, "runtime", "choices"), _within(recorded, "overrides", "task")
-    choices = choices if isinstance(choices, dict) else {}
-    overrides = task if isinstance(task, list) else []
-    asked = frozenset(str(override).lstrip("+~").partition("=")[0] for override in overrides)
+    options = [found for found in (choices, carried) if isinstance(found, dict)]
+    return Configuration(
+        {str(key): value for key, value in values.items()},
+        {str(key): str(option) for found in options for key, option in found.items() if option},
+        frozenset(str(o).lstrip("+~").partition("=")[0] for o in (task if isinstance(task, list) else [])),
+    )
+
+
+def _flat_config(found: Configuration) -> dict[str, Scalar]:
+    """The values by dotted key; a group's option is under the group's name, or else derived from its function."""
     flat: dict[str, Scalar] = {}
-    for key, value in document.items():
+    for key, value in found.values.items():
         if not isinstance(value, dict):
-            flat[str(key)] = _scalar(value)
+            flat[key] = _scalar(value)
             continue
-        option = choices.get(key) or _option(value.get("_target_"))
-        if option:
-            flat[str(key)] = str(option)
+        if option := found.options.get(key) or _option(value.get("_target_")):
+            flat[key] = option
         flat |= {f"{key}.{inner}": v for inner, v in _flat(value).items() if inner not in ("_target_", "skeleton")}
-    return flat, asked
+    return flat
 
 
 def _within(recorded: Any, *keys: str) -> Any:

@@ -1,0 +1,45 @@
+"""The configuration that a run directory records: of what the job did not make, that of the job that made it."""
+
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from calib.runs.record import read_configuration
+from calib.stages import Stage
+from calib.stages.origin import plan_of, quantized_of, stats_of
+from calib.stages.settings import Analyze, Collect, Generate, Quantize, Settings
+
+#: Keys of earlier stages, of which a stage uses none itself: an evaluation draws with its own sampler and prompts.
+_EARLIER: Mapping[Stage, tuple[type, ...]] = {
+    Stage.ANALYZE: (Generate, Collect),
+    Stage.QUANTIZE: (Generate, Collect, Analyze),
+    Stage.EVALUATE: (Collect, Analyze, Quantize),
+}
+#: Keys that name what a job starts from or where it writes; they are each job's own.
+_OWN = ("stats", "plan", "export_config")
+
+
+def carried(settings: Settings) -> tuple[dict[str, Any], dict[str, str]]:
+    """Values and options, by top-level key, of the earlier stages whose products the job starts from."""
+    source = _source(settings)
+    if source is None:
+        return {}, {}
+    kinds = _EARLIER[settings.stage]
+    keys = [field.name for kind in kinds for field in fields(kind) if field.name not in _OWN]
+    found = read_configuration(source, [])
+    values = {key: found.values[key] for key in keys if key in found.values}
+    return values, {key: found.options[key] for key in values if key in found.options}
+
+
+def _source(settings: Settings) -> Path | None:
+    """The directory that the job starts from; None where it starts from nothing."""
+    match settings.stage:
+        case Stage.ANALYZE:
+            stats = stats_of(settings)
+            return stats if stats.is_dir() else stats.parent
+        case Stage.QUANTIZE:
+            return plan_of(settings).parent
+        case Stage.EVALUATE:
+            return quantized_of(settings).parent
+    return None
