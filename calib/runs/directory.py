@@ -1,6 +1,5 @@
 """One job's output directory: its configuration, state, environment and log."""
 
-import fcntl
 import logging
 import os
 import platform
@@ -18,6 +17,7 @@ from calib.base.device import device_name
 from calib.base.errors import CalibError, in_a_line
 from calib.base.files import read_json, remove_abandoned, write_json, write_text
 from calib.base.layout import CONFIG, ENVIRONMENT, LOCK, LOG, METRICS, STATUS
+from calib.base.locks import take_lock
 from calib.base.versions import git_commit, versions
 from calib.runs.record import RunState, standing
 
@@ -50,10 +50,8 @@ class RunDirectory:
         """Hold the directory within the context and yield its path; records configuration, log and final state."""
         self.path.mkdir(parents=True, exist_ok=True)
         with open(self.path / LOCK, "w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise CalibError(f"{self.path}: another process is running in this directory") from None
+            if not take_lock(lock, wait=False):
+                raise CalibError(f"{self.path}: another process is running in this directory")
             remove_abandoned(self.path)
             self._forget_other_job()
             write_text(self.path / CONFIG, config_yaml)

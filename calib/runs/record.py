@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from calib.base.errors import CalibError, reason_of
-from calib.base.files import is_locked, read_json, read_text
+from calib.base.files import read_json, read_text
 from calib.base.layout import CONFIG, ENVIRONMENT, HYDRA_CONFIG, LOCK, METRICS, STATUS
+from calib.base.locks import is_locked
 
 import yaml
 
