@@ -1,14 +1,14 @@
 """``calib doctor``: the report, its advice, a self-test that notices what is wrong; and the BLAS that MLX binds to."""
 
 import json
+import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from calib.activations import observer_mlx
-from calib.base import blas, device
+from calib.base import VERSION, blas, device
 from calib.base.versions import versions
 from calib.cli import doctor, selftest, selftest_kernels, selftest_model
 from calib.cli.doctor import doctor_command
@@ -17,7 +17,7 @@ from calib.models.model import DiffusionModel
 import mlx.core as mx
 import numpy as np
 import pytest
-from helpers import environment, run_process
+from helpers import CHECKOUT, environment, run_process
 
 Capture = pytest.CaptureFixture[str]
 
@@ -47,15 +47,102 @@ def test_import_of_calib_binds_the_blas() -> None:
     assert done.stdout.split() == [str(blas.status().library), "True"]
 
 
-@pytest.mark.skipif(not blas.needed(), reason="MLX brings its own fast BLAS here")
-def test_calib_blas(monkeypatch: pytest.MonkeyPatch) -> None:
-    search: Callable[[], blas.BlasStatus] = blas.status.__wrapped__
-    assert search().reason == "mlx was imported before calib; import calib first"
-    monkeypatch.delitem(sys.modules, "mlx.core")
-    monkeypatch.setenv("CALIB_BLAS", "/nowhere/libblas.so")
-    assert search().library is None and "/nowhere/libblas.so: " in search().reason
-    monkeypatch.setenv("CALIB_BLAS", "none")
-    assert search() == blas.BlasStatus(None, "switched off by CALIB_BLAS=none")
+#: Whoever computes has a model; two have one, and the library that MLX's products run on is printed.
+MODEL = """
+from calib.models.model import DiffusionModel
+DiffusionModel(*[None] * 12), DiffusionModel(*[None] * 12)
+from calib.base import blas
+print(blas.bound_library())
+"""
+#: Beside a checkout named calib, with an editable installation: setuptools' finder comes after Python's own, which
+#: takes the checkout for a namespace package; the package's own __init__ never runs.
+BESIDE = f"""
+import sys
+from importlib.machinery import PathFinder
+
+class Editable:
+    def find_spec(name, path=None, target=None):
+        return PathFinder.find_spec(name, [{str(CHECKOUT / "calib")!r}]) if name.count(".") == 1 else None
+
+sys.meta_path.append(Editable)
+import calib
+assert calib.__file__ is None and not hasattr(calib, "__version__")
+"""
+WHEEL = Path(mx.__file__).parents[1] / "mlx_cpu.libs"
+FAST = str(blas.status().library)
+needs_blas = pytest.mark.skipif(not blas.needed(), reason="MLX brings its own fast BLAS here")
+needs_fast = pytest.mark.skipif(blas.status().library is None, reason="there is no fast BLAS here")
+NOTE = "calib: note: no fast BLAS ("
+INSTALL = "apt install libopenblas0-pthread"
+
+
+def beside_a_checkout(folder: Path, code: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """A process that runs ``code`` in ``folder``, in which a checkout named calib lies, and nothing else to import."""
+    if not (folder / "calib").exists():
+        (folder / "calib").symlink_to(CHECKOUT)
+    environ = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "CALIB_BLAS")}
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, cwd=folder, env=environ | variables, capture_output=True, text=True, check=True)
+
+
+@needs_blas
+@pytest.mark.parametrize(
+    ("code", "variables", "words"),
+    [
+        ("import mlx.core", {}, ("mlx was imported before calib; import calib first",)),
+        ("import mlx.nn", {}, ("mlx was imported before calib; import calib first",)),
+        (f"{BESIDE}import mlx.core", {}, ("mlx was imported before calib; import calib first",)),
+        ("from calib.base import blas\nblas.candidates = list", {}, ("no OpenBLAS or MKL found", INSTALL)),
+        ("", {"CALIB_BLAS": "/nowhere/lib.so"}, ("/nowhere/lib.so: cannot open", "unset CALIB_BLAS", INSTALL)),
+        ("", {"CALIB_BLAS": "libm.so.6"}, ("libm.so.6: has no cblas_sgemm", "unset CALIB_BLAS")),
+        pytest.param("", {"LD_PRELOAD": "reference"}, ("was loaded before", "LD_PRELOAD"), marks=needs_fast),
+    ],
+    ids=["core first", "nn first", "beside, core first", "none found", "not there", "no BLAS", "reference first"],
+)
+def test_a_slow_blas_is_noted_once(
+    tmp_path: Path, code: str, variables: dict[str, str], words: tuple[str, ...]
+) -> None:
+    if "LD_PRELOAD" in variables:
+        variables = {"LD_PRELOAD": str(next(WHEEL.glob("libblas*")))}
+    folder = tmp_path if code.startswith(BESIDE) else CHECKOUT
+    done = beside_a_checkout(folder, f"{code}\n{MODEL}", **variables)
+    assert Path(done.stdout.strip()).name.startswith("libblas-"), "the wheel's own"
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(NOTE) and "some 30 times slower" in line
+    assert all(word in line for word in words), line
+
+
+@needs_blas
+@needs_fast
+@pytest.mark.parametrize(
+    ("code", "variables"),
+    [
+        ("", {}),
+        ("import calib, mlx.core", {}),
+        ("import mlx, calib", {}),
+        ("import mlx.core", {"LD_PRELOAD": FAST}),
+        ("", {"CALIB_BLAS": FAST}),
+        *((f"{BESIDE}{more}", {}) for more in ("", "import calib.models.noise", "import calib.analysis.grid")),
+    ],
+    ids=["calib", "calib first", "no core yet", "preloaded", "named", "beside", "beside, noise", "beside, grid"],
+)
+def test_nothing_is_said_of_a_fast_blas(tmp_path: Path, code: str, variables: dict[str, str]) -> None:
+    folder = tmp_path if code.startswith(BESIDE) else CHECKOUT
+    done = beside_a_checkout(folder, f"{code}\n{MODEL}", **variables)
+    assert done.stderr == ""
+    assert done.stdout.strip() == str(Path(FAST).resolve())
+
+
+@needs_blas
+def test_a_slow_blas_may_be_wished_for() -> None:
+    done = beside_a_checkout(CHECKOUT, MODEL, CALIB_BLAS="none")
+    assert done.stderr == "" and "libblas-" in done.stdout
+
+
+def test_calib_runs_beside_a_checkout(tmp_path: Path) -> None:
+    done = beside_a_checkout(tmp_path, f"{BESIDE}from calib.cli.main import main\nmain(['--version'])")
+    assert done.stdout == f"calib {VERSION}\n"
+    beside_a_checkout(tmp_path, f"{BESIDE}import calib.runs.pages.page\nfrom calib.cli.conf import groups\ngroups()")
 
 
 # The report
@@ -82,13 +169,17 @@ def test_json_report(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
         assert report["blas"]["ratio"] > 3, "20 is usual; less only on a machine busy with other work"
 
 
-@pytest.mark.skipif(not blas.needed(), reason="MLX brings its own fast BLAS here")
-def test_advice_on_blas(quick: None, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
-    monkeypatch.setattr(blas, "status", lambda: blas.BlasStatus(None, "no OpenBLAS or MKL found"))
-    assert doctor_command([]) == 0
-    output = capsys.readouterr().out
-    assert "advice: no fast BLAS (no OpenBLAS or MKL found)" in output
-    assert "libopenblas0-pthread" in output
+@needs_blas
+@pytest.mark.parametrize(
+    ("setting", "advice"),
+    [("/nowhere/lib.so", "advice: no fast BLAS (/nowhere/lib.so: cannot open"), ("none", "advice: no fast BLAS, as")],
+)
+def test_advice_on_blas(setting: str, advice: str) -> None:
+    """In the words of the note, as a process of its own meets it."""
+    code = "from calib.cli import doctor\ndoctor.MATRIX_SIZE = 64\ndoctor.doctor_command([])"
+    said = beside_a_checkout(CHECKOUT, code, CALIB_BLAS=setting).stdout
+    (line,) = (line for line in said.splitlines() if line.startswith("advice: no fast"))
+    assert line.startswith(advice) and "some 30 times slower" in line
 
 
 def test_report(quick: None, capsys: Capture) -> None:

@@ -15,8 +15,6 @@ from calib.base.files import (
     abandoned_temporaries,
     checksum,
     free_bytes,
-    is_locked,
-    locked,
     read_json,
     remove_abandoned,
     replacing,
@@ -25,6 +23,7 @@ from calib.base.files import (
     write_json,
     write_text,
 )
+from calib.base.locks import is_locked, locked
 
 import pytest
 from helpers import environment

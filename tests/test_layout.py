@@ -21,6 +21,8 @@ MOST_LINES = 300
 LONG_MODULES = ("activations/cuda_kernels.py",)
 #: Where the names of a run's files are defined.
 LAYOUT = "base/layout.py"
+#: Where files of HDF5 are opened, as its locks are not to be met.
+HDF5 = "base/hdf5.py"
 #: Variables and arguments with the text of ``--help``, where such names may be spelt out.
 HELP_TEXT = re.compile(r"(\w+_)?(HELP|END|DESCRIPTION|EPILOG)|help|description|epilog")
 
@@ -95,6 +97,15 @@ def check_diffusionkit(root: Path, modules: Mapping[str, Path]) -> Iterator[str]
                 yield f"{name} imports {package}, which only calib.models may"
 
 
+def check_hdf5(root: Path, modules: Mapping[str, Path]) -> Iterator[str]:
+    for path in modules.values():
+        if path == root / HDF5:
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "h5py.File":
+                yield f"{path.relative_to(root).as_posix()}:{node.lineno} opens a file of HDF5, which only {HDF5} may"
+
+
 def check_file_names(root: Path, modules: Mapping[str, Path]) -> Iterator[str]:
     """Names of a run's files outside of ``base/layout.py``; those without a dot or slash are words, too, and may be."""
     names = [value for _, value in literals(root / LAYOUT) if re.search(r"\w[./]\w", value)]
@@ -128,7 +139,7 @@ def literals(path: Path) -> Iterator[tuple[int, str]]:
 def faults(root: Path) -> list[str]:
     """All that is wrong with the package in ``root``, a line each."""
     modules = modules_of(root)
-    checks = (check_entries, check_lengths, check_order, check_cycles, check_diffusionkit, check_file_names)
+    checks = (check_entries, check_lengths, check_order, check_cycles, check_diffusionkit, check_hdf5, check_file_names)
     return [fault for check in checks for fault in check(root, modules)]
 
 
@@ -177,6 +188,12 @@ def test_a_package_of_this_layout_has_no_fault(package: Path) -> None:
         (LAYOUT, "import calib.base.files", "a cycle of imports: calib.base."),
         ("stages/kit.py", "from diffusionkit.mlx import mmdit", "calib.stages.kit imports diffusionkit"),
         ("stages/dit.py", "import calib.models.mmdit.names", "calib.stages.dit imports calib.models.mmdit"),
+        (
+            "runs/open.py",
+            "import h5py\n\n\ndef f(path) -> h5py.File:\n    return h5py.File(path)",
+            "runs/open.py:5 opens",
+        ),
+        (HDF5, "import h5py\n\nfile = h5py.File('x')", ""),
         ("runs/names.py", 'path = run / "status.json"', "runs/names.py:1 spells 'status.json'"),
         ("runs/names.py", 'raise OSError(f"{run}: no status.json")', "runs/names.py:1 spells 'status.json'"),
         ("runs/names.py", 'x = "quantized"\ny = run / "images/full/0.png"', "runs/names.py:2 spells 'images/full'"),

@@ -17,7 +17,7 @@ from calib.analysis.measure import measure
 from calib.analysis.sensitivities import Sensitivities
 from calib.base.affine import WEIGHT_BITS
 from calib.base.errors import CalibError
-from calib.base.files import locked
+from calib.base.locks import locked
 from calib.base.progress import note
 from calib.dataset.load import load_manifest
 from calib.dataset.manifest import Manifest

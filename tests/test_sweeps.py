@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 from calib.activations.reader import ActivationFile
-from calib.base.files import is_locked
+from calib.base.locks import is_locked
 from calib.cli.sweep import _lacking
 from calib.dataset.load import load_manifest
 from calib.runs.standing import RunState, Standing

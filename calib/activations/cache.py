@@ -17,7 +17,8 @@ from typing import Any
 from calib.activations.record import StepRecord, pack, unpack
 from calib.activations.samples import joined, shifted
 from calib.base.errors import CalibError, check_format, reason_of
-from calib.base.files import locked, remove_abandoned, replacing, short_hash, write_bytes, write_json
+from calib.base.files import remove_abandoned, replacing, short_hash, write_bytes, write_json
+from calib.base.locks import locked, refuse_unsettled
 from calib.base.progress import note, say
 
 import numpy as np
@@ -58,6 +59,7 @@ class StepCache:
         except FileNotFoundError:
             return None
         except OSError as error:
+            refuse_unsettled(path, error)
             raise CalibError(f"{path}: cannot be read ({error.strerror})") from None
         try:
             if names == () and zipfile.ZipFile(BytesIO(content)).testzip() is not None:
@@ -70,6 +72,7 @@ class StepCache:
                 check_size(self.samples_path(step, part), header["samples"], header["taps"])
             return unpack(header, arrays, names)
         except Exception as error:  # readers of damaged files raise errors of any class
+            refuse_unsettled(path, error)
             note(f"{path}: cannot be used ({reason_of(error)}); step {step} is collected again")
             return None
 
@@ -79,6 +82,7 @@ class StepCache:
             with np.load(self.path(step)) as archive:
                 header: dict[str, Any] = json.loads(archive["header"].tobytes())
         except Exception as error:  # as above
+            refuse_unsettled(self.path(step), error)
             raise CalibError(f"{self.path(step)}: was damaged just now; run the same command again") from error
         return header
 

@@ -1,15 +1,17 @@
 """Read ``activations.h5``, of this and earlier versions; docs/FORMAT.md is its specification."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Self
 
 from calib.activations.format import FORMAT, HALVES, READABLE, Block, Levels
 from calib.activations.histogram import Histogram
 from calib.activations.statistics import Moments, Statistics, merge_all
+from calib.base import hdf5
 from calib.base.errors import CalibError, check_format, reason_of, suggest
 from calib.base.layout import ACTIVATIONS
+from calib.base.locks import refuse_unsettled, settled
 from calib.models.former import former_order
 
 import h5py
@@ -24,7 +26,7 @@ def _address(group: h5py.Group) -> int:
 
 
 class ActivationFile:
-    """Statistics of a run's activations; use as a context.
+    """Statistics of a run's activations; use as a context, in which others do not open the file for writing.
 
     >>> with ActivationFile(run / "activations.h5") as file:  # doctest: +SKIP
     ...     file.percentiles("mm_block_0.image.mlp.fc2", [1, 99], steps=[0, 5, 10])
@@ -41,10 +43,11 @@ class ActivationFile:
         if not path.exists():
             raise CalibError(f"{path}: no such file; calib collect writes it")
         self.path = path
-        with self._reading():
-            self._file = h5py.File(path, "r")
+        self._stack = ExitStack()
         try:
             with self._reading():
+                raw = self._stack.enter_context(settled(path))
+                self._file = self._stack.enter_context(hdf5.opened(raw))
                 self.attributes: dict[str, Any] = dict(self._file.attrs)
                 check_format(self.path, self.attributes, FORMAT, READABLE, "update calib, or collect again")
                 self.steps: list[int] = self._file["step_index"][:].tolist()
@@ -55,7 +58,7 @@ class ActivationFile:
                 for name in self.layers:
                     self._first_with.setdefault(_address(self._file["layers"][name]), name)
         except CalibError:
-            self._file.close()
+            self._stack.close()
             raise
 
     def _order(self) -> dict[str, int]:
@@ -71,6 +74,7 @@ class ActivationFile:
         try:
             yield
         except (OSError, KeyError, ValueError, TypeError, IndexError, RuntimeError) as error:
+            refuse_unsettled(self.path, error)
             what = f"damaged or not an {ACTIVATIONS} ({reason_of(error)})"
             raise CalibError(f"{self.path}: {what}; run calib collect again") from None
 
@@ -78,7 +82,7 @@ class ActivationFile:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._file.close()
+        self._stack.close()
 
     def evaluated_steps(self) -> list[int]:
         """Collected steps that the sampler evaluates the model at: all but the finished latent."""

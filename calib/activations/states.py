@@ -8,6 +8,7 @@ from typing import Any
 from calib.base.errors import CalibError
 from calib.base.files import checksum, short_hash
 from calib.base.interrupts import in_threads
+from calib.base.locks import refuse_unsettled
 from calib.base.progress import Progress
 from calib.dataset.manifest import ImageEntry, Manifest
 from calib.dataset.store import StorageFormat, read_state
@@ -19,7 +20,7 @@ MOST_NAMED = 3
 
 
 def check_states(data_dir: Path, manifest: Manifest, images: Sequence[int], steps: Sequence[int]) -> None:
-    """Raise where files of ``steps`` of ``images`` are missing or damaged; the message names them.
+    """Raise where files of ``steps`` of ``images`` are missing, damaged or in use; the message names them.
 
     For an older dataset, which has no checksums, only the existence of files is checked.
     """
@@ -39,6 +40,7 @@ def check_states(data_dir: Path, manifest: Manifest, images: Sequence[int], step
         except FileNotFoundError:
             return f"{name} is missing"
         except OSError as error:
+            refuse_unsettled(data_dir / name, error)
             return f"{name} cannot be read ({error.strerror})"
 
     with in_threads() as pool, Progress("check states", len(wanted), "file", delay=2) as progress:

@@ -11,8 +11,9 @@ from calib.activations.record import StepRecord
 from calib.activations.samples import RowIdentity, SampleSettings
 from calib.activations.statistics import stacked_moments
 from calib.activations.taps import TapPoint
+from calib.base import hdf5
 from calib.base.affine import WEIGHT_BITS
-from calib.base.files import replacing, take_room
+from calib.base.files import take_room
 from calib.dataset.manifest import Manifest
 
 import h5py
@@ -109,12 +110,11 @@ def write_activations(
 @contextmanager
 def _new_file(path: Path, nbytes: int) -> Iterator[h5py.File]:
     """Yield a new file, written whole or not at all; space is allocated first, as a full disk ends HDF5's process."""
-    # Without HDF5's own lock: the temporary file is locked already.
-    with replacing(path) as temporary:
-        with h5py.File(temporary, "w", locking=False) as file:
-            with open(temporary, "r+b") as raw:
-                take_room(raw, nbytes + CHUNK_BYTES)
-            yield file
+    with hdf5.writing(path) as (file, temporary):
+        with open(temporary, "r+b") as raw:
+            take_room(raw, nbytes + CHUNK_BYTES)
+        yield file
+        file.close()
         os.truncate(temporary, _end(temporary))
 
 

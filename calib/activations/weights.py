@@ -2,13 +2,13 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import cast
 
 from calib.base.affine import DEFAULT_GROUP_SIZE, WEIGHT_BITS
-from calib.base.errors import CalibError
-from calib.base.files import locked, read_json, write_json
+from calib.base.errors import CalibError, Unsettled
+from calib.base.files import read_json, write_json
+from calib.base.locks import locked
 from calib.base.progress import Progress, say
 from calib.models.packed import Packed
 
@@ -68,9 +68,12 @@ def cached_weight_sqnr(
 
 def _known(path: Path) -> dict[str, dict[str, float | None]]:
     """Cached results; empty where the file is missing or damaged, so that they are measured again."""
-    with suppress(CalibError, AttributeError, TypeError):
+    try:
         return {name: dict(sqnr.items()) for name, sqnr in read_json(path).items()}
-    return {}
+    except Unsettled:
+        raise
+    except (CalibError, AttributeError, TypeError):
+        return {}
 
 
 def _measure(

@@ -17,7 +17,8 @@ from calib.analysis.run_trials import TrialRunner
 from calib.analysis.sensitivities import Sensitivities
 from calib.analysis.trials import Task, Trial, TrialCache
 from calib.base.affine import GROUP_SIZES, WEIGHT_BITS
-from calib.base.files import locked, short_hash
+from calib.base.files import short_hash
+from calib.base.locks import locked
 from calib.base.progress import say
 from calib.base.versions import versions
 from calib.dataset.timesteps import phase_bounds

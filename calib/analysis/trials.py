@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from calib.base.errors import CalibError
+from calib.base.errors import CalibError, Unsettled
 from calib.base.files import read_json, write_json
 from calib.base.progress import note
 
@@ -62,6 +62,8 @@ class TrialCache:
                     for values in layers[name].values():
                         if len(values) != steps or not all(0 <= s < math.inf for s in values):
                             raise ValueError(f"{name} has not {steps} errors, a step each")
+        except Unsettled:
+            raise
         except (CalibError, KeyError, TypeError, ValueError, AttributeError) as error:
             note(f"{self.path}: cannot be used ({error}); sensitivities are measured again")
             self.found = {"weights": {}, "inputs": {}}

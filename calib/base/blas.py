@@ -2,7 +2,8 @@
 
 The mlx-cpu wheel contains the reference BLAS, some 30 times slower than a tuned one, and every dense product runs on
 it. The dynamic linker resolves ``cblas_sgemm`` to the first library that exports it globally, so that loading OpenBLAS
-or MKL with ``RTLD_GLOBAL`` before ``mlx.core`` suffices; MLX itself stays as it is.
+or MKL with ``RTLD_GLOBAL`` before ``mlx.core`` suffices; MLX itself stays as it is. Later it is of no use, as Python
+lets all functions be resolved when MLX is imported.
 
 ``CALIB_BLAS`` overrides the search: a path to a shared library, or ``none`` for the reference BLAS.
 """
@@ -10,6 +11,8 @@ or MKL with ``RTLD_GLOBAL`` before ``mlx.core`` suffices; MLX itself stays as it
 import ctypes
 import importlib.metadata
 import os
+import platform
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +21,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from calib.base.linkage import provider
+
 # Debian and Fedora keep threaded builds in places that the linker's cache does not list first (or at all).
 SYSTEM_LIBRARIES = (
     "/usr/lib/x86_64-linux-gnu/openblas-pthread/libopenblas.so.0",
@@ -25,6 +30,11 @@ SYSTEM_LIBRARIES = (
     "/usr/lib/aarch64-linux-gnu/openblas-pthread/libopenblas.so.0",
     "/usr/lib64/libopenblasp.so.0",
 )
+
+#: What MLX multiplies float32 matrices with.
+PRODUCT = "cblas_sgemm"
+#: Names of the reference BLAS; Debian calls a fast one so, too, in a folder of its name.
+REFERENCE, FAST = re.compile(r"lib(c|ref)?blas\b"), re.compile("openblas|mkl|blis|atlas")
 
 
 @dataclass(frozen=True)
@@ -70,20 +80,65 @@ def status() -> BlasStatus:
     """Load a BLAS where one is needed, once a process; returns the outcome."""
     if not needed():
         return BlasStatus(None, "not needed on this platform")
-    wanted = os.environ.get("CALIB_BLAS", "")
-    if wanted.lower() == "none":
+    if is_switched_off():
         return BlasStatus(None, "switched off by CALIB_BLAS=none")
     if "mlx.core" in sys.modules:
+        bound = bound_library()
+        if bound is not None and not _is_reference(bound):
+            return BlasStatus(str(bound), "loaded before MLX")
         return BlasStatus(None, "mlx was imported before calib; import calib first")
-    failures = []
+    wanted, failures = os.environ.get("CALIB_BLAS"), []
     for path in (wanted,) if wanted else candidates():
         try:
-            ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
+            library = ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
         except OSError as error:
-            failures.append(f"{path}: {error}")
+            failures.append(f"{path}: {str(error).removeprefix(f'{path}: ')}")
             continue
-        return BlasStatus(path, "CALIB_BLAS" if wanted else "found")
+        if hasattr(library, PRODUCT):
+            return BlasStatus(path, "CALIB_BLAS" if wanted else "found")
+        failures.append(f"{path}: has no {PRODUCT}")
     return BlasStatus(None, "; ".join(failures) or "no OpenBLAS or MKL found")
+
+
+def is_switched_off() -> bool:
+    """Whether the reference BLAS is wished for, with CALIB_BLAS=none."""
+    return os.environ.get("CALIB_BLAS", "").lower() == "none"
+
+
+def bound_library() -> Path | None:
+    """The library that MLX's products run on; None where MLX is not loaded, or that cannot be told."""
+    core = getattr(sys.modules.get("mlx.core"), "__file__", None)
+    return None if core is None else provider(Path(core).parent / "lib" / "libmlx.so", PRODUCT)
+
+
+def _is_reference(library: Path) -> bool:
+    return bool(REFERENCE.match(library.name)) and not FAST.search(library.parent.name)
+
+
+def slow() -> str | None:
+    """A line with the cause and the remedy where MLX's products run on a reference BLAS by mistake; None: all is well.
+
+    A GPU's products do not; whether there is one is not looked at.
+    """
+    if not needed() or is_switched_off():
+        return None
+    found, bound, remedy = status(), bound_library(), ""
+    if found.library is None:
+        why = found.reason
+        if os.environ.get("CALIB_BLAS"):
+            remedy = f": unset CALIB_BLAS; if that finds none: {install()}"
+        elif "imported before" not in why:
+            remedy = f": {install()}"
+    elif bound is not None and _is_reference(bound):
+        why = f"{bound} was loaded before {found.library}; see to it that nothing loads it, as LD_PRELOAD does"
+    else:
+        return None
+    return f"no fast BLAS ({why}), so products are some 30 times slower{remedy}"
+
+
+def install() -> str:
+    """The commands that install a fast BLAS."""
+    return "apt install libopenblas0-pthread" + (", or pip install mkl" if platform.machine() == "x86_64" else "")
 
 
 #: Functions that set the number of threads of a BLAS, by library.

@@ -12,6 +12,21 @@ class CalibError(Exception):
     exit_status = 1
 
 
+class Unsettled(CalibError):
+    """A file cannot be judged now: another program writes to it, or the system lacks something. It is not damaged.
+
+    Attributes:
+        advice: the reason and the remedy, without the file's name.
+    """
+
+    def __init__(self, path: object, advice: str):
+        super().__init__(path, advice)  # as pickle makes it again
+        self.advice = advice
+
+    def __str__(self) -> str:
+        return f"{self.args[0]}: {self.advice}"
+
+
 class ConfigError(CalibError):
     """A bad key or value, found before any work starts. Exit status 2."""
 

@@ -7,13 +7,14 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
 from calib.base.errors import CalibError, ConfigError
+from calib.base.locks import is_locked, refuse_unsettled, settled
 
 TEMPORARY_SUFFIX = ".tmp"
 
@@ -29,29 +30,31 @@ UMASK = _umask()
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, lock: bool = True) -> Iterator[Path]:
     """Yield a temporary path beside ``path``, which is synced and renamed to ``path`` unless the body raises.
 
-    The temporary file is locked while its writer lives; an unlocked one was left by a killed process.
+    The temporary file is locked while its writer lives; an unlocked one was left by a killed process. Not so without
+    ``lock``, for a writer in a folder that is its own, and whose library may lock the file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = _locked_temporary(path)
+    handle, temporary = _new_temporary(path, lock)
     try:
-        yield temporary
-        _sync(handle)
-        temporary.chmod(0o666 & ~UMASK)
-        os.replace(temporary, path)
+        try:
+            yield temporary
+            _sync(handle)
+            temporary.chmod(0o666 & ~UMASK)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+            os.close(handle)  # with its lock, which readers of the finished file would meet
         sync_folder(path.parent)
     except OSError as error:
         if error.filename in (str(temporary), None):
             error.filename = str(path)
         raise
-    finally:
-        temporary.unlink(missing_ok=True)
-        os.close(handle)
 
 
-def _locked_temporary(path: Path) -> tuple[int, Path]:
+def _new_temporary(path: Path, lock: bool) -> tuple[int, Path]:
     """Create a temporary file and lock it; again, if another process removes it before the lock is held."""
     while True:
         try:
@@ -59,9 +62,10 @@ def _locked_temporary(path: Path) -> tuple[int, Path]:
         except OSError as error:
             error.filename = str(path)
             raise
-        with suppress(OSError):  # a file system without locks: nothing is cleaned there either
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        if os.path.exists(name):
+        if lock:
+            with suppress(OSError):  # a file system without locks: nothing is cleaned there either
+                fcntl.flock(handle, fcntl.LOCK_EX)
+        if not lock or os.path.exists(name):
             return handle, Path(name)
         os.close(handle)
 
@@ -86,8 +90,9 @@ def sync_folder(folder: Path) -> None:
 
 
 def abandoned_temporaries(folder: Path) -> list[Path]:
-    """Temporary files directly in ``folder`` whose writer has died."""
-    return [path for path in sorted(folder.glob(f".*{TEMPORARY_SUFFIX}")) if not is_locked(path)]
+    """Temporary files directly in ``folder`` whose writer has died; none where the file system has no locks."""
+    found = sorted(folder.glob(f".*{TEMPORARY_SUFFIX}"))
+    return [path for path in found if not is_locked(path, without_locks=True)]
 
 
 def remove_abandoned(folder: Path) -> None:
@@ -99,18 +104,6 @@ def remove_abandoned(folder: Path) -> None:
         with suppress(OSError), open(path, "r+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             path.unlink()
-
-
-def is_locked(path: Path) -> bool:
-    """Whether a living process holds the lock of a file; True where that is unknown."""
-    try:
-        with open(path, "r+b" if os.access(path, os.W_OK) else "rb") as file:  # NFS locks only what may be written
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except OSError:
-        return True
-    return False
 
 
 def _existing(folder: Path) -> Path:
@@ -153,23 +146,6 @@ def take_room(file: IO[bytes], nbytes: int) -> None:
         os.posix_fallocate(file.fileno(), 0, nbytes)
 
 
-@contextmanager
-def locked(path: Path, on_wait: Callable[[], None]) -> Iterator[None]:
-    """Hold the lock file ``path`` within the context; calls ``on_wait`` before waiting for another process."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            on_wait()
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError as error:
-            raise CalibError(
-                f"{path}: this file system has no locks ({error.strerror}); choose another folder"
-            ) from None
-        yield
-
-
 def write_bytes(path: Path, content: bytes) -> None:
     """Write ``content``, whole or not at all."""
     with replacing(path) as temporary:
@@ -193,6 +169,7 @@ def read_text(path: Path) -> str:
     except FileNotFoundError:
         raise CalibError(f"{path}: no such file") from None
     except OSError as error:
+        refuse_unsettled(path, error)
         raise CalibError(f"{path}: cannot be read ({error.strerror})") from None
 
 
@@ -232,8 +209,8 @@ def read_edited_json(path: Path) -> Any:
 
 
 def checksum(path: Path) -> str:
-    """SHA-256 of a file, as 'sha256:<hex>'."""
-    with open(path, "rb") as file:
+    """SHA-256 of a finished file, as 'sha256:<hex>'; raises Unsettled while another program writes to it."""
+    with settled(path) as file:
         return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
 
 

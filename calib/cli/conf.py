@@ -3,9 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import calib
-
-PACKAGE = Path(calib.__file__).parent
+PACKAGE = Path(__file__).parents[1]
 #: In a wheel the configuration lies inside the package, in a checkout beside it.
 CONF = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf"
 

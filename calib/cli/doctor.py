@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import calib
 from calib.base import blas
 from calib.base.errors import in_a_line
 from calib.base.versions import versions
@@ -73,7 +72,7 @@ def measure_gflops(size: int, seconds: float = 0.4) -> float:
 
 def reference_gflops(size: int) -> float | None:
     """GFLOP/s of the reference BLAS in MLX's CPU wheel, measured in a process of its own; None where that fails."""
-    path = os.pathsep.join([str(Path(calib.__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
     code = f"from calib.cli.doctor import measure_gflops; print(measure_gflops({size}))"
     try:
         run = subprocess.run(
@@ -176,20 +175,15 @@ def judge_speed(report: Report) -> None:
 
 def judge_blas(report: Report) -> None:
     """Add a line about how to make MLX's products on a Linux CPU faster, if they are slow."""
-    library, ratio, wanted = blas.status().library, report.blas.get("ratio"), os.environ.get("CALIB_BLAS")
-    install = "apt install libopenblas0-pthread"
-    if platform.machine() == "x86_64":
-        install += ", or pip install mkl"
-    if library is None and wanted:
-        report.advice.append(f"no fast BLAS ({blas.status().reason}): unset CALIB_BLAS; if that finds none: {install}")
-    elif library is None and "imported before" in blas.status().reason:
-        report.advice.append(f"no fast BLAS: {blas.status().reason}")
-    elif library is None:
-        report.advice.append(f"no fast BLAS ({blas.status().reason}), so products are some 30 times slower: {install}")
+    slow, ratio = blas.slow(), report.blas.get("ratio")
+    if slow is not None:
+        report.advice.append(slow)
+    elif blas.is_switched_off():
+        report.advice.append("no fast BLAS, as CALIB_BLAS=none: products are some 30 times slower; unset it")
     elif ratio is not None and ratio < TARGET_RATIO:
         report.advice.append(
-            f"{library} is {ratio:.1f} times the reference BLAS, usual is {TARGET_RATIO:.0f} or more: "
-            f"is the machine busy, OMP_NUM_THREADS set? If not: {install}"
+            f"{blas.status().library} is {ratio:.1f} times the reference BLAS, usual is {TARGET_RATIO:.0f} or more: "
+            f"is the machine busy, OMP_NUM_THREADS set? If not: {blas.install()}"
         )
 
 

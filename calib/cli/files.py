@@ -23,12 +23,12 @@ VERIFY_HELP = """Reads every file of the dataset, or of the run, in DIR and says
 Found are: missing, truncated and altered files; NaN, infinite or implausible latents; constant pictures; entries of
 manifest.json that disagree with what the files say of themselves (prompt, seed, settings); images of other settings;
 files that no entry names, and what killed processes left half-written. A dataset of the older layout has no checksums:
-its files are judged by reading them.
+its files are judged by reading them. A file that another program holds open for writing is not judged, and stays.
 
 In a run directory: damaged files, files changed after the job, and products of another origin than what lies beside
 them, each with the command that renews it.
 """
-VERIFY_END = """exit status: 0 sound, 1 not sound or no dataset, 2 wrong arguments
+VERIFY_END = """exit status: 0 sound, 1 not sound, not known or no dataset, 2 wrong arguments
 
 examples
   calib verify calibration_data/emoji-…            a table, and one verdict
@@ -101,7 +101,7 @@ def verify_command(arguments: Sequence[str]) -> int:
         _print_json({**report_json(report), "repair": None if repaired is None else _repair_json(repaired)})
     else:
         print(report_text(report, report.verdict if repaired is None else _repair_text(repaired)), end="")
-    return 0 if report.sound or repaired is not None else 1
+    return 0 if report.sound or (repaired is not None and not report.unsettled) else 1
 
 
 def _verify_run(run: Path, as_json: bool, repair: bool) -> int:
@@ -124,13 +124,16 @@ def _print_json(document: Mapping[str, Any]) -> None:
 
 
 def _repair_json(done: "Repair") -> dict[str, Any]:
-    return {"aside": str(done.aside), "moved": done.moved, "images": done.images, "sound": True}
+    return {"aside": str(done.aside), "moved": done.moved, "images": done.images, "sound": not done.before.unsettled}
 
 
 def _repair_text(done: "Repair") -> str:
-    left = counted(done.before.images - len(done.images), "image")
-    again = "; calib generate makes the others again" if done.images and not done.before.manifest.is_older else ""
-    return f"repaired: {counted(len(done.moved), 'file')} moved to {done.aside}; what remains is sound: {left}{again}"
+    before = done.before
+    again = "; calib generate makes the others again" if done.images and not before.manifest.is_older else ""
+    remains = f"what remains is sound: {counted(before.good, 'image')}"
+    if before.unsettled:
+        remains = f"what remains is sound but for {before.not_judged}: {counted(before.good, 'image')}"
+    return f"repaired: {counted(len(done.moved), 'file')} moved to {done.aside}; {remains}{again}"
 
 
 def rebuild_manifest_command(arguments: Sequence[str]) -> int:

@@ -8,8 +8,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 
-import calib
-from calib.base import interrupts
+from calib.base import VERSION, interrupts
 from calib.base.errors import CalibError, ConfigError, in_a_line, suggest
 from calib.stages import Stage
 
@@ -69,7 +68,7 @@ def _run(arguments: list[str]) -> int:
         print(help_text(stage), end="")
         return 0
     if "--version" in rest:
-        print(f"calib {calib.__version__}")
+        print(f"calib {VERSION}")
         return 0
     from calib.cli.launch import launch
 

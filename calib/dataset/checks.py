@@ -7,15 +7,16 @@ from enum import StrEnum
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from calib.base.errors import reason_of
+from calib.base import hdf5
+from calib.base.errors import Unsettled, reason_of
 from calib.base.files import checksum
+from calib.base.locks import refuse_unsettled, settled
 from calib.base.seeds import image_seed
 from calib.dataset.images import IMAGES, LATENTS
 from calib.dataset.manifest import MANIFEST, ImageEntry, Manifest
 from calib.dataset.plausible import Fault, is_affine_of, is_first_state, latent_fault
 from calib.dataset.store import TRAJECTORY_FORMAT, StateDtype, StorageFormat, sample_files
 
-import h5py
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
@@ -41,6 +42,7 @@ class Kind(StrEnum):
     DUPLICATE = "duplicate"
     ORPHAN = "orphan"
     TEMPORARY = "temporary"
+    UNSETTLED = "not judged"
 
 
 @dataclass(frozen=True)
@@ -104,8 +106,15 @@ class _Check:
         self._digests: dict[int, tuple[int, float]] = {}
         self._final: NDArray[Any] | None = None
 
-    def _add(self, kind: Kind, file: str, detail: str) -> None:
-        self.findings.append(Finding(kind, self.entry.image_id, file, detail))
+    def _add(self, kind: Kind, file: str, detail: str, error: Exception | None = None) -> None:
+        """Record a finding, once, whose cause may be ``error``; what may pass is no fault of the file."""
+        try:
+            refuse_unsettled(self.data_dir / file, error)
+        except Unsettled as cause:
+            kind, detail = Kind.UNSETTLED, cause.advice
+        finding = Finding(kind, self.entry.image_id, file, detail)
+        if finding not in self.findings:
+            self.findings.append(finding)
 
     # The entry against the manifest
 
@@ -135,16 +144,16 @@ class _Check:
                 found = None if self.manifest.is_older else checksum(self.data_dir / name)
             except FileNotFoundError:
                 self._useless(Kind.MISSING, name, "no such file")
-            except OSError as error:
-                self._useless(Kind.UNREADABLE, name, reason_of(error))
+            except (OSError, Unsettled) as error:
+                self._useless(Kind.UNREADABLE, name, reason_of(error), error)
             else:
                 if found != self.entry.checksums.get(name):
                     self._useless(Kind.ALTERED, name, f"checksum does not hold ({size} bytes)")
 
-    def _useless(self, kind: Kind, name: str, detail: str) -> None:
+    def _useless(self, kind: Kind, name: str, detail: str, error: Exception | None = None) -> None:
         """Record a finding for a file and exclude it from further checks."""
         self._unusable.add(name)
-        self._add(kind, name, detail)
+        self._add(kind, name, detail, error)
 
     # States
 
@@ -158,11 +167,11 @@ class _Check:
                 else:
                     self._npz(name, self.manifest.steps[row])
             except Exception as error:
-                self._useless(Kind.UNREADABLE, name, reason_of(error))
+                self._useless(Kind.UNREADABLE, name, reason_of(error), error)
 
     def _hdf5(self, name: str) -> None:
         manifest, steps = self.manifest, self.manifest.steps
-        with h5py.File(self.data_dir / name, "r") as file:
+        with settled(self.data_dir / name) as raw, hdf5.opened(raw) as file:
             if file.attrs.get("format") != TRAJECTORY_FORMAT:
                 raise ValueError(f"not a {TRAJECTORY_FORMAT} file")
             self._facts(name, file.attrs)
@@ -242,7 +251,7 @@ class _Check:
             elif self._is_plausible(name, x) and self._final is not None and not is_affine_of(x, self._final):
                 self._add(Kind.DISAGREES, name, f"is not the finished state (state {self.manifest.num_steps})")
         except Exception as error:
-            self._useless(Kind.UNREADABLE, name, reason_of(error))
+            self._useless(Kind.UNREADABLE, name, reason_of(error), error)
 
     def picture(self) -> None:
         name = self.entry.filename
@@ -259,7 +268,7 @@ class _Check:
             if np.ptp(pixels, axis=(0, 1)).max() == 0:
                 self._add(Kind.CONSTANT, name, f"every pixel is {pixels[0, 0].tolist()}")
         except Exception as error:
-            self._useless(Kind.UNREADABLE, name, reason_of(error))
+            self._useless(Kind.UNREADABLE, name, reason_of(error), error)
 
     def _facts(self, name: str, facts: Mapping[str, Any]) -> None:
         """Compare the metadata in a file of calib's with the entry and the manifest."""

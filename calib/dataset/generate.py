@@ -13,6 +13,7 @@ from pathlib import Path
 from calib.base.errors import ConfigError
 from calib.base.files import checksum, remove_abandoned
 from calib.base.interrupts import in_threads
+from calib.base.locks import refuse_unsettled
 from calib.base.progress import Progress, note, say
 from calib.base.seeds import image_seed
 from calib.dataset.images import DrawnImage
@@ -66,11 +67,15 @@ def missing_images(
 
 
 def is_whole(data_dir: Path, entry: ImageEntry) -> bool:
-    """Whether every file of ``entry`` exists with the content that was written."""
-    try:
-        return all(checksum(data_dir / name) == entry.checksums.get(name) for name in entry.files)
-    except OSError:
-        return False
+    """Whether every file of ``entry`` exists with the content that was written; Unsettled where that is not known."""
+    for name in entry.files:
+        try:
+            if checksum(data_dir / name) != entry.checksums.get(name):
+                return False
+        except OSError as error:
+            refuse_unsettled(data_dir / name, error)
+            return False
+    return True
 
 
 def trajectory(

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from calib.base.errors import CalibError, reason_of
+from calib.base.locks import refuse_unsettled
 from calib.dataset.manifest import Manifest
 
 import numpy as np
@@ -27,6 +28,7 @@ def _feature(data_dir: Path, manifest: Manifest, image_id: int) -> NDArray[np.fl
     try:
         latent = np.load(path).astype(np.float32).reshape(manifest.latent_shape)
     except Exception as error:  # readers of damaged files raise errors of any class
+        refuse_unsettled(path, error)
         raise CalibError(
             f"{path}: cannot be read ({reason_of(error)}); calib verify {data_dir} says what else is wrong"
         ) from None

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from calib.base.errors import CalibError
+from calib.base.errors import CalibError, Unsettled
 from calib.base.files import read_json
 from calib.dataset.manifest import MANIFEST, ImageEntry, Manifest, parse_manifest
 from calib.dataset.older import parse_older_manifest
@@ -15,6 +15,7 @@ def load_manifest(data_dir: Path) -> Manifest:
 
     Raises:
         CalibError: it is missing or damaged; the message names the remedy.
+        Unsettled: it cannot be read now.
     """
     path = data_dir / MANIFEST
     if not path.exists():
@@ -24,6 +25,8 @@ def load_manifest(data_dir: Path) -> Manifest:
         )
     try:
         document: Any = read_json(path)
+    except Unsettled:
+        raise
     except CalibError as error:
         raise CalibError(f"{error}; calib rebuild-manifest {data_dir} restores it from the files") from None
     if isinstance(document, dict) and "format" not in document and "images" in document:

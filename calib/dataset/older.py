@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from calib.base.errors import CalibError, reason_of
+from calib.base.locks import refuse_unsettled
 from calib.dataset.manifest import MANIFEST, ImageEntry, Manifest
 from calib.dataset.store import SAMPLES, StorageFormat
 
@@ -134,5 +135,6 @@ def _first_readable(data_dir: Path, names: Sequence[str]) -> tuple[float, float,
                 x = archive["x"]
             return float(sigma), float(timestep), (cast("tuple[int, int, int]", x.shape[-3:]), str(x.dtype))
         except Exception as error:  # for damaged headers NumPy raises errors of any class, e.g. TokenError
+            refuse_unsettled(data_dir / name, error)
             failures.append(f"{data_dir / name}: not a state of an older dataset ({reason_of(error)})")
     raise CalibError(failures[0])

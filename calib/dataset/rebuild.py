@@ -8,9 +8,11 @@ from json import JSONDecodeError, loads
 from pathlib import Path
 from typing import Any
 
-from calib.base.errors import CalibError, reason_of
+from calib.base import hdf5
+from calib.base.errors import CalibError, Unsettled, reason_of
 from calib.base.files import checksum, write_json
 from calib.base.interrupts import in_threads
+from calib.base.locks import refuse_unsettled, settled
 from calib.base.progress import Progress
 from calib.dataset.checks import Finding, Kind, canonical_files
 from calib.dataset.images import IMAGES, image_ids
@@ -21,7 +23,6 @@ from calib.dataset.repair import exclusive, timestamp
 from calib.dataset.store import SAMPLES
 from calib.dataset.verify import check_images
 
-import h5py
 from PIL import Image
 
 
@@ -50,6 +51,7 @@ def rebuild_manifest(data_dir: Path, force: bool = False) -> Rebuilt:
 
     Raises:
         CalibError: there are no such files, another process writes, or the manifest is readable and ``force`` not set.
+        Unsettled: a file cannot be read now; nothing was changed.
     """
     ids = image_ids(data_dir)
     if not ids:
@@ -75,6 +77,8 @@ def rebuild_manifest(data_dir: Path, force: bool = False) -> Rebuilt:
 def _is_readable(data_dir: Path) -> bool:
     try:
         load_manifest(data_dir)
+    except Unsettled:
+        raise
     except CalibError:
         return False
     return True
@@ -105,11 +109,12 @@ def _facts(data_dir: Path, name: str) -> dict[str, Any]:
     """Metadata of a file; empty where it cannot be read."""
     try:
         if name.endswith(".h5"):
-            with h5py.File(data_dir / name, "r") as file:
+            with settled(data_dir / name) as raw, hdf5.opened(raw) as file:
                 return dict(file.attrs)
         with Image.open(data_dir / name) as picture:
             return {str(key): value for key, value in picture.info.items()}
-    except Exception:  # readers of damaged files raise errors of any class; the checks report the file later
+    except Exception as error:  # readers of damaged files raise errors of any class; the checks report the file later
+        refuse_unsettled(data_dir / name, error)
         return {}
 
 
@@ -133,6 +138,8 @@ def _restore(data_dir: Path, settings: str, ids: Sequence[int]) -> tuple[Manifes
     entries = {result.image_id: result for result in results if isinstance(result, ImageEntry)}
     checked = check_images(data_dir, manifest, list(entries.values()), "check images")
     left_out += [finding for one in checked.values() for finding in one.findings]
+    if unsettled := [finding for finding in left_out if finding.kind is Kind.UNSETTLED]:
+        raise Unsettled(data_dir / unsettled[0].file, unsettled[0].detail)
     manifest.images = {i: entry for i, entry in entries.items() if not checked[i].findings}
     return manifest, left_out
 
@@ -157,4 +164,5 @@ def _entry(data_dir: Path, manifest: Manifest, image_id: int) -> ImageEntry | Fi
             checksums={name: checksum(data_dir / name) for name in (picture, latent, *samples)},
         )
     except (KeyError, ValueError, OSError) as error:
+        refuse_unsettled(data_dir / picture, error)
         return Finding(Kind.UNREADABLE, image_id, picture, f"does not say how it was made ({reason_of(error)})")

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from calib.base.errors import CalibError
+from calib.base.locks import refuse_unsettled
 from calib.base.progress import counted
 from calib.dataset.images import IMAGES, LATENTS
 from calib.dataset.manifest import MANIFEST
@@ -53,7 +54,8 @@ def older_document(data_dir: Path) -> tuple[dict[str, Any], list[str]]:
                 finals.update([max(by_step)] if "is_final" in archive and archive["is_final"].any() else [])
                 extra = {key: archive[key].item() for key in NAMES & {*archive}}
                 facts[image_id] = {**_known(extra), **facts[image_id]}
-        except Exception:  # for damaged files NumPy raises errors of any class
+        except Exception as error:  # for damaged files NumPy raises errors of any class
+            refuse_unsettled(data_dir / by_step[max(by_step)], error)
             damaged.append(image_id)
     if not shapes:
         raise CalibError(f"{data_dir}: nothing there says how it was made, no picture or states of calib, no sound npz")
@@ -83,7 +85,8 @@ def _picture_facts(path: Path) -> dict[str, Any]:
     try:
         with Image.open(path) as picture:
             return {str(key).lower(): value for key, value in picture.info.items()}
-    except Exception:  # no picture, or an unreadable one: no facts
+    except Exception as error:  # no picture, or an unreadable one: no facts
+        refuse_unsettled(path, error)
         return {}
 
 

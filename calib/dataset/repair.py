@@ -15,7 +15,7 @@ from pathlib import Path
 
 from calib.base.errors import CalibError
 from calib.base.files import read_json, write_text
-from calib.dataset.checks import ASIDE, stays_inside
+from calib.dataset.checks import ASIDE, Kind, stays_inside
 from calib.dataset.load import load_manifest
 from calib.dataset.manifest import MANIFEST
 from calib.dataset.shards import Shard, being_written, manifest_lock, shard_lock
@@ -62,7 +62,9 @@ def timestamp() -> str:
 
 
 def repair(data_dir: Path) -> Repair | None:
-    """Verify the dataset and move all bad files into ``aside/<time>/``; None where the dataset is sound.
+    """Verify the dataset and move all bad files into ``aside/<time>/``; None where there is nothing to move.
+
+    Files that are in use stay, and with them their images: they cannot be judged.
 
     A dataset of the older layout keeps its own manifest without the bad images, which calib cannot draw again.
 
@@ -72,7 +74,7 @@ def repair(data_dir: Path) -> Repair | None:
     load_manifest(data_dir)  # before lock files are made: a folder that is no dataset stays unchanged
     with exclusive(data_dir) as own:
         report = verify(data_dir, besides=own)
-        if report.sound:
+        if len(report.unsettled) == len(report.findings):
             return None
         if report.manifest_is_wrong:
             remedy = manifest_remedy(data_dir, report.manifest)
@@ -95,7 +97,7 @@ def _files_to_move(report: DatasetReport) -> list[str]:
     bad, images = report.bad_images, report.manifest.images
     kept = {name for image_id, entry in images.items() if image_id not in bad for name in entry.files}
     names = {name for image_id in bad for name in images[image_id].files if stays_inside(name)}
-    names |= {finding.file for finding in report.findings if finding.image_id is None}
+    names |= {f.file for f in report.findings if f.image_id is None and f.kind is not Kind.UNSETTLED}
     return sorted(name for name in names - kept if (report.data_dir / name).exists())
 
 

@@ -4,7 +4,6 @@ Locks are the operating system's and are released when their process ends. For p
 folder's file system must support ``flock`` (NFS, SMB 3 and Lustre mounted with ``flock`` do).
 """
 
-import fcntl
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -13,13 +12,12 @@ from pathlib import Path
 from typing import IO
 
 from calib.base.errors import CalibError
-from calib.base.files import is_locked
+from calib.base.locks import ATTEMPTS, PAUSE_SECONDS, is_locked, take_lock
 from calib.base.progress import say
 from calib.dataset.load import load_manifest
 from calib.dataset.manifest import ImageEntry
 
 LOCK_PREFIX = ".lock-"
-ATTEMPTS, PAUSE_SECONDS = 5, 0.02
 
 
 @dataclass(frozen=True)
@@ -41,23 +39,10 @@ def _open_lock(data_dir: Path, name: str) -> IO[str]:
         raise CalibError(f"{data_dir}: cannot be written ({error.strerror})") from None
 
 
-def _acquire(file: IO[str], flags: int) -> bool:
-    """Take the lock of ``file``; False where another process holds it and ``flags`` forbid waiting."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | flags)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        raise CalibError(
-            f"{file.name}: this file system has no locks ({error.strerror}); choose another data_dir"
-        ) from None
-    return True
-
-
-def _acquire_soon(file: IO[str]) -> bool:
+def _acquire_soon(file: IO[str], alone: bool) -> bool:
     """Take the lock of ``file``; False where it stays held over some attempts, as testing a lock holds it briefly."""
     for _ in range(ATTEMPTS):
-        if _acquire(file, fcntl.LOCK_NB):
+        if take_lock(file, wait=False, alone=alone):
             return True
         time.sleep(PAUSE_SECONDS)
     return False
@@ -71,15 +56,16 @@ def _lock_name(shard: Shard) -> str:
 def shard_lock(data_dir: Path, shard: Shard, wait: bool) -> Iterator[None]:
     """Hold the lock of one shard.
 
-    Where another process holds it: report that and wait or, unless ``wait``, raise a CalibError.
+    Where another process holds it: report that and wait or, unless ``wait``, raise a CalibError; so, too, where shards
+    share a file system without locks.
     """
     with _open_lock(data_dir, _lock_name(shard)) as file:
-        if not _acquire_soon(file):
+        if not _acquire_soon(file, alone=shard.count == 1):
             which = f"shard {shard.index} of {shard.count} of " if shard.count > 1 else ""
             if not wait:
                 raise CalibError(f"{data_dir}: another process is drawing {which}this dataset; let it finish")
             say(f"waiting for the process that draws {which}{data_dir}")
-            _acquire(file, 0)
+            take_lock(file, wait=True)
         yield
 
 
@@ -87,7 +73,7 @@ def shard_lock(data_dir: Path, shard: Shard, wait: bool) -> Iterator[None]:
 def manifest_lock(data_dir: Path) -> Iterator[None]:
     """Hold the lock of the manifest, for the time of a change."""
     with _open_lock(data_dir, "manifest") as file:
-        _acquire(file, 0)
+        take_lock(file, wait=True)
         yield
 
 

@@ -7,11 +7,12 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from calib.base import hdf5
 from calib.base.errors import CalibError, reason_of
 from calib.base.files import write_bytes
+from calib.base.locks import refuse_unsettled
 from calib.dataset.manifest import Manifest
 
-import h5py
 import numpy as np
 from numpy.typing import NDArray
 
@@ -105,7 +106,7 @@ def write_trajectory(
 def _hdf5(stored: NDArray[Any], manifest: Manifest, facts: Mapping[str, Any]) -> bytes:
     """An HDF5 file, made in memory: a full disk ends the process under HDF5, but raises under a plain write."""
     steps = manifest.steps
-    with h5py.File("trajectory", "w", driver="core", backing_store=False) as file:
+    with hdf5.in_memory() as file:
         file.attrs.update({"format": TRAJECTORY_FORMAT, "format_version": TRAJECTORY_FORMAT_VERSION, **facts})
         file.attrs["dataset"] = json.dumps(manifest.settings(), ensure_ascii=False)
         # One state per chunk, as states are read one by one; 16-bit latents do not compress.
@@ -121,15 +122,18 @@ def _hdf5(stored: NDArray[Any], manifest: Manifest, facts: Mapping[str, Any]) ->
 def read_state(data_dir: Path, manifest: Manifest, image_id: int, step: int) -> NDArray[Any]:
     """The latent (height, width, channels) of one image before model call ``step``, in its stored type.
 
+    No lock is taken, as a dataset's checksums were compared before: who opens a file meanwhile disturbs no collection.
+
     Raises:
         CalibError: the file is damaged or its state has another shape; the message names the file.
+        Unsettled: it cannot be read now; it is not damaged.
     """
     entry, row = manifest.images[image_id], manifest.row(step)
     single = manifest.storage == StorageFormat.HDF5
     path = data_dir / entry.samples[0 if single else row]
     try:
         if single:
-            with h5py.File(path, "r") as file:
+            with open(path, "rb") as raw, hdf5.opened(raw) as file:
                 stored: NDArray[Any] = file["x"][row]
         else:
             with np.load(path) as archive:
@@ -138,6 +142,7 @@ def read_state(data_dir: Path, manifest: Manifest, image_id: int, step: int) -> 
         if state.shape != manifest.latent_shape:
             raise ValueError(f"shape {state.shape}, not {manifest.latent_shape}")
     except Exception as error:  # readers of damaged files raise errors of any class
+        refuse_unsettled(path, error)
         mend = f"calib generate draws it again, calib verify {data_dir} says what else is wrong"
         raise CalibError(f"{path}: cannot be read ({reason_of(error)}); {mend}") from None
     return state

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from calib.base.errors import Unsettled
 from calib.base.files import TEMPORARY_SUFFIX, abandoned_temporaries, read_json
 from calib.base.interrupts import in_threads
+from calib.base.locks import refuse_unsettled
 from calib.base.progress import Progress, counted, readable_bytes
 from calib.dataset.checks import ASIDE, Checked, Finding, Kind, check_image
 from calib.dataset.images import FOLDERS
@@ -54,14 +56,33 @@ class DatasetReport:
         return not self.findings
 
     @property
+    def unsettled(self) -> list[Finding]:
+        """Files that could not be judged: in use, or out of reach for now."""
+        return [finding for finding in self.findings if finding.kind is Kind.UNSETTLED]
+
+    @property
     def bad_images(self) -> set[int]:
-        """Ids of images whose files or entries are wrong."""
-        return {f.image_id for f in self.findings if f.image_id is not None and f.kind not in REPAIRED_BY_REWRITING}
+        """Ids of images whose files or entries are wrong; not of those that could not be judged as a whole."""
+        bad = {f.image_id for f in self.findings if f.image_id is not None and f.kind not in REPAIRED_BY_REWRITING}
+        return bad - {finding.image_id for finding in self.unsettled}
 
     @property
     def manifest_is_wrong(self) -> bool:
         """Whether most images disagree with the manifest's settings, so that the manifest is at fault."""
         return 2 * len({f.image_id for f in self.findings if f.kind is Kind.SETTINGS}) > self.images
+
+    @property
+    def good(self) -> int:
+        """Number of images without a fault, and without a file that could not be judged."""
+        return self.images - len(self.bad_images | ({finding.image_id for finding in self.unsettled} - {None}))
+
+    @property
+    def not_judged(self) -> str:
+        """How many files could not be judged, the first by name, and the remedy; empty where there are none."""
+        if not self.unsettled:
+            return ""
+        first = self.unsettled[0]
+        return f"{counted(len(self.unsettled), 'file')} not judged ({first.file}: {first.detail})"
 
     @property
     def verdict(self) -> str:
@@ -72,11 +93,15 @@ class DatasetReport:
         if self.manifest_is_wrong:
             remedy = manifest_remedy(self.data_dir, self.manifest)
             return f"NOT sound: most images disagree with {MANIFEST} itself; {remedy}"
+        if len(self.unsettled) == len(self.findings):
+            return f"NOT known to be sound: {counted(self.good, 'image')} good, {self.not_judged}"
         remedy = f"calib verify {self.data_dir} --repair moves what is wrong aside"
         if not self.bad_images:
-            return f"NOT sound: {counted(self.images, 'image')} good, but other files lie there; {remedy}"
-        again = "" if self.manifest.is_older else ", calib generate draws it again"
-        return f"NOT sound: {len(self.bad_images)} of {counted(self.images, 'image')} bad; {remedy}{again}"
+            verdict = f"NOT sound: {counted(self.good, 'image')} good, but other files lie there; {remedy}"
+        else:
+            again = "" if self.manifest.is_older else ", calib generate draws it again"
+            verdict = f"NOT sound: {len(self.bad_images)} of {counted(self.images, 'image')} bad; {remedy}{again}"
+        return "; ".join(filter(None, [verdict, self.not_judged]))
 
 
 def manifest_remedy(data_dir: Path, manifest: Manifest) -> str:
@@ -156,12 +181,20 @@ def orphans(data_dir: Path) -> list[Finding]:
     for path in paths:
         name = path.relative_to(data_dir).as_posix()
         if name not in named and not path.name.startswith("."):
-            findings.append(Finding(Kind.ORPHAN, None, name, "no entry names it"))
+            findings.append(_orphan(path, name))
     for place in (data_dir, *(data_dir / folder for folder in FOLDERS)):
         for path in abandoned_temporaries(place):
             name = path.relative_to(data_dir).as_posix()
             findings.append(Finding(Kind.TEMPORARY, None, name, "left by a killed process"))
     return findings
+
+
+def _orphan(path: Path, name: str) -> Finding:
+    try:
+        refuse_unsettled(path)
+    except Unsettled as cause:
+        return Finding(Kind.UNSETTLED, None, name, cause.advice)
+    return Finding(Kind.ORPHAN, None, name, "no entry names it")
 
 
 def _storage(data_dir: Path) -> dict[str, Storage]:

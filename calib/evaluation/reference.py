@@ -6,7 +6,8 @@ from functools import partial
 from pathlib import Path
 
 from calib.base.errors import CalibError
-from calib.base.files import locked, read_json, short_hash, write_json
+from calib.base.files import read_json, short_hash, write_json
+from calib.base.locks import locked
 from calib.base.progress import say
 from calib.base.versions import versions
 from calib.dataset.generate import generate, missing_images

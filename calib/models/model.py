@@ -11,6 +11,9 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import cast
 
+from calib.base import blas
+from calib.base.device import on_gpu
+from calib.base.progress import note
 from calib.models.architecture import Architecture, Conditioning
 from calib.models.clock import Clock
 from calib.models.noise import LatentFormat, Sampler, UnscaledLatents
@@ -85,6 +88,11 @@ class DiffusionModel:
     clock: Clock | None = None
     _fingerprint: str = field(default="", init=False, repr=False)
     _rows: dict[str, Conditioning] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """Say so where products will be slow for want of a BLAS; here, as whoever computes has a model."""
+        if not on_gpu() and (slow := blas.slow()) is not None:
+            note(slow)
 
     @property
     def transformer(self) -> nn.Module:

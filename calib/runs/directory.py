@@ -1,6 +1,5 @@
 """One job's output directory: its configuration, state, environment and log."""
 
-import fcntl
 import logging
 import os
 import platform
@@ -29,6 +28,7 @@ from calib.base.layout import (
     STATUS,
     STEPS,
 )
+from calib.base.locks import take_lock
 from calib.base.versions import git_commit, versions
 from calib.runs.exchange import discard, exchange, is_decided, prepare, remove, settle
 from calib.runs.standing import RunState, changed_files, made_in, results_of
@@ -78,7 +78,8 @@ class RunDirectory:
     def _held(self) -> Iterator[None]:
         """Hold the directory's lock; raises a BlockingIOError where another process does."""
         with open(self.home / LOCK, "a") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not take_lock(lock, wait=False):
+                raise BlockingIOError
             yield
 
     @contextmanager

@@ -4,7 +4,6 @@ The later job writes into the folder ``NEXT``. Once its status there says comple
 process is killed while it moves files, whoever opens the directory next moves the rest.
 """
 
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -14,6 +13,7 @@ from pathlib import Path
 from calib.base.errors import CalibError
 from calib.base.files import read_json, sync_folder, write_json
 from calib.base.layout import EVALUATION, EXCHANGE, HYDRA, LOCK, METRICS, NEXT, PAGE, PRODUCTS, STATUS
+from calib.base.locks import take_lock
 
 #: Folders that are exchanged whole; of others, such as images/, single entries are.
 _WHOLE = (HYDRA, *PRODUCTS["quantize"], *EVALUATION)
@@ -57,8 +57,7 @@ def settle(home: Path) -> None:
     if is_decided(home):
         # A disk that cannot be written, or another process: the job that comes next says so.
         with suppress(OSError), open(home / LOCK, "a") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if is_decided(home):
+            if take_lock(lock, wait=False) and is_decided(home):
                 exchange(home)
 
 

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from calib.base.errors import CalibError, reason_of
-from calib.base.files import content_of, is_locked, read_json
+from calib.base.files import content_of, read_json
 from calib.base.layout import CHECKED, LOCK, NEXT, STATUS
+from calib.base.locks import is_locked
 from calib.runs.exchange import settle
 
 #: Why a run is incomplete.

@@ -5,7 +5,7 @@ from functools import cache
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
-import calib
+from calib.base import VERSION
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -26,7 +26,7 @@ def _asset(name: str) -> str:
 def render(template: str, **values: Any) -> str:
     """Return the page ``template`` filled with ``values``; texts are escaped unless :func:`trusted` marks them."""
     page = _environment().get_template(template)
-    own = {"style": trusted(_asset("style.css")), "script": trusted(_asset("page.js")), "version": calib.__version__}
+    own = {"style": trusted(_asset("style.css")), "script": trusted(_asset("page.js")), "version": VERSION}
     return page.render(**own, **values)
 
 
