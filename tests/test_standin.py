@@ -40,49 +40,23 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from diffusionkit.mlx import DiffusionPipeline, FluxPipeline, model_io
-from diffusionkit.mlx.config import FLUX_SCHNELL, CLIPTextModelConfig, SD3_2b, VAEDecoderConfig, VAEEncoderConfig
 from helpers import CHECKOUT, environment, is_one_clear_line, run_in, run_process
 from huggingface_hub import constants
 from mlx.utils import tree_flatten
+from standins import FLUX, SD3, small_hub
 
 assert calib.__version__
 
-SD3, FLUX = standin.MODELS["sd3_medium"], standin.MODELS["flux_schnell"]
 TEXTS = ("a red fox", "Côte d'Azur 日本 🎉, at 10\x00am", "")
 LONG = "an old lighthouse on a rocky coast at dusk, " * 12
-TINY_TEXT = standin.TextShapes(
-    clip_l=CLIPTextModelConfig(2, 32, 2, projection_dim=32),
-    clip_g=CLIPTextModelConfig(2, 64, 2, projection_dim=64, hidden_act="gelu"),
-    # DiffusionKit's encode_text has T5's width of 4096 in its code.
-    t5={**standin.T5, "d_ff": 64, "d_kv": 8, "num_heads": 2, "num_layers": 2, "vocab_size": 1024},
-)
-SIZES = {"hidden_size_override": 128, "num_heads": 2, "depth_multimodal": 2, "max_latent_resolution": 16}
 
 
 @pytest.fixture(scope="module")
-def tiny() -> Iterator[pytest.MonkeyPatch]:
-    """DiffusionKit's module-level configurations, made small for this module."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {**SIZES, "pooled_text_embed_dim": 96}.items():
-            patch.setattr(SD3_2b, name, value)
-        for name, value in {**SIZES, "pooled_text_embed_dim": 32, "rope_axes_dim": (16, 24, 24)}.items():
-            patch.setattr(FLUX_SCHNELL, name, value)
-        patch.setattr(FLUX_SCHNELL, "depth_unified", 2)
-        channels = (32, 32, 32, 32)
-        patch.setattr(VAEDecoderConfig.__init__, "__defaults__", (16, 3, channels, 1, 8))
-        patch.setattr(VAEEncoderConfig.__init__, "__defaults__", (3, 32, channels, 1, 8))
-        yield patch
-
-
-@pytest.fixture(scope="module")
-def cache(tiny: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Both models' repositories; the hub's client reads them and nothing else."""
     folder = tmp_path_factory.mktemp("hub")
-    for repository in (SD3, FLUX):
-        standin.write_standin(folder, repository, use_t5=True, text=TINY_TEXT)
-    tiny.setattr(constants, "HF_HUB_CACHE", str(folder))
-    tiny.setattr(constants, "HF_HUB_OFFLINE", True)
-    return folder
+    with small_hub(folder):
+        yield folder
 
 
 def load(which: str, dtype: ModelDtype = ModelDtype.FLOAT32) -> DiffusionModel:
@@ -184,7 +158,7 @@ def test_a_16_bit_model_draws_and_a_cpu_says_what_that_costs(
     timestep = mx.array(500.0, dtype.mlx)
     mx.eval(timestep)
     x = mx.random.normal((1, *model.latent_shape))
-    image = np.array(model.decode(model.denoise(x, timestep, mx.array(0.5), text, cfg_weight)).astype(mx.float32))
+    image = np.array(model.decode(model.denoise(x, timestep, mx.array(0.5), text, cfg_weight)))
     assert image.shape == (1, 32, 32, 3) and np.isfinite(image).all() and image.std() > 0.01
     if mx.default_device().type == mx.DeviceType.cpu:
         assert f"note: model.dtype={dtype}" in capsys.readouterr().err

@@ -9,38 +9,17 @@ from calib.dataset.settings import SamplerSettings
 from calib.dataset.store import StateDtype
 from calib.models import emoji
 from calib.models.mmdit.architecture import MMDiTArchitecture
-from calib.models.model import DiffusionModel, weights
+from calib.models.model import DiffusionModel, ModelDtype, weights
+from calib.models.small import config_of
 
 import mlx.core as mx
 import numpy as np
-from diffusionkit.mlx.config import MMDiTConfig, PositionalEncoding
 from diffusionkit.mlx.mmdit import MMDiT
 from diffusionkit.mlx.sampler import FluxSampler
 from helpers import PROMPTS
 
 #: SD3's; FLUX's, with an MLP beside the attention in unified blocks; and that with the MLP after the attention.
 STRUCTURES = ("sd3", "flux", "serial")
-
-
-def config_of(structure: str, dtype: mx.Dtype = mx.float32, text: int = 256, pooled: int = 256) -> MMDiTConfig:
-    """64 channels, and blocks of every kind; ``text`` and ``pooled`` are the widths of what the prompt becomes."""
-    flux = structure != "sd3"
-    return MMDiTConfig(
-        num_heads=2,
-        hidden_size_override=64,
-        depth_multimodal=2 if flux else 3,
-        depth_unified=2 if flux else 0,
-        parallel_mlp_for_unified_blocks=structure != "serial",
-        patchify_via_reshape=flux,
-        pos_embed_type=PositionalEncoding.PreSDPARope if flux else PositionalEncoding.LearnedInputEmbedding,
-        rope_axes_dim=(8, 12, 12) if flux else None,
-        max_latent_resolution=16,
-        pooled_text_embed_dim=pooled,
-        token_level_text_embed_dim=text,
-        use_qk_norm=True,
-        dtype=dtype,
-        low_memory_mode=False,
-    )
 
 
 def tiny_transformer(structure: str, dtype: mx.Dtype = mx.float32, spread: float = 0.5, **widths: int) -> MMDiT:
@@ -76,9 +55,15 @@ def tiny_model(model: DiffusionModel, structure: str, dtype: mx.Dtype = mx.float
     return tiny if structure == "sd3" else replace(tiny, sampler=FluxSampler(shift=1.0), supports_guidance=False)
 
 
-def load(name: str, shift: float, image_size: Sequence[int]) -> DiffusionModel:
-    """A small FLUX, for ``model._target_``."""
-    return replace(tiny_model(emoji.load(image_size=image_size), "flux"), name=name)
+def load(
+    name: str,
+    shift: float,
+    image_size: Sequence[int],
+    structure: str = "flux",
+    dtype: ModelDtype = ModelDtype.FLOAT32,
+) -> DiffusionModel:
+    """A small FLUX or SD3, for ``model._target_``."""
+    return replace(tiny_model(emoji.load(image_size=image_size), structure, dtype.mlx), name=name)
 
 
 def draw(model: DiffusionModel, folder: Path, batch_size: int = 3) -> Path:

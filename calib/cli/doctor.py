@@ -30,8 +30,9 @@ thing that is slow or missing, with what to install or do. Takes some seconds: o
 BLAS is timed too.
 
 With --selftest: check that this device computes what calib relies on. The shipped model draws two pictures, which
-are compared with stored values; MLX's operations and collected statistics are compared with NumPy. The report is
-short enough to paste into an issue.
+are compared with stored values; MLX's operations and collected statistics are compared with NumPy; and whatever the
+machine, what a Mac would run is looked up among the kernels of MLX's Metal backend. The report is short enough to
+paste into an issue.
 """
 EPILOG = """\
 exit status: 0 all is well, or there is only advice; 1 something is broken, or a check failed

@@ -162,9 +162,12 @@ class DiffusionModel:
         return unconditional + cfg_weight * (conditional - unconditional)
 
     def decode(self, x: mx.array) -> mx.array:
-        """Images (batch, height, width, 3) in [0, 1] of the sampler's final latents ``x``."""
+        """Images (batch, height, width, 3) in [0, 1] of the sampler's final latents ``x``, in float32.
+
+        NumPy has no bfloat16, whose steps near 1 are also as wide as those of 8-bit pixels.
+        """
         image = self.decode_latents(self.latent_format.process_out(x).astype(self.dtype))
-        return mx.clip(image / 2 + 0.5, 0, 1)
+        return mx.clip(image.astype(mx.float32) / 2 + 0.5, 0, 1)
 
     @property
     def fingerprint(self) -> str:
