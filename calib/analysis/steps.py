@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from calib.analysis.ranges import StepRanges, ranges_from_json, ranges_to_json
+from calib.analysis.rules import recorded_rule
 from calib.base.affine import WEIGHT_BITS
 from calib.base.errors import lacks_or_garbles
 from calib.base.files import read_json
@@ -25,7 +26,7 @@ class StepPlan:
         ranges: activation ranges by layer.
         origin: origin of the statistics, where known: model, fingerprint, path.
         plan: :func:`calib.analysis.plan.plan_hash` of the plan that this belongs to; empty where unknown.
-        rule: the function that made the ranges and its parameters, in the form of an option of the config group.
+        rule: name and parameters of the function that made the ranges, see :mod:`calib.analysis.rules`.
         drift: :func:`calib.analysis.observed.range_drift` of each layer's observed ranges, 0 … 1.
     """
 
@@ -90,7 +91,7 @@ def read_steps(path: Path) -> StepPlan:
             ranges_from_json(document["activation_ranges"], path, len(timesteps)),
             {key: str(document[key]) for key in ("model", "fingerprint", "statistics") if key in document},
             str(document.get("plan", "")),
-            dict(document.get("ranges", {})),
+            recorded_rule(document.get("ranges", {})),
             {name: float(drift) for name, drift in document.get("drift", {}).items()},
         )
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:

@@ -6,15 +6,19 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from io import BufferedReader
 from pathlib import Path
 from typing import IO, Any
 
-from calib.base.errors import CalibError, ConfigError
+from calib.base.errors import CalibError, ConfigError, reason_of
 
 TEMPORARY_SUFFIX = ".tmp"
+#: The largest text that is read, in bytes: those that calib writes have kilobytes, but for manifests.
+MOST_TEXT = 1 << 26
 
 
 def _umask() -> int:
@@ -185,27 +189,41 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def read_text(path: Path) -> str:
-    """The text in ``path``, UTF-8; raises a CalibError where the file is missing or cannot be read."""
+def open_regular(path: Path) -> BufferedReader:
+    """Open a file for reading; raises OSError for what is none: a pipe may wait for ever, a device may have no end."""
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    kind = os.fstat(handle).st_mode
+    if not stat.S_ISREG(kind):
+        os.close(handle)
+        number = errno.EISDIR if stat.S_ISDIR(kind) else errno.EINVAL
+        raise OSError(number, os.strerror(number) if stat.S_ISDIR(kind) else "Not a regular file", str(path))
+    return os.fdopen(handle, "rb")
+
+
+def read_text(path: Path, most: int = MOST_TEXT) -> str:
+    """The text in ``path``, UTF-8; raises a CalibError where it is missing, unreadable, or has over ``most`` bytes."""
     try:
-        return path.read_text(encoding="utf-8")
+        with open_regular(path) as file:
+            if os.fstat(file.fileno()).st_size > most:
+                raise CalibError(f"{path}: has more than {most >> 20} MiB, too many for such a file")
+            return file.read().decode()
     except FileNotFoundError:
         raise CalibError(f"{path}: no such file") from None
     except OSError as error:
         raise CalibError(f"{path}: cannot be read ({error.strerror})") from None
 
 
-def read_json(path: Path) -> Any:
-    """The JSON value in ``path``; raises a CalibError where the file is missing or damaged."""
+def read_json(path: Path, most: int = MOST_TEXT) -> Any:
+    """The JSON value in ``path``; raises a CalibError where the file is missing, damaged, or over ``most`` bytes."""
     try:
-        return json.loads(read_text(path))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CalibError(f"{path}: not valid JSON ({error})") from None
+        return json.loads(read_text(path, most))
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, brackets in thousands
+        raise CalibError(f"{path}: not valid JSON ({reason_of(error)[:80]})") from None
 
 
 def checksum(path: Path) -> str:
     """SHA-256 of a file, as 'sha256:<hex>'."""
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from calib.base.errors import in_a_line
 from calib.base.layout import PAGE
 from calib.base.progress import say
+from calib.cli.blocked import check_targets
 from calib.runs.directory import RunDirectory
 from calib.runs.record import RunState, standing
 from calib.stages.build import build
@@ -23,6 +24,7 @@ def short(path: Path) -> Path:
 
 def run_job(values: Mapping[str, Any], path: Path, multirun: bool) -> None:
     """Run the job of ``values``, a composed configuration, in ``path``, unless it is complete there."""
+    check_targets(values)
     settings = build(values, multirun)
     run = RunDirectory(path, settings.stage.value, content_fingerprint(settings))
     wanted = settings.job.report is ReportForm.HTML

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from calib.base.errors import CalibError, reason_of
+from calib.dataset.arrays import read_npy
 from calib.dataset.manifest import Manifest
 
 import numpy as np
@@ -25,7 +26,7 @@ def features(data_dir: Path, manifest: Manifest, image_ids: Sequence[int]) -> ND
 def _feature(data_dir: Path, manifest: Manifest, image_id: int) -> NDArray[np.float32]:
     path = data_dir / manifest.images[image_id].latent_filename
     try:
-        latent = np.load(path).astype(np.float32).reshape(manifest.latent_shape)
+        latent = read_npy(path).astype(np.float32).reshape(manifest.latent_shape)
     except Exception as error:  # readers of damaged files raise errors of any class
         raise CalibError(
             f"{path}: cannot be read ({reason_of(error)}); calib verify {data_dir} says what else is wrong"

@@ -12,8 +12,9 @@ from calib.base.errors import CalibError, reason_of
 from calib.base.files import checksum, write_json
 from calib.base.interrupts import in_threads
 from calib.base.progress import Progress
+from calib.dataset.arrays import most_bytes
 from calib.dataset.checks import Finding, Kind, canonical_files
-from calib.dataset.images import IMAGES, image_ids
+from calib.dataset.images import IMAGES, image_ids, open_picture
 from calib.dataset.load import load_manifest
 from calib.dataset.manifest import MANIFEST, ImageEntry, Manifest
 from calib.dataset.rebuild_older import older_document
@@ -22,7 +23,6 @@ from calib.dataset.store import SAMPLES
 from calib.dataset.verify import check_images
 
 import h5py
-from PIL import Image
 
 
 @dataclass(frozen=True)
@@ -105,9 +105,10 @@ def _facts(data_dir: Path, name: str) -> dict[str, Any]:
     """Metadata of a file; empty where it cannot be read."""
     try:
         if name.endswith(".h5"):
+            most_bytes(data_dir / name)
             with h5py.File(data_dir / name, "r") as file:
                 return dict(file.attrs)
-        with Image.open(data_dir / name) as picture:
+        with open_picture(data_dir / name) as picture:
             return {str(key): value for key, value in picture.info.items()}
     except Exception:  # readers of damaged files raise errors of any class; the checks report the file later
         return {}

@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 from calib.base.errors import CalibError, reason_of
 from calib.base.files import is_locked, read_json, read_text
 from calib.base.layout import CONFIG, ENVIRONMENT, HYDRA_CONFIG, LOCK, METRICS, STATUS
+from calib.base.targets import short_name
 
 import yaml
 
@@ -19,14 +20,21 @@ WITHOUT_EFFECT = ("swept", "cache_dir", "keep_awake", "report")
 
 Scalar: TypeAlias = str | int | float | bool | None
 
-#: The reader in C where PyYAML has it: ten times as fast.
-_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-#: Names of functions that many options share; such an option is called by its module.
-_COMMON = ("plan_layer", "plan_layers", "quantize", "load")
+#: The reader in C where PyYAML has it: ten times as fast. It makes plain values, and calls nothing.
+_READER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 #: Why a run is incomplete.
 NOT_BEGUN, ENDED = "was not begun", "its process ended without a word"
+
+
+class _Loader(_READER):  # type: ignore[misc]
+    """Reads YAML without aliases, which calib and Hydra never write: a few lines of them stand for gigabytes."""
+
+    def construct_object(self, node: Any, deep: bool = False) -> Any:
+        if node in self.constructed_objects:
+            raise yaml.constructor.ConstructorError(None, None, "has an alias", node.start_mark)
+        return super().construct_object(node, deep)
 
 
 class RunState(StrEnum):
@@ -78,10 +86,10 @@ def read_run(path: Path, name: str) -> RunRecord:
     if not _is_there(path):
         return RunRecord(path, name, RunState.INCOMPLETE, problems=(f"{NOT_BEGUN}; the same command runs it",))
     problems: list[str] = []
-    status = _mapping(path / STATUS, problems, _json)
+    status = _mapping(path / STATUS, problems, read_json)
     config, asked = _config(path, problems)
     metrics = _metrics(path, problems)
-    surroundings = _mapping(path / ENVIRONMENT, [], _json)
+    surroundings = _mapping(path / ENVIRONMENT, [], read_json)
     state = _state(path, status)
     if state is RunState.COMPLETE and not _is_there(path / METRICS):
         problems.append(f"{METRICS} is lost, and with it the run's figures")
@@ -122,7 +130,7 @@ def standing(path: Path) -> Standing:
     """State of the job in ``path``, from its ``status.json`` and the lock that its process holds."""
     problems: list[str] = []
     begun = _is_there(path / STATUS)
-    status = _mapping(path / STATUS, problems, _json) if begun else {}
+    status = _mapping(path / STATUS, problems, read_json) if begun else {}
     fingerprint = str(status.get("fingerprint", "")) if begun and not problems else None
     state = _state(path, status)
     if state is RunState.RUNNING:
@@ -156,7 +164,7 @@ def _is_there(path: Path) -> bool:
 
 def _metrics(path: Path, problems: list[str]) -> dict[str, float]:
     """Finite numbers by key; other values are added to ``problems``, but for null, which stands for none."""
-    found = _mapping(path / METRICS, problems, _json) if _is_there(path / METRICS) else {}
+    found = _mapping(path / METRICS, problems, read_json) if _is_there(path / METRICS) else {}
     if strange := [key for key, value in found.items() if value is not None and not _is_number(value)]:
         more = f" and {len(strange) - 1} more" if len(strange) > 1 else ""
         problems.append(f"{METRICS}: {strange[0]}{more}: no finite number")
@@ -168,8 +176,8 @@ def _config(path: Path, problems: list[str]) -> tuple[dict[str, Scalar], frozens
 
     A group's option is under the group's name, as Hydra recorded it, or else from the function that it names.
     """
-    document = _mapping(path / CONFIG, problems, _yaml)
-    recorded = _mapping(path / HYDRA_CONFIG, [], _yaml) if _is_there(path / HYDRA_CONFIG) else {}
+    document = _mapping(path / CONFIG, problems, read_yaml)
+    recorded = _mapping(path / HYDRA_CONFIG, [], read_yaml) if _is_there(path / HYDRA_CONFIG) else {}
     choices, task = _within(recorded, "runtime", "choices"), _within(recorded, "overrides", "task")
     choices = choices if isinstance(choices, dict) else {}
     overrides = task if isinstance(task, list) else []
@@ -179,8 +187,8 @@ def _config(path: Path, problems: list[str]) -> tuple[dict[str, Scalar], frozens
         if not isinstance(value, dict):
             flat[str(key)] = _scalar(value)
             continue
-        option = choices.get(key) or _option(value.get("_target_"))
-        if option:
+        target = value.get("_target_")
+        if option := choices.get(key) or (None if target is None else short_name(str(target))):
             flat[str(key)] = str(option)
         flat |= {f"{key}.{inner}": v for inner, v in _flat(value).items() if inner not in ("_target_", "skeleton")}
     return flat, asked
@@ -191,11 +199,6 @@ def _within(recorded: Any, *keys: str) -> Any:
     for key in ("hydra", *keys):
         recorded = recorded.get(key) if isinstance(recorded, dict) else None
     return recorded
-
-
-def _option(target: Any) -> str | None:
-    module, _, name = str(target).rpartition(".")
-    return None if target is None else module.rpartition(".")[2] if name in _COMMON else name
 
 
 def _flat(node: Mapping[Any, Any], prefix: str = "") -> dict[str, Scalar]:
@@ -227,16 +230,10 @@ def _mapping(path: Path, problems: list[str], read: Any) -> dict[str, Any]:
     return found
 
 
-def _json(path: Path) -> Any:
+def read_yaml(path: Path) -> Any:
+    """The YAML value in ``path``, of plain values; raises a CalibError where the file is missing or damaged."""
     try:
-        return read_json(path)
-    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, brackets in thousands
-        raise CalibError(f"{path}: not valid JSON ({reason_of(error)[:80]})") from None
-
-
-def _yaml(path: Path) -> Any:
-    try:
-        return yaml.load(read_text(path), Loader=_LOADER)
+        return yaml.load(read_text(path), Loader=_Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a 13th month, for one
         raise CalibError(f"{path}: not valid YAML ({reason_of(error)[:80]})") from None
 

@@ -12,14 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from calib.activations.batches import StoredStates
-from calib.analysis.observed import observed_ranges, plan_steps, rule_document
+from calib.analysis.observed import observed_ranges, plan_steps
 from calib.analysis.plan import LayerPlan, Plan, plan_hash, read_plan
+from calib.analysis.rules import rule_of
 from calib.analysis.steps import StepPlan, read_steps
 from calib.base.errors import CalibError, ConfigError
 from calib.base.files import checksum, read_json, write_json
 from calib.base.layout import ACTIVATIONS, EVALUATION, MODEL, PLAN, STEPS
 from calib.base.progress import note, readable_bytes
-from calib.base.values import bind_target
+from calib.base.targets import described
 from calib.models.architecture import Architecture
 from calib.models.model import DiffusionModel
 from calib.quantization.build import Calibration, check_names, quantize_layers
@@ -74,7 +75,7 @@ def run(settings: Settings, run: RunDirectory, model: Callable[[], DiffusionMode
         raise CalibError(f"{path}: its statistics are of other weights ({fingerprint}, not {own})")
     source = _source(settings, run, path, steps)
     steps = _own_steps(path, plan, steps, source)
-    about = {"quantizer": rule_document(quantizer), "ranges": steps.rule}
+    about = {"quantizer": described(quantizer), "ranges": steps.rule}
     if settings.stage is Stage.RUN:  # the plan is a new one already
         run.forget(EVALUATION)
     mx.reset_peak_memory()
@@ -119,7 +120,7 @@ def _source(settings: Settings, run: RunDirectory, plan: Path, steps: StepPlan) 
         named = Path(steps.origin["statistics"]) if "statistics" in steps.origin else None
         stats = beside or (named.parent if named is not None and named.exists() else None)
     # The rule of the plan's ranges also applies to those that a quantizer requests.
-    rule = bind_target("ranges", steps.rule, given=("observed",)) if steps.rule else settings.analyze.ranges
+    rule = rule_of(steps.rule, settings.analyze.ranges, plan.parent / STEPS)
     if stats is None:
         return Calibration(None, rule, None)
     wanted = settings.quantize.calibration
