@@ -16,7 +16,7 @@ from calib.analysis.plan import Plan
 from calib.analysis.sensitivities import Sensitivities
 from calib.base.affine import WEIGHT_BITS
 from calib.base.errors import CalibError, ConfigError
-from calib.base.values import bind_target
+from calib.base.targets import bind_target
 
 import numpy as np
 import pytest

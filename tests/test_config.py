@@ -161,8 +161,8 @@ def test_the_defaults_are_those_of_the_design() -> None:
     assert built("stage=collect", multirun=True).collect.generate_missing
     assert settings.collect.subset(range(settings.generate.num_images), no_latents) == list(range(10))
     assert not settings.analyze.analysis.measures and settings.analyze.phase_bits
-    assert settings.analyze.ranges.func is static
-    assert settings.quantize.quantizer.func is rtn.quantize
+    assert settings.analyze.ranges.function.func is static
+    assert settings.quantize.quantizer.function.func is rtn.quantize
     assert settings.quantize.plan is None
     assert settings.analyze.sensitivity == SensitivitySettings(images=4, steps=8, group_sizes=(32, 64, 128))
     assert settings.quantize.calibration == CalibrationSettings(images=32, steps=8)

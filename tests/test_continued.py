@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 
 from calib.activations.reader import ActivationFile
 from calib.analysis.layers import read_summaries
+from calib.analysis.rules import recorded_rule
 from calib.analysis.steps import ORIGIN
 from calib.base.files import read_json, write_json
 from calib.base.layout import ACTIVATIONS, MODEL, PLAN, STATISTICS, STATUS, STEPS
@@ -50,8 +51,10 @@ def calib(before: Path, capsys: pytest.CaptureFixture[str]) -> Run:
 
 
 def documents(run: Path) -> dict[str, Any]:
-    """The plan and what of it varies with the step, less where the statistics lie."""
-    return {PLAN: read_json(run / PLAN), STEPS: read_json(run / STEPS) | dict.fromkeys(ORIGIN)}
+    """The plan and what of it varies with the step, less where the statistics lie; the rule in its form of today."""
+    steps = read_json(run / STEPS)
+    own = dict.fromkeys(ORIGIN) | {"ranges": recorded_rule(steps["ranges"])}
+    return {PLAN: read_json(run / PLAN), STEPS: steps | own}
 
 
 def test_finished_run_stays_finished(before: Path, calib: Run) -> None:

@@ -12,7 +12,7 @@ from calib.analysis.plan import LayerPlan, Plan
 from calib.analysis.trials import TrialCache
 from calib.base.errors import ConfigError
 from calib.base.files import read_json
-from calib.base.values import bind_target
+from calib.base.targets import bind_target
 from calib.dataset.load import load_manifest
 from calib.models import emoji
 from calib.models.architecture import Architecture, Conditioning
@@ -147,7 +147,7 @@ def test_a_quantizer_with_gradients_does_no_worse_than_rounding_to_nearest(folde
     few = ("calibration.images=2", "calibration.steps=2", "report=none", "hydra.run.dir=shrunk")
     well(calib(folder, "quantize", "plan=uniform", "stats=run", "quantizer=shrink", *few))
     saved = load(folder / "shrunk" / "quantized")
-    assert saved.about["quantizer"]["_target_"] == "my_calib.quantizers.shrink"
+    assert saved.about["quantizer"]["name"] == "my_calib.quantizers.shrink"
     given: list[QuantizerInput] = []
 
     def watched(work: QuantizerInput) -> Quantized:
@@ -239,45 +239,50 @@ from calib.analysis.plan import LayerPlan, Plan
 
 def schedule(n=3): return [0]
 def no_steps(num_steps): return None
+def fails(num_steps): return [1 // 0]
 def of_nothing(bits=4): return LayerPlan(4, 8)
 def of_both(layer, layers): return LayerPlan(4, 8)
-def three(layer): return 3
 def seven(layer): return LayerPlan(7, 8)
-def half(layer): return LayerPlan(4.5, 8)
 def numpy_bits(layer): return LayerPlan(np.int64(4), np.int64(8), group_size=np.int64(32))
-def dictionary(layers): return {name: LayerPlan(4, 8) for name in layers}
-def one_less(layers): return Plan({name: LayerPlan(4, 8) for name in list(layers)[1:]})
+def one_less(layers): return {name: LayerPlan(4, 8) for name in list(layers)[1:]}
 def measured(layers, sensitivities): return None
 def nothing(weights): return None
-def packed(work): return {}
+def array(work): return np.zeros(3)
+def one_range(observed): return observed.low.min(), observed.high.max()
+def no_group(observed): raise ValueError("no group")
 def prompts(): return "red apple"
 def subset(image_ids): return image_ids
 def twice(image_ids, num_images): return [image_ids[0]] * 2
+def by_latents(image_ids, num_images, latents): return latents(image_ids).argmax(axis=0) + 0.5
 def model(name): return None
 """
+#: Of each way of finding out, one; all answers are in tests/test_options.py.
 OPTIONS = {
     "timestep_schedule": {
         "schedule": "must take num_steps; this one takes n",
-        "no_steps": "must return step indices, 0 to num_steps; returned NoneType",
+        "no_steps": "must return step indices, 0 to 4 (sampler.num_steps); returned None",
+        "fails": "raised ZeroDivisionError: ",
     },
     "analysis": {
         "of_nothing": "a heuristic must take layer, or layers, or layers and sensitivities; this one takes bits",
         "of_both": "a heuristic must take layer, or layers, or layers and sensitivities; this one takes layer, layers",
-        "three": "returned int for a made-up layer; a heuristic must return a LayerPlan for each layer",
-        "seven": "a made-up layer has suggested_weight_bits=7: MLX quantizes weights to (2, 3, 4, 5, 6, 8)",
-        "half": "bits and group_size of a made-up layer must be integers",
-        "dictionary": "returned dict; a heuristic that takes layers must return a Plan",
-        "one_less": "must plan every layer once, and no other; look at context_embedder",
-        "measured": "returned NoneType; a heuristic that takes layers must return a Plan",
+        "seven": "must return a LayerPlan for each layer; a made-up layer has suggested_weight_bits=7: MLX quantizes",
+        "one_less": "must return a Plan of every layer; it lacks context_embedder",
+        "measured": "must return a Plan of every layer; returned None",
     },
     "quantizer": {
         "nothing": "must take work; this one takes weights",
-        "packed": "must return a Quantized; returned dict",
+        "array": "must return a Quantized of work.layers, an empty one for none; returned ndarray",
+    },
+    "ranges": {
+        "one_range": "must return StepRanges, from step 0 on; returned tuple",
+        "no_group": "raised ValueError: no group (",
     },
     "prompts": {"prompts": "must return a list of texts; returned str"},
     "subset": {
         "subset": "must take image_ids and num_images; this one takes image_ids",
-        "twice": "must return ids of those given, each once; returned list",
+        "twice": "must return ids of those given, each once; returned 0 more than once",
+        "by_latents": "must return ids of those given, each once; returned ",
     },
     "model": {"model": "must take shift and image_size; this one takes name"},
 }
@@ -303,8 +308,15 @@ def test_a_wrong_option_ends_in_one_line_before_anything_is_drawn(
     group: str, name: str, wrong: Path, tmp_path: Path
 ) -> None:
     line = is_one_clear_line(calib(tmp_path, *TINY, f"{group}={name}", conf=wrong))
-    assert line == (f"{group}._target_=wrong_options.{name}: {OPTIONS[group][name]}")
+    assert line.startswith(f"{group}._target_=wrong_options.{name}: {OPTIONS[group][name]}")
     assert not list(tmp_path.iterdir())
+
+
+def test_its_traceback_is_there_for_the_asking(wrong: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    first, *_, raised, line = calib(tmp_path, *TINY, "timestep_schedule=fails", conf=wrong).err.splitlines()
+    assert first.startswith("Traceback") and raised.startswith("ZeroDivisionError: ")
+    assert line.startswith("calib: timestep_schedule._target_=wrong_options.fails: raised ZeroDivisionError: ")
 
 
 def test_numpys_integers_are_integers(wrong: Path, folder: Path) -> None:

@@ -16,7 +16,7 @@ from calib.analysis.plan import NO_CLIP, LayerPlan
 from calib.analysis.rounding import Clip, best_clip, best_clip_of, percentile_at
 from calib.base.affine import GROUP_SIZES, WEIGHT_BITS
 from calib.base.errors import CalibError
-from calib.base.values import bind_target
+from calib.base.targets import bind_target
 
 import mlx.core as mx
 import numpy as np

@@ -235,7 +235,7 @@ def test_errors_that_say_nothing_of_a_files_content(tmp_path: Path, error: Excep
 def test_a_file_just_written_is_not_in_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its writer may still wait for the disk."""
     found = []
-    monkeypatch.setattr(files, "_sync_folder", lambda folder: found.append(checksum(folder / "file")))
+    monkeypatch.setattr(files, "sync_folder", lambda folder: found.append(checksum(folder / "file")))
     write_text(tmp_path / "file", "text")
     assert found == [checksum(tmp_path / "file")]
 

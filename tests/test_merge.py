@@ -1,6 +1,7 @@
 """``calib merge``: shards joined are the whole, to the bit; what is not one collection is refused."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,28 @@ def test_what_is_not_one_collection_is_refused_and_nothing_made(
     for word in words:
         assert word in line
     assert everything(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"shard_count": 1 << 40}, f"{(1 << 40) - 2} shards of {1 << 40} missing: 2, 3, "),
+        ({"shard_count": "many"}, "lacks or garbles"),
+        ({"collection": "{", "shard_count": 2}, "lacks or garbles"),
+    ],
+    ids=str,
+)
+def test_shards_that_are_garbled_are_refused(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: dict[str, object], words: str
+) -> None:
+    for i in range(2):
+        shutil.copytree(runs / f"shards/{i}", tmp_path / str(i))
+        with h5py.File(tmp_path / str(i) / "activations.h5", "r+") as file:
+            file.attrs.update(change)
+    before = everything(tmp_path)
+    outcome = merge(capsys, tmp_path / "0", tmp_path / "1", "--into", tmp_path / "joined")
+    assert words in is_one_clear_line(outcome, outcome.status) and outcome.status in (1, 2)
+    assert everything(tmp_path) == before
 
 
 def test_a_folder_with_something_in_it_is_not_merged_into(

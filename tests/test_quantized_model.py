@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from calib.analysis.ranges import StepRanges, static
 from calib.analysis.steps import StepPlan
 from calib.base.affine import GROUP_SIZES
 from calib.base.errors import CalibError
+from calib.base.files import checksum
 from calib.dataset.timesteps import phase_bounds
 from calib.models.architecture import Conditioning
 from calib.models.clock import Clock
@@ -22,6 +24,7 @@ from calib.models.packed import Packed
 from calib.quantization import rtn
 from calib.quantization.apply import applied
 from calib.quantization.build import Calibration, fitting, quantize_layers
+from calib.quantization.check import check_fits
 from calib.quantization.checkpoint import load, save
 from calib.quantization.model import InputRule, QuantizedModel
 
@@ -42,6 +45,7 @@ PHASES = {name: (first, min(last, 7)) for name, (first, last) in phase_bounds(8)
 LAYER = "mm_block_1.image.mlp.fc1"
 #: Of 256 columns, where most have 64.
 WIDE = "mm_block_1.image.mlp.fc2"
+LAYER_3 = "mm_block_2.image.mlp.fc1"
 
 
 def plan_of(model: DiffusionModel) -> dict[str, LayerPlan]:
@@ -179,6 +183,18 @@ def rewritten(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], No
     return damage
 
 
+def of_first(**given: Any) -> Callable[[Path], None]:
+    """A damage: other bits or another group size of the first layer."""
+    return rewritten(lambda c: next(iter(c["layers"].values())).update(given))
+
+
+def announcing(folder: Path) -> None:
+    """A damage with a checksum that holds: the header announces terabytes."""
+    header = json.dumps({"x": {"dtype": "F32", "shape": [1 << 40], "data_offsets": [0, 1 << 42]}}).encode()
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
+    rewritten(lambda c: c["files"].update({"model.safetensors": checksum(folder / "model.safetensors")}))(folder)
+
+
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "no folder": (shutil.rmtree, "no quantized model there"),
     "no config": (lambda d: (d / "config.json").unlink(), "no quantized model there"),
@@ -199,9 +215,17 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "bits of one layer": (rewritten(lambda c: c["activation_bits"].popitem()), "config.json: lacks or garbles"),
     "a garbled range": (rewritten(lambda c: c["activation_ranges"].update(x=3)), "activation_ranges of 'x'"),
     "phases": (rewritten(lambda c: c.update(phases={"early": 3})), "config.json: lacks or garbles"),
+    "a copy's phase": (rewritten(lambda c: c["phases"].pop("early")), "garbles the steps of phase 'early'"),
+    "bits that MLX has not": (of_first(bits=7), "garbles 7, where"),
+    "bits as text": (of_first(bits="4"), "garbles '4', where"),
+    "no bits": (of_first(bits=0), "garbles 0, where"),
+    "a group of 2**40": (of_first(group_size=1 << 40), f"garbles {1 << 40}, where"),
+    "bits of other shapes": (of_first(bits=8), "garbles the shapes of "),
+    "activation bits": (rewritten(lambda c: c["activation_bits"].update({LAYER_3: [99]})), "garbles 99, where"),
+    "a header that lies": (announcing, "model.safetensors: not a readable safetensors file"),
     "timesteps": (rewritten(lambda c: c.update(timesteps=["x"])), "config.json: lacks or garbles"),
 }
-NO_ADVICE = ("no folder", "no config", "config cut short", "a garbled range")
+NO_ADVICE = ("no folder", "no config", "config cut short", "a garbled range", "a header that lies")
 
 
 @pytest.fixture(scope="module")
@@ -235,6 +259,20 @@ def test_checkpoints_of_0_1_0_are_read(saved: Path, tmp_path: Path) -> None:
 
 
 # In the network
+
+
+@pytest.mark.parametrize("other", ["layer", "shape", "weight", "input"])
+def test_another_models_is_refused(own: DiffusionModel, quantized: QuantizedModel, other: str) -> None:
+    packed = quantized.layers[LAYER]
+    check_fits(quantized, own)
+    strange = {
+        "layer": replace(quantized, layers={"nobody": packed}),
+        "shape": replace(quantized, layers={WIDE: packed}),
+        "weight": replace(quantized, weights={path: array[:1] for path, array in quantized.weights.items()}),
+        "input": replace(quantized, inputs={"nobody": next(iter(quantized.inputs.values()))}),
+    }[other]
+    with pytest.raises(CalibError, match=f"^the quantized model has a .* that {own.name} has not"):
+        check_fits(strange, own)
 
 
 @pytest.mark.parametrize("dequantize", [True, False])

@@ -69,8 +69,11 @@ WRONG = {
     "unknown": (with_another, "returned layer 'nobody', which it was not given"),
     "dense": (with_first(lambda packed: packed.dequantize()), "returned array for "),
     "bits": (with_first(lambda packed: replace(packed, bits=8)), "returned 8 bits in groups of 32 for "),
-    "shape": (with_first(cut), "returned arrays of shapes "),
-    "float32": (with_first(wide), "scales for "),
+    "shape": (
+        with_first(cut),
+        r"returned uint32 of shape \(63, 8\) for time_mlp.0; it must be uint32 of shape \(64, 8\)",
+    ),
+    "float32": (with_first(wide), "returned float32 of shape .* it must be float16 of shape "),
 }
 
 

@@ -10,7 +10,7 @@ from calib.analysis.plan import LayerPlan
 from calib.analysis.ranges import StepRanges
 from calib.base.affine import GROUP_SIZES, WEIGHT_BITS
 from calib.base.errors import CalibError
-from calib.base.values import bind_target
+from calib.base.targets import bind_target
 from calib.models.mmdit.architecture import MMDiTArchitecture
 from calib.models.packed import Packed
 from calib.quantization import gptq, percentile, rtn, smooth

@@ -27,7 +27,7 @@ from calib.analysis.ranges import (
     static,
 )
 from calib.base.errors import CalibError
-from calib.base.values import bind_target
+from calib.base.targets import bind_target
 from calib.dataset.manifest import Manifest
 from calib.models.model import DiffusionModel
 

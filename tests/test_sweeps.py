@@ -86,11 +86,12 @@ def test_a_job_that_fails_in_any_way_is_recorded_and_the_others_run(
     assert states(sweep) == dict(zip(ANALYSES, ("complete", "failed", "complete"), strict=True))
     (failed,) = sweep.glob("analyze,analysis=broken-*")
     status = json.loads((failed / "status.json").read_text())
-    assert status["error"] == "ZeroDivisionError: a mistake of the user's own"
+    raised = "raised ZeroDivisionError: a mistake of the user's own (broken_heuristic.py:9); it must return a LayerPlan"
+    assert status["error"] == f"analysis._target_=broken_heuristic.plan_layer: {raised} for each layer"
     log = (failed / "run.log").read_text()
     assert "Traceback" in log and "broken_heuristic.py" in log
     assert "Traceback" not in outcome.err
-    assert f"{failed.name}: ZeroDivisionError: a mistake of the user's own" in outcome.err
+    assert f"{failed.name}: {status['error']}" in outcome.err
     assert "3 jobs, 2 complete, 1 failed" in outcome.out
     assert f"1 of the sweep's 3 jobs failed ({failed.name})" in outcome.err
 

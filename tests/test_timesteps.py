@@ -63,7 +63,6 @@ def test_schedules_without_parameters_are_sorted_distinct_states(num_steps: int)
         steps = schedule(num_steps)
         assert steps == sorted(set(steps))
         assert set(steps) <= set(range(num_steps + 1))
-        assert timesteps.checked(steps, num_steps) == tuple(steps)
 
 
 @every_number
@@ -155,16 +154,9 @@ def test_phases_take_so_many_evenly_within_each(num_steps: int, data: st.DataObj
         (lambda: timesteps.phases(50, mid=21), ("timestep_schedule.mid=21", "0 to 20")),
         (lambda: timesteps.phases(50, late=-1), ("timestep_schedule.late=-1", "0 to 16")),
         (lambda: timesteps.from_list(50), ("timestep_schedule.steps=[]", "at least one")),
-        (lambda: timesteps.checked([0, 51], 50), ("timestep_schedule.steps=51", "0 … 50")),
-        (lambda: timesteps.checked([-1], 50), ("timestep_schedule.steps=-1", "0 … 50")),
-        (lambda: timesteps.checked([1.5], 50), ("timestep_schedule.steps=1.5", "integer")),
-        (lambda: timesteps.checked([True], 50), ("timestep_schedule.steps=True", "integer")),
-        (lambda: timesteps.checked([], 50), ("timestep_schedule", "sampler.num_steps=50")),
+        (lambda: timesteps.from_list(50, steps=[0, 51]), ("timestep_schedule.steps=51", "0 … 50")),
+        (lambda: timesteps.from_list(50, steps=[-1]), ("timestep_schedule.steps=-1", "0 … 50")),
     ],
 )
 def test_errors_name_key_value_and_what_is_allowed(call: Callable[[], object], words: Sequence[str]) -> None:
     check_config_error(call, words)
-
-
-def test_a_checked_list_is_sorted_and_without_repeats() -> None:
-    assert timesteps.checked([25, 0, 25, np.int64(7)], 50) == (0, 7, 25)

@@ -20,6 +20,7 @@ from calib.base.errors import CalibError, check_format, reason_of
 from calib.base.files import remove_abandoned, replacing, short_hash, write_bytes, write_json
 from calib.base.locks import locked, refuse_unsettled
 from calib.base.progress import note, say
+from calib.dataset.arrays import open_npz
 
 import numpy as np
 
@@ -29,7 +30,10 @@ FORMAT, FORMAT_VERSION = "calib-step-statistics", 1
 def check_size(path: Path, table: Mapping[str, Any], taps: Sequence[Mapping[str, Any]]) -> None:
     """Raise ValueError where a file of samples is missing, or its length differs from that in its ``table``."""
     widths = {tap["name"]: tap["channels"] for tap in taps}
-    rows = sum(widths[name] * sum(rows for _, rows, _ in entry["segments"]) for name, entry in table.items())
+    counts = {name: [rows for _, rows, _ in entry["segments"]] for name, entry in table.items()}
+    if any(rows < 0 for own in counts.values() for rows in own):
+        raise ValueError("a segment of fewer than no rows")
+    rows = sum(widths[name] * sum(own) for name, own in counts.items())
     if not path.exists() or path.stat().st_size != 2 * rows:
         raise ValueError(f"{path.name} is not there, or cut off")
 
@@ -64,7 +68,7 @@ class StepCache:
         try:
             if names == () and zipfile.ZipFile(BytesIO(content)).testzip() is not None:
                 raise ValueError("its checksum does not hold")  # reading an array checks that array alone
-            with np.load(BytesIO(content)) as archive:
+            with open_npz(BytesIO(content)) as archive:
                 header = json.loads(archive["header"].tobytes())
                 check_format("its header", header, FORMAT, (FORMAT_VERSION,), "written by another version of calib")
                 arrays = {} if names == () else {name: archive[name] for name in archive.files if name != "header"}
@@ -79,7 +83,7 @@ class StepCache:
     def header(self, step: int) -> dict[str, Any]:
         """The header of a step's file, which includes its taps with their counts of NaN and infinity."""
         try:
-            with np.load(self.path(step)) as archive:
+            with open_npz(self.path(step)) as archive:
                 header: dict[str, Any] = json.loads(archive["header"].tobytes())
         except Exception as error:  # as above
             refuse_unsettled(self.path(step), error)

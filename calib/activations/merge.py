@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from calib.activations.record import StepRecord
 from calib.activations.samples import Samples, SampleSettings
 from calib.activations.store import Records, write_activations
 from calib.activations.taps import TapPoint
-from calib.base.errors import ConfigError
+from calib.base.errors import MOST_NAMES, ConfigError, lacks_or_garbles
 from calib.base.layout import ACTIVATIONS
 from calib.base.progress import counted
 from calib.dataset.store import StateDtype
@@ -33,14 +34,17 @@ class Shards:
         self._stack = ExitStack()
         try:
             opened = [self._stack.enter_context(ActivationFile(run / ACTIVATIONS)) for run in runs]
-            _check(opened)
+            try:
+                _check(opened)
+                self.collection: dict[str, Any] = json.loads(opened[0].attributes["collection"])
+            except (KeyError, TypeError, ValueError) as error:
+                raise lacks_or_garbles(opened[0].path, error, "run the shards' calib collect again") from None
         except BaseException:
             self._stack.close()
             raise
         self.files = sorted(opened, key=lambda file: int(file.attributes["shard_index"]))
         first = self.files[0]
         self.attributes, self.steps = first.attributes, first.steps
-        self.collection: dict[str, Any] = json.loads(first.attributes["collection"])
         blocks = [(block, number) for number, file in enumerate(self.files) for block in file.blocks()]
         self._order = sorted(blocks, key=lambda item: item[0].number)
         self.blocks = [block for block, _ in self._order]
@@ -138,9 +142,11 @@ def _check(files: Sequence[ActivationFile]) -> None:
         if index in found:
             raise ConfigError(f"{file.path}: is shard {index}, as is {found[index]}; name each once")
         found[index] = file.path
-    if missing := sorted(set(range(count)) - set(found)):
+    if missing := list(islice((index for index in range(count) if index not in found), MOST_NAMES)):
+        number = count - sum(index in range(count) for index in found)
+        listed = ", ".join([*map(str, missing), *(["…"] if number > len(missing) else [])])
         raise ConfigError(
-            f"{counted(len(missing), 'shard')} of {count} missing: {', '.join(map(str, missing))}; "
+            f"{counted(number, 'shard')} of {count} missing: {listed}; "
             f"calib collect shard.index={missing[0]} shard.count={count} makes the first"
         )
 

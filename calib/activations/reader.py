@@ -12,12 +12,16 @@ from calib.base import hdf5
 from calib.base.errors import CalibError, check_format, reason_of, suggest
 from calib.base.layout import ACTIVATIONS
 from calib.base.locks import refuse_unsettled, settled
+from calib.dataset.arrays import check_dataset, contents, most_bytes
+from calib.dataset.manifest import MOST_STEPS
 from calib.models.former import former_order
 
 import h5py
 import numpy as np
 from numpy.typing import NDArray
 
+#: Tokens of a layer at most: a picture of 8192 × 8192 pixels has a quarter of them.
+MOST_TOKENS = 1 << 20
 _PER_STEP = ("channel_min", "channel_max", "channel_count", "nan_count", "inf_count")
 
 
@@ -46,12 +50,13 @@ class ActivationFile:
         self._stack = ExitStack()
         try:
             with self._reading():
+                self._most = most_bytes(path)
                 raw = self._stack.enter_context(settled(path))
                 self._file = self._stack.enter_context(hdf5.opened(raw))
                 self.attributes: dict[str, Any] = dict(self._file.attrs)
                 check_format(self.path, self.attributes, FORMAT, READABLE, "update calib, or collect again")
-                self.steps: list[int] = self._file["step_index"][:].tolist()
-                self.images: list[int] = self._file["image_id"][:].tolist() if "image_id" in self._file else []
+                self.steps: list[int] = self._all(self._file["step_index"]).tolist()
+                self.images: list[int] = self._all(self._file["image_id"]).tolist() if "image_id" in self._file else []
                 self.order: dict[str, int] = self._order()
                 self.layers: list[str] = list(self.order)
                 self._first_with: dict[int, str] = {}
@@ -78,6 +83,9 @@ class ActivationFile:
             what = f"damaged or not an {ACTIVATIONS} ({reason_of(error)})"
             raise CalibError(f"{self.path}: {what}; run calib collect again") from None
 
+    def _all(self, dataset: h5py.Dataset) -> NDArray[Any]:
+        return contents(dataset, self._most)
+
     def __enter__(self) -> Self:
         return self
 
@@ -87,14 +95,16 @@ class ActivationFile:
     def evaluated_steps(self) -> list[int]:
         """Collected steps that the sampler evaluates the model at: all but the finished latent."""
         with self._reading():
-            flags = self._file["evaluated_by_sampler"][:]
+            flags = self._all(self._file["evaluated_by_sampler"])
         return [step for step, flag in zip(self.steps, flags, strict=True) if flag]
 
     def levels(self) -> Levels:
         """Number of steps of the trajectories, and sigma and timestep of the collected steps."""
         with self._reading():
-            sigmas, timesteps = (self._file[name][:].tolist() for name in ("sigma", "timestep"))
+            sigmas, timesteps = (self._all(self._file[name]).tolist() for name in ("sigma", "timestep"))
             num_steps = int(self.attributes["num_steps"])
+            if not 0 < num_steps <= MOST_STEPS:
+                raise ValueError(f"num_steps={num_steps}")
         by_step = [dict(zip(self.steps, values, strict=True)) for values in (sigmas, timesteps)]
         return Levels(num_steps, by_step[0], by_step[1])
 
@@ -115,16 +125,16 @@ class ActivationFile:
             group = self._group(layer)
             if "weight_sqnr" not in group:
                 return {}
-            bits, values = self._file["weight_bits"][:].tolist(), group["weight_sqnr"][:].tolist()
+            bits, values = self._all(self._file["weight_bits"]).tolist(), self._all(group["weight_sqnr"]).tolist()
         return dict(zip(bits, values, strict=True))
 
     def by_step(self, layer: str) -> dict[int, Statistics]:
         """Statistics of one layer by collected step; every dataset is read once."""
         with self._reading():
             group = self._group(layer)
-            data = {name: group[name][:] for name in _PER_STEP}
-            keys, counts = group["histogram_keys"][:], group["histogram_counts"][:]
-            offsets, dtype = group["histogram_offsets"][:], str(group.attrs["dtype"])
+            data = {name: self._all(group[name]) for name in _PER_STEP}
+            keys, counts = self._all(group["histogram_keys"]), self._all(group["histogram_counts"])
+            offsets, dtype = self._all(group["histogram_offsets"]), str(group.attrs["dtype"])
             moments = self._moments(group, data["channel_count"])
         found = {}
         for row, step in enumerate(self.steps):
@@ -144,15 +154,14 @@ class ActivationFile:
         """Return the smallest and the largest value of a layer at each collected step, (steps, 2)."""
         with self._reading():
             group = self._group(layer)
-            low, high = group["channel_min"][:].min(axis=1), group["channel_max"][:].max(axis=1)
+            low, high = self._all(group["channel_min"]).min(axis=1), self._all(group["channel_max"]).max(axis=1)
         return np.stack([low, high], axis=1).astype(np.float64)
 
-    @staticmethod
-    def _moments(group: h5py.Group, counts: NDArray[np.uint64]) -> list[Moments]:
+    def _moments(self, group: h5py.Group, counts: NDArray[np.uint64]) -> list[Moments]:
         """Moments in full precision where the file has them, else from mean and standard deviation."""
         if "channel_sums" in group:
-            return [Moments(sums) for sums in group["channel_sums"][:]]
-        means, stds = (group[name][:].astype(np.float64) for name in ("channel_mean", "channel_std"))
+            return [Moments(sums) for sums in self._all(group["channel_sums"])]
+        means, stds = (self._all(group[name]).astype(np.float64) for name in ("channel_mean", "channel_std"))
         return [Moments.of(*row) for row in zip(counts, means, stds, strict=True)]
 
     def statistics(self, layer: str, steps: Sequence[int] | None = None) -> Statistics:
@@ -177,7 +186,7 @@ class ActivationFile:
             group = self._group(layer)
             if "image_ranges" not in group:
                 raise CalibError(f"{self.path}: holds nothing image by image, it is of version 1; collect again")
-            ranges: NDArray[np.float32] = group["image_ranges"][:]
+            ranges: NDArray[np.float32] = self._all(group["image_ranges"])
         return ranges[rows]
 
     def samples(self, layer: str, step: int) -> NDArray[Any]:
@@ -190,6 +199,7 @@ class ActivationFile:
             group = self._group(layer)
             if "samples" not in group:
                 raise CalibError(f"{self.path}: keeps no activations of {layer}; storage=sampled or storage=full does")
+            check_dataset(group["samples"], self._most)
             rows: NDArray[Any] = group["samples"][self.steps.index(self._chosen([step])[0])]
         return rows
 
@@ -197,12 +207,17 @@ class ActivationFile:
         """Type of a layer's stored activations and its number of tokens; None where none were stored."""
         with self._reading():
             group = self._group(layer)
-            return dict(group["samples"].attrs) if "samples" in group else None
+            if "samples" not in group:
+                return None
+            info: dict[str, Any] = dict(group["samples"].attrs)
+            if not 0 < int(info["tokens"]) <= MOST_TOKENS:
+                raise ValueError(f"{layer} has {info['tokens']} tokens")
+            return info
 
     def blocks(self) -> list[Block]:
         """Blocks of images as they were replayed, ascending by number."""
         with self._reading():
-            numbers = self._file["image_block"][:].tolist()
+            numbers = self._all(self._file["image_block"]).tolist()
         pairs = list(zip(numbers, self.images, strict=True))
         return [Block(n, tuple(i for number, i in pairs if number == n)) for n in dict.fromkeys(numbers)]
 

@@ -6,22 +6,25 @@ only then.
 """
 
 import inspect
-import operator
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, TypeAlias
+from functools import partial
+from typing import Any, TypeAlias
 
 from calib.analysis.layers import PROBE, LayerSummary
 from calib.analysis.plan import LayerPlan, Plan, fault_of
 from calib.analysis.sensitivities import Sensitivities
+from calib.base.affine import WEIGHT_BITS
 from calib.base.errors import ConfigError
-from calib.base.progress import note
+from calib.base.option import Option, Unfit, in_short, innermost, kind_of, on_trial, said, several, whole_number
+from calib.base.targets import check_returns
+from calib.dataset.timesteps import phase_bounds
 
 import numpy as np
 
-#: Errors that a correct heuristic may raise on made-up statistics, which are all alike and of few steps.
-NOT_CONCLUSIVE = (ArithmeticError, LookupError, ValueError)
+#: Names of the parameters that calib supplies, where a heuristic has them.
+GIVEN = ("layer", "layers", "sensitivities")
 
 #: A heuristic over one layer at a time, its parameters bound.
 LayerHeuristic: TypeAlias = Callable[[LayerSummary], LayerPlan]
@@ -32,14 +35,11 @@ class Heuristic:
     """An option of the config group ``analysis``, its parameters bound.
 
     Attributes:
-        GIVEN: names of the parameters that calib supplies, where the function has them.
         function: returns a LayerPlan where it takes ``layer``, else a Plan.
         by_layer: whether it takes ``layer``.
         measures: whether it takes ``sensitivities``, which need a model and stored states.
         named: the option, for errors.
     """
-
-    GIVEN: ClassVar = ("layer", "layers", "sensitivities")
 
     function: Callable[..., Any]
     by_layer: bool
@@ -57,23 +57,23 @@ class Heuristic:
         given = inspect.signature(function).parameters
         found = cls(function, "layer" in given, "sensitivities" in given, named)
         if found.by_layer:
-            with found.on_trial():
-                found.check("a made-up layer", function(layer=PROBE))
+            with on_trial():
+                found.layer_plan("a made-up layer", PROBE)
         return found
 
-    @contextmanager
-    def on_trial(self) -> Iterator[None]:
-        """Try the heuristic on made-up statistics: errors that real ones may not cause become a note."""
-        try:
-            yield
-        except NOT_CONCLUSIVE as error:
-            raised = f"{type(error).__name__}: {error}"
-            note(f"{self.named}: raised {raised} on made-up statistics; if it does so on real ones, the job ends there")
+    def layer_plan(self, name: str, layer: LayerSummary) -> LayerPlan:
+        """The plan of one layer, of a heuristic over single layers.
+
+        Raises:
+            ConfigError: it is no LayerPlan, or holds what MLX cannot run.
+        """
+        must = "a LayerPlan for each layer"
+        return Option(self.named, self.function, ("layer",), must, partial(_layer_plan, name=name))(layer)
 
     def plan(self, layers: Mapping[str, LayerSummary], sensitivities: Callable[[], Sensitivities]) -> Plan:
         """The plan for ``layers``, with the outliers in their statistics."""
         if self.by_layer:
-            plan = Plan({name: self.check(name, self.function(layer=layer)) for name, layer in layers.items()})
+            plan = Plan({name: self.layer_plan(name, layer) for name, layer in layers.items()})
         else:
             plan = self.whole(layers, sensitivities)
         return with_outliers(plan, layers)
@@ -90,35 +90,7 @@ class Heuristic:
         if self.measures:
             assert sensitivities is not None
             more["sensitivities"] = sensitivities()
-        plan = self.function(layers=layers, **more)
-        if not isinstance(plan, Plan):
-            must = "a heuristic that takes layers must return a Plan"
-            raise ConfigError(f"{self.named}: returned {type(plan).__name__}; {must}")
-        if missing := sorted(set(layers) ^ set(plan.layers)):
-            raise ConfigError(f"{self.named}: must plan every layer once, and no other; look at {missing[0]}")
-        return replace(plan, layers={name: self.check(name, plan.layers[name]) for name in layers})
-
-    def check(self, layer: str, plan: Any) -> LayerPlan:
-        """Check the plan of one layer, and replace NumPy's integers by Python's.
-
-        Raises:
-            ConfigError: it is no LayerPlan, or holds what MLX cannot run.
-        """
-        if not isinstance(plan, LayerPlan):
-            must = "a heuristic must return a LayerPlan for each layer"
-            raise ConfigError(f"{self.named}: returned {type(plan).__name__} for {layer}; {must}")
-        try:
-            found = replace(
-                plan,
-                weight_bits=operator.index(plan.weight_bits),
-                activation_bits=operator.index(plan.activation_bits),
-                group_size=operator.index(plan.group_size),
-            )
-        except TypeError:
-            raise ConfigError(f"{self.named}: bits and group_size of {layer} must be integers") from None
-        if fault := fault_of(found):
-            raise ConfigError(f"{self.named}: {layer} has {fault}")
-        return found
+        return Option(self.named, self.function, GIVEN, "a Plan of every layer", _plan)(layers=layers, **more)
 
     def phase_bits(self, layers: Mapping[str, LayerSummary], plan: Plan) -> dict[str, dict[str, int]]:
         """Activation bits of every layer in each collected phase, by phase.
@@ -129,21 +101,78 @@ class Heuristic:
         if not self.by_layer:
             return {phase: {name: layer.activation_bits for name, layer in plan.layers.items()} for phase in phases}
         return {
-            phase: {
-                name: self.check(name, self.function(layer=layer.phases[phase])).activation_bits
-                for name, layer in layers.items()
-            }
+            phase: {name: self.layer_plan(name, layer.phases[phase]).activation_bits for name, layer in layers.items()}
             for phase in phases
         }
 
 
 def check_signature(function: Callable[..., Any], named: str) -> None:
-    """Raise where the signature of ``function`` is not that of a heuristic."""
+    """Raise where the signature of ``function`` is not that of a heuristic, nor what it says that it returns."""
     parameters = inspect.signature(function).parameters
     by_layer, whole = "layer" in parameters, "layers" in parameters
     if by_layer == whole or (by_layer and "sensitivities" in parameters):
         takes = "must take layer, or layers, or layers and sensitivities"
         raise ConfigError(f"{named}: a heuristic {takes}; this one takes {', '.join(parameters) or 'nothing'}")
+    check_returns(named, innermost(function), (LayerPlan,) if by_layer else (Plan, Mapping, list, tuple))
+
+
+# What a heuristic returned, with NumPy's values as Python's, so that a file can hold them
+
+
+def _layer_plan(found: Any, name: str, **_: Any) -> LayerPlan:
+    if not isinstance(found, LayerPlan):
+        raise Unfit(f"returned {kind_of(found)} for {name}")
+    whole = {key: getattr(found, key) for key in ("weight_bits", "activation_bits", "group_size", "nbytes")}
+    try:
+        low, high = map(float, found.clip_percentile)
+        sensitivity = None if found.sensitivity is None else float(found.sensitivity)
+        sensitive, aggressive = bool(found.sensitive), bool(found.aggressive)
+    except (TypeError, ValueError) as error:
+        raise Unfit(f"{name} has {in_short(found)} ({said(error)})") from None
+    plan = replace(
+        found,
+        **{key: whole_number(value, f"{name} has {key}=") for key, value in whole.items() if value is not None},
+        clip_percentile=(low, high),
+        sensitivity=sensitivity,
+        sensitive=sensitive,
+        aggressive=aggressive,
+        reason=str(found.reason),
+        figure=str(found.figure),
+    )
+    if fault := fault_of(plan):
+        raise Unfit(f"{name} has {fault}")
+    if sensitivity is not None and not math.isfinite(sensitivity):
+        raise Unfit(f"{name} has sensitivity={sensitivity}")
+    return plan
+
+
+def _plan(found: Any, layers: Mapping[str, LayerSummary], **_: Any) -> Plan:
+    """A Plan, from one, from layer plans by name, or from as many as there are layers, in their order."""
+    if isinstance(found, Mapping):
+        found = Plan(dict(found))
+    elif isinstance(found, list | tuple) and len(found) == len(layers):
+        found = Plan(dict(zip(layers, found, strict=True)))
+    if not isinstance(found, Plan):
+        count = f" of {len(found)}" if isinstance(found, list | tuple) else ""
+        raise Unfit(f"returned {kind_of(found)}{count}")
+    if strange := [name for name in found.layers if name not in layers]:
+        raise Unfit(f"it has {in_short(strange[0])}, which is no layer")
+    if lacking := [name for name in layers if name not in found.layers]:
+        raise Unfit(f"it lacks {lacking[0]}")
+    return replace(
+        found,
+        layers={name: _layer_plan(found.layers[name], name) for name in layers},
+        phase_weight_bits={phase: _bits(phase, own, layers) for phase, own in found.phase_weight_bits.items()},
+        notes=(found.notes,) if isinstance(found.notes, str) else tuple(map(str, several(found.notes))),
+    )
+
+
+def _bits(phase: str, found: Mapping[str, Any], layers: Mapping[str, LayerSummary]) -> dict[str, int]:
+    """Weight bits by layer in one phase."""
+    bits = {name: whole_number(value, f"{name} has weight bits ") for name, value in found.items()}
+    if phase not in phase_bounds(1) or not bits.keys() <= layers.keys() or not set(bits.values()) <= set(WEIGHT_BITS):
+        raise Unfit(f"its phase_weight_bits has {in_short({phase: dict(found)})}")
+    return bits
 
 
 def make_plan(layers: Mapping[str, LayerSummary], heuristic: LayerHeuristic) -> Plan:

@@ -1,17 +1,18 @@
 """Ranges of layers at each denoising step, read from ``activations.h5``, and the step plan that follows from them."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from calib.activations.reader import ActivationFile
 from calib.activations.statistics import Statistics
 from calib.analysis.plan import NO_CLIP, Plan, plan_hash
 from calib.analysis.ranges import Observed, RangeRule
+from calib.analysis.rules import checked_rule
 from calib.analysis.steps import StepPlan
 from calib.base.errors import CalibError
 from calib.base.files import read_json
 from calib.base.layout import METADATA
+from calib.base.targets import described
 from calib.dataset.timesteps import phase_bounds
 
 import numpy as np
@@ -152,14 +153,14 @@ def plan_steps(
             for phase, bits in (phase_bits or {}).items()
         },
         weight_bits=plan.phase_weight_bits,
-        ranges={name: rule(seen) for name, seen in observed.items()},
+        ranges={name: checked_rule(rule)(seen) for name, seen in observed.items()},
         origin={
             "model": str(attributes.get("model")),
             "fingerprint": str(attributes.get("fingerprint")),
             "statistics": str(activations),
         },
         plan=plan_hash(plan.layers),
-        rule=rule_document(rule),
+        rule=described(rule),
         drift={name: range_drift(seen) for name, seen in observed.items()},
     )
 
@@ -173,9 +174,3 @@ def _timesteps(run: Path, known: Mapping[int, float], num_steps: int) -> list[fl
     steps = sorted(known)
     between: list[float] = np.interp(np.arange(num_steps), steps, [known[s] for s in steps]).tolist()
     return between
-
-
-def rule_document(rule: Callable[..., Any]) -> dict[str, Any]:
-    """A function with bound parameters, in the form of an option of a config group."""
-    function, parameters = getattr(rule, "func", rule), getattr(rule, "keywords", {})
-    return {"_target_": f"{function.__module__}.{function.__qualname__}", **parameters}

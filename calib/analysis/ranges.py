@@ -193,13 +193,14 @@ def ranges_from_json(document: Any, path: Path, num_steps: int) -> dict[str, Ste
     found = {}
     for name, entry in document.items():
         try:
-            found[name] = _ranges_of(entry, num_steps)
+            found[name] = ranges_of(entry, num_steps)
         except ValueError as error:
             raise CalibError(f"{path}: activation_ranges of {name!r}: {error}; calib analyze writes them") from None
     return found
 
 
-def _ranges_of(entry: Any, num_steps: int) -> StepRanges:
+def ranges_of(entry: Any, num_steps: int) -> StepRanges:
+    """The ranges of one layer from lists ``from_step``, ``low`` and ``high``; a ValueError says what is wrong."""
     if not isinstance(entry, dict):
         raise ValueError("must be an object")
     lists: list[Any] = [entry.get(key) for key in ("from_step", "low", "high")]

@@ -7,6 +7,7 @@ from typing import Any
 
 from calib.analysis.plan import LayerPlan
 from calib.analysis.ranges import StepRanges, ranges_from_json, ranges_to_json
+from calib.analysis.rules import recorded_rule
 from calib.base.affine import WEIGHT_BITS
 from calib.base.errors import CalibError, lacks_or_garbles, suggest
 from calib.base.files import read_edited_json, short_hash
@@ -32,7 +33,7 @@ class StepPlan:
         ranges: activation ranges by layer.
         origin: origin of the statistics, where known: model, fingerprint, path, and the file's checksum.
         plan: :func:`calib.analysis.plan.plan_hash` of the plan that this belongs to; empty where unknown.
-        rule: the function that made the ranges and its parameters, in the form of an option of the config group.
+        rule: name and parameters of the function that made the ranges, see :mod:`calib.analysis.rules`.
         drift: :func:`calib.analysis.observed.range_drift` of each layer's observed ranges, 0 … 1.
     """
 
@@ -111,7 +112,7 @@ def read_steps(path: Path) -> StepPlan:
             ranges_from_json(document["activation_ranges"], path, len(timesteps)),
             origin,
             str(document.get("plan", "")),
-            dict(document.get("ranges", {})),
+            recorded_rule(document.get("ranges", {})),
             {name: float(drift) for name, drift in document.get("drift", {}).items()},
         )
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:

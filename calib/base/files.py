@@ -13,10 +13,12 @@ from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
-from calib.base.errors import CalibError, ConfigError
-from calib.base.locks import is_locked, refuse_unsettled, settled
+from calib.base.errors import CalibError, ConfigError, reason_of
+from calib.base.locks import is_locked, open_regular, refuse_unsettled, settled
 
 TEMPORARY_SUFFIX = ".tmp"
+#: The largest text that is read, in bytes: those that calib writes have kilobytes, but for manifests.
+MOST_TEXT = 1 << 26
 
 
 def _umask() -> int:
@@ -162,10 +164,17 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def read_text(path: Path) -> str:
-    """The text in ``path``, UTF-8, a byte-order mark left out; a CalibError where it is missing or cannot be read."""
+def read_text(path: Path, most: int = MOST_TEXT) -> str:
+    """The text in ``path``, UTF-8, a byte-order mark left out.
+
+    Raises:
+        CalibError: the file is missing, cannot be read, or has more than ``most`` bytes.
+    """
     try:
-        return path.read_text(encoding="utf-8-sig")
+        with open_regular(path) as file:
+            if os.fstat(file.fileno()).st_size > most:
+                raise CalibError(f"{path}: has more than {most >> 20} MiB, too many for such a file")
+            return file.read().decode("utf-8-sig")
     except FileNotFoundError:
         raise CalibError(f"{path}: no such file") from None
     except OSError as error:
@@ -173,12 +182,12 @@ def read_text(path: Path) -> str:
         raise CalibError(f"{path}: cannot be read ({error.strerror})") from None
 
 
-def read_json(path: Path) -> Any:
-    """The JSON value in ``path``; raises a CalibError where the file is missing or damaged."""
+def read_json(path: Path, most: int = MOST_TEXT) -> Any:
+    """The JSON value in ``path``; raises a CalibError where the file is missing, damaged, or over ``most`` bytes."""
     try:
-        return json.loads(read_text(path))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CalibError(f"{path}: not valid JSON ({error})") from None
+        return json.loads(read_text(path, most))
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, brackets in thousands
+        raise CalibError(f"{path}: not valid JSON ({reason_of(error)[:80]})") from None
 
 
 def read_edited_json(path: Path) -> Any:
@@ -201,8 +210,8 @@ def read_edited_json(path: Path) -> Any:
 
     try:
         document = json.loads(read_text(path), object_pairs_hook=read)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CalibError(f"{path}: not valid JSON ({error})") from None
+    except (ValueError, RecursionError) as error:
+        raise CalibError(f"{path}: not valid JSON ({reason_of(error)[:80]})") from None
     if id(document) in twice:
         raise CalibError(f"{path}: has {twice[id(document)]!r} twice; keep one of them")
     return document

@@ -7,6 +7,7 @@ another program is changing is never taken for damaged: :class:`~calib.base.erro
 import errno
 import fcntl
 import os
+import stat
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -86,6 +87,17 @@ def locked(path: Path, on_wait: Callable[[], None]) -> Iterator[None]:
         yield
 
 
+def open_regular(path: Path) -> BufferedReader:
+    """Open a file for reading; raises OSError for what is none: a pipe may wait for ever, a device may have no end."""
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    kind = os.fstat(handle).st_mode
+    if not stat.S_ISREG(kind):
+        os.close(handle)
+        number = errno.EISDIR if stat.S_ISDIR(kind) else errno.EINVAL
+        raise OSError(number, os.strerror(number) if stat.S_ISDIR(kind) else "Not a regular file", str(path))
+    return os.fdopen(handle, "rb")
+
+
 @contextmanager
 def settled(path: Path) -> Iterator[BufferedReader]:
     """Open a finished file for reading, under a shared lock within the context.
@@ -93,7 +105,7 @@ def settled(path: Path) -> Iterator[BufferedReader]:
     Raises:
         Unsettled: another program holds it open for writing, by the lock that HDF5 takes.
     """
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         if not _share(file):
             raise Unsettled(path, f"in use, another program holds it open for writing; close it there {AND_AGAIN}")
         yield file

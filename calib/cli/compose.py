@@ -9,6 +9,7 @@ from typing import Any, cast
 from calib.base.device import cores
 from calib.base.errors import CalibError, ConfigError, first_line, suggest
 from calib.base.files import check_writable
+from calib.cli.blocked import check_targets
 from calib.cli.conf import CONF, groups
 from calib.cli.launchers import is_joblib, missing_launcher, sensible_jobs, side_by_side
 from calib.cli.names import job_name
@@ -57,7 +58,10 @@ def planned(arguments: Arguments) -> Planned:
             for override in parsed:
                 if override.is_sweep_override():
                     raise ConfigError(f"{override.input_line}: several values; sweep over them with -m, or quote them")
-            _check_job([*search, *arguments.overrides], False, arguments.shows)
+            if arguments.shows:  # what is only shown runs nothing
+                _compose([*search, *arguments.overrides])
+            else:
+                _check_job([*search, *arguments.overrides], False)
             return Planned(arguments.overrides, False, [])
         return _planned_sweep(arguments, parsed, config, search)
 
@@ -82,11 +86,14 @@ def _planned_sweep(
         given = [o for o in given if not o.startswith("hydra.sweep.dir=")]
         given.append(f"hydra.sweep.dir='{_folder(config, 'sweep', 'dir')}'")
     jobs = jobs_of(parse(given), config)
+    if arguments.shows:  # the first job, as Hydra shows one
+        _compose([*search, *jobs[0]])
+        return Planned(jobs[0], False, [])
     paths: list[Path] = []
     transformer = 0
     for number, job in enumerate(jobs):
         try:
-            folder, settings = _check_job([*search, *job], True, arguments.shows, number)
+            folder, settings = _check_job([*search, *job], True, number)
         except ConfigError as error:
             which = job_name([o for o in job if not o.startswith("hydra")], swept)
             raise ConfigError(f"{error} (job {which}, of {len(jobs)}; none was started)") from None
@@ -101,8 +108,6 @@ def _planned_sweep(
     if is_joblib(launcher) and "hydra.launcher.n_jobs" not in [o.key_or_group for o in parsed]:
         launcher["n_jobs"] = sensible_jobs(len(jobs), cores(), device_memory(), transformer)
         given.append(f"hydra.launcher.n_jobs={launcher['n_jobs']}")
-    if arguments.shows:  # of a sweep the first job: Hydra shows one
-        return Planned(jobs[0], False, [])
     basic = str(config.hydra.sweeper.get("_target_")).endswith(".BasicSweeper")
     return Planned(given, True, paths if basic else [], side_by_side(launcher, len(jobs)))
 
@@ -114,19 +119,20 @@ def _shared(folder: Path, job: Sequence[str], earlier: Sequence[str]) -> str:
     return f"hydra.sweep.subdir: gives two jobs the folder {folder.name}; leave it out"
 
 
-def _check_job(overrides: list[str], multirun: bool, shows: bool, number: int = 0) -> tuple[Path, Settings]:
+def _check_job(overrides: list[str], multirun: bool, number: int = 0) -> tuple[Path, Settings]:
     """Check that a job can be run, as far as can be known; returns its folder and settings."""
     config = _compose(overrides)
     if config.hydra.job.chdir:
         raise ConfigError("hydra.job.chdir=true: paths are relative to where calib is started; leave it out")
-    settings = build(plain(config), multirun)
-    if not shows:
-        _check_folders(config, settings, multirun)
-        try:
-            check_stage(settings)
-        except CalibError as error:  # damaged files, for one: in a sweep they are the failure of one job, when it runs
-            if not multirun or isinstance(error, ConfigError):
-                raise
+    values = plain(config)
+    check_targets(values)
+    settings = build(values, multirun)
+    _check_folders(config, settings, multirun)
+    try:
+        check_stage(settings)
+    except CalibError as error:  # damaged files, for one: in a sweep they are the failure of one job, when it runs
+        if not multirun or isinstance(error, ConfigError):
+            raise
     if not multirun:
         return Path(_folder(config, "run", "dir")), settings
     with open_dict(config):

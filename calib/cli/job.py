@@ -7,6 +7,7 @@ from typing import Any
 from calib.base.errors import in_a_line
 from calib.base.layout import CONFIG, PAGE
 from calib.base.progress import say
+from calib.cli.blocked import check_targets
 from calib.runs.directory import RunDirectory
 from calib.runs.record import CARRIED
 from calib.runs.standing import RunState, results_of
@@ -29,6 +30,7 @@ def run_job(values: Mapping[str, Any], path: Path, multirun: bool, records: Mapp
 
     ``records`` has the text of further files, by name, that describe the job.
     """
+    check_targets(values)
     settings = build(values, multirun)
     run = RunDirectory(path, settings.stage.value, content_fingerprint(settings))
     wanted = settings.job.report is ReportForm.HTML

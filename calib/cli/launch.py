@@ -57,7 +57,8 @@ def launch(stage: Stage | None, arguments: list[str]) -> int:
     # Hydra's parser takes overrides in one piece only.
     flags = [flag for flag in given.flags if flag not in ("-m", "--multirun")]
     flags += ["--multirun"] if what.multirun else []
-    sys.argv = ["calib", *flags, "--", *what.overrides]
+    overrides = [] if "--hydra-help" in flags else what.overrides  # it is about Hydra alone, and knows no group of ours
+    sys.argv = ["calib", *flags, "--", *overrides]
     start = hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")(task)
     if what.multirun:
         return run_sweep(start, what)

@@ -6,6 +6,7 @@ Each command imports what it needs: help, the version and commands on files star
 import importlib
 import os
 import sys
+import traceback
 from collections.abc import Mapping, Sequence
 
 from calib.base import VERSION, interrupts
@@ -41,6 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     terminal was closed.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
+    full = os.environ.get("HYDRA_FULL_ERROR") == "1"
     interrupts.install()
     try:
         sys.exit(_run(given))
@@ -48,6 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0 if given[:1] == ["compare"] else 1)
     except (CalibError, OSError) as error:
+        if full and error.__cause__ is not None:  # what a function of the user's own raised
+            traceback.print_exception(error.__cause__)
         print(f"calib: {in_a_line(error)}", file=sys.stderr)
         sys.exit(error.exit_status if isinstance(error, CalibError) else 1)
     except KeyboardInterrupt as error:

@@ -15,6 +15,8 @@ from omegaconf import DictConfig
 
 #: Hydra's flags that show something and run no job.
 SHOW_FLAGS = {"--cfg", "-c", "--info", "-i", "--hydra-help", "--shell-completion", "-sc"}
+#: A flag of Hydra's that calib has not: it unpickles a file of a run directory, and so runs what that says.
+UNPICKLES = "--experimental-rerun"
 CONFIG_DIR_FLAGS = ("--config-dir", "-cd")
 
 
@@ -39,7 +41,8 @@ class Arguments:
 
 def take_apart(arguments: Sequence[str]) -> Arguments:
     """Split a command line; flags may stand anywhere, as ``--flag value`` or ``--flag=value``; unknown ones raise."""
-    takes_value = {o: a.nargs != 0 for a in get_args_parser()._actions for o in a.option_strings}
+    actions = [action for action in get_args_parser()._actions if UNPICKLES not in action.option_strings]
+    takes_value = {option: action.nargs != 0 for action in actions for option in action.option_strings}
     found = Arguments([], [], [])
     rest = list(arguments)
     while rest:

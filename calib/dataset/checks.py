@@ -12,14 +12,14 @@ from calib.base.errors import Unsettled, reason_of
 from calib.base.files import checksum
 from calib.base.locks import refuse_unsettled, settled
 from calib.base.seeds import image_seed
-from calib.dataset.images import IMAGES, LATENTS
+from calib.dataset.arrays import check_dataset, contents, most_bytes, open_npz, read_npy
+from calib.dataset.images import IMAGES, LATENTS, open_picture
 from calib.dataset.manifest import MANIFEST, ImageEntry, Manifest
 from calib.dataset.plausible import Fault, is_affine_of, is_first_state, latent_fault
 from calib.dataset.store import TRAJECTORY_FORMAT, StateDtype, StorageFormat, sample_files
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 ASIDE = "aside"
 
@@ -171,11 +171,13 @@ class _Check:
 
     def _hdf5(self, name: str) -> None:
         manifest, steps = self.manifest, self.manifest.steps
+        most = most_bytes(self.data_dir / name)
         with settled(self.data_dir / name) as raw, hdf5.opened(raw) as file:
             if file.attrs.get("format") != TRAJECTORY_FORMAT:
                 raise ValueError(f"not a {TRAJECTORY_FORMAT} file")
             self._facts(name, file.attrs)
             x = file["x"]
+            check_dataset(x, most)
             if x.attrs.get("dtype") != manifest.dtype:
                 self._add(Kind.DISAGREES, name, f"holds {x.attrs.get('dtype')}, the manifest says {manifest.dtype}")
             expected = {
@@ -184,7 +186,7 @@ class _Check:
                 "timestep": [manifest.timesteps[step] for step in steps],
             }
             for key, values in expected.items():
-                if file[key][:].tolist() != values:
+                if contents(file[key], most).tolist() != values:
                     self._add(Kind.DISAGREES, name, f"{key} is not the manifest's")
             if self._has_layout(name, x, (len(steps), *manifest.latent_shape)):
                 for row, step in enumerate(steps):
@@ -192,7 +194,7 @@ class _Check:
 
     def _npz(self, name: str, step: int) -> None:
         manifest = self.manifest
-        with np.load(self.data_dir / name) as archive:
+        with open_npz(self.data_dir / name) as archive:
             expected: dict[str, float] = {
                 "step_index": step,
                 "image_id": self.entry.image_id,
@@ -243,7 +245,7 @@ class _Check:
         if name in self._unusable:
             return
         try:
-            x = np.load(self.data_dir / name)
+            x = read_npy(self.data_dir / name)
             shape = x.shape[1:] if self.manifest.is_older and x.shape[:1] == (1,) else x.shape
             if x.dtype.kind != "f" or shape != self.manifest.latent_shape:
                 expected = f"floats of shape {self.manifest.latent_shape}"
@@ -258,9 +260,9 @@ class _Check:
         if name in self._unusable:
             return
         try:
-            with Image.open(self.data_dir / name) as picture:
+            with open_picture(self.data_dir / name) as picture:
                 picture.verify()  # checks the checksums of all chunks; loading reads the pixels alone
-            with Image.open(self.data_dir / name) as picture:
+            with open_picture(self.data_dir / name) as picture:
                 picture.load()
                 self.picture_size = picture.size
                 self._facts(name, getattr(picture, "text", {}))

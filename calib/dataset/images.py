@@ -1,13 +1,18 @@
 """Write the files of one image: its states, its final latent, its picture."""
 
 import json
+import math
 import re
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from calib.base.files import checksum, write_bytes
+from calib.base.locks import open_regular
 from calib.dataset.manifest import ImageEntry, Manifest
 from calib.dataset.store import SAMPLES, StateDtype, StorageFormat, UnstorableLatents, write_trajectory
 
@@ -23,6 +28,26 @@ NAMED_BY_ID = re.compile(r"(\d{4,})(?:_\d{3,})?\.(?:png|npy|npz|h5)")
 #: Upper bounds of bytes besides the values: settings stored in each file, HDF5's tables (14.7 kB for 51 states), zip's.
 HDF5_OVERHEAD, NPZ_OVERHEAD, PNG_OVERHEAD = 18_000, 2_000, 8_000
 DISK_BLOCK = 4096
+#: 8192 × 8192, which take 200 MB.
+MOST_PIXELS = 1 << 26
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+@contextmanager
+def open_picture(path: Path) -> Iterator[Image.Image]:
+    """Open a picture; raises ValueError where it has more pixels than any that is drawn.
+
+    Other formats are left out: PIL has old decoders, and starts Ghostscript for PostScript.
+    """
+    with open_regular(path) as file:
+        start = file.read(24)
+        if start.startswith(PNG) and len(start) == 24 and math.prod(struct.unpack(">II", start[16:])) > MOST_PIXELS:
+            raise ValueError(f"announces more than {MOST_PIXELS:,} pixels")
+        file.seek(0)
+        with Image.open(file, formats=("PNG", "JPEG", "WEBP")) as picture:
+            if math.prod(picture.size) > MOST_PIXELS:
+                raise ValueError(f"announces more than {MOST_PIXELS:,} pixels")
+            yield picture
 
 
 @dataclass(frozen=True)

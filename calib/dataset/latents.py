@@ -5,6 +5,7 @@ from pathlib import Path
 
 from calib.base.errors import CalibError, reason_of
 from calib.base.locks import refuse_unsettled
+from calib.dataset.arrays import read_npy
 from calib.dataset.manifest import Manifest
 
 import numpy as np
@@ -26,7 +27,7 @@ def features(data_dir: Path, manifest: Manifest, image_ids: Sequence[int]) -> ND
 def _feature(data_dir: Path, manifest: Manifest, image_id: int) -> NDArray[np.float32]:
     path = data_dir / manifest.images[image_id].latent_filename
     try:
-        latent = np.load(path).astype(np.float32).reshape(manifest.latent_shape)
+        latent = read_npy(path).astype(np.float32).reshape(manifest.latent_shape)
     except Exception as error:  # readers of damaged files raise errors of any class
         refuse_unsettled(path, error)
         raise CalibError(

@@ -5,7 +5,7 @@ from typing import Any
 
 from calib.base.errors import CalibError, Unsettled
 from calib.base.files import read_json
-from calib.dataset.manifest import MANIFEST, ImageEntry, Manifest, parse_manifest
+from calib.dataset.manifest import MANIFEST, MOST_BATCH, MOST_BYTES, ImageEntry, Manifest, parse_manifest
 from calib.dataset.older import parse_older_manifest
 from calib.dataset.store import StateDtype, StorageFormat
 
@@ -24,7 +24,7 @@ def load_manifest(data_dir: Path) -> Manifest:
             f"calib rebuild-manifest {data_dir}"
         )
     try:
-        document: Any = read_json(path)
+        document: Any = read_json(path, MOST_BYTES)
     except Unsettled:
         raise
     except CalibError as error:
@@ -41,7 +41,8 @@ def _check(path: Path, manifest: Manifest) -> None:
     """Raise where a value of the manifest is impossible."""
     try:
         StateDtype(manifest.dtype), StorageFormat(manifest.storage)
-        if manifest.num_steps < 1 or (manifest.seed or 0) < 0 or (manifest.batch_size or 1) < 1:
+        batch_size = manifest.batch_size or 1
+        if manifest.num_steps < 1 or (manifest.seed or 0) < 0 or not 1 <= batch_size <= MOST_BATCH:
             raise ValueError(f"num_steps {manifest.num_steps}, seed {manifest.seed}, batch {manifest.batch_size}")
         states = manifest.num_steps + 1
         if not len(manifest.sigmas) == len(manifest.timesteps) == states:

@@ -15,6 +15,8 @@ from calib.base.files import write_text
 
 FORMAT, FORMAT_VERSION = "calib-dataset", 2
 MANIFEST = "manifest.json"
+#: Limits of what a manifest may ask for: its own bytes (a million images), steps of a trajectory, images per batch.
+MOST_BYTES, MOST_STEPS, MOST_BATCH = 1 << 30, 100_000, 1 << 16
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,9 @@ from typing import Any, cast
 
 from calib.base.errors import CalibError, reason_of
 from calib.base.locks import refuse_unsettled
-from calib.dataset.manifest import MANIFEST, ImageEntry, Manifest
+from calib.dataset.arrays import open_npz
+from calib.dataset.manifest import MANIFEST, MOST_STEPS, ImageEntry, Manifest
 from calib.dataset.store import SAMPLES, StorageFormat
-
-import numpy as np
 
 SAMPLE = re.compile(r"(\d+)_(\d+)\.npz")
 
@@ -43,7 +42,9 @@ def parse_older_manifest(data_dir: Path, document: Mapping[str, Any]) -> Manifes
             image_id: _entry(data_dir, image_id, entry, _sample_files(image_id, states, steps), num_steps, cfg_weight)
             for image_id, entry in sorted(listed.items())
         }
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        if not 0 < num_steps <= MOST_STEPS:
+            raise ValueError(f"num_steps={num_steps}")
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise CalibError(f"{path}: damaged manifest of the older layout ({error!r})") from None
     if steps and steps[-1] > num_steps:
         raise CalibError(f"{path}: num_steps={num_steps}, but there are states of step {steps[-1]}")
@@ -130,7 +131,7 @@ def _first_readable(data_dir: Path, names: Sequence[str]) -> tuple[float, float,
     failures = []
     for name in names:
         try:
-            with np.load(data_dir / name) as archive:
+            with open_npz(data_dir / name) as archive:
                 sigma, timestep = (archive[key].reshape(-1)[0].item() for key in ("sigma", "timestep"))
                 x = archive["x"]
             return float(sigma), float(timestep), (cast("tuple[int, int, int]", x.shape[-3:]), str(x.dtype))

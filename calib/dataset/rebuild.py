@@ -14,16 +14,15 @@ from calib.base.files import checksum, write_json
 from calib.base.interrupts import in_threads
 from calib.base.locks import refuse_unsettled, settled
 from calib.base.progress import Progress
+from calib.dataset.arrays import most_bytes
 from calib.dataset.checks import Finding, Kind, canonical_files
-from calib.dataset.images import IMAGES, image_ids
+from calib.dataset.images import IMAGES, image_ids, open_picture
 from calib.dataset.load import load_manifest
 from calib.dataset.manifest import MANIFEST, ImageEntry, Manifest
 from calib.dataset.rebuild_older import older_document
 from calib.dataset.repair import exclusive, timestamp
 from calib.dataset.store import SAMPLES
 from calib.dataset.verify import check_images
-
-from PIL import Image
 
 
 @dataclass(frozen=True)
@@ -109,9 +108,10 @@ def _facts(data_dir: Path, name: str) -> dict[str, Any]:
     """Metadata of a file; empty where it cannot be read."""
     try:
         if name.endswith(".h5"):
+            most_bytes(data_dir / name)
             with settled(data_dir / name) as raw, hdf5.opened(raw) as file:
                 return dict(file.attrs)
-        with Image.open(data_dir / name) as picture:
+        with open_picture(data_dir / name) as picture:
             return {str(key): value for key, value in picture.info.items()}
     except Exception as error:  # readers of damaged files raise errors of any class; the checks report the file later
         refuse_unsettled(data_dir / name, error)

@@ -8,12 +8,10 @@ from typing import Any
 from calib.base.errors import CalibError
 from calib.base.locks import refuse_unsettled
 from calib.base.progress import counted
-from calib.dataset.images import IMAGES, LATENTS
+from calib.dataset.arrays import open_npz
+from calib.dataset.images import IMAGES, LATENTS, open_picture
 from calib.dataset.manifest import MANIFEST
 from calib.dataset.older import sample_names
-
-import numpy as np
-from PIL import Image
 
 #: Names under which known scripts write a fact into a picture's text or a state's file.
 ALIASES = {
@@ -49,7 +47,7 @@ def older_document(data_dir: Path) -> tuple[dict[str, Any], list[str]]:
     for image_id, by_step in states.items():
         facts[image_id] = _known(_picture_facts(data_dir / IMAGES / f"{image_id:04d}.png"))
         try:
-            with np.load(data_dir / by_step[max(by_step)]) as archive:
+            with open_npz(data_dir / by_step[max(by_step)]) as archive:
                 shapes[archive["x"].shape[-3:-1]] += 1
                 finals.update([max(by_step)] if "is_final" in archive and archive["is_final"].any() else [])
                 extra = {key: archive[key].item() for key in NAMES & {*archive}}
@@ -83,7 +81,7 @@ def _entry(image_id: int, known: Mapping[str, Any], cfg_weight: float | None) ->
 
 def _picture_facts(path: Path) -> dict[str, Any]:
     try:
-        with Image.open(path) as picture:
+        with open_picture(path) as picture:
             return {str(key).lower(): value for key, value in picture.info.items()}
     except Exception as error:  # no picture, or an unreadable one: no facts
         refuse_unsettled(path, error)

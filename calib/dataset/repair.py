@@ -17,7 +17,7 @@ from calib.base.errors import CalibError
 from calib.base.files import read_json, write_text
 from calib.dataset.checks import ASIDE, Kind, stays_inside
 from calib.dataset.load import load_manifest
-from calib.dataset.manifest import MANIFEST
+from calib.dataset.manifest import MANIFEST, MOST_BYTES
 from calib.dataset.shards import Shard, being_written, manifest_lock, shard_lock
 from calib.dataset.verify import DatasetReport, manifest_remedy, verify
 
@@ -119,7 +119,7 @@ def _drop_entries(data_dir: Path, report: DatasetReport, bad: set[int]) -> None:
         manifest.images = {i: entry for i, entry in manifest.images.items() if i not in bad}
         manifest.save(data_dir)
         return
-    document = read_json(data_dir / MANIFEST)
+    document = read_json(data_dir / MANIFEST, MOST_BYTES)
     entries = {int(entry["image_id"]): entry for entry in document["images"]}
     document["images"] = [entry for image_id, entry in entries.items() if image_id not in bad]
     # Unlike calib's own files it may hold NaN, which is kept.

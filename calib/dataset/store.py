@@ -11,6 +11,7 @@ from calib.base import hdf5
 from calib.base.errors import CalibError, reason_of
 from calib.base.files import write_bytes
 from calib.base.locks import refuse_unsettled
+from calib.dataset.arrays import check_dataset, most_bytes, open_npz
 from calib.dataset.manifest import Manifest
 
 import numpy as np
@@ -133,10 +134,12 @@ def read_state(data_dir: Path, manifest: Manifest, image_id: int, step: int) -> 
     path = data_dir / entry.samples[0 if single else row]
     try:
         if single:
+            most = most_bytes(path)
             with open(path, "rb") as raw, hdf5.opened(raw) as file:
+                check_dataset(file["x"], most)
                 stored: NDArray[Any] = file["x"][row]
         else:
-            with np.load(path) as archive:
+            with open_npz(path) as archive:
                 stored = archive["x"][0]
         state = StateDtype(manifest.dtype).unpack(stored)
         if state.shape != manifest.latent_shape:

@@ -20,6 +20,11 @@ Latents: TypeAlias = Callable[[Sequence[int]], NDArray[np.float32]]
 DEFAULT_NUM_IMAGES = 100
 
 
+def made_up_latents(image_ids: Sequence[int]) -> NDArray[np.float32]:
+    """Latents for trying a subset before images are drawn."""
+    return generator(f"{GROUP}.seed", 0).randn(len(image_ids), 16).astype(np.float32)
+
+
 def resolve_count(num_images: int | None, available: int) -> int:
     """Number of images to collect: ``num_images``, or 100, or all if fewer.
 

@@ -126,20 +126,8 @@ def from_list(num_steps: int, steps: Sequence[int] = ()) -> list[int]:
     """The listed states."""
     if not steps:
         raise ConfigError(f"{GROUP}.steps=[]: name at least one step, e.g. {GROUP}.steps=[0,10,{num_steps}]")
-    return list(steps)
-
-
-def checked(steps: Sequence[int], num_steps: int) -> tuple[int, ...]:
-    """``steps`` sorted and without repeats.
-
-    Raises:
-        ConfigError: a step is no state of the trajectory, or there is none.
-    """
     for step in steps:
-        if isinstance(step, bool) or not isinstance(step, int | np.integer) or not 0 <= step <= num_steps:
-            raise ConfigError.bad_value(
-                f"{GROUP}.steps", step, f"every step index must be an integer in 0 … {num_steps} (sampler.num_steps)"
-            )
-    if not steps:
-        raise ConfigError(f"{GROUP} gives no steps for sampler.num_steps={num_steps}; choose another schedule")
-    return tuple(sorted({int(step) for step in steps}))
+        if not 0 <= step <= num_steps:
+            allowed = f"every step index must be in 0 … {num_steps} (sampler.num_steps)"
+            raise ConfigError.bad_value(f"{GROUP}.steps", step, allowed)
+    return list(steps)

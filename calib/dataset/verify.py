@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 from calib.base.errors import Unsettled
@@ -16,7 +17,7 @@ from calib.base.progress import Progress, counted, readable_bytes
 from calib.dataset.checks import ASIDE, Checked, Finding, Kind, check_image
 from calib.dataset.images import FOLDERS
 from calib.dataset.load import load_manifest
-from calib.dataset.manifest import MANIFEST, ImageEntry, Manifest
+from calib.dataset.manifest import MANIFEST, MOST_BYTES, ImageEntry, Manifest
 from calib.dataset.shards import Shard, being_written
 
 #: Findings that rewriting the manifest repairs; the image need not be drawn again.
@@ -158,18 +159,20 @@ def _odd_sizes(manifest: Manifest, checked: dict[int, Checked]) -> Iterable[Find
 
 def _duplicates(data_dir: Path) -> Iterable[Finding]:
     """Yield a finding for every id that the manifest lists more than once; loading it keeps the last entry."""
-    counts = Counter(int(entry["image_id"]) for entry in read_json(data_dir / MANIFEST)["images"])
+    counts = Counter(int(entry["image_id"]) for entry in read_json(data_dir / MANIFEST, MOST_BYTES)["images"])
     for image_id, count in counts.items():
         if count > 1:
             yield Finding(Kind.DUPLICATE, image_id, MANIFEST, f"{count} entries; the last one counts")
 
 
 def _gaps(manifest: Manifest) -> list[str]:
-    missing = sorted(set(range(max(manifest.images, default=-1))) - set(manifest.images))
-    if not missing:
+    highest = max(manifest.images, default=0)
+    number = highest - sum(i < highest for i in manifest.images)
+    if not number:
         return []
-    shown = ", ".join(map(str, missing[:5])) + (", …" if len(missing) > 5 else "")
-    return [f"{counted(len(missing), 'image')} not drawn below the highest id ({shown})"]
+    missing = islice((i for i in range(highest) if i not in manifest.images), 5)
+    shown = ", ".join(map(str, missing)) + (", …" if number > 5 else "")
+    return [f"{counted(number, 'image')} not drawn below the highest id ({shown})"]
 
 
 def orphans(data_dir: Path) -> list[Finding]:

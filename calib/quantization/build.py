@@ -9,18 +9,20 @@ from calib.activations.batches import Batch, StoredStates, output_of
 from calib.activations.reader import ActivationFile
 from calib.activations.taps import Recorder, TapPoint, tapped
 from calib.analysis.measure import quantizable
-from calib.analysis.observed import channel_extremes, observe, observed_ranges, plan_steps, rule_document
+from calib.analysis.observed import channel_extremes, observe, observed_ranges, plan_steps
 from calib.analysis.plan import UNQUANTIZED, LayerPlan, Plan
 from calib.analysis.ranges import RangeRule, StepRanges, static
+from calib.analysis.rules import checked_rule
 from calib.analysis.steps import StepPlan
 from calib.base.affine import GROUP_SIZES
 from calib.base.errors import CalibError, suggest
 from calib.base.layout import STEPS
+from calib.base.targets import described
 from calib.models.memory import plan_memory
 from calib.models.model import DiffusionModel, weights
 from calib.models.packed import Packed
 from calib.quantization import rtn
-from calib.quantization.check import check_quantized, model_kept
+from calib.quantization.check import checked_quantizer, model_kept
 from calib.quantization.checkpoint import origin_of
 from calib.quantization.model import InputRule, QuantizedModel
 from calib.quantization.quantizer import Batches, ChannelRange, Quantizer, QuantizerInput, Replay
@@ -93,7 +95,7 @@ def quantize(
     """
     steps = plan_steps(plan, observed_ranges(plan, activations), activations, ranges)
     source = Calibration(activations, ranges, None if states is None else lambda: states)
-    made_by = {"quantizer": rule_document(quantizer), "ranges": steps.rule}
+    made_by = {"quantizer": described(quantizer), "ranges": steps.rule}
     return quantize_layers(model, plan.layers, steps, quantizer, source, made_by)
 
 
@@ -114,8 +116,7 @@ def quantize_layers(
     given = (replay, batches, *_statistics(plan, source))
     work = QuantizerInput(model.architecture, linear, {**plan, **chosen}, half, *given)
     with model_kept(model) as changed:
-        made = quantizer(work)
-        check_quantized(made, work)
+        made = checked_quantizer(quantizer)(work)
         copies = _copies(linear, chosen, steps, made.layers, quantizer, work)
     if changed:
         notes.append(f"the quantizer changed weights of the model itself ({changed[0]}, …); they were put back")
@@ -185,9 +186,7 @@ def _copies(
         if other:
             plan = {**work.plan, **{name: replace(chosen[name], weight_bits=b) for name, b in other.items()}}
             other_work = replace(work, plan=plan, layers={name: linear[name] for name in other})
-            again = quantizer(other_work)
-            check_quantized(again, other_work)
-            copies[phase] = again.layers
+            copies[phase] = checked_quantizer(quantizer)(other_work).layers
     return copies
 
 
@@ -204,7 +203,7 @@ def _statistics(plan: Mapping[str, LayerPlan], source: Calibration) -> tuple[Any
         if source.statistics is None:
             return None
         with ActivationFile(source.statistics) as file:
-            return source.rule(observe(file, name, clip or plan[name].clip_percentile, divisors))
+            return checked_rule(source.rule)(observe(file, name, clip or plan[name].clip_percentile, divisors))
 
     return channel_range, ranges
 

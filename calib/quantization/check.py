@@ -1,49 +1,98 @@
 """Checks of what a quantizer did: it must return what the plan asks for, and leave the model as it was."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
+from calib.analysis.rules import step_ranges
 from calib.base.errors import CalibError, suggest
+from calib.base.option import Option, Unfit, kind_of, several, whole_number
 from calib.models.model import DiffusionModel, weights
 from calib.models.packed import Packed
+from calib.quantization.model import QuantizedModel
 from calib.quantization.quantizer import Quantized, QuantizerInput
 
 import mlx.core as mx
+import numpy as np
+from mlx import nn
 from mlx.utils import tree_unflatten
 
 
-def check_quantized(made: Quantized, work: QuantizerInput) -> None:
-    """Raise where ``made`` is not one packed weight of the planned shape for each layer of ``work``, and no other.
+def checked_quantizer(quantizer: Callable[..., Any], named: str = "the quantizer") -> Option[Quantized]:
+    """``quantizer``, with checks of what it returns; ``named`` names it, for errors."""
+    if isinstance(quantizer, Option):
+        return quantizer
+    return Option(named, quantizer, ("work",), "a Quantized of work.layers, an empty one for none", _quantized)
 
-    Raises:
-        CalibError: names the layer, and what is expected of it.
-    """
+
+def _quantized(found: Any, work: QuantizerInput) -> Quantized:
+    """What a quantizer returned, packed weights by layer alone or a Quantized, with NumPy's values as MLX's."""
+    made = Quantized(dict(found)) if isinstance(found, Mapping) else found
+    if not isinstance(made, Quantized):
+        raise Unfit(f"returned {kind_of(found)}")
     if unknown := [name for name in made.layers if name not in work.layers]:
         hint = suggest(unknown[0], work.layers, list_all=False)
-        raise CalibError(f"the quantizer returned layer {unknown[0]!r}, which it was not given.{hint}")
-    for name, layer in work.layers.items():
-        if name not in made.layers:
-            raise CalibError(f"the quantizer returned no weights for {name}; it must return all of work.layers")
-        packed, plan = made.layers[name], work.plan[name]
-        if not isinstance(packed, Packed):
-            raise CalibError(f"the quantizer returned {type(packed).__name__} for {name}; it must be a Packed")
-        if (packed.bits, packed.group_size) != (plan.weight_bits, plan.group_size):
-            found = f"{packed.bits} bits in groups of {packed.group_size}"
-            wanted = f"{plan.weight_bits} bits in groups of {plan.group_size}"
-            raise CalibError(f"the quantizer returned {found} for {name}; the plan has {wanted}")
-        rows, columns = layer.weight.shape
-        shapes = (packed.weight.shape, packed.scales.shape, packed.biases.shape)
-        wide, groups = (rows, columns * plan.weight_bits // 32), (rows, columns // plan.group_size)
-        if shapes != (wide, groups, groups):
-            wanted = f"they must be {wide}, {groups} and {groups}"
-            raise CalibError(f"the quantizer returned arrays of shapes {shapes} for {name}; {wanted}")
-        if packed.scales.dtype != work.dtype or packed.biases.dtype != work.dtype:
-            found, kind = (str(dtype).rpartition(".")[2] for dtype in (packed.scales.dtype, work.dtype))
-            raise CalibError(f"the quantizer returned {found} scales for {name}; they must be {kind}")
+        raise Unfit(f"returned layer {unknown[0]!r}, which it was not given.{hint}")
+    if lacking := [name for name in work.layers if name not in made.layers]:
+        raise Unfit(f"returned no weights for {lacking[0]}, one of work.layers")
     known = weights(work.architecture.module)
     if strange := [path for path in made.weights if path not in known]:
         hint = suggest(strange[0], known, list_all=False)
-        raise CalibError(f"the quantizer returned other weights at {strange[0]!r}, which the model has not.{hint}")
+        raise Unfit(f"returned other weights at {strange[0]!r}, which the model has not.{hint}")
+    others = {path: _array(value, f"at {path!r}", known[path].shape) for path, value in made.weights.items()}
+    return Quantized(
+        {name: _packed(name, made.layers[name], work) for name in work.layers},
+        others,
+        {name: step_ranges(ranges) for name, ranges in made.ranges.items()},
+        [made.notes] if isinstance(made.notes, str) else list(map(str, several(made.notes))),
+    )
+
+
+def _packed(name: str, found: Any, work: QuantizerInput) -> Packed:
+    """The packed weights of a layer, which must be those of its plan."""
+    if not isinstance(found, Packed):
+        raise Unfit(f"returned {kind_of(found)} for {name}, no Packed")
+    plan, (rows, columns) = work.plan[name], work.layers[name].weight.shape
+    shape = tuple(whole_number(getattr(found, key), f"{name} has {key}=") for key in ("bits", "group_size"))
+    if shape != (plan.weight_bits, plan.group_size):
+        bits, size = shape
+        wanted = f"{plan.weight_bits} bits in groups of {plan.group_size}"
+        raise Unfit(f"returned {bits} bits in groups of {size} for {name}; the plan has {wanted}")
+    groups = (rows, columns // plan.group_size)
+    return Packed(
+        _array(found.weight, f"for {name}", (rows, columns * plan.weight_bits // 32), mx.uint32),
+        _array(found.scales, f"for {name}", groups, work.dtype),
+        _array(found.biases, f"for {name}", groups, work.dtype),
+        *shape,
+    )
+
+
+def _array(found: Any, which: str, shape: tuple[int, ...], dtype: mx.Dtype | None = None) -> mx.array:
+    """An array of MLX's, which may be given as one of NumPy's."""
+    array = mx.array(found) if isinstance(found, np.ndarray) else found
+    if not isinstance(array, mx.array):
+        raise Unfit(f"returned {kind_of(found)} {which}, no array")
+    if array.shape != shape or (dtype is not None and array.dtype != dtype):
+        kind = "" if dtype is None else f"{str(dtype).rpartition('.')[2]} of "
+        there = f"{str(array.dtype).rpartition('.')[2]} of shape {array.shape}"
+        raise Unfit(f"returned {there} {which}; it must be {kind}shape {shape}")
+    return array
+
+
+def check_fits(quantized: QuantizedModel, model: DiffusionModel) -> None:
+    """Raise where a quantized model that was read from a file is none of ``model``, whatever the file says."""
+    layers, own = model.architecture.layers(), weights(model.transformer)
+    packed = [(name, layer) for kept in (quantized.layers, *quantized.copies.values()) for name, layer in kept.items()]
+    fits = {name: name in layers for name in quantized.inputs} | {
+        path: path in own and own[path].shape == array.shape for path, array in quantized.weights.items()
+    }
+    for name, layer in packed:
+        shape = (layer.weight.shape[0], layer.weight.shape[1] * 32 // layer.bits)
+        fits[name] = isinstance(layers.get(name), nn.Linear) and layers[name].weight.shape == shape
+    if strange := [name for name, holds in fits.items() if not holds]:
+        raise CalibError(
+            f"the quantized model has a {strange[0]} that {model.name} has not; calib quantize makes another"
+        )
 
 
 @contextmanager

@@ -8,13 +8,15 @@ group size of each layer, the rules for activations, and the model's origin.
 import errno
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from calib.analysis.plan import UNQUANTIZED
 from calib.analysis.ranges import ranges_from_json, ranges_to_json
+from calib.base.affine import GROUP_SIZES, WEIGHT_BITS
 from calib.base.errors import CalibError, check_format, lacks_or_garbles, reason_of
 from calib.base.files import checksum, free_bytes, read_json, write_json
 from calib.models.former import former_name
@@ -156,9 +158,19 @@ def load(folder: Path) -> QuantizedModel:
 def _arrays(path: Path) -> dict[str, mx.array]:
     if not path.exists():
         return {}
-    arrays = mx.load(str(path))
+    try:
+        arrays = mx.load(str(path), format="safetensors")
+    except (RuntimeError, ValueError) as error:
+        raise CalibError(f"{path}: not a readable safetensors file ({reason_of(error)})") from None
     assert isinstance(arrays, dict)
     return arrays
+
+
+def _whole(value: Any, allowed: Container[int]) -> int:
+    """An integer that is allowed; raises a ValueError for any other value."""
+    if type(value) is not int or value not in allowed:
+        raise ValueError(f"{value!r}, where an integer must be")
+    return value
 
 
 def _quantized(
@@ -167,7 +179,11 @@ def _quantized(
 
     def packed(source: dict[str, mx.array], prefix: str, shape: Mapping[str, int]) -> Packed:
         weight, scales, biases = (source.pop(f"{prefix}.{part}") for part in _PARTS)
-        return Packed(weight, scales, biases, shape["bits"], shape["group_size"])
+        bits, size = _whole(shape["bits"], WEIGHT_BITS), _whole(shape["group_size"], GROUP_SIZES)
+        groups = (weight.shape[0], weight.shape[-1] * 32 // bits // size)
+        if weight.ndim != 2 or weight.dtype != mx.uint32 or not scales.shape == biases.shape == groups:
+            raise ValueError(f"the shapes of {prefix}")
+        return Packed(weight, scales, biases, bits, size)
 
     names = _names(document)
     layers = {names[path]: packed(arrays, path, shape) for path, shape in document["layers"].items()}
@@ -177,8 +193,11 @@ def _quantized(
     }
     timesteps = tuple(float(t) for t in document["timesteps"])
     ranges = ranges_from_json(document["activation_ranges"], path, len(timesteps))
-    inputs = {name: InputRule(r, tuple(document["activation_bits"][name])) for name, r in ranges.items()}
+    bits_of = {name: tuple(_whole(b, range(2, 17)) for b in document["activation_bits"][name]) for name in ranges}
+    inputs = {name: InputRule(own, bits_of[name] or (UNQUANTIZED,)) for name, own in ranges.items()}
     phases = {phase: (int(first), int(last)) for phase, (first, last) in document["phases"].items()}
+    if lacking := held.keys() - phases.keys():
+        raise ValueError(f"the steps of phase {lacking.pop()!r}")
     made = {"format", "format_version", "layers", "names", "copies", "phases", "timesteps", "files"}
     made |= {"activation_ranges", "activation_bits"}
     about = {key: value for key, value in document.items() if key not in made}

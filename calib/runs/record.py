@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from calib.base.errors import CalibError, reason_of
-from calib.base.files import read_text
+from calib.base.files import read_json, read_text
 from calib.base.layout import CONFIG, ENVIRONMENT, HYDRA_CONFIG, METRICS, STATUS
+from calib.base.targets import short_name
 from calib.runs.exchange import settle
 from calib.runs.standing import (
     ENDED,
@@ -17,7 +18,6 @@ from calib.runs.standing import (
     changed_files,
     has_later_job,
     is_there,
-    json_in,
     mapping_in,
     standing,
     state_of,
@@ -33,10 +33,17 @@ WITHOUT_EFFECT = ("swept", "cache_dir", "keep_awake", "report")
 
 Scalar: TypeAlias = str | int | float | bool | None
 
-#: The reader in C where PyYAML has it: ten times as fast.
-_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-#: Names of functions that many options share; such an option is called by its module.
-_COMMON = ("plan_layer", "plan_layers", "quantize", "load")
+#: The reader in C where PyYAML has it: ten times as fast. It makes plain values, and calls nothing.
+_READER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+class _Loader(_READER):  # type: ignore[misc]
+    """Reads YAML without aliases, which calib and Hydra never write: a few lines of them stand for gigabytes."""
+
+    def construct_object(self, node: Any, deep: bool = False) -> Any:
+        if node in self.constructed_objects:
+            raise yaml.constructor.ConstructorError(None, None, "has an alias", node.start_mark)
+        return super().construct_object(node, deep)
 
 
 @dataclass(frozen=True)
@@ -79,10 +86,10 @@ def read_run(path: Path, name: str) -> RunRecord:
         return RunRecord(path, name, RunState.INCOMPLETE, problems=(f"{NOT_BEGUN}; the same command runs it",))
     settle(path)
     problems: list[str] = []
-    status = mapping_in(path / STATUS, problems, json_in)
+    status = mapping_in(path / STATUS, problems, read_json)
     config = read_configuration(path, problems)
     metrics = _metrics(path, problems)
-    surroundings = mapping_in(path / ENVIRONMENT, [], json_in)
+    surroundings = mapping_in(path / ENVIRONMENT, [], read_json)
     state = state_of(path, status)
     if state is RunState.COMPLETE and not is_there(path / METRICS):
         problems.append(f"{METRICS} is lost, and with it the run's figures")
@@ -112,7 +119,7 @@ def read_run(path: Path, name: str) -> RunRecord:
 
 def _metrics(path: Path, problems: list[str]) -> dict[str, float]:
     """Finite numbers by key; other values are added to ``problems``, but for null, which stands for none."""
-    found = mapping_in(path / METRICS, problems, json_in) if is_there(path / METRICS) else {}
+    found = mapping_in(path / METRICS, problems, read_json) if is_there(path / METRICS) else {}
     if strange := [key for key, value in found.items() if value is not None and not _is_number(value)]:
         more = f" and {len(strange) - 1} more" if len(strange) > 1 else ""
         problems.append(f"{METRICS}: {strange[0]}{more}: no finite number")
@@ -136,9 +143,9 @@ class Configuration:
 
 def read_configuration(path: Path, problems: list[str]) -> Configuration:
     """Read the configuration recorded in the run directory ``path``."""
-    values = mapping_in(path / CONFIG, problems, _yaml)
-    recorded = mapping_in(path / HYDRA_CONFIG, [], _yaml) if is_there(path / HYDRA_CONFIG) else {}
-    carried = mapping_in(path / ENVIRONMENT, [], json_in).get(CARRIED)
+    values = mapping_in(path / CONFIG, problems, read_yaml)
+    recorded = mapping_in(path / HYDRA_CONFIG, [], read_yaml) if is_there(path / HYDRA_CONFIG) else {}
+    carried = mapping_in(path / ENVIRONMENT, [], read_json).get(CARRIED)
     choices, task = _within(recorded, "runtime", "choices"), _within(recorded, "overrides", "task")
     options = [found for found in (choices, carried) if isinstance(found, dict)]
     return Configuration(
@@ -155,7 +162,8 @@ def _flat_config(found: Configuration) -> dict[str, Scalar]:
         if not isinstance(value, dict):
             flat[key] = _scalar(value)
             continue
-        if option := found.options.get(key) or _option(value.get("_target_")):
+        target = value.get("_target_")
+        if option := found.options.get(key) or (None if target is None else short_name(str(target))):
             flat[key] = option
         flat |= {f"{key}.{inner}": v for inner, v in _flat(value).items() if inner not in ("_target_", "skeleton")}
     return flat
@@ -166,11 +174,6 @@ def _within(recorded: Any, *keys: str) -> Any:
     for key in ("hydra", *keys):
         recorded = recorded.get(key) if isinstance(recorded, dict) else None
     return recorded
-
-
-def _option(target: Any) -> str | None:
-    module, _, name = str(target).rpartition(".")
-    return None if target is None else module.rpartition(".")[2] if name in _COMMON else name
 
 
 def _flat(node: Mapping[Any, Any], prefix: str = "") -> dict[str, Scalar]:
@@ -189,9 +192,10 @@ def _scalar(value: Any) -> Scalar:
     return value if isinstance(value, str | int | float | bool | None) else str(value)
 
 
-def _yaml(path: Path) -> Any:
+def read_yaml(path: Path) -> Any:
+    """The YAML value in ``path``, of plain values; raises a CalibError where the file is missing or damaged."""
     try:
-        return yaml.load(read_text(path), Loader=_LOADER)
+        return yaml.load(read_text(path), Loader=_Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a 13th month, for one
         raise CalibError(f"{path}: not valid YAML ({reason_of(error)[:80]})") from None
 

@@ -8,7 +8,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from calib.base.errors import CalibError, reason_of
+from calib.base.errors import CalibError
 from calib.base.files import content_of, read_json
 from calib.base.layout import CHECKED, LOCK, NEXT, STATUS
 from calib.base.locks import is_locked
@@ -68,7 +68,7 @@ def results_of(path: Path) -> Standing:
 def _standing(path: Path, file: Path) -> Standing:
     problems: list[str] = []
     begun = is_there(file)
-    status = mapping_in(file, problems, json_in) if begun else {}
+    status = mapping_in(file, problems, read_json) if begun else {}
     fingerprint = str(status.get("fingerprint", "")) if begun and not problems else None
     state = state_of(path, status)
     if state is RunState.RUNNING:
@@ -90,7 +90,7 @@ class Made:
 
 def made_in(path: Path) -> Made:
     """What the complete job in ``path`` made; nothing where that is not recorded, as by calib 0.2.0 and earlier."""
-    document = mapping_in(path / STATUS, [], json_in).get("made")
+    document = mapping_in(path / STATUS, [], read_json).get("made")
     files, metrics = (document.get(key) if isinstance(document, dict) else None for key in ("files", "metrics"))
     return Made(
         {name: str(files[name]) for name in CHECKED if name in files} if isinstance(files, dict) else {},
@@ -142,14 +142,6 @@ def mapping_in(path: Path, problems: list[str], read: Any) -> dict[str, Any]:
         problems.append(f"{path.name}: holds no keys")
         return {}
     return found
-
-
-def json_in(path: Path) -> Any:
-    """The JSON value in a file; raises a CalibError whatever is wrong with it."""
-    try:
-        return read_json(path)
-    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, brackets in thousands
-        raise CalibError(f"{path}: not valid JSON ({reason_of(error)[:80]})") from None
 
 
 def text_of(value: Any) -> str | None:

@@ -22,6 +22,7 @@ from calib.analysis.summary import summary_text
 from calib.base.errors import CalibError
 from calib.base.files import content_of, write_json, write_text
 from calib.base.layout import ACTIVATIONS, METADATA, PLAN, STATISTICS, STEPS, SUMMARY
+from calib.base.option import on_trial
 from calib.models.model import DiffusionModel
 from calib.runs.directory import RunDirectory
 from calib.stages import Stage
@@ -88,7 +89,7 @@ def try_heuristic(settings: Settings, names: list[str]) -> None:
     heuristic, skeleton = settings.analyze.analysis, settings.job.model.skeleton
     if heuristic.by_layer:
         return
-    with heuristic.on_trial():
+    with on_trial():
         if not heuristic.measures:
             heuristic.whole(dict.fromkeys(names, PROBE))
         elif skeleton is not None:

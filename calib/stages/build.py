@@ -13,7 +13,8 @@ from calib.activations.taps import TapSelection, tap_points
 from calib.base.affine import GROUP_SIZES
 from calib.base.errors import ConfigError, suggest
 from calib.base.files import checksum, short_hash
-from calib.base.values import at_least, build_dataclass, check, former_place, group, target_of
+from calib.base.targets import former_place, target_of
+from calib.base.values import at_least, build_dataclass, check, group
 from calib.dataset import timesteps
 from calib.dataset.settings import SamplerSettings
 from calib.dataset.shards import Shard
@@ -102,7 +103,8 @@ def build(config: Mapping[str, Any], multirun: bool = False) -> Settings:
     evaluation = build_dataclass("evaluation", config["evaluation"], EvaluationSettings)
     beside = generate.data_dir.parent / _evaluation_folder(config, prompts, sampler, evaluation)
     evaluation = replace(evaluation, steps=min(evaluation.steps, sampler.num_steps))
-    analyze = _filled(Analyze, config, analysis=heuristic_of(config["analysis"]), ranges=ranges_of(config["ranges"]))
+    ranges = ranges_of(config["ranges"], steps, sampler.num_steps, stage is Stage.RUN)
+    analyze = _filled(Analyze, config, analysis=heuristic_of(config["analysis"]), ranges=ranges)
     _check_group_sizes(analyze.sensitivity.group_sizes)
     return Settings(
         job,

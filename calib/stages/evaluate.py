@@ -28,6 +28,7 @@ from calib.evaluation.reference import control_of, draw_reference
 from calib.evaluation.report import fidelity_text, picture_grid, plot_error, save_pictures
 from calib.models.model import DiffusionModel
 from calib.quantization.apply import applied, runs_dense
+from calib.quantization.check import check_fits
 from calib.quantization.checkpoint import CHECKPOINT, load
 from calib.runs.directory import RunDirectory
 from calib.stages import Stage
@@ -66,6 +67,7 @@ def run(settings: Settings, run: RunDirectory, model: Callable[[], DiffusionMode
     if quantized.about.get("fingerprint") != model().fingerprint:
         made_from = quantized.about.get("model")
         raise CalibError(f"the quantized model was made from {made_from} with other weights; set model")
+    check_fits(quantized, model())
     if wanted.num_images + drawn.num_images > len(drawn.prompts):
         note("evaluation: the list of prompts is too short for prompts of its own; seeds are others")
     # From the end of the list, for prompts that a smaller dataset has not used.

@@ -1,23 +1,29 @@
 """Options of the configuration's groups: functions named by ``_target_``, tried before anything is drawn.
 
-For calib's own options and those of the user alike, parameters are checked against the function's signature, and its
-result against the expected type.
+For calib's own options and those of the user alike, parameters are checked against the function's signature, and what
+it returns against what it must. Lists, tuples, ranges, generators and arrays of several values are the same.
 """
 
 import inspect
-from collections.abc import Callable, Iterable, Sequence
-from functools import cache
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from functools import cache, partial
 from typing import Any
 
+from calib.analysis import heuristic
 from calib.analysis.heuristic import Heuristic, check_signature
 from calib.analysis.ranges import Observed, RangeRule, StepRanges
-from calib.base.errors import ConfigError
-from calib.base.values import at_least, bind_target, check, group, target_of
+from calib.analysis.rules import checked_rule
+from calib.base.option import Option, Unfit, in_short, is_of_calib, kind_of, on_trial, several, whole_number
+from calib.base.targets import bind_target, target_of
+from calib.base.values import at_least, check, group
 from calib.dataset import subsets, timesteps
 from calib.dataset.prompts import report_duplicates
 from calib.dataset.settings import SamplerSettings
 from calib.models.architecture import Architecture, check_architecture
 from calib.models.model import DiffusionModel
+from calib.quantization.check import checked_quantizer
 from calib.quantization.quantizer import Quantized, Quantizer, QuantizerInput
 from calib.stages.settings import ImageChooser, ModelChoice
 
@@ -29,63 +35,84 @@ import numpy as np
 SKELETON = "skeleton"
 
 
-def _must_return(key: str, target: Any, what: str, found: object) -> ConfigError:
-    return ConfigError.bad_value(key, target, f"must return {what}; returned {type(found).__name__}")
-
-
-def _is_several(found: object) -> bool:
-    return isinstance(found, Iterable) and not isinstance(found, str)
+def _named(key: str, node: Mapping[str, Any]) -> str:
+    return f"{key}._target_={node.get('_target_')}"
 
 
 def model_choice(node: Any, sampler: SamplerSettings) -> ModelChoice:
     """The model, with functions that load it and that build its transformer without weights."""
     node = group("model", node)
     parameters = {name: value for name, value in node.items() if name != SKELETON}
-    load = bind_target("model", parameters, given=("shift", "image_size"))
-
-    def loaded() -> DiffusionModel:
-        model = load(shift=sampler.shift, image_size=sampler.image_size)
-        if not isinstance(model, DiffusionModel):
-            raise _must_return("model._target_", node["_target_"], "a DiffusionModel", model)
-        check_architecture(model.architecture, f"model._target_={node['_target_']}")
-        return model
-
+    given = ("shift", "image_size")
+    function = bind_target("model", parameters, given, returns=(DiffusionModel,))
+    named = _named("model", node)
+    model = Option(named, function, given, "a DiffusionModel", partial(_loaded, named=named))
+    load = partial(model, sampler.shift, sampler.image_size)
     name = check("model.name", node.get("name"), str)
     if SKELETON not in node:
-        return ModelChoice(name, loaded, None)
-    build = bind_target("model", {**parameters, "_target_": node[SKELETON]}, given=("image_size", "cfg_weight"))
+        return ModelChoice(name, load, None)
+    named, given = f"model.{SKELETON}={node[SKELETON]}", ("image_size", "cfg_weight")
+    build = bind_target("model", {**parameters, "_target_": node[SKELETON]}, given)
+    skeleton = Option(named, build, given, "an Architecture", partial(_architecture, named=named))
+    return ModelChoice(name, load, cache(partial(skeleton, sampler.image_size, sampler.cfg_weight)))
 
-    @cache
-    def skeleton() -> Architecture:
-        architecture: Architecture = build(image_size=sampler.image_size, cfg_weight=sampler.cfg_weight)
-        check_architecture(architecture, f"model.{SKELETON}={node[SKELETON]}")
-        return architecture
 
-    return ModelChoice(name, loaded, skeleton)
+def _loaded(found: Any, named: str, **_: Any) -> DiffusionModel:
+    if not isinstance(found, DiffusionModel):
+        raise Unfit(f"returned {kind_of(found)}")
+    _architecture(found.architecture, named)
+    shape = tuple(whole_number(size, "its latent_shape holds ") for size in several(found.latent_shape))
+    if len(shape) != 3 or min(shape) < 1:
+        raise Unfit(f"its latent_shape is {shape}, not (height, width, channels)")
+    if not isinstance(found.dtype, mx.Dtype):
+        raise Unfit(f"its dtype is {in_short(found.dtype)}, none of MLX's")
+    found.latent_shape = shape
+    return found
+
+
+def _architecture(found: Any, named: str, **_: Any) -> Architecture:
+    check_architecture(found, named)
+    architecture: Architecture = found
+    return architecture
 
 
 def prompts_of(node: Any) -> tuple[str, ...]:
     """The prompts, at least one."""
     node = group("prompts", node)
-    found = bind_target("prompts", node)()
-    prompts = tuple(found) if _is_several(found) else (found,)
-    if not _is_several(found) or not all(isinstance(prompt, str) for prompt in prompts):
-        raise _must_return("prompts._target_", node["_target_"], "a list of texts", found)
-    if not prompts:
-        raise ConfigError("prompts: the list of prompts is empty; give at least one")
+    function = bind_target("prompts", node, returns=(Iterable,))
+    prompts = Option(_named("prompts", node), function, (), "a list of texts", _texts)()
     report_duplicates(prompts)
     return prompts
 
 
+def _texts(found: Any) -> tuple[str, ...]:
+    if isinstance(found, set | frozenset):
+        raise Unfit(f"returned a {kind_of(found)}, which has no order")
+    texts = several(found)
+    if not texts:
+        raise Unfit("returned none")
+    if other := [text for text in texts if not isinstance(text, str)]:
+        raise Unfit(f"returned {in_short(other[0])} in a {kind_of(found)}")
+    return tuple(map(str, texts))
+
+
 def schedule_of(node: Any, num_steps: int) -> tuple[int, ...] | timesteps.DriftSchedule:
     """The steps to collect, or the rule by which statistics choose them."""
-    node = group(timesteps.GROUP, node)
-    steps = bind_target(timesteps.GROUP, node, given=("num_steps",))(num_steps=num_steps)
-    if isinstance(steps, timesteps.DriftSchedule):
-        return steps
-    if not _is_several(steps):
-        raise _must_return(f"{timesteps.GROUP}._target_", node["_target_"], "step indices, 0 to num_steps", steps)
-    return timesteps.checked(list(steps), num_steps)
+    node, given = group(timesteps.GROUP, node), ("num_steps",)
+    function = bind_target(timesteps.GROUP, node, given, returns=(Iterable, timesteps.DriftSchedule))
+    must = f"step indices, 0 to {num_steps} (sampler.num_steps)"
+    return Option(_named(timesteps.GROUP, node), function, given, must, _steps)(num_steps)
+
+
+def _steps(found: Any, num_steps: int) -> tuple[int, ...] | timesteps.DriftSchedule:
+    if isinstance(found, timesteps.DriftSchedule):
+        return found
+    steps = sorted({whole_number(step, "returned ") for step in several(found)})
+    if not steps:
+        raise Unfit("returned none")
+    if strange := [step for step in steps if not 0 <= step <= num_steps]:
+        raise Unfit(f"returned {strange[0]}")
+    return tuple(steps)
 
 
 def chooser_of(node: Any, checked_later: bool) -> ImageChooser:
@@ -94,48 +121,61 @@ def chooser_of(node: Any, checked_later: bool) -> ImageChooser:
     requested = check("subset.num_images", node.pop("num_images", None), int | None)
     if requested is not None and not checked_later:
         at_least("subset.num_images", requested, 1)
-    choose = bind_target(subsets.GROUP, node, given=("image_ids", "num_images"), optional=(subsets.LATENTS,))
-    by_latents = subsets.LATENTS in inspect.signature(choose).parameters
+    given = ("image_ids", "num_images")
+    function = bind_target(subsets.GROUP, node, given, (subsets.LATENTS,), returns=(Iterable,))
+    choose = Option(_named(subsets.GROUP, node), function, given, "ids of those given, each once", _ids)
+    by_latents = subsets.LATENTS in inspect.signature(function).parameters
 
     def chosen(image_ids: Sequence[int], latents: subsets.Latents | None) -> list[int]:
-        count = subsets.resolve_count(requested, len(image_ids))
-        if by_latents and latents is None:
-            return list(image_ids[:count])  # placeholders: the choice needs drawn images
-        more = {subsets.LATENTS: latents} if by_latents else {}
-        returned = choose(image_ids=image_ids, num_images=count, **more)
-        found = [int(i) for i in returned] if _is_several(returned) else []
-        if not found or len(set(found)) < len(found) or not set(found) <= set(image_ids):
-            raise _must_return("subset._target_", node["_target_"], "ids of those given, each once", returned)
-        return found
+        ids, count = list(image_ids), subsets.resolve_count(requested, len(image_ids))
+        if not by_latents:
+            return choose(ids, count)
+        if latents is not None:
+            return choose(ids, count, latents=latents)
+        if not is_of_calib(function.func):
+            with on_trial():
+                choose(ids, count, latents=subsets.made_up_latents)
+        return ids[:count]  # placeholders: this choice needs drawn images
 
     return chosen
+
+
+def _ids(found: Any, image_ids: Sequence[int], **_: Any) -> list[int]:
+    ids, known = [whole_number(i, "returned ") for i in several(found)], set(image_ids)
+    if not ids:
+        raise Unfit("returned none")
+    if strange := [i for i in ids if i not in known]:
+        raise Unfit(f"returned {strange[0]}, which is none of them")
+    if len(set(ids)) < len(ids):
+        raise Unfit(f"returned {Counter(ids).most_common(1)[0][0]} more than once")
+    return ids
 
 
 def heuristic_of(node: Any) -> Heuristic:
     """The heuristic; one over single layers is tried on a made-up layer."""
     node = group("analysis", node)
-    named = f"analysis._target_={node.get('_target_')}"
+    named = _named("analysis", node)
     check_signature(target_of("analysis", node), named)
-    return Heuristic.of(bind_target("analysis", node, optional=Heuristic.GIVEN), named)
+    return Heuristic.of(bind_target("analysis", node, optional=heuristic.GIVEN), named)
 
 
-def ranges_of(node: Any) -> RangeRule:
-    """The rule for ranges that vary with the step, tried on five steps."""
+def ranges_of(node: Any, steps: Sequence[int] | timesteps.DriftSchedule, num_steps: int, collects: bool) -> RangeRule:
+    """The rule for ranges that vary with the step, tried on ``steps``, the very ones if this job ``collects`` them."""
     node = group("ranges", node)
-    rule = bind_target("ranges", node, given=("observed",))
-    levels = np.linspace(1, 0.1, 5)
-    ranges = rule(Observed(np.arange(5), -levels, levels, levels, levels))
-    if not isinstance(ranges, StepRanges):
-        raise ConfigError.bad_value("ranges._target_", node["_target_"], "must return StepRanges")
+    rule = checked_rule(bind_target("ranges", node, ("observed",), returns=(StepRanges,)), _named("ranges", node))
+    if isinstance(steps, timesteps.DriftSchedule):
+        steps, collects = range(num_steps), False
+    levels, seen = np.linspace(1, 0.1, num_steps), np.array([s for s in steps if s < num_steps] or [0])
+    with nullcontext() if collects else on_trial():
+        rule(Observed(seen, -levels[seen], levels[seen], levels[seen], levels))
     return rule
 
 
 def quantizer_of(node: Any, model: ModelChoice) -> Quantizer:
     """The quantizer, tried without layers, so that it checks its parameters."""
     node = group("quantizer", node)
-    quantizer: Callable[[QuantizerInput], Quantized] = bind_target("quantizer", node, given=("work",))
+    function = bind_target("quantizer", node, ("work",), returns=(Quantized, Mapping))
+    quantizer = checked_quantizer(function, _named("quantizer", node))
     if model.skeleton is not None:
-        found = quantizer(QuantizerInput.without_layers(model.skeleton(), mx.float16))
-        if not isinstance(found, Quantized):
-            raise _must_return("quantizer._target_", node["_target_"], "a Quantized", found)
+        quantizer(QuantizerInput.without_layers(model.skeleton(), mx.float16))
     return quantizer

@@ -12,15 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from calib.activations.batches import StoredStates
-from calib.analysis.observed import observed_ranges, plan_steps, rule_document
+from calib.analysis.observed import observed_ranges, plan_steps
 from calib.analysis.plan import LayerPlan, Plan, plan_hash
 from calib.analysis.plan_file import read_plan
+from calib.analysis.rules import rule_of
 from calib.analysis.steps import StepPlan, applied_hash, read_steps
 from calib.base.errors import CalibError, ConfigError, suggest
 from calib.base.files import content_of, read_json, write_json
 from calib.base.layout import ACTIVATIONS, MODEL, PLAN, STEPS
 from calib.base.progress import note, readable_bytes
-from calib.base.values import bind_target
+from calib.base.targets import described
 from calib.models.architecture import Architecture
 from calib.models.model import DiffusionModel
 from calib.quantization.build import Calibration, check_names, quantize_layers
@@ -93,7 +94,7 @@ def run(settings: Settings, run: RunDirectory, model: Callable[[], DiffusionMode
     }
     if source.states is not None:
         made_from["calibration"] = asdict(settings.quantize.calibration)
-    about = {"quantizer": rule_document(quantizer), "ranges": steps.rule, "made_from": made_from}
+    about = {"quantizer": described(quantizer), "ranges": steps.rule, "made_from": made_from}
     mx.reset_peak_memory()
     quantized, notes = quantize_layers(model(), plan, steps, quantizer, source, about)
     peak = mx.get_peak_memory()
@@ -135,7 +136,7 @@ def _source(settings: Settings, run: RunDirectory, plan: Path, steps: StepPlan) 
     stats = run.path if settings.stage is Stage.RUN else settings.analyze.stats
     stats = stats or statistics_of(plan, steps, settings.generate.given_data_dir)
     # The rule of the plan's ranges also applies to those that a quantizer requests.
-    rule = bind_target("ranges", steps.rule, given=("observed",)) if steps.rule else settings.analyze.ranges
+    rule = rule_of(steps.rule, settings.analyze.ranges, plan.parent / STEPS)
     if stats is None:
         return Calibration(None, rule, None)
     wanted = settings.quantize.calibration

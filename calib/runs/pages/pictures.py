@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from calib.base.layout import FULL_PICTURES, QUANTIZED_PICTURES
+from calib.dataset.images import open_picture
 
 from PIL import Image
 
@@ -29,7 +30,7 @@ class Pair:
 
 def data_address(path: Path) -> tuple[str, tuple[int, int]]:
     """Return a ``data:`` address that holds a picture, and the size of what it holds in pixels."""
-    with Image.open(path) as opened:
+    with open_picture(path) as opened:
         image = opened.convert("RGB")
     out = io.BytesIO()
     if max(image.size) <= LOSSLESS:

@@ -1,5 +1,6 @@
 """Writes the page of one run: what it was asked, what came out, and what it looks like."""
 
+import os
 import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,8 +14,9 @@ from calib.analysis.plan import LayerPlan
 from calib.analysis.plan_file import read_entries, read_layer
 from calib.analysis.steps import StepPlan, read_steps
 from calib.base.errors import CalibError, reason_of
-from calib.base.files import read_json, write_text
+from calib.base.files import read_json, read_text, write_text
 from calib.base.layout import ACTIVATIONS, DETAILS, ENVIRONMENT, HYDRA_OVERRIDES, LOG, PAGE, PLAN, STEPS, SUMMARY
+from calib.base.locks import open_regular
 from calib.base.progress import readable_duration
 from calib.runs.compare.columns import metric_of
 from calib.runs.pages.charts import error_chart, histogram_charts, scatter
@@ -34,13 +36,14 @@ from calib.runs.pages.layers import (
 from calib.runs.pages.page import embedded, render, trusted
 from calib.runs.pages.parts import Part, curve_of
 from calib.runs.pages.pictures import LOSSLESS, Pair, pairs, pictures_of
-from calib.runs.record import RunRecord, read_run
+from calib.runs.record import RunRecord, read_run, read_yaml
 
 import numpy as np
-import yaml
 
 #: Lines of a failed run's log that are shown.
 TRACE_LINES = 60
+#: Bytes at the end of the log among which they are looked for.
+TRACE_BYTES = 100_000
 
 
 @dataclass
@@ -52,6 +55,7 @@ class PageParts:
     pairs: list[Pair] = field(default_factory=list)
     figures: list[Part] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    analysis: str = ""
 
     @contextmanager
     def trying(self, what: str) -> Iterator[None]:
@@ -90,7 +94,7 @@ def run_page(path: Path) -> str:
         machine=_machine(surroundings),
         config=list(run.config.items()),
         metrics=[(key, f"{value:.6g}") for key, value in run.metrics.items()],
-        analysis=(path / SUMMARY).read_text(encoding="utf-8", errors="replace") if (path / SUMMARY).exists() else "",
+        analysis=parts.analysis,
     )
 
 
@@ -106,6 +110,9 @@ def page_parts(path: Path) -> PageParts:
         with parts.trying("the plan"):
             parts.plan = _readable_layers(path / PLAN, parts)
             parts.tables = bit_tables(parts.plan)
+    if (path / SUMMARY).exists():
+        with parts.trying("the analysis"):
+            parts.analysis = read_text(path / SUMMARY)
     if details:
         with parts.trying("error against step"):
             parts.figures.append(_error_part(details))
@@ -172,8 +179,8 @@ def command_of(run: RunRecord) -> str:
     """Return the command that makes such a run alone, also of a job that a sweep made."""
     overrides = run.path / HYDRA_OVERRIDES
     try:
-        given = [str(o) for o in yaml.safe_load(overrides.read_text(encoding="utf-8"))]
-    except (OSError, TypeError, yaml.YAMLError):
+        given = [str(o) for o in read_yaml(overrides)]
+    except (CalibError, TypeError):
         return shlex.join(["calib", *run.command[1:]]) if run.command else "calib"
     kept = [o for o in given if o.partition("=")[0] not in ("stage", "swept", "hparams_search")]
     stage = [run.stage] if run.stage and run.stage != "run" else []
@@ -182,7 +189,9 @@ def command_of(run: RunRecord) -> str:
 
 def _trace(path: Path) -> str:
     try:
-        lines = (path / LOG).read_text(encoding="utf-8", errors="replace").splitlines()
+        with open_regular(path / LOG) as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - TRACE_BYTES))
+            lines = file.read().decode(errors="replace").splitlines()
     except OSError:
         return ""
     return "\n".join(lines[-TRACE_LINES:])
