@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
-from calib.cli.main import COMMANDS
+from calib.cli.commands import COMMANDS
 
 import pytest
 from helpers import CHECKOUT, run_here

@@ -3,6 +3,7 @@
 import fcntl
 import gc
 import json
+import re
 import time
 import weakref
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ import calib.dataset.writer
 import calib.models.model
 from calib.activations.taps import TapSelection
 from calib.base.device import on_gpu
-from calib.base.errors import CalibError
+from calib.base.errors import CalibError, ConfigError
 from calib.base.progress import note
 from calib.base.seeds import image_seed
 from calib.dataset.generate import generate, trajectory
@@ -29,6 +30,7 @@ from calib.dataset.store import SAMPLES, StateDtype, StorageFormat, read_state, 
 from calib.models.architecture import Conditioning
 from calib.models.memory import MemoryPlan, plan_memory
 from calib.models.model import ROWS_KEPT, DiffusionModel
+from calib.models.noise import RectifiedFlow
 
 import h5py
 import mlx.core as mx
@@ -483,6 +485,53 @@ def test_an_image_that_cannot_be_stored_is_left_out_and_told_and_the_others_are_
     assert sorted(load_manifest(tmp_path).images) == [0, 1, 2, 3]
 
 
+@pytest.mark.parametrize(
+    ("computed", "stored", "factor", "told", "untold"),
+    [
+        (mx.float16, StateDtype.FLOAT16, np.nan, "drew NaN.* model.dtype=float32 may not", "dataset.dtype"),
+        (mx.bfloat16, StateDtype.FLOAT32, np.inf, "drew NaN.* model.dtype=float32 may not", "dataset.dtype"),
+        (mx.float32, StateDtype.FLOAT16, np.nan, "drew NaN.* see sampler.cfg_weight=3.0, sampler.shift=1.0", "dtype="),
+        (mx.float32, StateDtype.FLOAT16, 1e6, "beyond float16's range.* dataset.dtype=float32", "model.dtype"),
+        (mx.bfloat16, StateDtype.FLOAT16, 1e6, "beyond float16's range.* dataset.dtype=float32", "model.dtype"),
+    ],
+)
+def test_advice_for_images_that_cannot_be_stored(
+    model: DiffusionModel, tmp_path: Path, computed: mx.Dtype, stored: StateDtype, factor: float, told: str, untold: str
+) -> None:
+    """It is none that is followed already. Six images have one line, which numbers five."""
+
+    class Failing(DiffusionModel):
+        def denoise(self, x: mx.array, *_: Any) -> mx.array:
+            return x * factor
+
+    failing = Failing.__new__(Failing)
+    vars(failing).update(vars(model), dtype=computed)
+    given = SamplerSettings(num_steps=1, cfg_weight=3.0, batch_size=6)
+    with pytest.raises(CalibError) as error:
+        make(failing, tmp_path, 6, given, dtype=stored)
+    line = str(error.value)
+    assert line.startswith("images 0, 1, 2, 3, 4, … (6 in all): ") and "\n" not in line
+    assert re.search(told, line) and untold not in line, line
+    assert "left out; 0 of 6 images done and kept" in line
+
+
+def test_a_picture_of_nan_is_left_out(model: DiffusionModel, tmp_path: Path) -> None:
+    """Its latent is as it should be: the decoder failed."""
+    failing = DiffusionModel.__new__(DiffusionModel)
+    vars(failing).update(vars(model), decode_latents=lambda x: mx.full((1, 64, 64, 3), np.nan))
+    with pytest.raises(CalibError, match=r"^image 0: the model drew NaN or infinity: left out; 0 of 1 image done"):
+        make(failing, tmp_path, 1, BRIEF)
+
+
+def test_levels_that_are_not_finite(model: DiffusionModel, tmp_path: Path) -> None:
+    """Of a model of the user's own: calib's are finite at every shift that is taken."""
+    failing = DiffusionModel.__new__(DiffusionModel)
+    vars(failing).update(vars(model), sampler=RectifiedFlow(1e-9))
+    with pytest.raises(ConfigError, match=r"^sampler\.shift=1\.0: emoji makes noise levels of it that are not finite"):
+        make(failing, tmp_path / "dataset", 1, BRIEF)
+    assert not (tmp_path / "dataset").exists()
+
+
 def test_a_device_that_fails_ends_with_one_line_that_says_what_is_done(model: DiffusionModel, tmp_path: Path) -> None:
     calls = 0
 
@@ -499,6 +548,7 @@ def test_a_device_that_fails_ends_with_one_line_that_says_what_is_done(model: Di
     with pytest.raises(CalibError, match=r"Unable to allocate 9 bytes.*2 of 4 images done and kept.*smaller") as error:
         make(failing, tmp_path, 4)
     assert "\n" not in str(error.value)
+    assert str(error.value).endswith("with a smaller sampler.batch_size or a smaller sampler.image_size")
     assert sorted(load_manifest(tmp_path).images) == [0, 1]
 
 

@@ -202,6 +202,7 @@ def test_percentiles_of_planned_layers(sd3: States) -> None:
     ("quantizer", "parameters", "words"),
     [
         (gptq, {"damping": -0.1}, ("quantizer.damping=-0.1", "0 or more")),
+        (gptq, {"damping": 1e308}, ("quantizer.damping=1e+308", "1000 at most")),
         (gptq, {"memory_gb": 0.0}, ("quantizer.memory_gb=0.0", "more than 0")),
         (smooth, {"alpha": -0.1}, ("quantizer.alpha=-0.1", "must be 0 to 1")),
         (smooth, {"alpha": 1.5}, ("quantizer.alpha=1.5", "must be 0 to 1")),

@@ -14,6 +14,7 @@ from calib.dataset.sampling import initial_noise, initial_state, noise_levels
 from calib.dataset.settings import SamplerSettings
 from calib.models import emoji
 from calib.models.model import DiffusionModel, weights_fingerprint
+from calib.models.noise import RectifiedFlow
 
 import mlx.core as mx
 import numpy as np
@@ -59,6 +60,15 @@ def kits_final_state(
     given = {"conditioning": text.tokens, "cfg_weight": settings.cfg_weight, "pooled_conditioning": text.pooled}
     final, _ = sample_euler(CFGDenoiser(pipeline), x, sigmas, extra_args=given)
     return final
+
+
+@pytest.mark.parametrize("sampler", [ModelSamplingDiscreteFlow, FluxSampler, RectifiedFlow])
+@pytest.mark.parametrize("shift", [0.01, 100])
+def test_levels_at_the_smallest_and_the_largest_shift(sampler: Any, shift: float) -> None:
+    """They fall from 1 to 0, no two of them equal in float32."""
+    levels = np.array(noise_levels(sampler(shift), 1000))
+    assert levels[0] == pytest.approx(1, abs=1e-3) and levels[-1] == 0
+    assert (np.diff(levels) < 0).all()
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS, ids=SAMPLER_NAMES)

@@ -87,9 +87,10 @@ class TrialRunner:
         for step, error, whole in zip(self._states.steps, errors, energy, strict=True):
             if not (np.isfinite(error) and np.isfinite(whole) and whole > 0):
                 what = f"{task.key} at {trial.key.replace('x', ' bits in groups of ')}"
+                wider = "" if self._model.dtype == mx.float32 else "model.dtype=float32 may do, or "
                 raise CalibError(
                     f"sensitivity of {what}, step {step}: the model's output is not finite, or zero at full precision; "
-                    "another model.dtype may do, or other states"
+                    f"{wider}other states may do"
                 )
         found: list[float] = (errors / energy).tolist()
         return found

@@ -82,10 +82,10 @@ def check_format(where: object, document: object, wanted: str, readable: Sequenc
         raise CalibError(f"{where}: has format version {version}, this calib reads {known}; {again}")
 
 
-def suggest(name: str, known: Iterable[str], list_all: bool = True) -> str:
+def suggest(name: object, known: Iterable[str], list_all: bool = True) -> str:
     """' Did you mean …?' with the nearest known names; where none is near, all of them or nothing."""
     known = sorted(set(known))
-    near = difflib.get_close_matches(name, known, n=2, cutoff=0.6)
+    near = difflib.get_close_matches(str(name), known, n=2, cutoff=0.6)
     if near:
         return f" Did you mean {' or '.join(repr(n) for n in near)}?"
     if not list_all:

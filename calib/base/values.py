@@ -23,6 +23,13 @@ class AtLeast:
     least: float
 
 
+@dataclass(frozen=True)
+class AtMost:
+    """The largest allowed value of a number, in an annotation."""
+
+    most: float
+
+
 def check(key: str, value: Any, annotation: Any) -> Any:
     """Convert ``value`` to the type ``annotation``; raises a :class:`ConfigError` that names ``key`` if it is none."""
     origin = get_origin(annotation)
@@ -32,6 +39,8 @@ def check(key: str, value: Any, annotation: Any) -> Any:
         for bound in extras:
             if isinstance(bound, AtLeast) and found is not None:
                 at_least(key, found, bound.least)
+            if isinstance(bound, AtMost) and found is not None and found > bound.most:
+                raise ConfigError.bad_value(key, found, f"must be {bound.most} or less")
         return found
     if origin in (Union, types.UnionType):
         if value is None and type(None) in get_args(annotation):

@@ -1,6 +1,6 @@
 """Compose Hydra's configuration, and check every job before Hydra makes a directory for it."""
 
-import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +10,22 @@ from calib.base.device import cores
 from calib.base.errors import CalibError, ConfigError, first_line, suggest
 from calib.base.files import check_writable
 from calib.cli.blocked import check_targets
-from calib.cli.conf import CONF, groups
-from calib.cli.launchers import is_joblib, missing_launcher, sensible_jobs, side_by_side
+from calib.cli.conf import CONF
+from calib.cli.explain import OPTIONAL, explain, known_keys, lacks_header, not_removed
+from calib.cli.launchers import is_joblib, sensible_jobs, side_by_side
 from calib.cli.names import job_name
-from calib.cli.overrides import Arguments, in_short, jobs_of, parse, with_params
+from calib.cli.one_sweep import check_parts, check_same, folder_of, text_of
+from calib.cli.overrides import (
+    Arguments,
+    as_list,
+    in_short,
+    is_basic,
+    jobs_of,
+    parse,
+    quoted,
+    with_params,
+    with_search_path,
+)
 from calib.models.memory import device_memory, nbytes
 from calib.stages.build import build
 from calib.stages.settings import Settings
@@ -21,13 +33,9 @@ from calib.stages.stages import check_stage
 
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.types import Override
-from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
-
-#: How an override with configuration folders of the user's own begins.
-SEARCH = "hydra.searchpath=["
 
 
 @dataclass(frozen=True)
@@ -37,79 +45,159 @@ class Planned:
     Attributes:
         multirun: whether every combination of listed values is a job with a folder of its own.
         folders: of a sweep's jobs, in their order; empty with any but Hydra's own sweeper, which decides by itself.
+        sweep: the folder of the sweep.
         side_by_side: number of jobs that run at once on this machine.
     """
 
     overrides: list[str]
     multirun: bool
     folders: list[Path]
+    sweep: Path = Path()
     side_by_side: int = 1
+
+
+@dataclass(frozen=True)
+class _Given:
+    """The command line, parsed.
+
+    Attributes:
+        search: the override with folders of the user's own, if there are any.
+        whole: composed of all overrides but lists of values, where ``complete``; else without values of options, as
+            only options that are swept over have them.
+    """
+
+    arguments: Arguments
+    search: list[str]
+    overrides: list[Override]
+    whole: DictConfig
+    complete: bool = True
 
 
 def planned(arguments: Arguments) -> Planned:
     """Compose and check every job of a command line; raises a ConfigError for the first that is wrong."""
-    folders = ",".join(f"file://{Path(folder).absolute()}" for folder in arguments.config_dirs)
-    search = [f"{SEARCH}{folders}]"] if folders else []
     with initialize_config_dir(str(CONF), version_base="1.3", job_name="calib"):
-        parsed = parse(arguments.overrides)
-        config = _compose([*search, *(o.input_line or "" for o in parsed if _of_launch(o))])
-        multirun = arguments.multirun or config.hydra.mode == RunMode.MULTIRUN
-        if not multirun:
-            for override in parsed:
-                if override.is_sweep_override():
-                    raise ConfigError(f"{override.input_line}: several values; sweep over them with -m, or quote them")
-            if arguments.shows:  # what is only shown runs nothing
-                _compose([*search, *arguments.overrides])
-            else:
-                _check_job([*search, *arguments.overrides], False)
-            return Planned(arguments.overrides, False, [])
-        return _planned_sweep(arguments, parsed, config, search)
+        search, overrides = with_search_path(arguments.config_dirs, parse(arguments.overrides))
+        _check_overrides(overrides)
+        given = _composed(arguments, search, overrides)
+        if given.arguments.multirun or given.whole.hydra.mode == RunMode.MULTIRUN:
+            return _planned_sweep(given)
+        for override in overrides:
+            if override.is_sweep_override():
+                raise ConfigError(f"{override.input_line}: several values; sweep over them with -m, or quote them")
+        if not arguments.shows:  # what is only shown runs nothing
+            _check_job(given.whole, False)
+        _check_package(arguments.package, given.whole)
+        return Planned([*search, *_lines(overrides)], False, [])
 
 
-def _of_launch(override: Override) -> bool:
-    """Whether an override decides how jobs are made and run; one that is swept belongs to the jobs."""
-    own = override.key_or_group.startswith("hydra") or override.key_or_group in ("experiment", "hparams_search")
-    return own and not override.is_sweep_override()
+def _lines(overrides: Sequence[Override]) -> list[str]:
+    return [o.input_line or "" for o in overrides]
 
 
-def _planned_sweep(
-    arguments: Arguments, parsed: Sequence[Override], config: DictConfig, search: Sequence[str]
-) -> Planned:
+def _check_overrides(overrides: Sequence[Override]) -> None:
+    """Raise for what Hydra's grammar has and calib does not take."""
+    for override in overrides:
+        if override.is_delete() and override.key_or_group not in OPTIONAL:
+            raise ConfigError(not_removed(override))
+        if override.is_hydra_override() and override.is_sweep_override():
+            allowed = "is one for the whole sweep and cannot be listed; name one value"
+            raise ConfigError(f"{override.input_line}: {allowed}")
+
+
+def _composed(arguments: Arguments, search: list[str], overrides: list[Override]) -> _Given:
+    """Compose what all jobs have in common, as Hydra does before it makes the jobs of a sweep."""
+    fixed = [o for o in overrides if not o.is_sweep_override()]
+    try:
+        return _Given(arguments, search, overrides, _compose([*search, *_lines(fixed)]))
+    except ConfigError as error:
+        try:
+            config = _compose([*search, *(_lines([o for o in fixed if not _is_value_of_option(o)]))])
+        except ConfigError:
+            raise error from None
+        if not (arguments.multirun or config.hydra.mode == RunMode.MULTIRUN):
+            raise
+        return _Given(arguments, search, overrides, config, complete=False)
+
+
+def _is_value_of_option(override: Override) -> bool:
+    return "." in override.key_or_group and not override.is_hydra_override()
+
+
+def _planned_sweep(given: _Given) -> Planned:
+    config, arguments, parsed = given.whole, given.arguments, given.overrides
+    check_parts(config)
     keys = [o.get_key_element() for o in parsed]
     overrides = parse(with_params([in_short(o) for o in parsed], keys, config))
-    swept = [o.key_or_group for o in overrides if o.is_sweep_override()]
-    if twice := [key for key in swept if swept.count(key) > 1]:
-        raise ConfigError(f"{twice[0]}: two lists of values; name them all in one")
-    given = [*(o.input_line or "" for o in overrides), f"swept=[{','.join(swept)}]"]
-    if "calib_sweep" not in str(OmegaConf.to_container(config.hydra.sweep, resolve=False)):
-        # A folder of the user's own choice may be named by the time, which differs in each composition.
-        given = [o for o in given if not o.startswith("hydra.sweep.dir=")]
-        given.append(f"hydra.sweep.dir='{_folder(config, 'sweep', 'dir')}'")
-    jobs = jobs_of(parse(given), config)
-    if arguments.shows:  # the first job, as Hydra shows one
-        _compose([*search, *jobs[0]])
-        return Planned(jobs[0], False, [])
-    paths: list[Path] = []
-    transformer = 0
-    for number, job in enumerate(jobs):
-        try:
-            folder, settings = _check_job([*search, *job], True, number)
-        except ConfigError as error:
-            which = job_name([o for o in job if not o.startswith("hydra")], swept)
-            raise ConfigError(f"{error} (job {which}, of {len(jobs)}; none was started)") from None
-        if folder in paths:
-            raise ConfigError(_shared(folder, job, jobs[paths.index(folder)]))
-        paths.append(folder)
-        if settings.job.model.skeleton is not None:
-            transformer = max(transformer, nbytes(settings.job.model.skeleton().module))
+    _check_overrides(overrides)
+    swept = _swept(overrides)
+    if not given.complete:
+        overrides = parse([as_list(o) if _is_value_of_option(o) else o.input_line or "" for o in overrides])
+    lines = [*_lines(overrides), f"swept=[{','.join(swept)}]"]
+    jobs = jobs_of(parse(lines), config)
+    if arguments.shows:  # of a sweep the first job: Hydra shows one
+        _compose([*given.search, *jobs[0]])
+        _check_package(arguments.package, config)
+        return Planned([*given.search, *jobs[0]], False, [])
+    checked = _check_jobs(given, jobs, swept)
     launcher = dict(config.hydra.launcher)
     if is_joblib(launcher) and launcher["n_jobs"] == 0:
         raise ConfigError.bad_value("hydra.launcher.n_jobs", 0, "must be 1 or more, or -1 for one a processor")
-    if is_joblib(launcher) and "hydra.launcher.n_jobs" not in [o.key_or_group for o in parsed]:
-        launcher["n_jobs"] = sensible_jobs(len(jobs), cores(), device_memory(), transformer)
-        given.append(f"hydra.launcher.n_jobs={launcher['n_jobs']}")
-    basic = str(config.hydra.sweeper.get("_target_")).endswith(".BasicSweeper")
-    return Planned(given, True, paths if basic else [], side_by_side(launcher, len(jobs)))
+    lines = [o for o in lines if not o.startswith(("hydra.sweep.dir=", "hydra.mode="))]
+    # Hydra composes it from lists of values, not from those of a job, and at another time.
+    lines += [f"hydra.sweep.dir={quoted(checked.sweep)}", "hydra.mode=MULTIRUN"]
+    if is_joblib(launcher) and "hydra.launcher.n_jobs" not in keys:
+        launcher["n_jobs"] = sensible_jobs(len(jobs), cores(), device_memory(), checked.transformer)
+        lines.append(f"hydra.launcher.n_jobs={launcher['n_jobs']}")
+    folders = checked.folders if is_basic(config) else []
+    return Planned([*given.search, *lines], True, folders, checked.sweep, side_by_side(launcher, len(jobs)))
+
+
+@dataclass(frozen=True)
+class _Checked:
+    """The checked jobs of a sweep: its folder, theirs, and the bytes of the largest transformer."""
+
+    sweep: Path
+    folders: list[Path]
+    transformer: int
+
+
+def _check_jobs(given: _Given, jobs: Sequence[list[str]], swept: Sequence[str]) -> _Checked:
+    """Check every job of a sweep over the keys ``swept``, each a list of overrides."""
+    folders: list[Path] = []
+    sweep, transformer, first = Path(), 0, None
+    for number, job in enumerate(jobs):
+        try:
+            config = _compose([*given.search, *job])
+            if first is not None:
+                OmegaConf.copy_cache(first, config)  # a folder that is named by the time has one name in all jobs
+            with open_dict(config):
+                config.hydra.job.num, config.hydra.job.id = number, str(number)  # as Hydra will
+            check_same(given.whole, config, [*given.search, *job], swept, _compose)
+            sweep, folder = folder_of(config, swept, None if first is None else sweep)
+            settings = _check_job(config, True)
+        except ConfigError as error:
+            which = job_name([o for o in job if not o.startswith("hydra")], swept)
+            raise ConfigError(f"{error} (job {which}, of {len(jobs)}; none was started)") from None
+        if folder in folders:
+            raise ConfigError(_shared(folder, job, jobs[folders.index(folder)]))
+        folders.append(folder)
+        if first is None:
+            first = config
+        if settings.job.model.skeleton is not None:
+            transformer = max(transformer, nbytes(settings.job.model.skeleton().module))
+    return _Checked(sweep, folders, transformer)
+
+
+def _swept(overrides: Sequence[Override]) -> list[str]:
+    """The keys that vary; raises where one has several lists of values, or another value after its list."""
+    swept = [o.key_or_group for o in overrides if o.is_sweep_override()]
+    if twice := [key for key in swept if swept.count(key) > 1]:
+        raise ConfigError(f"{twice[0]}: two lists of values; name them all in one")
+    last = {o.get_key_element(): o for o in overrides}
+    for override in last.values():
+        if override.key_or_group in swept and not override.is_sweep_override():
+            raise ConfigError(f"{override.input_line}: undoes the list of values before it; leave one of them out")
+    return swept
 
 
 def _shared(folder: Path, job: Sequence[str], earlier: Sequence[str]) -> str:
@@ -119,9 +207,10 @@ def _shared(folder: Path, job: Sequence[str], earlier: Sequence[str]) -> str:
     return f"hydra.sweep.subdir: gives two jobs the folder {folder.name}; leave it out"
 
 
-def _check_job(overrides: list[str], multirun: bool, number: int = 0) -> tuple[Path, Settings]:
-    """Check that a job can be run, as far as can be known; returns its folder and settings."""
-    config = _compose(overrides)
+def _check_job(config: DictConfig, multirun: bool) -> Settings:
+    """Check that a job can be run, as far as can be known; returns its settings."""
+    if not isinstance(config.hydra.verbose, bool | str) and not OmegaConf.is_list(config.hydra.verbose):
+        raise ConfigError.bad_value("hydra.verbose", config.hydra.verbose, "must be true, false or names of loggers")
     if config.hydra.job.chdir:
         raise ConfigError("hydra.job.chdir=true: paths are relative to where calib is started; leave it out")
     values = plain(config)
@@ -133,27 +222,27 @@ def _check_job(overrides: list[str], multirun: bool, number: int = 0) -> tuple[P
     except CalibError as error:  # damaged files, for one: in a sweep they are the failure of one job, when it runs
         if not multirun or isinstance(error, ConfigError):
             raise
-    if not multirun:
-        return Path(_folder(config, "run", "dir")), settings
-    with open_dict(config):
-        config.hydra.job.num, config.hydra.job.id = number, str(number)  # as Hydra will
-    return Path(_folder(config, "sweep", "dir"), _folder(config, "sweep", "subdir")), settings
+    return settings
 
 
-def _folder(config: DictConfig, section: str, key: str) -> str:
+def _check_package(package: str | None, config: DictConfig) -> None:
+    """Raise where there is no such part of the configuration to show; Hydra says so, too, with another status."""
+    if package not in (None, "_global_") and OmegaConf.select(config, str(package)) is None:
+        keys = [*known_keys(), *known_keys(hydra=True)]
+        hint = suggest(str(package), keys, list_all=False)
+        raise ConfigError(f"--package {package}: there is no such part of the configuration, or it is null.{hint}")
+
+
+def _compose(overrides: Sequence[str]) -> DictConfig:
     try:
-        return str(config.hydra[section][key])
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"hydra.{section}.{key}: {first_line(error)}") from None
-
-
-def _compose(overrides: list[str]) -> DictConfig:
-    parse(overrides)
-    try:
-        config = compose("config", overrides=overrides, return_hydra_config=True)
-    except (HydraException, OmegaConfBaseException, ValueError) as error:
-        cause = f": {first_line(error.__cause__)}" if isinstance(error.__cause__, OmegaConfBaseException) else ""
-        raise ConfigError(_explain(str(error), overrides, cause)) from None
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", "provider=.* is not available")  # of a package in hydra.searchpath
+            config = compose("config", overrides=list(overrides), return_hydra_config=True)
+    except Exception as error:  # Hydra passes on whatever its parts raise
+        raise ConfigError(explain(error, overrides)) from None
+    for group in OPTIONAL:
+        if group in config:
+            raise ConfigError(lacks_header(group, config, overrides))
     _check_sampler(config)
     return config
 
@@ -166,49 +255,6 @@ def _check_sampler(config: DictConfig) -> None:
     packaged = any(source.schema == "pkg" and source.provider != "hydra" for source in sources)  # may have options, too
     if not packaged and (chosen := choices.get("sampler")) not in (*known, choices.get("model")):
         raise ConfigError(f"sampler={chosen}: no such option.{suggest(str(chosen), known)}")
-
-
-def _explain(message: str, overrides: Sequence[str], cause: str = "") -> str:
-    """Hydra's message in one line, with the nearest valid name or ``cause``, OmegaConf's message about a value."""
-    search = [o for o in overrides if o.startswith(SEARCH)]
-    own = [Path(folder.removeprefix("file://")) for o in search for folder in o[len(SEARCH) : -1].split(",")]
-    known = groups(own)
-    if match := re.match(r"(?:In '.*': )?Could not find '(.+)/(.+)'", message):
-        group, option = match.groups()
-        if group == "hydra/launcher":
-            return f"{group}={option}: no such launcher.{missing_launcher(option)}"
-        return f"{group}={option}: no such option.{suggest(option, known.get(group, []))}"
-    if match := re.match(r"Could not override '(.+?)'", message):
-        key = match.group(1)
-        given = next((o for o in overrides if o.lstrip("+~").partition("=")[0] == key), key)
-        group = key.rpartition(".")[0]
-        chosen = [*search, *(o for o in overrides if o.partition("=")[0] in known)]
-        if group in known:
-            parameters = [k for k in known_keys(chosen) if k.startswith(f"{group}.")]
-            takes = ", ".join(parameters) or "no parameters"
-            others = [option for option in known[group] if key in known_keys([*chosen, f"{group}={option}"])]
-            named = " or ".join(f"{group}={option}" for option in others)
-            hint = f" {named} takes it." if others else suggest(key, parameters, list_all=False)
-            return f"{given}: the chosen {group} takes {takes}.{hint}"
-        return f"{given}: no such key.{suggest(key, known_keys(chosen))}"
-    if match := re.match(r"Error merging override (\S+)", message):
-        return f"{match.group(1)}: not possible{cause}"
-    return f"{' '.join(overrides)}: {message.strip().splitlines()[0] if message.strip() else 'not possible'}"
-
-
-def known_keys(choices: Sequence[str] = ()) -> list[str]:
-    """Every dotted key of the configuration with the given group choices, and every group."""
-
-    def walk(node: Any, prefix: str) -> list[str]:
-        if not isinstance(node, dict):
-            return []
-        found = []
-        for name, value in node.items():
-            found += [f"{prefix}{name}", *walk(value, f"{prefix}{name}.")]
-        return found
-
-    values = plain(compose("config", overrides=list(choices)))
-    return [key for key in [*walk(values, ""), *groups()] if not key.endswith("_target_")]
 
 
 def plain(config: DictConfig) -> dict[str, Any]:
@@ -225,8 +271,8 @@ def plain(config: DictConfig) -> dict[str, Any]:
 
 
 def _check_folders(config: DictConfig, settings: Settings, multirun: bool) -> None:
-    section = "sweep" if multirun else "run"
-    check_writable(f"hydra.{section}.dir", Path(_folder(config, section, "dir")))
+    key = f"hydra.{'sweep' if multirun else 'run'}.dir"
+    check_writable(key, Path(text_of(config, key)))
     if settings.analyze.export_config is not None:
         if settings.analyze.export_config.is_dir():
             raise ConfigError.bad_value("export_config", settings.analyze.export_config, "is a folder; name a file")

@@ -2,10 +2,11 @@
 
 import os
 import sys
+import traceback
 from dataclasses import replace
 from pathlib import Path
 
-from calib.base.errors import CalibError, in_a_line
+from calib.base.errors import CalibError, ConfigError, in_a_line
 from calib.base.layout import HYDRA_CONFIG, HYDRA_JOB, HYDRA_OVERRIDES
 from calib.cli.compose import plain, planned
 from calib.cli.conf import CONF
@@ -50,17 +51,28 @@ def launch(stage: Stage | None, arguments: list[str]) -> int:
     OmegaConf.register_new_resolver("calib_job", job_name, replace=True)
     OmegaConf.register_new_resolver("calib_sweep", sweep_name, replace=True)
     given = take_apart(arguments)
-    what = planned(replace(given, overrides=([f"stage={stage}"] if stage else []) + given.overrides))
+    if stage is not None:
+        if others := [o for o in given.overrides if o.lstrip("+").startswith("stage=")]:
+            raise ConfigError(f"{others[0]}: the stage is {stage} already; leave one of them out")
+        given = replace(given, overrides=[f"stage={stage}", *given.overrides])
+    what = planned(given)
     GlobalHydra.instance().clear()
     # Errors of Hydra itself (a full disk) are then reported by main, not by Hydra.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     # Hydra's parser takes overrides in one piece only.
-    flags = [flag for flag in given.flags if flag not in ("-m", "--multirun")]
+    flags = [flag for flag in given.flags if flag != "--multirun"]
     flags += ["--multirun"] if what.multirun else []
     overrides = [] if "--hydra-help" in flags else what.overrides  # it is about Hydra alone, and knows no group of ours
     sys.argv = ["calib", *flags, "--", *overrides]
     start = hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")(task)
     if what.multirun:
         return run_sweep(start, what)
-    start()
+    try:
+        start()
+    except (CalibError, OSError):
+        raise
+    except Exception as error:
+        if any(frame.f_code is task.__code__ for frame, _ in traceback.walk_tb(error.__traceback__)):
+            raise
+        raise ConfigError(f"hydra: cannot start the job ({in_a_line(error)})") from error  # by hydra.callbacks, …
     return 0

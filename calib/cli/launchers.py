@@ -12,8 +12,8 @@ LAUNCHERS = {
     "ray": ("hydra-ray-launcher", None),
     "rq": ("hydra-rq-launcher", None),
 }
-#: Environment variable with the number of a sweep's jobs, for the processes that run them.
-JOBS_VARIABLE = "CALIB_SWEEP_JOBS"
+#: Environment variables for the processes that run a sweep's jobs: how many there are, and how many at once.
+JOBS_VARIABLE, BESIDE_VARIABLE = "CALIB_SWEEP_JOBS", "CALIB_SWEEP_SIDE_BY_SIDE"
 
 
 def missing_launcher(option: str) -> str:
@@ -50,3 +50,8 @@ def sensible_jobs(jobs: int, processors: int, memory: int, transformer: int) -> 
 def jobs_in_all() -> int:
     """Number of jobs of the sweep that this process belongs to."""
     return int(os.environ.get(JOBS_VARIABLE, "1"))
+
+
+def jobs_at_once() -> int:
+    """Number of jobs that run at once on this machine in the sweep that this process belongs to."""
+    return int(os.environ.get(BESIDE_VARIABLE, "1"))

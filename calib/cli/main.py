@@ -7,31 +7,20 @@ import importlib
 import os
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from calib.base import VERSION, interrupts
-from calib.base.errors import CalibError, ConfigError, in_a_line, suggest
+from calib.base.errors import CalibError, in_a_line
+from calib.cli.commands import COMMANDS, unknown_word
 from calib.stages import Stage
-
-#: Module and function of each command with ordinary arguments: it takes the arguments after its name and returns the
-#: exit status.
-COMMANDS: Mapping[str, tuple[str, str]] = {
-    "verify": ("calib.cli.files", "verify_command"),
-    "rebuild-manifest": ("calib.cli.files", "rebuild_manifest_command"),
-    "merge": ("calib.cli.files", "merge_command"),
-    "convergence": ("calib.cli.files", "convergence_command"),
-    "compare": ("calib.cli.compare", "compare_command"),
-    "doctor": ("calib.cli.doctor", "doctor_command"),
-}
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[Stage | None, list[str]]:
     """The stage, if the first argument names one, and the other arguments."""
     if not arguments or "=" in arguments[0] or arguments[0].startswith(("-", "+", "~")):
         return None, list(arguments)
-    known = [stage.value for stage in Stage]
-    if arguments[0] not in known:
-        raise ConfigError(f"{arguments[0]}: unknown stage.{suggest(arguments[0], [*known, *COMMANDS])}")
+    if arguments[0] not in {stage.value for stage in Stage}:
+        raise unknown_word(arguments[0])
     return Stage(arguments[0]), list(arguments[1:])
 
 

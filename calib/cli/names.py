@@ -49,6 +49,6 @@ def sweep_name(overrides: Sequence[str], swept: Sequence[str] = ()) -> str:
     It leaves out the values that vary, so that the same sweep with more of them goes on in the same folder.
     """
     own = _own(overrides, swept)
-    stage = [o.partition("=")[2] for o in own if _key(o) == "stage" and o != "stage=run"]
+    stage = [o.partition("=")[2] for o in own if _key(o) == "stage" and o != "stage=run" and "stage" not in swept]
     fixed = [o for o in own if _key(o) not in (*swept, "stage")]
     return _name([*stage, *sorted(swept)] or ["default"], [*stage, *sorted(swept), *fixed], bool(fixed))

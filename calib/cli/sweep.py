@@ -18,7 +18,7 @@ from calib.base.layout import COMPARISON_PAGE, CONSOLE, LOG, SWEEP
 from calib.base.progress import counted, readable_duration, say
 from calib.cli.compose import Planned
 from calib.cli.job import short
-from calib.cli.launchers import JOBS_VARIABLE, jobs_in_all, side_by_side
+from calib.cli.launchers import BESIDE_VARIABLE, JOBS_VARIABLE, jobs_at_once, jobs_in_all
 from calib.models.memory import divide_memory
 from calib.runs.compare.comparison import compare
 from calib.runs.compare.tables import terminal_table
@@ -36,8 +36,7 @@ PARENT_VARIABLE = "CALIB_SWEEP_PROCESS"
 @contextmanager
 def job_of_sweep(hydra_config: HydraConf, path: Path) -> Iterator[None]:
     """Run a sweep's job within the context; what it raises is recorded and reported, and the sweep goes on."""
-    number, jobs = hydra_config.job.num + 1, jobs_in_all()
-    beside = side_by_side(hydra_config.launcher, jobs)
+    number, jobs, beside = hydra_config.job.num + 1, jobs_in_all(), jobs_at_once()
     say(f"job {number} of {jobs}: {path.name}")
     start = time.monotonic()
     error: Exception | None = None
@@ -117,10 +116,11 @@ def _end_with_parent() -> None:
 def run_sweep(launch: Callable[[], object], what: Planned) -> int:
     """Run a sweep's jobs and report how each ended; returns the exit status."""
     os.environ[JOBS_VARIABLE] = str(len(what.folders) or 1)
+    os.environ[BESIDE_VARIABLE] = str(what.side_by_side)
     os.environ[PARENT_VARIABLE] = str(os.getpid())
     if what.side_by_side > 1:
         say(f"{what.side_by_side} jobs side by side, each with its share of processors and memory")
-    _announce(what.folders)
+    _announce(what)
     start, error = time.monotonic(), None
     try:
         launch()
@@ -130,10 +130,10 @@ def run_sweep(launch: Callable[[], object], what: Planned) -> int:
         error = raised
     jobs = [standing(folder) for folder in what.folders]
     lacking = [job for job in jobs if job.state is not RunState.COMPLETE]
-    for line in _summary(jobs, time.monotonic() - start):
+    for line in _summary(what.sweep, jobs, time.monotonic() - start):
         print(line)
     with suppress(CalibError, OSError):  # of a full disk, for one, which the jobs themselves report
-        for line in _compared(what.folders[0].parent) if what.folders else ():
+        for line in _compared(what.sweep) if what.folders else ():
             print(line)
     if error is not None and (lacking or not jobs):
         failed = f"the launcher failed: {in_a_line(error, 'launcher')[:300]}"
@@ -143,12 +143,11 @@ def run_sweep(launch: Callable[[], object], what: Planned) -> int:
     return 0
 
 
-def _announce(folders: Sequence[Path]) -> None:
+def _announce(what: Planned) -> None:
     """Record which jobs the sweep has, so that those not begun are known even if it is killed."""
-    if folders:
-        sweep = folders[0].parent
-        sweep.mkdir(parents=True, exist_ok=True)
-        write_json(sweep / SWEEP, {"jobs": [f.name for f in folders if f.parent == sweep]})
+    if what.folders:
+        what.sweep.mkdir(parents=True, exist_ok=True)
+        write_json(what.sweep / SWEEP, {"jobs": [f.name for f in what.folders if f.parent == what.sweep]})
 
 
 def _lacking(lacking: Sequence[Standing], jobs: int) -> str:
@@ -164,11 +163,11 @@ def _lacking(lacking: Sequence[Standing], jobs: int) -> str:
     return ". ".join(lines)
 
 
-def _summary(jobs: Sequence[Standing], seconds: float) -> list[str]:
+def _summary(sweep: Path, jobs: Sequence[Standing], seconds: float) -> list[str]:
     """The state of a sweep in a few lines."""
     if not jobs:
         return []
-    folder = short(jobs[0].path.absolute().parent)
+    folder = short(sweep.absolute())
     counts = {state: sum(job.state is state for job in jobs) for state in RunState}
     states = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
     lines = [f"\nSweep: {folder}: {counted(len(jobs), 'job')}, {states}, in {readable_duration(seconds)}"]

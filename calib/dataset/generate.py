@@ -196,7 +196,7 @@ def _draw_missing(
     start = time.monotonic()
     with (
         Progress("generate", len(blocks) * manifest.num_steps, "step") as progress,
-        writing(data_dir, manifest, len(todo)) as writer,
+        writing(data_dir, manifest, len(todo), model) as writer,
     ):
         texts = model.encode_batches(shown, manifest.cfg_weight, keep_text)
         for block, text in zip(blocks, texts, strict=True):

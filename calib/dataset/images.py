@@ -50,6 +50,9 @@ def open_picture(path: Path) -> Iterator[Image.Image]:
             yield picture
 
 
+DREW_NAN = "the model drew NaN or infinity"
+
+
 @dataclass(frozen=True)
 class DrawnImage:
     """One drawn image, on the host.
@@ -78,7 +81,7 @@ def write_image(data_dir: Path, manifest: Manifest, image: DrawnImage) -> ImageE
     """Write all files of ``image``, each whole or not at all; returns its entry in the manifest.
 
     Raises:
-        UnstorableLatents: latents are not finite, or exceed the range of the type they are stored in.
+        UnstorableLatents: latents or pixels are not finite, or latents exceed the range of their stored type.
     """
     facts: dict[str, Any] = {
         "image_id": image.image_id,
@@ -88,8 +91,8 @@ def write_image(data_dir: Path, manifest: Manifest, image: DrawnImage) -> ImageE
         "num_steps": manifest.num_steps,
     }
     described = {**facts, "model": manifest.model, "fingerprint": manifest.fingerprint}
-    if not np.isfinite(image.latent).all():
-        raise UnstorableLatents(f"image {image.image_id}: the model drew NaN or infinity (model.dtype=float32 may not)")
+    if not (np.isfinite(image.latent).all() and np.isfinite(image.picture).all()):
+        raise UnstorableLatents(DREW_NAN)
     samples = write_trajectory(data_dir, image.image_id, image.states, manifest, described)
     picture, latent = f"{IMAGES}/{image.image_id:04d}.png", f"{LATENTS}/{image.image_id:04d}.npy"
     text = {**described, "dataset": json.dumps(manifest.settings(), ensure_ascii=False)}

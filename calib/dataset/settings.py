@@ -7,7 +7,7 @@ from typing import Annotated
 
 from calib.base.errors import CalibError, ConfigError
 from calib.base.progress import counted
-from calib.base.values import AtLeast
+from calib.base.values import AtLeast, AtMost
 from calib.base.versions import versions
 from calib.dataset.images import image_ids
 from calib.dataset.load import load_manifest
@@ -16,6 +16,8 @@ from calib.dataset.sampling import as_floats, noise_levels, timesteps_of
 from calib.dataset.shards import Shard, being_written, manifest_lock
 from calib.dataset.store import StateDtype, StorageFormat
 from calib.models.model import DiffusionModel
+
+import mlx.core as mx
 
 #: Settings that determine the images: all images of a folder share one value of each.
 IDENTITY = (
@@ -32,13 +34,14 @@ class SamplerSettings:
 
     Attributes:
         cfg_weight: weight of classifier-free guidance; 0 switches it off.
+        shift: timestep shift. In float32 larger or smaller ones give noise levels that are equal, or not finite.
         batch_size: images per batch; None: as memory allows. A dataset keeps the batch size that it was begun with.
         image_size: height and width, pixels.
     """
 
-    num_steps: Annotated[int, AtLeast(1)] = 50
-    cfg_weight: Annotated[float, AtLeast(0)] = 3.0
-    shift: float = 1.0
+    num_steps: Annotated[int, AtLeast(1), AtMost(10_000)] = 50
+    cfg_weight: Annotated[float, AtLeast(0), AtMost(1000)] = 3.0
+    shift: Annotated[float, AtLeast(0.01), AtMost(100)] = 1.0
     batch_size: Annotated[int | None, AtLeast(1)] = None
     image_size: tuple[int, ...] = (64, 64)
 
@@ -54,6 +57,9 @@ def planned_dataset(
 ) -> Manifest:
     """The manifest, without images, of the requested dataset."""
     sigmas = noise_levels(model.sampler, settings.num_steps)
+    if not mx.isfinite(sigmas).all().item():
+        allowed = f"{model.name} makes noise levels of it that are not finite"
+        raise ConfigError.bad_value("sampler.shift", settings.shift, allowed)
     return Manifest(
         model=model.name,
         fingerprint=model.fingerprint,

@@ -25,7 +25,7 @@ TRAJECTORY_FORMAT, TRAJECTORY_FORMAT_VERSION = "calib-trajectory", 2
 
 
 class UnstorableLatents(CalibError):
-    """Latents of one image are not finite, or would not be in the stored type."""
+    """Latents or pixels of one image are not finite, or would not be in the stored type."""
 
 
 class StorageFormat(StrEnum):
@@ -82,10 +82,7 @@ def write_trajectory(
     """
     names = sample_files(image_id, manifest)
     if not np.isfinite(StateDtype(manifest.dtype).unpack(stored)).all():
-        raise UnstorableLatents(
-            f"image {image_id}: latents beyond {manifest.dtype}'s range (dataset.dtype=float32 holds them, in another "
-            "data_dir)"
-        )
+        raise UnstorableLatents(f"latents beyond {manifest.dtype}'s range")
     if manifest.storage == StorageFormat.HDF5:
         write_bytes(data_dir / names[0], _hdf5(stored, manifest, facts))
         return names

@@ -143,7 +143,8 @@ def _check_finite(quantized: QuantizedModel, half: mx.Dtype) -> None:
     for name, holds in finite.items():
         if not holds.item():
             kind = str(half).rpartition(".")[2]
-            raise CalibError(f"{name}: holds weights that {kind} cannot; model.dtype=bfloat16 may do")
+            remedy = "model.dtype=bfloat16 may do" if half == mx.float16 else "its checkpoint may be damaged"
+            raise CalibError(f"{name}: holds weights that {kind} cannot; {remedy}")
 
 
 def _inputs(

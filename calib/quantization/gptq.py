@@ -20,6 +20,8 @@ from numpy.typing import NDArray
 
 #: Number of columns whose errors are applied to later columns in one product: B of Algorithm 1.
 BLOCK = 128
+#: Largest damping. Long before, columns no longer interact and the result is rounding to nearest.
+MOST_DAMPING = 1000
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,9 @@ def quantize(work: QuantizerInput, damping: float = 0.1, act_order: bool = True,
     Raises:
         ConfigError: an argument is out of range.
     """
-    if damping < 0:
-        raise ConfigError.bad_value("quantizer.damping", damping, "must be 0 or more")
+    if not 0 <= damping <= MOST_DAMPING:
+        allowed = f"must be 0 or more, and {MOST_DAMPING} at most"
+        raise ConfigError.bad_value("quantizer.damping", damping, allowed)
     if memory_gb <= 0:
         raise ConfigError.bad_value("quantizer.memory_gb", memory_gb, "must be more than 0")
     done: dict[str, Packed] = {}

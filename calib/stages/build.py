@@ -152,8 +152,6 @@ def _file_of_user(target: object) -> Path | None:
 
 def _sampler(node: Any) -> SamplerSettings:
     sampler = build_dataclass("sampler", node, SamplerSettings)
-    if sampler.shift <= 0:
-        raise ConfigError.bad_value("sampler.shift", sampler.shift, "must be more than 0")
     if len(sampler.image_size) != 2 or any(size < 1 for size in sampler.image_size):
         allowed = "must be [height, width], in pixels"
         raise ConfigError.bad_value("sampler.image_size", list(sampler.image_size), allowed)

@@ -16,7 +16,7 @@ from calib.activations.taps import TapSelection
 from calib.analysis.heuristic import Heuristic
 from calib.analysis.ranges import RangeRule
 from calib.base.affine import GROUP_SIZES
-from calib.base.values import AtLeast
+from calib.base.values import AtLeast, AtMost
 from calib.dataset import subsets, timesteps
 from calib.dataset.settings import SamplerSettings
 from calib.dataset.shards import Shard
@@ -86,7 +86,7 @@ class EvaluationSettings:
         dequantize: run dense layers with the dequantized weights; None: everywhere but on Metal.
     """
 
-    num_images: Annotated[int, AtLeast(0)] = 10
+    num_images: Annotated[int, AtLeast(0), AtMost(1_000_000)] = 10
     seed: Annotated[int, AtLeast(0)] = 0
     steps: Annotated[int, AtLeast(1)] = 10
     dequantize: bool | None = None
@@ -143,7 +143,7 @@ class Generate:
         kept_steps: the states that a dataset of this configuration keeps.
     """
 
-    num_images: Annotated[int, AtLeast(1)]
+    num_images: Annotated[int, AtLeast(1), AtMost(10_000_000)]
     seed: Annotated[int, AtLeast(0)]
     prompts: Annotated[tuple[str, ...], MADE]
     sampler: Annotated[SamplerSettings, MADE]
