@@ -47,7 +47,7 @@ class Planned:
 
 def planned(arguments: Arguments) -> Planned:
     """Compose and check every job of a command line; raises a ConfigError for the first that is wrong."""
-    folders = ",".join(f"file://{Path(folder).absolute()}" for folder in arguments.config_dirs)
+    folders = ",".join(f"'file://{Path(folder).absolute()}'" for folder in arguments.config_dirs)
     search = [f"{SEARCH}{folders}]"] if folders else []
     with initialize_config_dir(str(CONF), version_base="1.3", job_name="calib"):
         parsed = parse(arguments.overrides)
@@ -163,7 +163,7 @@ def _check_sampler(config: DictConfig) -> None:
 def _explain(message: str, overrides: Sequence[str], cause: str = "") -> str:
     """Hydra's message in one line, with the nearest valid name or ``cause``, OmegaConf's message about a value."""
     search = [o for o in overrides if o.startswith(SEARCH)]
-    own = [Path(folder.removeprefix("file://")) for o in search for folder in o[len(SEARCH) : -1].split(",")]
+    own = [Path(folder.strip("'").removeprefix("file://")) for o in search for folder in o[len(SEARCH) : -1].split(",")]
     known = groups(own)
     if match := re.match(r"(?:In '.*': )?Could not find '(.+)/(.+)'", message):
         group, option = match.groups()

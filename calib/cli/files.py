@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from calib.base.encoding import print_documents
 from calib.base.errors import CalibError
 from calib.base.layout import CONVERGENCE_PLOT
 from calib.base.progress import counted
@@ -99,6 +100,7 @@ def verify_command(arguments: Sequence[str]) -> int:
 
 
 def _print_json(document: Mapping[str, Any]) -> None:
+    print_documents()
     print(json.dumps(document, indent=2, ensure_ascii=False))
 
 

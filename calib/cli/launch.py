@@ -5,6 +5,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+from calib.base.encoding import print_any_text
 from calib.base.errors import CalibError, in_a_line
 from calib.cli.compose import plain, planned
 from calib.cli.conf import CONF
@@ -23,6 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 
 def task(config: DictConfig) -> None:
     """Run one job in the directory that Hydra made; in a sweep a failure is recorded, and the next job follows."""
+    print_any_text()  # in a launcher's worker, too
     hydra_config = HydraConfig.get()
     path = Path(hydra_config.runtime.output_dir)
     if hydra_config.mode != RunMode.MULTIRUN:

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 
 import calib
 from calib.base import interrupts
+from calib.base.encoding import print_any_text
 from calib.base.errors import CalibError, ConfigError, in_a_line, suggest
 from calib.stages import Stage
 
@@ -43,6 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     interrupts.install()
+    print_any_text()
     try:
         sys.exit(_run(given))
     except BrokenPipeError:  # `calib compare … | head`

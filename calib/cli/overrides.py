@@ -1,5 +1,7 @@
 """Take a command line apart into Hydra's flags, overrides, and the jobs that lists of values stand for."""
 
+import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,6 +18,15 @@ from omegaconf import DictConfig
 #: Hydra's flags that show something and run no job.
 SHOW_FLAGS = {"--cfg", "-c", "--info", "-i", "--hydra-help", "--shell-completion", "-sc"}
 CONFIG_DIR_FLAGS = ("--config-dir", "-cd")
+
+_INTERPOLATION = r"\$\{[^}]*\}"
+#: In a value: a text in quotes, or plain text up to what has a meaning in Hydra's grammar.
+_TOKEN = re.compile(
+    r"""("(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*')"""
+    rf"""|(?:{_INTERPOLATION}|[^ \t,()\[\]{{}}:='"\\])(?:{_INTERPOLATION}|[^,()\[\]{{}}:='"\\])*"""
+)
+#: What plain text may not hold, by that grammar, besides interpolations.
+_UNKNOWN = re.compile(r"[^\w/\-+.$%*@?| \t]", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -46,7 +57,7 @@ def take_apart(arguments: Sequence[str]) -> Arguments:
         argument = rest.pop(0)
         name, equals, value = argument.partition("=")
         if not argument.startswith("-"):
-            found.overrides.append(argument)
+            found.overrides.append(with_quotes(argument))
             continue
         if name not in takes_value:
             raise ConfigError(f"{argument}: no such flag.{suggest(name, takes_value, list_all=False)} See calib --help")
@@ -58,6 +69,22 @@ def take_apart(arguments: Sequence[str]) -> Arguments:
         if name in CONFIG_DIR_FLAGS:
             found.config_dirs.append(found.flags[-1])
     return found
+
+
+def with_quotes(override: str) -> str:
+    """``override`` with quotes around plain text that Hydra's grammar does not know: ``data_dir=~/Käse`` needs them.
+
+    A leading ``~`` becomes the home folder, as in most shells: Hydra would make a folder of that name.
+    """
+
+    def quoted(token: re.Match[str]) -> str:
+        text = token[0].rstrip(" \t")
+        plain = token[1] or not _UNKNOWN.search(re.sub(_INTERPOLATION, "", text))
+        return token[0] if plain else f"'{os.path.expanduser(text)}'{token[0][len(text) :]}"
+
+    key, equals, value = override.partition("=")
+    found = _TOKEN.sub(quoted, value)
+    return override if found == value else key + equals + found.rstrip(" \t")
 
 
 def parse(overrides: Sequence[str]) -> list[Override]:

@@ -236,7 +236,9 @@ def _json(path: Path) -> Any:
 
 def _yaml(path: Path) -> Any:
     try:
-        return yaml.load(read_text(path), Loader=_LOADER)
+        text = read_text(path)
+        # The reader in C refuses the escapes that stand for bytes of a file's name that are not UTF-8.
+        return yaml.load(text, Loader=yaml.SafeLoader if "\\uDC" in text else _LOADER)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a 13th month, for one
         raise CalibError(f"{path}: not valid YAML ({reason_of(error)[:80]})") from None
 
