@@ -1,8 +1,6 @@
 """``calib generate`` under the name of the script it replaces: the same overrides, the same files."""
 
-import sys
-
-from calib.cli.main import main
+from calib.__main__ import main
 
 if __name__ == "__main__":
-    main(["generate", *sys.argv[1:]])
+    main("generate")

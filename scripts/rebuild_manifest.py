@@ -1,8 +1,6 @@
 """``calib rebuild-manifest``: restores a lost manifest from a dataset's files."""
 
-import sys
-
-from calib.cli.main import main
+from calib.__main__ import main
 
 if __name__ == "__main__":
-    main(["rebuild-manifest", *sys.argv[1:]])
+    main("rebuild-manifest")

@@ -1,8 +1,6 @@
 """``calib verify``: reads a whole dataset and says whether it is sound."""
 
-import sys
-
-from calib.cli.main import main
+from calib.__main__ import main
 
 if __name__ == "__main__":
-    main(["verify", *sys.argv[1:]])
+    main("verify")

@@ -253,7 +253,7 @@ def test_one_value_for_options_that_vary(tiny_run: Path, folder: Path, capsys: p
     assert outcome.status == 0, outcome.err
     (sweep,) = folder.glob("multirun/*")
     for run in sweep.glob("analyze,timestep_schedule=*"):
-        assert "count: 3" in (run / "config.resolved.yaml").read_text()
+        assert "count: 3" in (run / ".hydra" / "config.yaml").read_text()
     assert outcome.out.count("Run directory: ") == 2
 
 

@@ -215,7 +215,7 @@ def test_no_configuration_is_unpickled(tmp_path: Path) -> None:
 
     (tmp_path / "config.pickle").write_bytes(pickle.dumps(Hostile()))
     line = is_one_clear_line(run_in(tmp_path, "--experimental-rerun", "config.pickle"))
-    assert line.startswith("--experimental-rerun: no such flag")
+    assert line.startswith("--experimental-rerun config.pickle: reads a pickle, which can run anything")
     assert not (tmp_path / "unpickled").exists()
 
 
@@ -237,7 +237,8 @@ def test_hydras_list_can_be_shortened(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_shell_is_no_option(tmp_path: Path) -> None:
-    given = ("prompts._target_=os.system", "~prompts.seed", "+prompts.command=touch ran")
-    line = is_one_clear_line(run_in(tmp_path, *given))
+    (tmp_path / "own" / "prompts").mkdir(parents=True)
+    (tmp_path / "own" / "prompts" / "shell.yaml").write_text("_target_: os.system\ncommand: touch ran\n")
+    line = is_one_clear_line(run_in(tmp_path, "--config-dir=own", "prompts=shell"))
     assert line.startswith("prompts._target_=os.system: Target 'os.system' is blocklisted")
     assert not (tmp_path / "ran").exists()

@@ -1,6 +1,7 @@
 """Prompts: files in every format and encoding, sources that stay the same, and what is reported of them."""
 
 import csv
+import gzip
 import io
 import json
 import os
@@ -12,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from calib.base.progress import note
+from calib.dataset.prompt_rows import MOST_BYTES
 from calib.dataset.prompts import PER_TEMPLATE, TEMPLATES, builtin, emoji, from_file, report_duplicates
 
 import pytest
@@ -109,12 +111,19 @@ def written(folder: Path, name: str, content: str | bytes) -> str:
 @example(texts=HARD)
 def test_any_texts_come_back(suffix: str, write: Callable[[list[str]], str], texts: list[str]) -> None:
     expected = [normal(text) for text in texts if normal(text)]
+    content = write(texts).encode()
     with tempfile.TemporaryDirectory() as folder:
-        path = written(Path(folder), f"prompts{suffix}", write(texts))
-        if expected:
-            assert from_file(path) == expected
-        else:
-            check_config_error(lambda: from_file(path), ["prompts.path=", "holds no prompts"])
+        for name, data in (
+            (f"prompts{suffix}", content),
+            (f"packed{suffix}.gz", gzip.compress(content, 1)),
+            (f"unpacked{suffix}.GZ", content),  # as browsers save it
+            (f"renamed{suffix}", gzip.compress(content, 1)),
+        ):
+            path = written(Path(folder), name, data)
+            if expected:
+                assert from_file(path) == expected
+            else:
+                check_config_error(lambda path=path: from_file(path), ["prompts.path=", "holds no prompts"])  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("name", ["prompts.txt", "prompts.TXT", "prompts"])
@@ -197,10 +206,9 @@ BAD: list[tuple[str, str | bytes, tuple[str, ...]]] = [
     ("a.csv", "prompt,prompt\na,b\n", (f"{COLUMN}prompt: ", "2 columns")),
     ("a.csv", '"two\nlines\u2028here"\nx\n', (COLUMN, "'two lines\\u2028here'")),
     ("a.csv", "id,prompt\n1,a cat\n2,a cat, asleep\n", (PATH, "line 3 has 3 cells, the header has 2", "comma")),
-    ("a.csv", 'id,prompt\n1,"a\ncat"\n2\n', (PATH, "line 4 has 1 cells")),
+    ("a.csv", 'id,prompt\n1,"a\ncat"\n2\n', (PATH, "line 4 has 1 cell,")),
     ("a.tsv", "id\tprompt\n1\ta\tcat\n", (PATH, "line 2 has 3 cells", "tab")),
-    ("a.csv", 'id,prompt\n1,a cat\n2,"an owl\n3,x\n', (PATH, "line 3", "close a quoted cell")),
-    ("a.tsv", 'prompt\n"OPEN" sign\n', (PATH, "line 2", "double quotes")),
+    ("a.csv", 'id,prompt\n1,"an owl, asleep\n', (PATH, "line 2 has 3 cells", "quote a cell that contains a comma")),
     ("a.json", '["a",\n "b"\n "c"]', (PATH, "line 3 is not JSON")),
     ("a.json", '"a"\n"b"\n', (PATH, "line 2 is not JSON", ".jsonl")),
     ("a.jsonl", '"a"\n\n{"prompt": b}\n', (PATH, "line 3 is not JSON")),
@@ -210,11 +218,18 @@ BAD: list[tuple[str, str | bytes, tuple[str, ...]]] = [
     ("a.json", '["a", 3]', (PATH, "item 2 is a number")),
     ("a.json", '["a", null]', (PATH, "item 2 is null")),
     ("a.jsonl", '"a"\ntrue\n', (PATH, "line 2 is true or false")),
-    ("a.jsonl", '{"prompt": ["a"]}\n', (PATH, "line 1 is a list")),
-    ("a.jsonl", '{"prompt": {"a": 1}}\n', (PATH, "line 1 is an object")),
-    ("a.jsonl", '"a"\n{"promt": "b", "id": 3}\n', (f"{COLUMN}prompt: ", "line 2,", "'id'", "Did you mean 'promt'?")),
-    ("a.json", '["a", {}]', (f"{COLUMN}prompt: ", "item 2, has no keys")),
-    ("a.json", '{"texts": ["a"], "n": 1}', (f"{COLUMN}prompt: ", "'prompts'", "keys 'texts', 'n'")),
+    ("a.jsonl", '{"prompt": [["a"]]}\n', (PATH, "line 1 is a list")),
+    ("a.json", '{"a": ' * 30 + "1" + "}" * 30, (f"{COLUMN}prompt: ", "no text")),
+    ("a.json", '{"a": ' * 900 + "1" + "}" * 900, (PATH, "nested too deep")),
+    ("a.json", '{"a": [' * 450 + "1" + "]}" * 450, (PATH, "nested too deep")),
+    ("a.json.gz", b"\x1f\x8b\x08\x00", (PATH, "is damaged")),
+    ("a.csv.gz", b"\x1f\x8bprompt", (PATH, "is damaged")),
+    ("a.tsv.gz", gzip.compress(b"prompt\na cat\n" * 9)[:-9], (PATH, "is damaged")),
+    ("a.txt.gz", gzip.compress(b"a cat\n")[:-5] + b"\0\0\0\0\0", (PATH, "is damaged")),
+    ("a.txt.gz", gzip.compress(b"S\xfc\xdfe"), (PATH, "0xfc in line 1", "save it as UTF-8")),
+    ("a.txt.gz", gzip.compress(bytes(1 << 20)) * (MOST_BYTES // (1 << 20) + 1), (PATH, "more than 268 MB")),
+    ("a.xlsx.gz", "a cat", (PATH, ".xlsx files are not read")),
+    ("a.gz.gz", "a cat", (PATH, ".gz files are not read")),
 ]
 
 

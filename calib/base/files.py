@@ -119,6 +119,10 @@ def _existing(folder: Path) -> Path:
 def check_writable(key: str, folder: Path) -> None:
     """Raise a ConfigError unless ``folder``, the value of ``key``, can be written to or created; leaves no trace."""
     try:
+        for link in (folder.absolute(), *folder.absolute().parents):
+            if link.is_symlink() and not link.exists():
+                found = f"{link} is a link to {os.readlink(link)}, which is not there"
+                raise ConfigError.bad_value(key, folder, f"{found}; make or mount that, or choose another folder")
         probe = _existing(folder) / f".calib-probe-{os.getpid()}"
         probe.mkdir()
         probe.rmdir()
@@ -155,8 +159,11 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write ``text`` as UTF-8, whole or not at all."""
-    write_bytes(path, text.encode())
+    """Write ``text`` as UTF-8, whole or not at all.
+
+    Bytes of a file's name that are not UTF-8, lone surrogates to Python, become escapes, which JSON reads back.
+    """
+    write_bytes(path, text.encode(errors="backslashreplace"))
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -215,6 +222,16 @@ def read_edited_json(path: Path) -> Any:
     if id(document) in twice:
         raise CalibError(f"{path}: has {twice[id(document)]!r} twice; keep one of them")
     return document
+
+
+@contextmanager
+def utf8_name(path: Path) -> Iterator[str]:
+    """Yield a name of an existing file for a library that takes none but UTF-8."""
+    if str(path).encode(errors="replace").decode() == str(path):
+        yield str(path)
+    else:  # only Linux has such names
+        with open(path, "rb") as file:
+            yield f"/proc/self/fd/{file.fileno()}"
 
 
 def checksum(path: Path) -> str:

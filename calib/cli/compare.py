@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from calib.base.encoding import print_documents
 from calib.base.errors import ConfigError
 from calib.base.files import write_text
 from calib.cli.parser import Parser
@@ -115,9 +116,10 @@ def _write(
     if len(both := [f"--{form}" for form in forms if getattr(given, form) == "-"]) > 1:
         raise ConfigError(f"{' '.join(both)}: only one of them can be printed; give the others a PATH")
     printed = any(getattr(given, form) == "-" for form in forms)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        # Documents are UTF-8 wherever they go; a terminal that lacks a sign shows another.
-        sys.stdout.reconfigure(encoding="utf-8") if printed else sys.stdout.reconfigure(errors="replace")
+    if printed:
+        print_documents()
+    elif isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a sign shows another, as wide
     for form, make in forms.items():
         where = getattr(given, form)
         if where == "-":

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from calib.base.encoding import print_documents
 from calib.base.errors import CalibError, ConfigError
 from calib.base.layout import ACTIVATIONS, CONVERGENCE_PLOT, MODEL, PLAN, STATUS
 from calib.base.progress import counted
@@ -120,6 +121,7 @@ def _verify_run(run: Path, as_json: bool, repair: bool) -> int:
 
 
 def _print_json(document: Mapping[str, Any]) -> None:
+    print_documents()
     print(json.dumps(document, indent=2, ensure_ascii=False))
 
 

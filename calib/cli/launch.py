@@ -6,6 +6,7 @@ import traceback
 from dataclasses import replace
 from pathlib import Path
 
+from calib.base.encoding import print_any_text
 from calib.base.errors import CalibError, ConfigError, in_a_line
 from calib.base.layout import HYDRA_CONFIG, HYDRA_JOB, HYDRA_OVERRIDES
 from calib.cli.compose import plain, planned
@@ -25,6 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 
 def task(config: DictConfig) -> None:
     """Run one job in the directory that Hydra made; in a sweep a failure is recorded, and the next job follows."""
+    print_any_text()  # in a launcher's worker, too
     hydra_config = HydraConfig.get()
     path = Path(hydra_config.runtime.output_dir)
     if hydra_config.mode != RunMode.MULTIRUN:

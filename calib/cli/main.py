@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Sequence
 
 from calib.base import VERSION, interrupts
+from calib.base.encoding import print_any_text
 from calib.base.errors import CalibError, in_a_line
 from calib.cli.commands import COMMANDS, unknown_word
 from calib.stages import Stage
@@ -33,6 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = list(sys.argv[1:] if arguments is None else arguments)
     full = os.environ.get("HYDRA_FULL_ERROR") == "1"
     interrupts.install()
+    print_any_text()
     try:
         sys.exit(_run(given))
     except BrokenPipeError:  # `calib compare … | head`

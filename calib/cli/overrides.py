@@ -1,5 +1,7 @@
 """Take a command line apart into Hydra's flags, overrides, and the jobs that lists of values stand for."""
 
+import os
+import re
 from argparse import Action
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -27,6 +29,15 @@ INSTEAD = {
     "--experimental-rerun": "reads a pickle, which can run anything; the command of a run, given again, runs it again",
     "--shell-completion": "is not offered; calib --help has all groups, calib --cfg job all keys",
 }
+
+_INTERPOLATION = r"\$\{[^}]*\}"
+#: In a value: a text in quotes, or plain text up to what has a meaning in Hydra's grammar.
+_TOKEN = re.compile(
+    r"""("(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*')"""
+    rf"""|(?:{_INTERPOLATION}|[^ \t,()\[\]{{}}:='"\\])(?:{_INTERPOLATION}|[^,()\[\]{{}}:='"\\])*"""
+)
+#: What plain text may not hold, by that grammar, besides interpolations.
+_UNKNOWN = re.compile(r"[^\w/\-+.$%*@?| \t]", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -72,7 +83,7 @@ def take_apart(arguments: Sequence[str]) -> Arguments:
         if not argument.startswith("-"):
             if "=" not in argument and not argument.startswith("~"):
                 raise misplaced(argument, [other for other in arguments if other != argument])
-            found.overrides.append(argument)
+            found.overrides.append(with_quotes(argument))
             continue
         name, equals, value = argument.partition("=")
         if name not in actions:
@@ -151,6 +162,22 @@ def with_search_path(folders: Sequence[str], overrides: Sequence[Override]) -> t
 def quoted(text: object) -> str:
     """``text`` as a value in Hydra's grammar, whatever characters it has."""
     return QuotedString(str(text), Quote.single).with_quotes()
+
+
+def with_quotes(override: str) -> str:
+    """``override`` with quotes around plain text that Hydra's grammar does not know: ``data_dir=~/Käse`` needs them.
+
+    A leading ``~`` becomes the home folder, as in most shells: Hydra would make a folder of that name.
+    """
+
+    def quoted(token: re.Match[str]) -> str:
+        text = token[0].rstrip(" \t")
+        plain = token[1] or not _UNKNOWN.search(re.sub(_INTERPOLATION, "", text))
+        return token[0] if plain else f"'{os.path.expanduser(text)}'{token[0][len(text) :]}"
+
+    key, equals, value = override.partition("=")
+    found = _TOKEN.sub(quoted, value)
+    return override if found == value else key + equals + found.rstrip(" \t")
 
 
 def parse(overrides: Sequence[str]) -> list[Override]:

@@ -86,7 +86,7 @@ def _beside(path: Path, jobs: int) -> Iterator[None]:
     divide_memory(jobs)
     path.mkdir(parents=True, exist_ok=True)
     with (
-        open(path / CONSOLE, "w", encoding="utf-8", buffering=1) as console,
+        open(path / CONSOLE, "w", encoding="utf-8", errors="backslashreplace", buffering=1) as console,
         redirect_stdout(console),
         redirect_stderr(console),
     ):

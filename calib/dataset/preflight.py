@@ -5,9 +5,9 @@ from datetime import datetime, timedelta
 from pathlib import Path
 
 from calib.base.errors import CalibError
-from calib.base.files import free_bytes
+from calib.base.files import check_writable, free_bytes
 from calib.base.progress import counted, note, readable_bytes, readable_duration, say
-from calib.dataset.images import bytes_per_image
+from calib.dataset.images import FOLDERS, bytes_per_image
 from calib.dataset.manifest import Manifest
 from calib.models.model import DiffusionModel
 
@@ -15,6 +15,14 @@ from calib.models.model import DiffusionModel
 def numbers(first: int, last: int) -> str:
     """'7' or '7–9'."""
     return str(first) if first == last else f"{first}–{last}"
+
+
+def check_folders(data_dir: Path) -> None:
+    """Raise where a folder of the dataset cannot be written to or created; one may be a link to another disk."""
+    check_writable("data_dir", data_dir)
+    for folder in (data_dir / name for name in FOLDERS):
+        if folder.is_symlink() or folder.exists():
+            check_writable("data_dir", folder)
 
 
 def check_disk(

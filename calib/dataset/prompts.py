@@ -11,6 +11,7 @@ from string import Formatter
 from calib.base.progress import note
 from calib.base.seeds import generator
 from calib.dataset import prompt_files
+from calib.dataset.prompt_rows import COLUMN, quoted
 from calib.models.emoji import training_names
 
 import numpy as np
@@ -144,8 +145,8 @@ def _compose(template: str, decks: Mapping[str, Iterator[str]]) -> str:
     return template.format(**{name: next(decks[name]) for name in names})
 
 
-def from_file(path: str = "", column: str = prompt_files.COLUMN) -> list[str]:
-    """The prompts of a text file or a table, in file order; ``column`` names the column or key of a table."""
+def from_file(path: str = "", column: str = COLUMN) -> list[str]:
+    """The prompts of a file, in its order; ``column`` names a table's column, or the key or path of keys in JSON."""
     return prompt_files.read(path, column)
 
 
@@ -157,6 +158,6 @@ def report_duplicates(prompts: Sequence[str]) -> None:
         example, times = counts.most_common(1)[0]
         verb = "repeats" if repeated == 1 else "repeat"
         note(
-            f"prompts: {repeated} of {len(prompts)} {verb} an earlier one, e.g. {prompt_files.quoted(example)}"
+            f"prompts: {repeated} of {len(prompts)} {verb} an earlier one, e.g. {quoted(example)}"
             f" ({times} times); they are kept, each is drawn with a seed of its own"
         )

@@ -12,11 +12,12 @@ from pathlib import Path
 import calib.models.compat  # noqa: F401  (must precede diffusionkit.mlx)
 from calib.base.errors import CalibError, ConfigError, suggest
 from calib.base.progress import note
-from calib.models.hub import fetch, load_checked, read_weights, renamed
+from calib.models.hub import fetch, load_checked, renamed
 from calib.models.memory import device_memory
 from calib.models.mmdit.architecture import MMDiTArchitecture
 from calib.models.model import DiffusionModel, ModelDtype
 from calib.models.model import weights as parameters
+from calib.models.tensors import read_weights
 from calib.models.text import CLIP_TOKENS, TextEncoders
 
 import mlx.core as mx

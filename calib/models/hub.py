@@ -1,8 +1,7 @@
-"""Fetch files from the Hugging Face hub and read checkpoints; errors are one clear line."""
+"""Fetch files from the Hugging Face hub and load checkpoints; errors are one clear line."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
 import calib.models.compat  # noqa: F401  (must precede diffusionkit.mlx)
 from calib.base.errors import CalibError, first_line
@@ -60,16 +59,6 @@ def _what_to_do(repository: str, error: Exception) -> str:
 def _cause(error: BaseException) -> str:
     """The first line of an error, cut to a readable length."""
     return first_line(error)[:120]
-
-
-def read_weights(path: str) -> dict[str, mx.array]:
-    """Tensors of a safetensors file by name; MLX reads each when it is first used."""
-    try:
-        weights = mx.load(str(Path(path).expanduser()), format="safetensors")
-    except (RuntimeError, ValueError) as error:
-        raise CalibError(f"{path}: not a readable safetensors file ({_cause(error)})") from None
-    assert isinstance(weights, dict)
-    return weights
 
 
 def renamed(

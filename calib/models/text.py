@@ -11,7 +11,8 @@ from typing import Any
 
 import calib.models.compat  # noqa: F401  (must precede diffusionkit.mlx)
 from calib.models.architecture import Conditioning
-from calib.models.hub import fetch, load_checked, read_weights, renamed
+from calib.models.hub import fetch, load_checked, renamed
+from calib.models.tensors import read_weights
 from calib.models.tokens import ClipTokenizer, fit
 
 import mlx.core as mx
@@ -51,7 +52,7 @@ def _file(key: str) -> str:
 
 def clip(key: str) -> Encoder:
     """CLIP-L or CLIP-G, built by its configuration on the hub."""
-    config = json.loads(Path(_file(f"{key}_config")).read_text())
+    config = json.loads(Path(_file(f"{key}_config")).read_text(encoding="utf-8"))
     projected = "WithProjection" in config["architectures"][0]
     shape = CLIPTextModelConfig(
         num_layers=config["num_hidden_layers"],

@@ -22,6 +22,7 @@ from calib.base.files import checksum, free_bytes, read_json, write_json
 from calib.models.former import former_name
 from calib.models.model import DiffusionModel
 from calib.models.packed import Packed
+from calib.models.tensors import read_weights
 from calib.quantization.model import InputRule, QuantizedModel
 
 import mlx.core as mx
@@ -57,10 +58,14 @@ def save(quantized: QuantizedModel, folder: Path) -> None:
 def _write(path: Path, arrays: dict[str, mx.array], folder: Path) -> str:
     """Write ``arrays``; returns the file's checksum. Errors name the file by its final path in ``folder``."""
     needed = sum(array.nbytes for array in arrays.values())
-    if free_bytes(path.parent) < needed:  # MLX would leave a partial file without an error
+    if free_bytes(path.parent) < needed:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder / path.name))
     try:
-        mx.save_safetensors(str(path), arrays, metadata={"format": "mlx"})
+        with open(path, "wb") as file:  # by MLX itself it would have to be named in UTF-8
+            mx.save_safetensors(file, arrays, metadata={"format": "mlx"})
+    except OSError as error:
+        error.filename = str(folder / path.name)
+        raise
     except RuntimeError as error:
         raise CalibError(f"{folder / path.name}: cannot be written ({reason_of(error)})") from None
     return checksum(path)
@@ -156,14 +161,7 @@ def load(folder: Path) -> QuantizedModel:
 
 
 def _arrays(path: Path) -> dict[str, mx.array]:
-    if not path.exists():
-        return {}
-    try:
-        arrays = mx.load(str(path), format="safetensors")
-    except (RuntimeError, ValueError) as error:
-        raise CalibError(f"{path}: not a readable safetensors file ({reason_of(error)})") from None
-    assert isinstance(arrays, dict)
-    return arrays
+    return read_weights(str(path)) if path.exists() else {}
 
 
 def _whole(value: Any, allowed: Container[int]) -> int:

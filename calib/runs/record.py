@@ -33,17 +33,22 @@ WITHOUT_EFFECT = ("swept", "cache_dir", "keep_awake", "report")
 
 Scalar: TypeAlias = str | int | float | bool | None
 
-#: The reader in C where PyYAML has it: ten times as fast. It makes plain values, and calls nothing.
-_READER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
+class _WithoutAliases:
+    """Refuses aliases, which calib and Hydra never write: a few lines of them stand for gigabytes."""
 
-class _Loader(_READER):  # type: ignore[misc]
-    """Reads YAML without aliases, which calib and Hydra never write: a few lines of them stand for gigabytes."""
-
-    def construct_object(self, node: Any, deep: bool = False) -> Any:
+    def construct_object(self: Any, node: Any, deep: bool = False) -> Any:
         if node in self.constructed_objects:
             raise yaml.constructor.ConstructorError(None, None, "has an alias", node.start_mark)
-        return super().construct_object(node, deep)
+        return super().construct_object(node, deep)  # type: ignore[misc]
+
+
+class _PlainLoader(_WithoutAliases, yaml.SafeLoader):  # type: ignore[misc]
+    """PyYAML's own reader, which makes plain values and calls nothing."""
+
+
+class _Loader(_WithoutAliases, getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+    """The reader in C where PyYAML has it: ten times as fast."""
 
 
 @dataclass(frozen=True)
@@ -195,7 +200,9 @@ def _scalar(value: Any) -> Scalar:
 def read_yaml(path: Path) -> Any:
     """The YAML value in ``path``, of plain values; raises a CalibError where the file is missing or damaged."""
     try:
-        return yaml.load(read_text(path), Loader=_Loader)
+        text = read_text(path)
+        # The reader in C refuses the escapes that stand for bytes of a file's name that are not UTF-8.
+        return yaml.load(text, Loader=_PlainLoader if "\\uDC" in text else _Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a 13th month, for one
         raise CalibError(f"{path}: not valid YAML ({reason_of(error)[:80]})") from None
 

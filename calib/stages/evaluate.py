@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 from calib.base.errors import CalibError
-from calib.base.files import check_writable, content_of, write_json, write_text
+from calib.base.files import content_of, write_json, write_text
 from calib.base.layout import (
     DETAILS,
     ERROR_PLOT,
@@ -23,6 +23,7 @@ from calib.base.layout import (
 from calib.base.progress import note, readable_bytes
 from calib.base.values import at_least
 from calib.dataset.generate import missing_images
+from calib.dataset.preflight import check_folders
 from calib.evaluation.paired import Paired
 from calib.evaluation.reference import control_of, draw_reference
 from calib.evaluation.report import fidelity_text, picture_grid, plot_error, save_pictures
@@ -51,7 +52,7 @@ def check_reference(settings: Settings) -> None:
     """Raise where missing full-precision pictures cannot be written beside the dataset."""
     own = settings.evaluate
     if missing_images(own.data_dir, own.evaluation.num_images):
-        check_writable("data_dir", own.data_dir)
+        check_folders(own.data_dir)
 
 
 def sources(settings: Settings) -> list[str]:

@@ -10,12 +10,12 @@ from contextlib import nullcontext
 from typing import Any
 
 from calib.base.errors import ConfigError
-from calib.base.files import check_writable
 from calib.base.keep_awake import keep_awake
 from calib.base.progress import counted
 from calib.dataset.generate import generate, missing_images
 from calib.dataset.load import load_manifest
 from calib.dataset.manifest import MANIFEST, Manifest
+from calib.dataset.preflight import check_folders
 from calib.dataset.settings import check_manifest_is_there, check_prompts, read_only_error
 from calib.models.model import DiffusionModel
 from calib.runs.directory import RunDirectory
@@ -38,7 +38,7 @@ def check(settings: Settings) -> None:
             check_prompts(own.data_dir, manifest, own.prompts)
     check_manifest_is_there(own.data_dir)
     if missing_images(own.data_dir, own.num_images):
-        check_writable("data_dir", own.data_dir)
+        check_folders(own.data_dir)
 
 
 def sources(settings: Settings) -> list[str]:

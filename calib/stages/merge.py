@@ -27,7 +27,7 @@ def merge(runs: Sequence[Path], into: Path) -> int:
     for run in runs:
         if not run.is_dir():
             raise ConfigError(f"{run}: no such run directory; calib collect with shard.index and shard.count makes one")
-    if into.exists() and (not into.is_dir() or any(into.iterdir())):
+    if into.is_symlink() or (into.exists() and (not into.is_dir() or any(into.iterdir()))):
         raise ConfigError(f"{into}: is not an empty folder; name a new one")
     documents = sorted((_shard_metadata(run) for run in runs), key=lambda document: document["shard"]["index"])
     into.parent.mkdir(parents=True, exist_ok=True)

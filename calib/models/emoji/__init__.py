@@ -19,6 +19,7 @@ from calib.models.emoji.architecture import (
 )
 from calib.models.mmdit.architecture import MMDiTArchitecture
 from calib.models.model import DiffusionModel, ModelDtype, weights
+from calib.models.tensors import read_weights
 
 import mlx.core as mx
 from diffusionkit.mlx.sampler import ModelSamplingDiscreteFlow
@@ -29,8 +30,7 @@ FOLDER = Path(__file__).parent
 
 
 def _load_weights(module: nn.Module, file: str, dtype: mx.Dtype, prefix: str = "") -> None:
-    stored = mx.load(str(FOLDER / file))
-    assert isinstance(stored, dict)
+    stored = read_weights(str(FOLDER / file))
     chosen = [(name.removeprefix(prefix), w.astype(dtype)) for name, w in stored.items() if name.startswith(prefix)]
     module.load_weights(chosen)
     mx.eval(module.parameters())

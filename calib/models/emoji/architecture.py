@@ -45,11 +45,11 @@ class EmojiConfig:
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        values = json.loads(path.read_text())
+        values = json.loads(path.read_text(encoding="utf-8"))
         return cls(**{**values, "vae_channels": tuple(values["vae_channels"])})
 
     def save(self, path: Path) -> None:
-        path.write_text(json.dumps(asdict(self), indent=2) + "\n")
+        path.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
 
 
 def build_transformer(config: EmojiConfig, dtype: mx.Dtype = mx.float32) -> MMDiT:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from calib.base.errors import CalibError
 from calib.base.files import read_json
@@ -81,7 +82,7 @@ def _row(comparison: Comparison, run: RunRecord, folder: Path, label: str) -> di
         "name": run.name,
         "label": label,
         "front": run.name in comparison.pareto,
-        "link": Path(os.path.relpath(page.resolve(), folder)).as_posix() if page.exists() else "",
+        "link": quote(os.fsencode(os.path.relpath(page.resolve(), folder))) if page.exists() else "",
         "cells": [_cell(comparison, run, column) for column in _columns(comparison)],
     }
 

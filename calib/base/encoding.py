@@ -1,0 +1,29 @@
+"""Text beyond ASCII in any locale: names of files, and what is printed."""
+
+import io
+import os
+import sys
+
+
+def ensure_utf8_names() -> None:
+    """Start this process again in Python's UTF-8 mode where it takes names of files for ASCII.
+
+    Python does so in the locale C unless UTF-8 mode is forbidden (``PYTHONUTF8=0``). No name beyond ASCII could then be
+    opened that a configuration or a file of calib's spells out.
+    """
+    if sys.getfilesystemencoding() == "ascii" and os.environ.get("PYTHONUTF8") != "1" and sys.executable:
+        command = [sys.executable, *sys.orig_argv[1:]]
+        os.execve(sys.executable, command, {**os.environ, "PYTHONUTF8": "1"})
+
+
+def print_any_text() -> None:
+    """Let stdout and stderr write what they cannot encode as escapes: a job must not end for a letter in a message."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def print_documents() -> None:
+    """Let stdout write UTF-8 from now on, for documents that are to be read by others."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
