@@ -7,7 +7,7 @@ folder of a checkout, named calib, for a namespace package: beside a script, wit
 
 import sys
 
-VERSION = "0.2.0"
+VERSION = "0.3.0"
 
 
 class _BlasBeforeMlx:
