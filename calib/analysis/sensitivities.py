@@ -21,12 +21,16 @@ SENSITIVE_ABOVE, AGGRESSIVE_AT = 1.5, 4
 class Sensitivities:
     """S = ‖v - v_q‖² / ‖v‖² of the model's output v, with one layer quantized at a time, on stored states.
 
+    Of the picture: the mean squared error of the finished picture's values, 0 to 1.
+
     Attributes:
         steps: indices of the measured steps, ascending.
         num_steps: number of steps of the trajectory.
         weights: S at each measured step, (steps,) float64, by layer and (bits, group size).
         activations: S at each measured step, by layer and bits, with the layer's input quantized over its full range.
         shapes: (rows, columns) of each layer's weight; without layers that MLX cannot quantize.
+        of_picture: whether errors are the picture's: those of weights at all steps together, the same at each step;
+            those of inputs times the number of steps, so that means over the steps are the whole of the error.
     """
 
     steps: tuple[int, ...]
@@ -34,6 +38,7 @@ class Sensitivities:
     weights: dict[str, dict[tuple[int, int], NDArray[np.float64]]]
     activations: dict[str, dict[int, NDArray[np.float64]]]
     shapes: dict[str, tuple[int, int]]
+    of_picture: bool = False
 
 
 def usable_options(
