@@ -11,7 +11,7 @@ from calib.base.errors import CalibError, ConfigError, first_line, suggest
 from calib.base.files import check_writable
 from calib.cli.blocked import check_targets
 from calib.cli.conf import CONF
-from calib.cli.explain import OPTIONAL, explain, known_keys, lacks_header, not_removed
+from calib.cli.explain import FUNCTIONS, OPTIONAL, explain, known_keys, lacks_header, not_removed
 from calib.cli.launchers import is_joblib, sensible_jobs, side_by_side
 from calib.cli.names import job_name
 from calib.cli.one_sweep import check_parts, check_same, folder_of, text_of
@@ -97,11 +97,16 @@ def _lines(overrides: Sequence[Override]) -> list[str]:
 def _check_overrides(overrides: Sequence[Override]) -> None:
     """Raise for what Hydra's grammar has and calib does not take."""
     for override in overrides:
-        if override.is_delete() and override.key_or_group not in OPTIONAL:
+        if override.is_delete() and not _may_be_removed(override.key_or_group):
             raise ConfigError(not_removed(override))
         if override.is_hydra_override() and override.is_sweep_override():
             allowed = "is one for the whole sweep and cannot be listed; name one value"
             raise ConfigError(f"{override.input_line}: {allowed}")
+
+
+def _may_be_removed(key: str) -> bool:
+    """Whether the configuration may be without a key: optional groups, and parameters that a function has by itself."""
+    return key in OPTIONAL or (key.partition(".")[0] in FUNCTIONS and "." in key)
 
 
 def _composed(arguments: Arguments, search: list[str], overrides: list[Override]) -> _Given:

@@ -22,6 +22,8 @@ from omegaconf.errors import OmegaConfBaseException
 _OWN = (f"{SEARCH_PATH}=", "swept=")
 #: Groups of which no option need be chosen.
 OPTIONAL = ("experiment", "hparams_search")
+#: Groups whose options name a function; what is not given has the function's own default.
+FUNCTIONS = ("model", "prompts", "timestep_schedule", "subset", "analysis", "ranges", "quantizer")
 #: The line that makes an option set keys of the whole configuration.
 GLOBAL = "# @package _global_"
 
