@@ -130,7 +130,11 @@ def drawn_by(states: StoredStates, model: Callable[[], DiffusionModel]) -> tuple
 
 
 def placeholder_sensitivities(
-    architecture: Architecture, names: Collection[str], num_steps: int, group_sizes: Sequence[int]
+    architecture: Architecture,
+    names: Collection[str],
+    num_steps: int,
+    group_sizes: Sequence[int],
+    of_picture: bool = False,
 ) -> tuple[dict[str, LayerSummary], Sensitivities]:
     """Made-up statistics and sensitivities with the shapes that a measurement of ``names`` would have.
 
@@ -145,7 +149,7 @@ def placeholder_sensitivities(
         for name, layer in every.items()
     }
     shapes = {name: (layer.weight.shape[0], layer.weight.shape[-1]) for name, layer in every.items()}
-    return dict.fromkeys(every, PROBE), Sensitivities(steps, num_steps, weights, {}, shapes)
+    return dict.fromkeys(every, PROBE), Sensitivities(steps, num_steps, weights, {}, shapes, of_picture)
 
 
 _INPUT_TRIALS = [Trial(bits) for bits in INPUT_BITS]

@@ -1,5 +1,6 @@
 """Measured sensitivities: the error of the model's output with one layer quantized; helpers for heuristics."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -113,10 +114,32 @@ def judged(plan: LayerPlan, average: float) -> LayerPlan:
     return replace(plan, sensitive=sensitive, aggressive=plan.weight_bits <= AGGRESSIVE_AT and not sensitive)
 
 
-def predicted(error: float, nbytes: int, weights: int) -> str:
+def decibels(error: float) -> float:
+    """PSNR of pictures with values from 0 to 1 whose mean squared error is ``error``; infinite where it is 0."""
+    return -10 * math.log10(error) if error > 0 else math.inf
+
+
+def error_text(error: float, of_picture: bool) -> str:
+    """The sum of errors for people."""
+    return f"PSNR = {decibels(error):.2f} dB" if of_picture else f"ΣS = {error:.3g}"
+
+
+def predicted(error: float, nbytes: int, weights: int, of_picture: bool = False) -> str:
     """The note on a plan's predicted error and size."""
     size = f"{8 * nbytes / weights:.3f} bits a weight, scales and biases counted, {nbytes / 1e6:.2f} MB"
-    return f"predicted error ΣS = {error:.3g} at {size}"
+    what = (
+        f"predicted {error_text(error, True)} of pictures, weights alone"
+        if of_picture
+        else (f"predicted error {error_text(error, False)}")
+    )
+    return f"{what}, at {size}" if of_picture else f"{what} at {size}"
+
+
+def figure(error: float, of_picture: bool) -> str:
+    """The number behind a layer's bits: S, or the PSNR of pictures with this layer alone quantized."""
+    if not of_picture:
+        return f"S = {error:.1e}"
+    return f"alone {decibels(error):.1f} dB" if error > 0 else "of no effect on the picture"
 
 
 def kept_note(layers: Mapping[str, LayerSummary], sensitivities: Sensitivities) -> list[str]:
