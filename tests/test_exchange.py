@@ -1,5 +1,6 @@
 """Results of a run directory stay until those of a later job exist, whatever ends it."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -93,6 +94,23 @@ def test_killed_at_every_change(decided: Path, tmp_path: Path) -> None:
             break
         assert status == -signal.SIGKILL
     assert change > 12
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("evaluate", "plan=run", "evaluation.num_images=1"),
+        ("quantize", "plan=run"),
+        ("analyze", "stats=run"),
+        ("convergence", "run"),
+        ("merge", "run", "--into", "whole"),
+    ],
+)
+def test_a_source_is_settled(decided: Path, capsys: pytest.CaptureFixture[str], command: tuple[str, ...]) -> None:
+    """Whoever reads results that are not all in their places puts them there first; here they are no one's."""
+    with contextlib.chdir(decided.parent):
+        assert run_here(command, capsys).status in (1, 2)
+    assert texts(decided) == AFTER
 
 
 @pytest.mark.parametrize("state", ["running", "failed", None])

@@ -56,7 +56,14 @@ def other_plan(calib: Calib) -> None:
 def older_model(calib: Calib) -> None:
     """As of calib 0.2.0, which did not record the plan: the bits of the layers tell."""
     plan_by_hand(calib)
+    edited(Path("run") / STATUS, lambda status: status.pop("made"))
     edited(Path("run") / MODEL / "config.json", lambda config: config.pop("made_from"))
+
+
+def other_model(calib: Calib) -> None:
+    well(calib("quantize", "plan=run", "quantizer=percentile", "hydra.run.dir=other"))
+    shutil.rmtree(Path("run") / MODEL)
+    shutil.copytree(Path("other") / MODEL, Path("run") / MODEL)
 
 
 def other_statistics(calib: Calib) -> None:
@@ -80,7 +87,7 @@ def other_dataset(calib: Calib) -> None:
     well(calib("generate", "data_dir=dataset", "seed=1", "hydra.run.dir=other"))
 
 
-OF_ANOTHER_PLAN = f"run/{MODEL}: was made from another plan than run/{PLAN}"
+OF_ANOTHER_PLAN = f"run/{MODEL}: was made from another plan than {PLAN} and {STEPS} beside it"
 OF_OTHER_IMAGES = "run: was collected from another image 0 than dataset now holds"
 #: What was changed, the command that meets it, what it says, and whether its advice is followed, which takes seconds.
 CHANGES: list[tuple[Callable[[Calib], None], str, str, bool]] = [
@@ -88,6 +95,7 @@ CHANGES: list[tuple[Callable[[Calib], None], str, str, bool]] = [
     (ranges_by_hand, "evaluate plan=run", OF_ANOTHER_PLAN, False),
     (other_plan, "evaluate plan=run", OF_ANOTHER_PLAN, False),
     (older_model, "evaluate plan=run", OF_ANOTHER_PLAN, False),
+    (other_model, "evaluate plan=run", f"run/{MODEL}: was changed after the job that made it", False),
     (other_statistics, "quantize plan=run", f"run/{PLAN}: was made from other statistics than run now holds", True),
     (touched_statistics, "analyze stats=run", f"run/{ACTIVATIONS}: was changed after it was collected", True),
     (touched_statistics, "quantize plan=run", f"run/{ACTIVATIONS}: was changed after it was collected", False),
@@ -95,6 +103,12 @@ CHANGES: list[tuple[Callable[[Calib], None], str, str, bool]] = [
     (other_dataset, "analyze stats=run", OF_OTHER_IMAGES, True),
     (other_dataset, "quantize plan=run", OF_OTHER_IMAGES, False),
 ]
+
+
+def advised(line: str) -> list[str]:
+    """The arguments of the command that a refusal names."""
+    (command,) = (part for part in line.split("; ") if part.endswith(("renews it", "makes one")))
+    return shlex.split(command.removeprefix("calib ").rpartition(" ")[0].rpartition(" ")[0])
 
 
 @pytest.mark.parametrize(("change", "command", "words", "followed"), CHANGES)
@@ -108,9 +122,10 @@ def test_another_origin(
     assert line.startswith(words) and everything(folder) == before
     found = calib("verify", "run")
     assert found.status == 1 and words in found.out
+    outcome = calib(again[0], "-m", *(o for o in again[1:] if "run.dir" not in o), "hydra.sweep.dir=sweep", "seed=1,2")
+    assert outcome.status == 1 and outcome.err.count(f"failed after 0 s, seed=1: {words}"[-len(words) :]) == 2
     if followed:
-        advised = next(part for part in line.partition("; ")[2].split(", ") if part.endswith(" renews it"))
-        well(calib(*shlex.split(advised.removeprefix("calib ").removesuffix(" renews it")), "data_dir=dataset"))
+        well(calib(*advised(line)))
         well(calib(*again))
         if command.startswith("evaluate"):
             assert "sound: job, statistics, activations, plan, quantized model of run" in calib("verify", "run").out
@@ -135,10 +150,33 @@ def test_an_analysis_made_again_takes_what_followed_from_it(calib: Calib, folder
     assert kept.items() <= found.items()
     assert not {name for name in found if name.startswith((MODEL, "images", "evaluation")) or name == PAGE}
     line = is_one_clear_line(calib("evaluate", "plan=run"))
-    assert "run: no quantized model there; calib quantize plan=run hydra.run.dir=run makes one" in line
+    assert "run: no quantized model there; calib quantize plan=run hydra.run.dir=run" in line
+
+
+def test_what_renews_keeps_the_options(calib: Calib, folder: Path) -> None:
+    """Of a model by another quantizer than the default; and of a plan whose options came with it."""
+    well(calib("analyze", "stats=run", "analysis=uniform", "analysis.weight_bits=6", "hydra.run.dir=plan"))
+    well(calib("quantize", "plan=plan", "quantizer=percentile", "quantizer.low=0.5", "hydra.run.dir=plan"))
+    before = json.loads((folder / "plan" / MODEL / "config.json").read_text())
+    edited(folder / "plan" / PLAN, lambda plan: plan["mm_block_1.image.mlp.fc1"].update(suggested_weight_bits=8))
+    for mistyped in ("plan", f"plan/{MODEL}", f"plan/{PLAN}"):
+        line = is_one_clear_line(calib("evaluate", f"plan={mistyped}"), status=1)
+    well(calib(*advised(line)))
+    after = json.loads((folder / "plan" / MODEL / "config.json").read_text())
+    assert after["quantizer"] == before["quantizer"] and after["made_from"] != before["made_from"]
+    well(
+        calib("evaluate", f"plan=plan/{MODEL}", "data_dir=dataset", "evaluation.num_images=1", "hydra.run.dir=figures")
+    )
+    assert calib("verify", "figures").status == 0
+    well(calib("quantize", "plan=plan", "hydra.run.dir=plan"))
+    assert (
+        "figures/evaluation.json: is of another quantized model than plan/quantized" in calib("verify", "figures").out
+    )
+    assert "note: figures: its figures are of an earlier quantized model" in calib("compare", "figures").out
 
 
 FOREIGN = [
+    ("generate num_images=3 data_dir=more hydra.run.dir=other", ACTIVATIONS),
     ("analyze stats=run hydra.run.dir=other", STATISTICS),
     ("quantize plan=run hydra.run.dir=other", PLAN),
     ("evaluate plan=run hydra.run.dir=other", f"{MODEL}/config.json"),
@@ -149,10 +187,10 @@ FOREIGN = [
 def test_results_beside_those_of_another_origin(calib: Calib, folder: Path, command: str, name: str) -> None:
     shutil.copytree("run", "other")
     path = folder / "other" / name
-    path.write_text(path.read_text() + "\n")
+    path.write_bytes(path.read_bytes() + b"\n")
     before = contents(folder)
     line = is_one_clear_line(calib(*command.split()))
-    assert line.startswith(f"hydra.run.dir={folder / 'other'}: holds another {name} than run/{name}")
+    assert line.startswith(f"hydra.run.dir={folder / 'other'}: holds") and name in line
     assert contents(folder) == before
 
 

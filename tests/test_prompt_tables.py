@@ -127,3 +127,12 @@ def test_a_quote_that_is_never_closed_takes_no_second_look() -> None:
     for first, line in (('"open\tx', "a\tb"), ('"open\tx', '""a\t"""b"" c'), ("a\tb", '"a\t"b'), ("a\tb", 'a"\t"b')):
         lines = ["id\tprompt", first, *[line] * 20_000]
         assert len(cells("\n".join(lines), "prompt", "\t")) == 20_001
+
+
+@pytest.mark.parametrize("other", [";", "\t", ","])
+def test_another_delimiter(other: str) -> None:
+    """As spreadsheets write it in countries of the decimal comma; not where the name asked for holds it."""
+    text = f'prompt{other}n\n"a{other} fox"{other}1\nan owl, white; or not{other}2\n'.replace(", white; or", " or")
+    for delimiter in DELIMITERS.values():
+        assert cells(text, "prompt", delimiter) == [f"a{other} fox", "an owl or not"]
+    assert cells("a;b\nfox;1\n", "a;b", ",") == ["fox;1"]

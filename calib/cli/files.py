@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from calib.base.encoding import print_documents
 from calib.base.errors import CalibError, ConfigError
-from calib.base.layout import ACTIVATIONS, CONVERGENCE_PLOT, MODEL, PLAN, STATUS
+from calib.base.layout import ACTIVATIONS, CONVERGENCE_PLOT, PLAN
 from calib.base.progress import counted
 from calib.cli.parser import Parser
 
@@ -26,8 +26,8 @@ manifest.json that disagree with what the files say of themselves (prompt, seed,
 files that no entry names, and what killed processes left half-written. A dataset of the older layout has no checksums:
 its files are judged by reading them. A file that another program holds open for writing is not judged, and stays.
 
-In a run directory: damaged files, files changed after the job, and products of another origin than what lies beside
-them, each with the command that renews it.
+In a run directory, or in those of a sweep: damaged files, files changed after the job, and products of another origin
+than what lies beside them, each with the command that renews it.
 """
 VERIFY_END = """exit status: 0 sound, 1 not sound, not known or no dataset, 2 wrong arguments
 
@@ -81,8 +81,8 @@ def verify_command(arguments: Sequence[str]) -> int:
         "again; nothing is deleted",
     )
     given = parser.parse_args(arguments)
-    if any((given.data_dir / name).exists() for name in (STATUS, ACTIVATIONS, PLAN, MODEL)):
-        return _verify_run(given.data_dir, given.json, given.repair)
+    if runs := _runs_in(given.data_dir):
+        return _verify_runs(runs, given.json, given.repair)
     from calib.dataset.repair import repair
     from calib.dataset.report import report_json, report_text
     from calib.dataset.verify import verify
@@ -105,19 +105,34 @@ def verify_command(arguments: Sequence[str]) -> int:
     return 0 if report.sound or (repaired is not None and not report.unsettled) else 1
 
 
-def _verify_run(run: Path, as_json: bool, repair: bool) -> int:
+def _runs_in(folder: Path) -> list[Path]:
+    """``folder`` where it is a run directory, or those of a sweep in it; none where it is a dataset or neither."""
+    from calib.dataset.manifest import MANIFEST
+    from calib.runs.find import run_directories
+
+    if (folder / MANIFEST).exists():
+        return []
+    # What calib merge joined has none of the files of a job.
+    return [folder] if any((folder / name).exists() for name in (ACTIVATIONS, PLAN)) else list(run_directories(folder))
+
+
+def _verify_runs(runs: Sequence[Path], as_json: bool, repair: bool) -> int:
     if repair:
-        raise ConfigError(f"--repair: {run} is a run directory; calib collect, analyze, quantize and evaluate renew it")
+        runs_on = "calib collect, analyze, quantize and evaluate renew it"
+        raise ConfigError(f"--repair: {runs[0]} is a run directory; {runs_on}")
     from calib.stages.verify_run import verify_run
 
-    found = verify_run(run)
-    problems = [problem for part in found.values() for problem in part]
+    found = {run: verify_run(run) for run in runs}
+    problems = {run: [problem for part in parts.values() for problem in part] for run, parts in found.items()}
     if as_json:
-        _print_json({"run": str(run), "sound": not problems, "problems": found})
+        documents = [{"run": str(run), "sound": not problems[run], "problems": found[run]} for run in runs]
+        _print_json(documents[0] if len(runs) == 1 else {"sound": not any(problems.values()), "runs": documents})
     else:
-        print(*problems, sep="\n", end="\n" if problems else "")
-        print(f"{run}: {counted(len(problems), 'problem')}" if problems else f"sound: {', '.join(found)} of {run}")
-    return 1 if problems else 0
+        for run in runs:
+            print(*problems[run], sep="\n", end="\n" if problems[run] else "")
+            count = counted(len(problems[run]), "problem")
+            print(f"{run}: {count}" if problems[run] else f"sound: {', '.join(found[run])} of {run}")
+    return 1 if any(problems.values()) else 0
 
 
 def _print_json(document: Mapping[str, Any]) -> None:
@@ -179,7 +194,9 @@ def convergence_command(arguments: Sequence[str]) -> int:
     given = parser.parse_args(arguments)
     from calib.analysis.convergence import convergence, read_image_ranges
     from calib.analysis.convergence_report import convergence_json, convergence_text, write_plot
+    from calib.runs.exchange import settle
 
+    settle(given.run)
     plot = given.run / CONVERGENCE_PLOT if given.plot is None else given.plot
     found = convergence(read_image_ranges(given.run))
     write_plot(found, plot, given.layers)

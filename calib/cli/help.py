@@ -22,6 +22,7 @@ on datasets, with ordinary arguments: calib COMMAND --help
   rebuild-manifest DIR   restore a lost or damaged manifest.json from the files
 
 on run directories, likewise
+  verify DIR             read every file of a run, or of a sweep's runs: damaged, changed, made from something else
   merge DIR… --into DIR  join the run directories of calib collect's shards; as if it had not been split
   convergence DIR        do ranges still move with more images? a table and a plot; --layers, --json, --plot
   compare DIR…           a sweep, or any runs, as one table: what differs, what is best; --html, --layers for two plans

@@ -15,7 +15,7 @@ from calib.stages.build import build
 from calib.stages.carried import carried
 from calib.stages.origin import check_directory
 from calib.stages.settings import ReportForm
-from calib.stages.stages import content_fingerprint, run_stage
+from calib.stages.stages import check_stage, content_fingerprint, run_stage
 
 from omegaconf import OmegaConf
 
@@ -39,6 +39,7 @@ def run_job(values: Mapping[str, Any], path: Path, multirun: bool, records: Mapp
             _page(path)
         print(f"Already complete: {short(path)}")
         return
+    check_stage(settings)  # again, as files may have changed, and in a sweep their faults are each job's own
     check_directory(settings, path)
     try:
         earlier, options = carried(settings)

@@ -15,15 +15,23 @@ from calib.base.errors import ConfigError
 from calib.base.progress import counted, note
 from calib.dataset.prompt_rows import Row, bad_file, cleaned, no_column, split_lines
 
-_NAMES = {",": "comma", "\t": "tab"}
+_NAMES = {",": "comma", "\t": "tab", ";": "semicolon"}
 
 
 def read_table(path: str, text: str, column: str, delimiter: str) -> Iterator[Row]:
-    """The cells of a column, whose name is in the first line that is not blank."""
+    """The cells of a column, whose name is in the first line that is not blank.
+
+    Cells may be parted by another delimiter, as spreadsheets of many countries do, where only that gives the column.
+    """
     table = _Table(text, delimiter)
     line = next((i for i, each in enumerate(table.lines) if each.strip()), len(table.lines))
     if line == len(table.lines):
         return
+    if table.alone(line).count(column) == 0:
+        for other in _NAMES:
+            if column in (parted := _Table(text, other)).alone(line):
+                table, delimiter = parted, other
+                break
     header, line = _header(path, table, line, column)
     position = header.index(column)
     while line < len(table.lines):

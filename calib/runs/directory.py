@@ -160,8 +160,6 @@ class RunDirectory:
     def _kept_stages(self) -> list[str]:
         """Earlier stages whose products and metrics stay, where the directory has them."""
         stages = list(PRODUCTS)
-        if self.stage == "generate":  # more images in the dataset leave the statistics of those before as they are
-            return stages[1:]
         kept = [] if self.stage == "run" else stages[: stages.index(self.stage)]
         if self.stage == "quantize" and PLAN in changed_files(self.home):  # by hand: the analysis is another plan's
             kept.remove("analyze")

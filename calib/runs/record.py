@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from calib.base.errors import CalibError, reason_of
-from calib.base.files import read_json, read_text
-from calib.base.layout import CONFIG, ENVIRONMENT, HYDRA_CONFIG, METRICS, STATUS
+from calib.base.files import content_of, read_json, read_text
+from calib.base.layout import CONFIG, DETAILS, ENVIRONMENT, HYDRA_CONFIG, METRICS, MODEL, MODEL_CONFIG, STATUS
 from calib.base.targets import short_name
 from calib.runs.exchange import settle
 from calib.runs.standing import (
@@ -105,6 +106,8 @@ def read_run(path: Path, name: str) -> RunRecord:
     if has_later_job(path):
         latest = standing(path)
         problems.append(f"a later job here is not complete ({latest.state}: {latest.why})")
+    if _has_older_evaluation(path, config.values):
+        problems.append(f"its figures are of an earlier quantized model than {config.values['plan']} now holds")
     command = surroundings.get("command")
     return RunRecord(
         path=path,
@@ -120,6 +123,22 @@ def read_run(path: Path, name: str) -> RunRecord:
         command=tuple(map(str, command)) if isinstance(command, list) else (),
         problems=tuple(problems),
     )
+
+
+def home_of(named: Path) -> Path:
+    """The run directory that ``named`` is, or in which it is a file or the quantized model."""
+    return named.parent if named.name == MODEL or named.is_file() else named
+
+
+def _has_older_evaluation(path: Path, values: Mapping[str, Any]) -> bool:
+    """Whether an evaluation in a directory of its own is of another model than the plan's directory holds by now."""
+    model = home_of(Path(str(values.get("plan")))) / MODEL_CONFIG
+    with suppress(OSError, CalibError):
+        if is_there(path / DETAILS) and not (path / MODEL_CONFIG).exists() and model.is_file():
+            made_from = mapping_in(path / DETAILS, [], read_json).get("made_from")
+            recorded = made_from.get("quantized") if isinstance(made_from, dict) else None
+            return recorded is not None and recorded != content_of(model)
+    return False
 
 
 def _metrics(path: Path, problems: list[str]) -> dict[str, float]:
@@ -139,11 +158,13 @@ class Configuration:
         values: by top-level key.
         options: the chosen option of each group.
         asked: keys that the command line set.
+        carried: groups whose options were taken over with what the job started from.
     """
 
     values: Mapping[str, Any]
     options: Mapping[str, str]
     asked: frozenset[str]
+    carried: frozenset[str]
 
 
 def read_configuration(path: Path, problems: list[str]) -> Configuration:
@@ -157,6 +178,7 @@ def read_configuration(path: Path, problems: list[str]) -> Configuration:
         {str(key): value for key, value in values.items()},
         {str(key): str(option) for found in options for key, option in found.items() if option},
         frozenset(str(o).lstrip("+~").partition("=")[0] for o in (task if isinstance(task, list) else [])),
+        frozenset(map(str, carried)) if isinstance(carried, dict) else frozenset(),
     )
 
 

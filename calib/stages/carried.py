@@ -16,6 +16,8 @@ _EARLIER: Mapping[Stage, tuple[type, ...]] = {
     Stage.QUANTIZE: (Generate, Collect, Analyze),
     Stage.EVALUATE: (Collect, Analyze, Quantize),
 }
+#: Keys about the dataset, of which an evaluation uses none either.
+_DATASET = ("num_images", "seed", "dataset", "data_dir")
 #: Keys that name what a job starts from or where it writes; they are each job's own.
 _OWN = ("stats", "plan", "export_config")
 
@@ -27,6 +29,7 @@ def carried(settings: Settings) -> tuple[dict[str, Any], dict[str, str]]:
         return {}, {}
     kinds = _EARLIER[settings.stage]
     keys = [field.name for kind in kinds for field in fields(kind) if field.name not in _OWN]
+    keys += _DATASET if settings.stage is Stage.EVALUATE else ()
     found = read_configuration(source, [])
     values = {key: found.values[key] for key in keys if key in found.values}
     return values, {key: found.options[key] for key in values if key in found.options}

@@ -9,6 +9,7 @@ from calib.activations.merge import merge_shards
 from calib.base.errors import CalibError, ConfigError, lacks_or_garbles
 from calib.base.files import read_json, write_json
 from calib.base.layout import ACTIVATIONS, METADATA
+from calib.runs.exchange import settle
 from calib.stages.collect import summarise
 
 #: Numbers of NaN and infinite values that were left out of the statistics, by layer and step.
@@ -25,6 +26,7 @@ def merge(runs: Sequence[Path], into: Path) -> int:
         CalibError: a shard's files are missing or damaged.
     """
     for run in runs:
+        settle(run)
         if not run.is_dir():
             raise ConfigError(f"{run}: no such run directory; calib collect with shard.index and shard.count makes one")
     if into.is_symlink() or (into.exists() and (not into.is_dir() or any(into.iterdir()))):

@@ -12,15 +12,18 @@ from calib.analysis.plan_file import read_layers
 from calib.analysis.steps import StepPlan, applied_hash, read_steps
 from calib.base.errors import CalibError, ConfigError, lacks_or_garbles
 from calib.base.files import content_of, read_json
-from calib.base.layout import ACTIVATIONS, METADATA, MODEL, MODEL_CONFIG, PLAN, STATISTICS, STEPS, SUMMARY
+from calib.base.layout import ACTIVATIONS, METADATA, MODEL, MODEL_CONFIG, PLAN, PRODUCTS, STATISTICS, STEPS, SUMMARY
 from calib.dataset.check_model import checked_model
 from calib.dataset.load import load_manifest
 from calib.dataset.manifest import MANIFEST, Manifest
 from calib.dataset.timesteps import evenly
 from calib.models.model import DiffusionModel
 from calib.quantization.checkpoint import CHECKPOINT, describe
+from calib.runs.exchange import settle
+from calib.runs.record import home_of
 from calib.runs.standing import changed_files
 from calib.stages import Stage
+from calib.stages.renew import renewing
 from calib.stages.settings import Settings
 
 
@@ -100,7 +103,8 @@ def check_statistics(stats: Path, data_dir: Path | None = None) -> None:
     ``data_dir`` is the dataset's folder, where it is not the one that the statistics name.
     """
     if changed := changed_files(stats, (STATISTICS, ACTIVATIONS)):
-        renew = f"calib collect hydra.run.dir={stats} renews it, stats={stats / changed[0]} takes it alone, as it is"
+        renew = f"{renewing(Stage.COLLECT, stats, *_dataset(stats))} renews it"
+        renew += f"; stats={stats / changed[0]} takes it alone, as it is"
         raise CalibError(f"{stats / changed[0]}: was changed after it was collected; {renew}")
     if not (stats / METADATA).exists():
         return
@@ -114,6 +118,12 @@ def check_statistics(stats: Path, data_dir: Path | None = None) -> None:
         _check_images(stats, document, data_dir, manifest)
 
 
+def _dataset(stats: Path) -> list[str]:
+    """The override that names the dataset of statistics, where it is known."""
+    document = read_json(stats / METADATA) if (stats / METADATA).exists() else None
+    return [f"data_dir={document['data_dir']}"] if isinstance(document, dict) and "data_dir" in document else []
+
+
 def _check_images(stats: Path, document: Mapping[str, Any], data_dir: Path, manifest: Manifest) -> None:
     """Raise where the dataset holds other images than those that ``stats`` was collected from, by their hashes."""
     ids, hashes = document.get("image_ids"), document.get("image_hashes")
@@ -121,7 +131,7 @@ def _check_images(stats: Path, document: Mapping[str, Any], data_dir: Path, mani
         return
     for image, recorded in zip(ids, hashes, strict=False):
         if image in manifest.images and recorded not in (None, *image_hashes(data_dir, manifest, [image])):
-            renew = f"calib collect data_dir={data_dir} hydra.run.dir={stats} renews it"
+            renew = f"{renewing(Stage.COLLECT, stats, f'data_dir={data_dir}')} renews it"
             raise CalibError(f"{stats}: was collected from another image {image} than {data_dir} now holds; {renew}")
 
 
@@ -129,6 +139,7 @@ def stats_of(settings: Settings) -> Path:
     """The path given by ``stats=``; raises where it is not set."""
     if settings.analyze.stats is None:
         raise ConfigError(f"stats is not set: name a run directory or a {STATISTICS}, calib analyze stats=DIR")
+    settle(settings.analyze.stats)
     return settings.analyze.stats
 
 
@@ -137,6 +148,7 @@ def plan_of(settings: Settings) -> Path:
     given = settings.quantize.plan
     if given is None:
         raise ConfigError(f"plan is not set: name a run directory or a {PLAN}, plan=DIR")
+    settle(given)
     path = given / PLAN if given.is_dir() else given
     if not path.exists():
         raise ConfigError(f"plan={given}: no {PLAN} there; calib analyze makes one")
@@ -151,11 +163,12 @@ def statistics_of(plan: Path, steps: StepPlan, data_dir: Path | None = None) -> 
     """
     recorded, named = steps.origin.get("statistics_checksum"), steps.origin.get("statistics")
     for stats in (plan.parent, *([] if named is None else [Path(named).parent])):
+        settle(stats)
         there = [stats / name for name in (STATISTICS, ACTIVATIONS) if (stats / name).exists()]
         if there:
             check_statistics(stats, data_dir)
             if recorded is not None and all(content_of(file) != recorded for file in there):
-                renew = f"calib analyze stats={stats} hydra.run.dir={plan.parent} renews it, stats=DIR names others"
+                renew = f"{renewing(Stage.ANALYZE, plan.parent, f'stats={stats}')} renews it; stats=DIR names others"
                 raise CalibError(f"{plan}: was made from other statistics than {stats} now holds; {renew}")
             return stats if activations_of(stats) else None
     return None
@@ -164,6 +177,9 @@ def statistics_of(plan: Path, steps: StepPlan, data_dir: Path | None = None) -> 
 def check_quantized(folder: Path) -> None:
     """Raise where the quantized model in ``folder`` was made from another plan than lies beside it."""
     home = folder.parent
+    renew = f"{renewing(Stage.QUANTIZE, home, f'plan={home}')} renews it"
+    if changed_files(home, (MODEL_CONFIG,)):
+        raise CalibError(f"{folder}: was changed after the job that made it; {renew}")
     if not (home / PLAN).exists():
         return
     plan, found = read_layers(home / PLAN), describe(folder)
@@ -172,8 +188,7 @@ def check_quantized(folder: Path) -> None:
     else:
         agree = found.plan == applied_hash(plan, read_steps(home / STEPS))
     if not agree:
-        renew = f"calib quantize plan={home} hydra.run.dir={home} renews it"
-        raise CalibError(f"{folder}: was made from another plan than {home / PLAN}; {renew}")
+        raise CalibError(f"{folder}: was made from another plan than {PLAN} and {STEPS} beside it; {renew}")
 
 
 def check_directory(settings: Settings, home: Path) -> None:
@@ -191,6 +206,11 @@ def check_directory(settings: Settings, home: Path) -> None:
         source = plan_of(settings).parent
         if any((home / name).exists() for name in (ACTIVATIONS, SUMMARY)):
             pairs = [(PLAN, plan_of(settings))]
+    elif settings.stage is Stage.GENERATE:
+        later = [name for stage in ("collect", "analyze", "quantize", "evaluate") for name in PRODUCTS[stage]]
+        if held := [name for name in later if (home / name).exists()]:
+            allowed = f"holds {held[0]}, and calib generate makes nothing there; name another directory"
+            raise ConfigError.bad_value("hydra.run.dir", home, allowed)
     elif settings.stage is Stage.EVALUATE:
         source = quantized_of(settings).parent
         pairs = [(name, source / name) for name in (MODEL_CONFIG, PLAN)]
@@ -205,8 +225,10 @@ def quantized_of(settings: Settings) -> Path:
     given = settings.quantize.plan
     if given is None:
         raise ConfigError("plan is not set: name the run directory of calib quantize, calib evaluate plan=DIR")
+    given = home_of(given)
+    settle(given)
     folder = given / MODEL
     if not (folder / CHECKPOINT).is_file():
-        make = f"calib quantize plan={given} hydra.run.dir={given} makes one"
+        make = f"{renewing(Stage.QUANTIZE, given, f'plan={given}')} makes one"
         raise ConfigError(f"plan={given}: no quantized model there; {make}")
     return folder

@@ -12,8 +12,11 @@ from calib.base.errors import CalibError
 from calib.base.files import content_of, read_json
 from calib.base.layout import ACTIVATIONS, CHECKED, DETAILS, MODEL, MODEL_CONFIG, PLAN, STATISTICS, STATUS, STEPS
 from calib.quantization.checkpoint import describe
+from calib.runs.record import home_of, read_configuration
 from calib.runs.standing import RunState, changed_files, standing
+from calib.stages import Stage
 from calib.stages.origin import check_quantized, check_statistics, statistics_of
+from calib.stages.renew import renewing
 
 
 def verify_run(run: Path) -> dict[str, list[str]]:
@@ -69,7 +72,8 @@ def _check_model(folder: Path) -> None:
 def _check_evaluation(run: Path) -> None:
     document = read_json(run / DETAILS)
     made_from = document.get("made_from") if isinstance(document, dict) else None
-    model = run / MODEL_CONFIG
-    if isinstance(made_from, dict) and model.exists() and made_from.get("quantized") != content_of(model):
-        renew = f"calib evaluate plan={run} hydra.run.dir={run} renews it"
-        raise CalibError(f"{run / DETAILS}: is of another quantized model than {run / MODEL}; {renew}")
+    plan = run if (run / MODEL_CONFIG).exists() else home_of(Path(str(read_configuration(run, []).values.get("plan"))))
+    model = plan / MODEL_CONFIG
+    if isinstance(made_from, dict) and model.is_file() and made_from.get("quantized") != content_of(model):
+        renew = f"{renewing(Stage.EVALUATE, run, f'plan={plan}')} renews it"
+        raise CalibError(f"{run / DETAILS}: is of another quantized model than {plan / MODEL}; {renew}")
