@@ -97,7 +97,7 @@ CHANGES: list[tuple[Callable[[Calib], None], str, str, bool]] = [
     (older_model, "evaluate plan=run", OF_ANOTHER_PLAN, False),
     (other_model, "evaluate plan=run", f"run/{MODEL}: was changed after the job that made it", False),
     (other_statistics, "quantize plan=run", f"run/{PLAN}: was made from other statistics than run now holds", True),
-    (touched_statistics, "analyze stats=run", f"run/{ACTIVATIONS}: was changed after it was collected", True),
+    (touched_statistics, "analyze stats=run", f"run/{ACTIVATIONS}: was changed after it was collected", False),
     (touched_statistics, "quantize plan=run", f"run/{ACTIVATIONS}: was changed after it was collected", False),
     (statistics_by_hand, "analyze stats=run", f"run/{STATISTICS}: was changed after it was collected", False),
     (other_dataset, "analyze stats=run", OF_OTHER_IMAGES, True),
@@ -122,9 +122,11 @@ def test_another_origin(
     assert line.startswith(words) and everything(folder) == before
     found = calib("verify", "run")
     assert found.status == 1 and words in found.out
-    outcome = calib(again[0], "-m", *(o for o in again[1:] if "run.dir" not in o), "hydra.sweep.dir=sweep", "seed=1,2")
-    assert outcome.status == 1 and outcome.err.count(f"failed after 0 s, seed=1: {words}"[-len(words) :]) == 2
     if followed:
+        outcome = calib(
+            again[0], "-m", *(o for o in again[1:] if "run.dir" not in o), "hydra.sweep.dir=sweep", "seed=1,2"
+        )
+        assert outcome.status == 1 and outcome.err.count(words) == 2
         well(calib(*advised(line)))
         well(calib(*again))
         if command.startswith("evaluate"):

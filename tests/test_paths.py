@@ -36,8 +36,10 @@ def run(folder: Path, variables: dict[str, str], *arguments: str) -> Outcome:
 
 @pytest.mark.parametrize(
     ("name", "variables"),
-    [(BYTES, {"LC_ALL": "C.UTF-8"}), (UMLAUTS, ASCII | {"PYTHONIOENCODING": "ascii"})],
-    ids=["bytes", "umlauts in ASCII"],
+    [
+        pytest.param(BYTES, {"LC_ALL": "C.UTF-8"}, id="bytes"),
+        pytest.param(UMLAUTS, ASCII | {"PYTHONIOENCODING": "ascii"}, id="umlauts in ASCII", marks=pytest.mark.slow),
+    ],
 )
 def test_a_job_with_such_names(tmp_path: Path, name: str, variables: dict[str, str]) -> None:
     """Every file and folder has the name, the working folder too; the page and what is read afterwards find them."""

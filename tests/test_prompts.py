@@ -202,7 +202,7 @@ BAD: list[tuple[str, str | bytes, tuple[str, ...]]] = [
         "a red fox\nan owl\n",
         (f"{COLUMN}prompt: ", "column 'a red fox'", "first line", "prompts.column=COLUMN"),
     ),
-    ("a.csv", "id;prompt\n1;a cat\n", (f"{COLUMN}prompt: ", "column 'id;prompt'")),
+    ("a.csv", "id|prompt\n1|a cat\n", (f"{COLUMN}prompt: ", "column 'id|prompt'")),
     ("a.csv", "prompt,prompt\na,b\n", (f"{COLUMN}prompt: ", "2 columns")),
     ("a.csv", '"two\nlines\u2028here"\nx\n', (COLUMN, "'two lines\\u2028here'")),
     ("a.csv", "id,prompt\n1,a cat\n2,a cat, asleep\n", (PATH, "line 3 has 3 cells, the header has 2", "comma")),

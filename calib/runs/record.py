@@ -127,7 +127,8 @@ def read_run(path: Path, name: str) -> RunRecord:
 
 def home_of(named: Path) -> Path:
     """The run directory that ``named`` is, or in which it is a file or the quantized model."""
-    return named.parent if named.name == MODEL or named.is_file() else named
+    is_model = named.name == MODEL and (named.parent / MODEL_CONFIG).is_file() and not (named / MODEL_CONFIG).is_file()
+    return named.parent if is_model or named.is_file() else named
 
 
 def _has_older_evaluation(path: Path, values: Mapping[str, Any]) -> bool:
