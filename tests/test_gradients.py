@@ -1,21 +1,25 @@
 """Gradients of the picture and of outputs: against the whole sampler differentiated at once, and against trials."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from calib.activations.batches import StoredStates
 from calib.activations.states import read_states
 from calib.activations.taps import TapPoint, TapSelection, tap_points, tapped
 from calib.analysis.adjoint import Adjoint
-from calib.analysis.measure import quantizable
+from calib.analysis.gradients import Of, gradient_sensitivities
+from calib.analysis.layers import PROBE, LayerSummary
+from calib.analysis.measure import measure, quantizable
 from calib.analysis.watch import INPUT_BITS
+from calib.base.errors import CalibError
 from calib.dataset.load import load_manifest
 from calib.models.model import DiffusionModel, weights
 
 import mlx.core as mx
 import numpy as np
 import pytest
-from helpers import PROMPTS
+from helpers import PROMPTS, check_config_error
 from mlx import nn
 from numpy.typing import NDArray
 from tiny_models import STRUCTURES, draw, tiny_model
@@ -59,7 +63,11 @@ class Case:
         return self.model.decode_latents(self.model.latent_format.process_out(x)) / 2
 
 
-@pytest.fixture(scope="module", params=STRUCTURES)
+#: The smallest family is always tried.
+TRIED = ("sd3", *(pytest.param(structure, marks=pytest.mark.slow) for structure in STRUCTURES if structure != "sd3"))
+
+
+@pytest.fixture(scope="module", params=TRIED)
 def case(request: pytest.FixtureRequest, model: DiffusionModel, tmp_path_factory: pytest.TempPathFactory) -> Case:
     tiny = tiny_model(model, request.param)
     folder = draw(tiny, tmp_path_factory.mktemp("gradients") / request.param)
@@ -124,7 +132,7 @@ def rounded(x: NDArray[np.float64], bits: int) -> NDArray[np.float64]:
     return (np.clip(np.round(x / scale) + zero, 0, 2**bits - 1) - zero) * scale
 
 
-def test_inputs_and_columns(case: Case) -> None:
+def test_inputs(case: Case) -> None:
     """At one step, of every tap: from the input and the gradients by MLX with the input and the output as variables."""
     manifest, step = case.states.manifest, 2
     adjoint = case.adjoint()
@@ -169,3 +177,88 @@ def as_before(model: DiffusionModel) -> Iterator[None]:
     before = weights(model.transformer)
     yield
     assert all(weights(model.transformer)[path] is array for path, array in before.items())
+
+
+def spearman(one: list[float], other: list[float]) -> float:
+    ranks = [np.argsort(np.argsort(values)) for values in (one, other)]
+    return float(np.corrcoef(*ranks)[0, 1])
+
+
+@pytest.fixture(scope="module")
+def case_of_trials(model: DiffusionModel, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    tiny = tiny_model(model, "sd3")
+    folder = draw(tiny, tmp_path_factory.mktemp("trials") / "sd3")
+    manifest = load_manifest(folder)
+    states = StoredStates(folder, manifest, sorted(manifest.images), [1, 3])
+    layers = {name: layer for name, layer in tiny.architecture.layers().items() if quantizable(layer)}
+    return Case(tiny, states, layers, tap_points(tiny.architecture, TapSelection()))
+
+
+def summaries(case: Case) -> dict[str, LayerSummary]:
+    return {name: replace(PROBE, minimum=LOW, maximum=HIGH) for point in case.points for name in point.names}
+
+
+def test_trials(case_of_trials: Case, tmp_path: Path) -> None:
+    """One backward pass for each batch and step tells of every layer and option what trials do."""
+    case = case_of_trials
+    ranges = {point.name: (LOW, HIGH) for point in case.points}
+    trials = measure(lambda: case.model, case.layers, case.points, case.states, ranges, tmp_path, [32, 64])
+    given = (lambda: case.model, case.model.architecture, summaries(case), case.states, tmp_path)
+    found = gradient_sensitivities(*given, Of.OUTPUT, [32, 64], probes=4)
+    assert found.weights.keys() == trials.weights.keys() and found.steps == trials.steps
+    pairs = [
+        (found.weights[name][option].mean(), trials.weights[name][option].mean())
+        for name, own in trials.weights.items()
+        for option in own
+        if 3 <= option[0] <= 6 and own[option].mean() > 1e-12
+    ]
+    ratios = np.log10([one / other for one, other in pairs])
+    assert spearman(*map(list, zip(*pairs, strict=True))) > 0.97
+    assert abs(np.median(ratios)) < 0.1 and ratios.std() < 0.25
+    inputs = [(found.activations[n][8].mean(), trials.activations[n][8].mean()) for n in trials.activations]
+    assert spearman(*map(list, zip(*[p for p in inputs if p[1] > 1e-12], strict=True))) > 0.9
+
+
+def test_cache(case_of_trials: Case, tmp_path: Path) -> None:
+    """What a pass found is not sought again; a damaged file is."""
+    case = case_of_trials
+    loads: list[int] = []
+
+    def load() -> DiffusionModel:
+        loads.append(1)
+        return case.model
+
+    given = (load, case.model.architecture, summaries(case), case.states, tmp_path)
+    first = gradient_sensitivities(*given)
+    files = sorted(tmp_path.glob("gradients/*/*.npz"))
+    again = gradient_sensitivities(*given)
+    assert len(files) == 1 and len(loads) == 1
+    files[0].write_bytes(files[0].read_bytes()[:100])
+    damaged = gradient_sensitivities(*given)
+    assert len(loads) == 2
+    for other in (again, damaged):
+        for name, own in first.weights.items():
+            for option, errors in own.items():
+                assert np.array_equal(errors, other.weights[name][option])
+
+
+def test_too_few_states(case_of_trials: Case, tmp_path: Path) -> None:
+    case = case_of_trials
+    manifest = replace(case.states.manifest, steps=[0, 2, 4])
+    states = replace(case.states, manifest=manifest)
+    given = (lambda: case.model, case.model.architecture, summaries(case), states, tmp_path)
+    check_config_error(
+        lambda: gradient_sensitivities(*given), ["keeps 3 of 5 states, not state 1", "dataset.steps=all"]
+    )
+
+
+def test_gradients_that_are_not_finite(case_of_trials: Case) -> None:
+    case = case_of_trials
+    layer = case.layers["mm_block_0.image.attn.v_proj"]
+    own = layer.weight
+    layer.weight = own * float("nan")
+    try:
+        with pytest.raises(CalibError, match="not finite at step 3, in "):
+            case.adjoint().of_picture(case.images, KEY)
+    finally:
+        layer.weight = own

@@ -8,13 +8,13 @@ gradient of a layer's weights is G = Σ d (∂v/∂W)ᵀ λ over the steps (docs
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 from calib.activations.batches import StoredStates
 from calib.activations.states import read_states
 from calib.activations.step import prompt_of
 from calib.activations.taps import TapPoint
-from calib.analysis.watch import INPUT_BITS, Watch, in_float32
+from calib.analysis.watch import INPUT_BITS, Watch, in_float32, input_errors
 from calib.base.errors import CalibError, ConfigError
 from calib.dataset.manifest import Manifest
 from calib.models.architecture import Conditioning
@@ -34,13 +34,11 @@ class Gradients:
         weights: G by layer, (rows, columns) float32. With r ~ N(0, 1/size of y), E⟨G, ΔW⟩² is the mean squared error of
             the pictures after a small change ΔW of the weights.
         inputs: Σ (∂/∂x)² Δx² by tap, (num_steps, bit-widths): the same for the input of a tap, quantized at that step.
-        columns: Σ x² · mean over outputs of (∂/∂y)² by layer, (columns,).
         reach: ‖λ‖² at each state, (num_steps + 1,): how much an error of that state reaches the picture.
     """
 
     weights: dict[str, mx.array]
     inputs: dict[str, NDArray[np.float64]]
-    columns: dict[str, mx.array]
     reach: NDArray[np.float64]
 
 
@@ -51,6 +49,15 @@ def check_complete(data_dir: Path, manifest: Manifest) -> None:
             f"sensitivity.of=picture: {data_dir} keeps {len(manifest.steps)} of {manifest.num_steps + 1} states, not "
             f"state {lacking[0]}; draw another data_dir with dataset.steps=all, or set sensitivity.of=output"
         )
+
+
+@dataclass(frozen=True)
+class _Found:
+    """Gradients of one forward pass: by weights, errors of inputs by tap, and by the state."""
+
+    weights: dict[str, mx.array]
+    inputs: dict[str, mx.array]
+    state: mx.array
 
 
 class Adjoint:
@@ -81,30 +88,31 @@ class Adjoint:
         Args:
             key: of MLX's random numbers.
             advance: called after each step.
+
+        Raises:
+            CalibError: a gradient is not finite; the message names the step and a layer.
         """
         manifest, model = self._states.manifest, self._model
         text = self._text(images)
         with in_float32(model), Watch(model, self._layers, self._points) as watch:
             adjoint = self._last(images, key)
             total = {name: mx.zeros(layer.weight.shape) for name, layer in self._layers.items()}
-            columns = {name: mx.zeros(layer.weight.shape[-1:]) for name, layer in self._layers.items()}
             inputs = np.zeros((len(self._points), manifest.num_steps, len(INPUT_BITS)))
             reach = np.zeros(manifest.num_steps + 1)
             reach[-1] = _squared(adjoint)
             for step in reversed(range(manifest.num_steps)):
-                watch.ranges = {p.name: self._ranges(p.name, step) for p in self._points}
-                found = self._step(watch, images, text, step, adjoint)
+                change = manifest.sigmas[step + 1] - manifest.sigmas[step]
+                found = self._pass(watch, images, text, step, adjoint * change)
                 total = {name: total[name] + g for name, g in found.weights.items()}
-                columns = {name: columns[name] + c for name, c in found.columns.items()}
                 adjoint = adjoint + found.state
-                mx.eval(total, columns, adjoint, found.inputs)
+                mx.eval(total, adjoint, found.inputs)
                 inputs[:, step] = [np.array(found.inputs[p.name]) for p in self._points]
                 reach[step] = _squared(adjoint)
                 if not np.isfinite(reach[step]):
                     raise CalibError(f"the gradient of the picture is not finite at step {step}{_lost(total)}")
                 advance()
         by_tap = {point.name: inputs[i] for i, point in enumerate(self._points)}
-        return Gradients(total, by_tap, columns, reach)
+        return Gradients(total, by_tap, reach)
 
     def of_output(self, images: Sequence[int], step: int, key: mx.array) -> Gradients:
         """One probe of the model's output at ``step``: E⟨G, ΔW⟩² is ‖Δv‖² / ‖v‖² over both guidance halves.
@@ -113,32 +121,15 @@ class Adjoint:
         """
         text = self._text(images)
         with in_float32(self._model), Watch(self._model, self._layers, self._points) as watch:
-            watch.ranges = {p.name: self._ranges(p.name, step) for p in self._points}
-            x, timestep = self._state(images, step)
-            rows = mx.concatenate([x, x]) if self._states.manifest.cfg_weight > 0 else x
-
-            def reached(own: dict[str, Any]) -> mx.array:
-                with watch.given(own):
-                    v = self._model.velocity(rows, text, timestep)
-                return (v * mx.stop_gradient(mx.random.normal(v.shape, key=key) / mx.sqrt((v**2).sum()))).sum()
-
-            own = mx.grad(reached)(watch.variables())
-            mx.eval(own)
-            inputs = {p.name: np.array(own["inputs"][p.name])[None] for p in self._points}
-        return Gradients(own["weights"], inputs, own["columns"], np.zeros(1))
+            found = self._pass(watch, images, text, step, None, key)
+            mx.eval(found.weights, found.inputs)
+            inputs = {p.name: np.array(found.inputs[p.name])[None] for p in self._points}
+        return Gradients(found.weights, inputs, np.zeros(1))
 
     def _text(self, images: Sequence[int]) -> Conditioning:
         manifest = self._states.manifest
         prompts = [prompt_of(self._states.data_dir, manifest.images[i]) for i in images]
         return self._model.encode(prompts, manifest.cfg_weight).astype(mx.float32)
-
-    def _state(self, images: Sequence[int], step: int) -> tuple[mx.array, mx.array]:
-        """The states of ``images`` before model call ``step``, and its timestep; evaluated."""
-        manifest = self._states.manifest
-        x = mx.array(read_states(self._states.data_dir, manifest, images, step))
-        timestep = mx.array([manifest.timesteps[step]])
-        mx.eval(x, timestep)
-        return x, timestep
 
     def _last(self, images: Sequence[int], key: mx.array) -> mx.array:
         """λ of the last states, (images, height, width, channels), for random directions in the pictures."""
@@ -155,33 +146,40 @@ class Adjoint:
         mx.eval(adjoint)
         return adjoint
 
-    def _step(
-        self, watch: "Watch", images: Sequence[int], text: Conditioning, step: int, adjoint: mx.array
-    ) -> "_Found":
-        """The gradients of ⟨λ, d v(z)⟩ of one step, lazy."""
+    def _pass(
+        self,
+        watch: Watch,
+        images: Sequence[int],
+        text: Conditioning,
+        step: int,
+        carried: mx.array | None,
+        key: mx.array | None = None,
+    ) -> _Found:
+        """Gradients of ⟨carried, v⟩ with guidance, or of a random direction in the output, one of its length; lazy."""
         manifest, model = self._states.manifest, self._model
-        x, timestep = self._state(images, step)
-        guidance, carried = manifest.cfg_weight, adjoint * (manifest.sigmas[step + 1] - manifest.sigmas[step])
+        x = mx.array(read_states(self._states.data_dir, manifest, images, step))
+        timestep = mx.array([manifest.timesteps[step]])
+        mx.eval(x, timestep)
 
-        def reached(own: dict[str, Any], x: mx.array) -> mx.array:
-            with watch.given(own):
-                rows = mx.concatenate([x, x]) if guidance > 0 else x
+        def reached(
+            own: dict[str, mx.array], zeros: dict[str, mx.array], x: mx.array
+        ) -> tuple[mx.array, dict[str, mx.array]]:
+            rows = mx.concatenate([x, x]) if manifest.cfg_weight > 0 else x
+            with watch.given(own, zeros):
                 v = model.velocity(rows, text, timestep)
-            if guidance > 0:
+            if carried is None:
+                direction = mx.random.normal(v.shape, key=key) / mx.sqrt((v**2).sum())
+                return (v * mx.stop_gradient(direction)).sum(), watch.inputs()
+            if manifest.cfg_weight > 0:
                 conditional, unconditional = mx.split(v, 2)
-                v = unconditional + guidance * (conditional - unconditional)
-            return (v * carried).sum()
+                v = unconditional + manifest.cfg_weight * (conditional - unconditional)
+            return (v * carried).sum(), watch.inputs()
 
-        own, state = mx.grad(reached, argnums=(0, 1))(watch.variables(), x)
-        return _Found(own["weights"], own["inputs"], own["columns"], state)
-
-
-@dataclass(frozen=True)
-class _Found:
-    weights: dict[str, mx.array]
-    inputs: dict[str, mx.array]
-    columns: dict[str, mx.array]
-    state: mx.array
+        reached(watch.weights(), {}, x)  # nothing is computed: for the shapes of the inputs
+        found = mx.value_and_grad(reached, argnums=(0, 1, 2))(watch.weights(), watch.zeros(), x)
+        (_, seen), (weights, gradients, state) = found
+        errors = {tap: input_errors(seen[tap], gradients[tap], *self._ranges(tap, step)) for tap in seen}
+        return _Found(weights, errors, state)
 
 
 def _squared(x: mx.array) -> float:

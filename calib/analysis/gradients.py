@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+from zipfile import BadZipFile
 
 from calib.activations.batches import StoredStates
 from calib.activations.states import check_states
@@ -190,7 +191,7 @@ def _averages(
 
 def _read(path: Path) -> dict[str, NDArray[np.float64]] | None:
     """What a pass found; None where there is no sound file."""
-    with suppress(OSError, ValueError, KeyError), open_npz(path) as file:
+    with suppress(OSError, ValueError, KeyError, BadZipFile), open_npz(path) as file:
         return {key: file[key] for key in ("weights", "inputs", "reach")}
     return None
 
