@@ -115,7 +115,7 @@ def test_a_budget_beyond_all_options() -> None:
     for name, own in weights.items():
         chosen = (plan.layers[name].weight_bits, plan.layers[name].group_size)
         assert own[chosen] == min(own.values())
-    assert "the budget of 20.000 bits is more than needed: every layer has its least S" in plan.notes
+    assert "the budget of 20.000 bits is more than needed: every layer has its least error" in plan.notes
     assert not any("more than needed" in note for note in plan_layers(layers_of(found), found).notes)
 
 

@@ -111,6 +111,7 @@ def test_a_heuristic_over_all_layers_without_sensitivities_measures_nothing(
 
 def test_a_heuristic_over_all_layers_with_sensitivities(folder: Path) -> None:
     few = ("sensitivity.images=1", "sensitivity.steps=1", "sensitivity.group_sizes=[32]", "report=none")
+    few += ("sensitivity.method=trials", "sensitivity.of=output")
     well(calib(folder, "analyze", "stats=run", "analysis=fragile", *few, "hydra.run.dir=fragile"))
     (measured,) = (folder / "calibration_cache" / "sensitivity").glob("*.json")
     harm = {name: np.mean(trials["4x32"]) for name, trials in read_json(measured)["weights"].items()}

@@ -463,7 +463,10 @@ def test_another_is_waited_for(ask: Ask, tmp_path: Path, capsys: pytest.CaptureF
 
 # Whole jobs
 
-SENSITIVITY = ("analysis=sensitivity", "sensitivity.images=1", "sensitivity.steps=1", "sensitivity.group_sizes=[64]")
+SENSITIVITY = (
+    *("analysis=sensitivity", "sensitivity.method=trials", "sensitivity.of=output"),
+    *("sensitivity.images=1", "sensitivity.steps=1", "sensitivity.group_sizes=[64]"),
+)
 
 
 def measured(folder: Path) -> dict[str, Any]:

@@ -138,8 +138,8 @@ def test_from_statistics_to_a_measured_model_within_a_budget(
     given = [f"stats={few}", "analysis=allocate", "analysis.average_bits=4", f"cache_dir={tmp_path / 'cache'}", *LEAST]
     outcome = calib("analyze", *given, "ranges=grouped", run="plan")
     assert outcome.status == 0, outcome.err
-    assert "measure sensitivities: " in outcome.err
-    assert "predicted error ΣS = " in outcome.out
+    assert "gradients: " in outcome.err
+    assert "predicted PSNR = " in outcome.out
     bits = read(folder / "plan" / "quantization_config.json")
     assert len({entry["suggested_weight_bits"] for entry in bits.values()}) > 1
     assert {entry["group_size"] for name, entry in bits.items() if name != "x_embedder"} == {64}
@@ -630,7 +630,8 @@ def test_of_layers_that_read_one_array_some_may_be_tapped(calib: Calib, folder: 
     """What was seen of one is what all read."""
     given = [f"cache_dir={folder / 'cache'}"]
     assert calib("collect", f"taps.include=['mm_block_3.*.{which}_proj']", *given, run="collected").status == 0
-    outcome = calib("analyze", "stats=collected", "analysis=sensitivity", *LEAST, *given)
+    trials = ("sensitivity.method=trials", "sensitivity.of=output")
+    outcome = calib("analyze", "stats=collected", "analysis=sensitivity", *LEAST, *trials, *given)
     assert outcome.status == 0, outcome.err
     names = [f"mm_block_3.{stream}.attn.{which}_proj" for stream in ("image", "text")]
     assert list(read(folder / "run" / "quantization_config.json")) == names

@@ -48,7 +48,7 @@ def measure(
     input_ranges: Mapping[str, tuple[float, float]],
     cache_dir: Path,
     group_sizes: Sequence[int] = GROUP_SIZES,
-    drawn_by: tuple[str, str] | None = None,
+    made_by: tuple[str, str] | None = None,
 ) -> Sensitivities:
     """Sensitivities of all of ``layers``, measured where they are not cached.
 
@@ -57,7 +57,7 @@ def measure(
         layers: linear layers by canonical name, of the model or of one of the same shapes without weights.
         points: taps; the input of a tap is quantized for all of its layers at once.
         input_ranges: full range of the input of each tap, by the tap's name.
-        drawn_by: fingerprint and text encoders of the model; None: those in the dataset's manifest, which older
+        made_by: fingerprint and text encoders of the model; None: those in the dataset's manifest, which older
             datasets lack.
 
     Raises:
@@ -66,8 +66,8 @@ def measure(
     sizes = {name: [size for size in quantizable(layer) if size in group_sizes] for name, layer in layers.items()}
     trials = {name: [Trial(*pair) for pair in product(WEIGHT_BITS, own)] for name, own in sizes.items() if own}
     manifest = states.manifest
-    identity = _identity(states, drawn_by or (str(manifest.fingerprint), str(manifest.text_encoders)))
-    known = TrialCache(cache_dir / "sensitivity" / f"{short_hash(identity, digits=16)}.json", identity)
+    described = identity(states, made_by or (str(manifest.fingerprint), str(manifest.text_encoders)))
+    known = TrialCache(cache_dir / "sensitivity" / f"{short_hash(described, digits=16)}.json", described)
     waiting = f"waiting for the process that measures the same sensitivities ({known.path})"
     with locked(known.path.with_suffix(".lock"), lambda: say(waiting)):
         known.load()
@@ -106,18 +106,35 @@ def sensitivities(
         architecture: the model's, or one of the same shapes without weights.
         layers: statistics by layer name.
     """
+    points = observed_points(architecture, layers)
+    ranges = {point.name: (layers[point.name].minimum, layers[point.name].maximum) for point in points}
+    own = {name: layer for name, layer in architecture.layers().items() if name in layers}
+    return measure(model, own, points, states, ranges, cache_dir, group_sizes, drawn_by(states, model))
+
+
+def observed_points(architecture: Architecture, layers: Collection[str]) -> list[TapPoint]:
+    """The taps of linear layers, less the layers that are not among ``layers``."""
     points = []
     for point in tap_points(architecture, TapSelection()):
         if names := [name for name in point.names if name in layers]:
             points.append(TapPoint(names[0], point.kind, tuple(names[1:])))
-    drawn_by = None if states.manifest.fingerprint else (model().fingerprint, model().text_encoders)
-    ranges = {point.name: (layers[point.name].minimum, layers[point.name].maximum) for point in points}
-    own = {name: layer for name, layer in architecture.layers().items() if name in layers}
-    return measure(model, own, points, states, ranges, cache_dir, group_sizes, drawn_by)
+    return points
+
+
+def drawn_by(states: StoredStates, model: Callable[[], DiffusionModel]) -> tuple[str, str]:
+    """Fingerprint and text encoders of the model that drew the dataset; ``model``'s where an older one lacks them."""
+    manifest = states.manifest
+    if manifest.fingerprint is None:
+        return model().fingerprint, model().text_encoders
+    return manifest.fingerprint, str(manifest.text_encoders)
 
 
 def placeholder_sensitivities(
-    architecture: Architecture, names: Collection[str], num_steps: int, group_sizes: Sequence[int]
+    architecture: Architecture,
+    names: Collection[str],
+    num_steps: int,
+    group_sizes: Sequence[int],
+    of_picture: bool = False,
 ) -> tuple[dict[str, LayerSummary], Sensitivities]:
     """Made-up statistics and sensitivities with the shapes that a measurement of ``names`` would have.
 
@@ -132,7 +149,7 @@ def placeholder_sensitivities(
         for name, layer in every.items()
     }
     shapes = {name: (layer.weight.shape[0], layer.weight.shape[-1]) for name, layer in every.items()}
-    return dict.fromkeys(every, PROBE), Sensitivities(steps, num_steps, weights, {}, shapes)
+    return dict.fromkeys(every, PROBE), Sensitivities(steps, num_steps, weights, {}, shapes, of_picture)
 
 
 _INPUT_TRIALS = [Trial(bits) for bits in INPUT_BITS]
@@ -146,13 +163,13 @@ def _input_key(point: TapPoint, ranges: Mapping[str, tuple[float, float]]) -> st
     return f"{' '.join(point.names)} [{low:.6g}, {high:.6g}]"
 
 
-def _identity(states: StoredStates, drawn_by: tuple[str, str]) -> dict[str, Any]:
+def identity(states: StoredStates, made_by: tuple[str, str]) -> dict[str, Any]:
     """Everything but the layer that a measurement depends on, JSON-able."""
     manifest = states.manifest
     return {
         "version": 1,  # of the procedure
-        "fingerprint": drawn_by[0],
-        "text_encoders": drawn_by[1],
+        "fingerprint": made_by[0],
+        "text_encoders": made_by[1],
         "cfg_weight": manifest.cfg_weight,
         "steps": list(states.steps),
         "timesteps": [f"{manifest.timesteps[step]:.9g}" for step in states.steps],

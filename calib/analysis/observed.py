@@ -63,6 +63,21 @@ def channel_extremes(file: ActivationFile, name: str) -> tuple[NDArray[np.float6
     return low.astype(np.float64), high.astype(np.float64)
 
 
+def channel_powers(file: ActivationFile, name: str) -> NDArray[np.float64]:
+    """Mean square of each channel of a layer over the same steps, (channels,); 0 for one without finite values.
+
+    Raises:
+        CalibError: there is no such layer, or none of its values is finite at any of these steps.
+    """
+    by_step = list(_evaluated(file, name).values())
+    counts = np.array([statistics.count for statistics in by_step], np.float64)
+    if not counts.any():
+        raise _nothing(file, name)
+    powers = np.nan_to_num([statistics.mean**2 + statistics.std**2 for statistics in by_step])
+    power: NDArray[np.float64] = (counts * powers).sum(axis=0) / np.maximum(counts.sum(axis=0), 1)
+    return power
+
+
 def _evaluated(file: ActivationFile, name: str) -> dict[int, Statistics]:
     by_step = file.by_step(name)
     return {step: by_step[step] for step in file.evaluated_steps()}

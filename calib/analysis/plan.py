@@ -73,6 +73,7 @@ class Plan:
         outlier_channels: by layer, channels of large range, with the ratio to the layer's median channel range.
         phase_weight_bits: weight bits by phase and layer, where they vary with the step; every copy is stored.
         notes: notes for people on the making of the plan, a line each.
+        predicted_psnr: PSNR of pictures with these weights rounded to nearest, in dB, to first order; None: not known.
     """
 
     layers: dict[str, LayerPlan]
@@ -80,6 +81,7 @@ class Plan:
     outlier_channels: dict[str, dict[int, float]] = field(default_factory=dict)
     phase_weight_bits: dict[str, dict[str, int]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    predicted_psnr: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         found = {name: layer.to_json() for name, layer in self.layers.items()}
@@ -99,6 +101,7 @@ class Plan:
             "aggressive_layers": sum(layer.aggressive for layer in self.layers.values()),
             "outlier_layers": len(self.outlier_layers),
             "outlier_channels": sum(map(len, self.outlier_channels.values())),
+            **({} if self.predicted_psnr is None else {"predicted_psnr": self.predicted_psnr}),
         }
 
 
@@ -116,6 +119,11 @@ def fault_of(layer: LayerPlan) -> str | None:
         f"clip_percentile={[low, high]}: must ascend, from 0 to 100": 0 <= low < high <= 100,
     }
     return next((fault for fault, holds in faults.items() if not holds), None)
+
+
+def weights_hash(layers: Mapping[str, LayerPlan]) -> str:
+    """Hash of the parts of a plan that affect weights: layers, weight bits, groups."""
+    return short_hash([[name, plan.weight_bits, plan.group_size] for name, plan in layers.items()])
 
 
 def plan_hash(layers: Mapping[str, LayerPlan]) -> str:

@@ -1,5 +1,6 @@
 """Measured sensitivities: the error of the model's output with one layer quantized; helpers for heuristics."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -21,12 +22,16 @@ SENSITIVE_ABOVE, AGGRESSIVE_AT = 1.5, 4
 class Sensitivities:
     """S = ‖v - v_q‖² / ‖v‖² of the model's output v, with one layer quantized at a time, on stored states.
 
+    Of the picture: the mean squared error of the finished picture's values, 0 to 1.
+
     Attributes:
         steps: indices of the measured steps, ascending.
         num_steps: number of steps of the trajectory.
         weights: S at each measured step, (steps,) float64, by layer and (bits, group size).
         activations: S at each measured step, by layer and bits, with the layer's input quantized over its full range.
         shapes: (rows, columns) of each layer's weight; without layers that MLX cannot quantize.
+        of_picture: whether errors are the picture's: those of weights at all steps together, the same at each step;
+            those of inputs times the number of steps, so that means over the steps are the whole of the error.
     """
 
     steps: tuple[int, ...]
@@ -34,6 +39,7 @@ class Sensitivities:
     weights: dict[str, dict[tuple[int, int], NDArray[np.float64]]]
     activations: dict[str, dict[int, NDArray[np.float64]]]
     shapes: dict[str, tuple[int, int]]
+    of_picture: bool = False
 
 
 def usable_options(
@@ -108,10 +114,32 @@ def judged(plan: LayerPlan, average: float) -> LayerPlan:
     return replace(plan, sensitive=sensitive, aggressive=plan.weight_bits <= AGGRESSIVE_AT and not sensitive)
 
 
-def predicted(error: float, nbytes: int, weights: int) -> str:
+def decibels(error: float) -> float:
+    """PSNR of pictures with values from 0 to 1 whose mean squared error is ``error``; infinite where it is 0."""
+    return -10 * math.log10(error) if error > 0 else math.inf
+
+
+def error_text(error: float, of_picture: bool) -> str:
+    """The sum of errors for people."""
+    return f"PSNR = {decibels(error):.2f} dB" if of_picture else f"ΣS = {error:.3g}"
+
+
+def predicted(error: float, nbytes: int, weights: int, of_picture: bool = False) -> str:
     """The note on a plan's predicted error and size."""
     size = f"{8 * nbytes / weights:.3f} bits a weight, scales and biases counted, {nbytes / 1e6:.2f} MB"
-    return f"predicted error ΣS = {error:.3g} at {size}"
+    what = (
+        f"predicted {error_text(error, True)} of pictures, weights alone"
+        if of_picture
+        else (f"predicted error {error_text(error, False)}")
+    )
+    return f"{what}, at {size}" if of_picture else f"{what} at {size}"
+
+
+def figure(error: float, of_picture: bool) -> str:
+    """The number behind a layer's bits: S, or the PSNR of pictures with this layer alone quantized."""
+    if not of_picture:
+        return f"S = {error:.1e}"
+    return f"alone {decibels(error):.1f} dB" if error > 0 else "of no effect on the picture"
 
 
 def kept_note(layers: Mapping[str, LayerSummary], sensitivities: Sensitivities) -> list[str]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from calib.analysis.plan import LayerPlan
+from calib.analysis.plan import LayerPlan, weights_hash
 from calib.analysis.ranges import StepRanges, ranges_from_json, ranges_to_json
 from calib.analysis.rules import recorded_rule
 from calib.base.affine import WEIGHT_BITS
@@ -17,7 +17,7 @@ import numpy as np
 #: Keys about the origin of the statistics.
 ORIGIN = ("model", "fingerprint", "statistics", "statistics_checksum")
 
-KEYS = ("num_steps", "timesteps", *ORIGIN, "plan", "ranges", "phases", "activation_ranges", "drift")
+KEYS = ("num_steps", "timesteps", *ORIGIN, "plan", "ranges", "phases", "activation_ranges", "drift", "predicted")
 PHASE_KEYS = ("steps", "activation_bits", "weight_bits")
 
 
@@ -34,6 +34,7 @@ class StepPlan:
         origin: origin of the statistics, where known: model, fingerprint, path, and the file's checksum.
         plan: :func:`calib.analysis.plan.plan_hash` of the plan that this belongs to; empty where unknown.
         rule: name and parameters of the function that made the ranges, see :mod:`calib.analysis.rules`.
+        predicted: PSNR of pictures that was predicted for the weights of the plan, and their hash, where it was.
         drift: :func:`calib.analysis.observed.range_drift` of each layer's observed ranges, 0 … 1.
     """
 
@@ -46,6 +47,12 @@ class StepPlan:
     plan: str = ""
     rule: dict[str, Any] = field(default_factory=dict)
     drift: dict[str, float] = field(default_factory=dict)
+    predicted: dict[str, Any] = field(default_factory=dict)
+
+    def psnr_of(self, plan: Mapping[str, LayerPlan]) -> float | None:
+        """The PSNR that was predicted for ``plan``; None where that was for other weights, or was not."""
+        psnr = self.predicted.get("psnr")
+        return float(psnr) if psnr is not None and self.predicted.get("plan") == weights_hash(plan) else None
 
     def bits_by_step(self, name: str, default: int) -> tuple[int, ...]:
         """Activation bits of a layer at every step; ``default`` outside the collected phases."""
@@ -70,6 +77,7 @@ class StepPlan:
             "phases": phases,
             "activation_ranges": ranges_to_json(self.ranges),
             "drift": self.drift,
+            **({"predicted": self.predicted} if self.predicted else {}),
         }
 
 
@@ -114,6 +122,7 @@ def read_steps(path: Path) -> StepPlan:
             str(document.get("plan", "")),
             recorded_rule(document.get("ranges", {})),
             {name: float(drift) for name, drift in document.get("drift", {}).items()},
+            dict(document.get("predicted", {})),
         )
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise lacks_or_garbles(path, error, "run calib analyze again") from None

@@ -27,6 +27,8 @@ LARGEST_BATCH = 10
 BLOCK_WIDTHS = 22
 #: With CUDA MLX frees nothing until a part of the graph has run: 10.8 GB on an H200 for 8 images of 512 px.
 BLOCK_WIDTHS_CUDA = 190
+#: Activations that a backward pass keeps of a block, in the same units, and tokens of text, at most.
+BACKWARD_WIDTHS, TEXT_TOKENS = 60, 256
 #: The same in the VAE decoder, in units of (pixels, channels at full size): MLX's convolution unfolds each pixel's
 #: neighbourhood on a CPU, in float32; on a GPU it holds Winograd's two transforms besides input, padding and output.
 DECODER_WIDTHS_CPU, DECODER_WIDTHS_GPU = 60, 16
@@ -90,6 +92,18 @@ def drawing_bytes(architecture: Architecture, tokens: int, guidance: bool, size:
     scores = 0 if on_gpu() else architecture.heads * tokens**2
     widths = BLOCK_WIDTHS_CUDA if on_cuda() else BLOCK_WIDTHS
     return int((1 + guidance) * size * (widths * architecture.width * tokens + scores))
+
+
+def backward_batch(architecture: Architecture, latent_shape: Sequence[int], guidance: bool, images: int) -> int:
+    """Number of images in a backward pass through the transformer, which keeps the activations of all blocks.
+
+    Float32 weights, their gradients and the sums of these are counted.
+    """
+    tokens = architecture.tokens(latent_shape[:2]) + TEXT_TOKENS
+    left = device_memory() - 3 * 4 * sum(weight.size for weight in weights(architecture.module).values())
+    scores = 0 if on_gpu() else architecture.heads * tokens**2
+    kept = 4 * (1 + guidance) * sum(architecture.depth) * (BACKWARD_WIDTHS * architecture.width * tokens + scores)
+    return max(1, min(images, left // kept, LARGEST_BATCH))
 
 
 def decoding_bytes(decoder: nn.Module, latent_size: Sequence[int]) -> int:

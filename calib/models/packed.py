@@ -31,12 +31,19 @@ class Packed:
 
     @classmethod
     def of_integers(
-        cls, integers: NDArray[np.uint8], scales: mx.array, biases: mx.array, bits: int, group_size: int
+        cls, integers: NDArray[np.uint8] | mx.array, scales: mx.array, biases: mx.array, bits: int, group_size: int
     ) -> Self:
-        """Pack the integers q (rows, columns), 0 … 2^bits - 1."""
-        stream = (integers[:, :, None] >> np.arange(bits, dtype=np.uint8)) & 1
-        octets = np.packbits(stream.reshape(len(integers), -1).astype(np.uint8), axis=1, bitorder="little")
-        return cls(mx.array(octets.view(np.uint32)), scales, biases, bits, group_size)
+        """Pack the integers q (rows, columns), 0 … 2^bits - 1; lazy."""
+        rows, columns = integers.shape
+        # 32 integers fill ``bits`` words; integer j begins at bit j · bits of these.
+        q = mx.array(integers).astype(mx.uint32).reshape(rows, columns // 32, 32)
+        words = [mx.zeros((rows, columns // 32), mx.uint32) for _ in range(bits)]
+        for j in range(32):
+            word, place = divmod(j * bits, 32)
+            words[word] |= q[..., j] << place
+            if place + bits > 32:  # the rest of it
+                words[word + 1] |= q[..., j] >> (32 - place)
+        return cls(mx.stack(words, axis=-1).reshape(rows, -1), scales, biases, bits, group_size)
 
     def dequantize(self, dtype: mx.Dtype = mx.float32) -> mx.array:
         """The weight that MLX's kernels multiply by, (rows, columns); computed in ``dtype``."""

@@ -9,7 +9,7 @@ from calib.activations.batches import Batch, StoredStates, output_of
 from calib.activations.reader import ActivationFile
 from calib.activations.taps import Recorder, TapPoint, tapped
 from calib.analysis.measure import quantizable
-from calib.analysis.observed import channel_extremes, observe, observed_ranges, plan_steps
+from calib.analysis.observed import channel_extremes, channel_powers, observe, observed_ranges, plan_steps
 from calib.analysis.plan import UNQUANTIZED, LayerPlan, Plan
 from calib.analysis.ranges import RangeRule, StepRanges, static
 from calib.analysis.rules import checked_rule
@@ -28,7 +28,9 @@ from calib.quantization.model import InputRule, QuantizedModel
 from calib.quantization.quantizer import Batches, ChannelRange, Quantizer, QuantizerInput, Replay
 
 import mlx.core as mx
+import numpy as np
 from mlx import nn
+from numpy.typing import NDArray
 
 
 def check_names(plan: Mapping[str, LayerPlan], known: Sequence[str], source: str) -> None:
@@ -191,8 +193,8 @@ def _copies(
     return copies
 
 
-def _statistics(plan: Mapping[str, LayerPlan], source: Calibration) -> tuple[Any, Any]:
-    """The functions ``channel_range`` and ``ranges`` of :class:`QuantizerInput`."""
+def _statistics(plan: Mapping[str, LayerPlan], source: Calibration) -> tuple[Any, Any, Any]:
+    """The functions ``channel_range``, ``ranges`` and ``channel_power`` of :class:`QuantizerInput`."""
 
     def channel_range(name: str) -> ChannelRange | None:
         if source.statistics is None:
@@ -200,13 +202,19 @@ def _statistics(plan: Mapping[str, LayerPlan], source: Calibration) -> tuple[Any
         with ActivationFile(source.statistics) as file:
             return ChannelRange(*channel_extremes(file, name))
 
+    def channel_power(name: str) -> NDArray[np.float64] | None:
+        if source.statistics is None:
+            return None
+        with ActivationFile(source.statistics) as file:
+            return channel_powers(file, name)
+
     def ranges(name: str, clip: tuple[float, float] | None, divisors: Any) -> StepRanges | None:
         if source.statistics is None:
             return None
         with ActivationFile(source.statistics) as file:
             return checked_rule(source.rule)(observe(file, name, clip or plan[name].clip_percentile, divisors))
 
-    return channel_range, ranges
+    return channel_range, ranges, channel_power
 
 
 def _replay(model: DiffusionModel, source: Calibration) -> tuple[Replay, Batches]:

@@ -62,6 +62,7 @@ class QuantizerInput:
         ranges: ``ranges(name, clip, divisors)`` returns activation ranges of a layer from the statistics, with other
             clipping percentiles unless ``clip`` is None, and with each input channel divided by its entry in
             ``divisors`` unless that is None; None where there are no statistics.
+        channel_power: mean square of a layer's input channels over the collected steps, (channels,), likewise.
     """
 
     architecture: Architecture
@@ -72,6 +73,7 @@ class QuantizerInput:
     batches: Batches
     channel_range: Callable[[str], ChannelRange | None]
     ranges: Callable[[str, tuple[float, float] | None, NDArray[np.float64] | None], StepRanges | None]
+    channel_power: Callable[[str], NDArray[np.float64] | None] = lambda _: None
 
     @classmethod
     def without_layers(cls, architecture: Architecture, dtype: mx.Dtype) -> "QuantizerInput":

@@ -11,10 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from calib.analysis.adjoint import check_complete
+from calib.analysis.gradients import Of, gradient_sensitivities
 from calib.analysis.layers import PROBE, LayerSummary, read_summaries
 from calib.analysis.measure import placeholder_sensitivities, sensitivities
 from calib.analysis.observed import drift_text, observed_ranges, plan_steps
-from calib.analysis.plan import Plan
+from calib.analysis.plan import Plan, weights_hash
 from calib.analysis.ranges import Observed
 from calib.analysis.sensitivities import Sensitivities
 from calib.analysis.steps import StepPlan
@@ -27,7 +29,7 @@ from calib.models.model import DiffusionModel
 from calib.runs.directory import RunDirectory
 from calib.stages import Stage
 from calib.stages.origin import activations_of, check_statistics, collected, statistics_checksum, stats_of
-from calib.stages.settings import Settings
+from calib.stages.settings import Method, Settings
 
 
 def check(settings: Settings) -> None:
@@ -37,7 +39,9 @@ def check(settings: Settings) -> None:
     check_statistics(stats, settings.generate.given_data_dir)
     try_heuristic(settings, list(layers))
     if settings.analyze.analysis.measures:
-        collected(settings, stats, "this heuristic")
+        source = collected(settings, stats, "this heuristic")
+        if settings.analyze.sensitivity.of is Of.PICTURE:
+            check_complete(source.data_dir, source.manifest)
 
 
 def sources(settings: Settings) -> list[str]:
@@ -55,6 +59,8 @@ def run(settings: Settings, run: RunDirectory, model: Callable[[], DiffusionMode
     _check_finite(stats, layers)
     plan = own.analysis.plan(layers, lambda: sensitivities_of(settings, stats, layers, model))
     steps, observed = _steps(settings, plan, layers, stats)
+    if plan.predicted_psnr is not None:
+        steps = replace(steps, predicted={"psnr": plan.predicted_psnr, "plan": weights_hash(plan.layers)})
     if settings.stage is Stage.RUN and "statistics" in steps.origin:
         steps.origin["statistics"] = str(run.home / ACTIVATIONS)
     write_json(run.path / PLAN, plan.to_json())
@@ -80,8 +86,10 @@ def sensitivities_of(
     source, wanted = collected(settings, stats, "this heuristic"), settings.analyze.sensitivity
     load = source.model(model)
     states = source.states(wanted.images, wanted.steps)
-    architecture = settings.job.model.architecture(load)
-    return sensitivities(load, architecture, layers, states, settings.job.cache_dir, wanted.group_sizes)
+    where = (load, settings.job.model.architecture(load), layers, states, settings.job.cache_dir)
+    if wanted.method is Method.TRIALS:
+        return sensitivities(*where, wanted.group_sizes)
+    return gradient_sensitivities(*where, wanted.of, wanted.group_sizes, wanted.probes)
 
 
 def try_heuristic(settings: Settings, names: list[str]) -> None:
@@ -93,8 +101,10 @@ def try_heuristic(settings: Settings, names: list[str]) -> None:
         if not heuristic.measures:
             heuristic.whole(dict.fromkeys(names, PROBE))
         elif skeleton is not None:
-            sizes, num_steps = settings.analyze.sensitivity.group_sizes, settings.generate.sampler.num_steps
-            layers, found = placeholder_sensitivities(skeleton(), names, num_steps, sizes)
+            wanted, num_steps = settings.analyze.sensitivity, settings.generate.sampler.num_steps
+            of_picture = wanted.of is Of.PICTURE
+            made_up = placeholder_sensitivities(skeleton(), names, num_steps, wanted.group_sizes, of_picture)
+            layers, found = made_up
             heuristic.whole(layers, lambda: found)
 
 

@@ -10,6 +10,7 @@ from typing import Any, TypeVar, get_args, get_type_hints
 from calib.activations.samples import SampleSettings
 from calib.activations.step import CollectSettings
 from calib.activations.taps import TapSelection, tap_points
+from calib.analysis.gradients import Of
 from calib.base.affine import GROUP_SIZES
 from calib.base.errors import ConfigError, suggest
 from calib.base.files import checksum, short_hash
@@ -40,7 +41,9 @@ from calib.stages.settings import (
     Generate,
     Job,
     KeptStates,
+    Method,
     Quantize,
+    SensitivitySettings,
     Settings,
     StorageSettings,
 )
@@ -105,7 +108,7 @@ def build(config: Mapping[str, Any], multirun: bool = False) -> Settings:
     evaluation = replace(evaluation, steps=min(evaluation.steps, sampler.num_steps))
     ranges = ranges_of(config["ranges"], steps, sampler.num_steps, stage is Stage.RUN)
     analyze = _filled(Analyze, config, analysis=heuristic_of(config["analysis"]), ranges=ranges)
-    _check_group_sizes(analyze.sensitivity.group_sizes)
+    _check_sensitivity(analyze.sensitivity)
     return Settings(
         job,
         generate,
@@ -113,7 +116,7 @@ def build(config: Mapping[str, Any], multirun: bool = False) -> Settings:
         analyze,
         _filled(Quantize, config, quantizer=quantizer_of(config["quantizer"], model)),
         Evaluate(evaluation, beside),
-        fingerprint(config, prompts),
+        fingerprint(config, prompts, analyze.analysis.measures),
     )
 
 
@@ -123,11 +126,12 @@ def _filled(kind: type[T], config: Mapping[str, Any], **made: Any) -> T:
     return kind(**made, **{name: check(name, config[name], hints[name]) for name in hints if name not in made})
 
 
-def fingerprint(config: Mapping[str, Any], prompts: Sequence[str]) -> str:
+def fingerprint(config: Mapping[str, Any], prompts: Sequence[str], measures: bool) -> str:
     """Hash of everything in the configuration that results depend on (16 hex digits).
 
     Options of calib's own count under their import paths of calib 0.1.0, so that what was finished stays finished;
-    of a function of the user's own its code counts, too: the file in which it is.
+    of a function of the user's own its code counts, too: the file in which it is. ``measures``: whether sensitivities
+    are measured.
     """
 
     def stable(node: Any) -> Any:
@@ -137,7 +141,12 @@ def fingerprint(config: Mapping[str, Any], prompts: Sequence[str]) -> str:
         file = _file_of_user(node.get("_target_"))
         return found if file is None else found | {"code": checksum(file)}
 
-    return short_hash([{k: stable(v) for k, v in config.items() if k not in WITHOUT_EFFECT}, prompts], digits=16)
+    counted = {key: stable(value) for key, value in config.items() if key not in WITHOUT_EFFECT}
+    if not measures:  # keys that calib 0.2.0 did not have
+        counted["sensitivity"] = {
+            k: v for k, v in counted["sensitivity"].items() if k not in ("method", "of", "probes")
+        }
+    return short_hash([counted, prompts], digits=16)
 
 
 def _file_of_user(target: object) -> Path | None:
@@ -242,7 +251,11 @@ def _collect_settings(config: Mapping[str, Any], storage: StorageSettings, taps:
     return CollectSettings(batch_size, storage.histogram_rows, config["seed"], taps.cfg_halves, samples)
 
 
-def _check_group_sizes(sizes: Sequence[int]) -> None:
+def _check_sensitivity(wanted: SensitivitySettings) -> None:
+    sizes = wanted.group_sizes
+    if wanted.method is Method.TRIALS and wanted.of is Of.PICTURE:
+        allowed = "trials measure the model's output alone; set sensitivity.of=output too"
+        raise ConfigError.bad_value("sensitivity.method", wanted.method, allowed)
     if not sizes or not set(sizes) <= set(GROUP_SIZES):
         allowed = f"MLX has groups of {', '.join(map(str, GROUP_SIZES))}"
         raise ConfigError.bad_value("sensitivity.group_sizes", list(sizes), allowed)

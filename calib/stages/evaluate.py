@@ -79,7 +79,9 @@ def run(settings: Settings, run: RunDirectory, model: Callable[[], DiffusionMode
     mx.reset_peak_memory()
     outcome = paired.compare(partial(applied, model(), quantized, wanted.dequantize), "quantized")
     peak, found = mx.get_peak_memory(), outcome.fidelity
+    expected = quantized.about.get("predicted_psnr")
     text = fidelity_text(found, control, drawn.sampler.num_steps)
+    text += "" if expected is None else f"predicted for these weights, rounded to nearest: PSNR {expected:.2f} dB\n"
     text += f"peak memory while drawing quantized: {readable_bytes(peak)}{_counted(wanted.dequantize)}\n"
     write_text(run.path / FIDELITY, text)
     made_from = {"quantized": content_of(folder / CHECKPOINT), "model": model().fingerprint}
@@ -92,6 +94,8 @@ def run(settings: Settings, run: RunDirectory, model: Callable[[], DiffusionMode
     save_pictures(run.path / QUANTIZED_PICTURES, outcome.pictures)
     seconds = time.monotonic() - start
     run.add_metrics(Stage.EVALUATE, {**found.summary(), **control.summary("control_")})
+    if expected is not None:
+        run.add_metrics(Stage.EVALUATE, {"predicted_psnr": expected})
     run.add_metrics(Stage.EVALUATE, {"evaluate_seconds": seconds, "evaluate_peak_bytes": peak})
     logger.info("evaluated %d images in %.1f s", len(reference.images), seconds)
     print(f"\n{text}")

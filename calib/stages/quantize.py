@@ -94,7 +94,9 @@ def run(settings: Settings, run: RunDirectory, model: Callable[[], DiffusionMode
     }
     if source.states is not None:
         made_from["calibration"] = asdict(settings.quantize.calibration)
-    about = {"quantizer": described(quantizer), "ranges": steps.rule, "made_from": made_from}
+    about: dict[str, Any] = {"quantizer": described(quantizer), "ranges": steps.rule, "made_from": made_from}
+    if (psnr := steps.psnr_of(plan)) is not None:
+        about["predicted_psnr"] = psnr
     mx.reset_peak_memory()
     quantized, notes = quantize_layers(model(), plan, steps, quantizer, source, about)
     peak = mx.get_peak_memory()

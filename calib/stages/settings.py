@@ -13,6 +13,7 @@ from typing import Annotated, TypeAlias
 from calib.activations.samples import Samples
 from calib.activations.step import CollectSettings
 from calib.activations.taps import TapSelection
+from calib.analysis.gradients import Of
 from calib.analysis.heuristic import Heuristic
 from calib.analysis.ranges import RangeRule
 from calib.base.affine import GROUP_SIZES
@@ -60,12 +61,27 @@ class StorageSettings:
     dtype: StateDtype | None = None
 
 
+class Method(StrEnum):
+    """How sensitivities are measured: one backward pass for all options, or a forward pass for each."""
+
+    GRADIENT = "gradient"
+    TRIALS = "trials"
+
+
 @dataclass(frozen=True)
 class SensitivitySettings:
-    """Numbers of collected images and steps on which sensitivities are measured, and group sizes to try."""
+    """What sensitivities are of, how and on how many collected images they are measured, and group sizes to try.
 
+    Attributes:
+        steps: number of collected steps of an output; of a picture all steps of the trajectory are used.
+        probes: random directions of a gradient for each image.
+    """
+
+    method: Method = Method.GRADIENT
+    of: Of = Of.PICTURE
     images: Annotated[int, AtLeast(1)] = 4
     steps: Annotated[int, AtLeast(1)] = 8
+    probes: Annotated[int, AtLeast(1)] = 1
     group_sizes: Sequence[int] = GROUP_SIZES
 
 

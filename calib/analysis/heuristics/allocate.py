@@ -22,6 +22,9 @@ from calib.analysis.plan import DEFAULT_WEIGHT_BITS, UNQUANTIZED, LayerPlan, Pla
 from calib.analysis.sensitivities import (
     KEPT_AT_16_BITS,
     Sensitivities,
+    decibels,
+    error_text,
+    figure,
     held_bits,
     judged,
     kept_note,
@@ -49,13 +52,14 @@ class _Allocation:
     choice: dict[str, int]
     error: float
     nbytes: int
+    of_picture: bool
 
     @classmethod
-    def within(cls, budget: int, options: Mapping[str, Options]) -> "_Allocation":
+    def within(cls, budget: int, options: Mapping[str, Options], of_picture: bool) -> "_Allocation":
         choice = solve([o.cost for o in options.values()], [o.nbytes for o in options.values()], budget)
         pairs = list(zip(options.values(), choice, strict=True))
         error = math.fsum(o.cost[i] for o, i in pairs)
-        return cls(dict(zip(options, choice, strict=True)), error, sum(int(o.nbytes[i]) for o, i in pairs))
+        return cls(dict(zip(options, choice, strict=True)), error, sum(int(o.nbytes[i]) for o, i in pairs), of_picture)
 
 
 def plan_layers(
@@ -80,17 +84,22 @@ def plan_layers(
         CalibError: sensitivities are missing or invalid.
     """
     _check(average_bits, megabytes, activation_bits, weight_bits, group_sizes)
+    picture = sensitivities.of_picture
+    if per_phase and picture:
+        allowed = "errors of the picture are those of all steps together; set sensitivity.of=output"
+        raise ConfigError.bad_value("analysis.per_phase", per_phase, allowed)
     measured = usable_options(layers, sensitivities, weight_bits, group_sizes)
     shares = phase_shares(sensitivities, per_phase)
     by_phase = np.stack(list(shares.values()))
     at_all_steps = by_phase.sum(axis=0)
     options = options_by_layer(measured, sensitivities, by_phase)
     budget = _budget(average_bits, megabytes, options)
-    best = _Allocation.within(budget, options)
+    best = _Allocation.within(budget, options, picture)
     kept = {name: LayerPlan(DEFAULT_WEIGHT_BITS, activation_bits, reason=KEPT_AT_16_BITS) for name in layers}
-    plan = Plan(kept | _layer_plans(options, best, activation_bits, tuple(shares)))
+    plan = Plan(kept | _layer_plans(options, best, activation_bits, tuple(shares), picture))
+    plan = replace(plan, predicted_psnr=decibels(best.error) if picture else None)
     notes = [
-        predicted(best.error, best.nbytes, weights_of(options)),
+        predicted(best.error, best.nbytes, weights_of(options), picture),
         *_budget_notes(options, best, budget),
         *_uniform_note(sensitivities, at_all_steps, best, budget),
         *kept_note(layers, sensitivities),
@@ -98,7 +107,7 @@ def plan_layers(
     if per_phase:
         plan = replace(plan, phase_weight_bits=_by_phase(options, best, tuple(shares)))
         one_copy = options_by_layer(measured, sensitivities, at_all_steps[None])
-        notes.append(_copies_note(plan.phase_weight_bits, best, _Allocation.within(budget, one_copy)))
+        notes.append(_copies_note(plan.phase_weight_bits, best, _Allocation.within(budget, one_copy, picture)))
     return replace(plan, notes=tuple(notes))
 
 
@@ -138,7 +147,7 @@ def _budget(average_bits: float | None, megabytes: float | None, options: Mappin
 
 
 def _layer_plans(
-    options: Mapping[str, Options], best: _Allocation, activation_bits: int, phases: Sequence[str]
+    options: Mapping[str, Options], best: _Allocation, activation_bits: int, phases: Sequence[str], picture: bool
 ) -> dict[str, LayerPlan]:
     average = 8 * best.nbytes / weights_of(options)
     at_average = {name: o.cost_at(average) for name, o in options.items()}
@@ -150,8 +159,8 @@ def _layer_plans(
         reason = _reason(held_bits(max(bits), group_size) - average, at_average[name] < median)
         if len(set(bits)) > 1:
             reason += "; " + ", ".join(f"{phase} {b}" for phase, b in zip(phases, bits, strict=True)) + " bits"
-        figure = f"S = {o.cost[i]:.1e}"
-        plan = LayerPlan(max(bits), activation_bits, reason=reason, group_size=group_size, figure=figure)
+        shown = figure(float(o.cost[i]), picture)
+        plan = LayerPlan(max(bits), activation_bits, reason=reason, group_size=group_size, figure=shown)
         plan = replace(plan, sensitivity=float(o.cost[i]), nbytes=int(o.nbytes[i]))
         plans[name] = judged(plan, average)
     return plans
@@ -181,19 +190,24 @@ def _budget_notes(options: Mapping[str, Options], best: _Allocation, budget: int
     weights = weights_of(options)
     notes = []
     if all(o.cost[best.choice[name]] == o.cost.min() for name, o in options.items()):
-        notes.append(f"the budget of {8 * budget / weights:.3f} bits is more than needed: every layer has its least S")
+        notes.append(
+            f"the budget of {8 * budget / weights:.3f} bits is more than needed: every layer has its least error"
+        )
     least = sum(int(o.nbytes.min()) for o in options.values())
     for words, there in (("more", budget + weights // 8), ("less", budget - weights // 8)):
         at = f"one bit {words} on average ({8 * there / weights:.3f})"
         if there < least:
             notes.append(f"{at} does not fit: the fewest bits take {8 * least / weights:.3f}")
         else:
-            notes.append(f"{at}: {_compared(_Allocation.within(there, options).error, best)}")
+            notes.append(f"{at}: {_compared(_Allocation.within(there, options, best.of_picture).error, best)}")
     return notes
 
 
 def _compared(error: float, best: _Allocation) -> str:
-    return f"ΣS = {error:.3g}" + (f", {error / best.error:.3g} times as much" if best.error > 0 else "")
+    found = error_text(error, best.of_picture)
+    if best.of_picture:
+        return f"{found}, {decibels(error) - decibels(best.error):+.2f} dB" if error and best.error else found
+    return found + (f", {error / best.error:.3g} times as much" if best.error > 0 else "")
 
 
 def _uniform_note(

@@ -9,6 +9,8 @@ from calib.analysis.plan import DEFAULT_WEIGHT_BITS, UNQUANTIZED, LayerPlan, Pla
 from calib.analysis.sensitivities import (
     KEPT_AT_16_BITS,
     Sensitivities,
+    decibels,
+    figure,
     judged,
     kept_note,
     option_bytes,
@@ -20,6 +22,8 @@ from calib.base.errors import ConfigError
 import numpy as np
 from numpy.typing import NDArray
 
+#: The largest S of a layer where none is given. Sixty layers of the second leave pictures some 32 dB.
+TOLERANCE_OF_OUTPUT, TOLERANCE_OF_PICTURE = 1e-4, 1e-5
 #: Activation bits of a layer whose input was not measured.
 DEFAULT_ACTIVATION_BITS = 8
 #: Factor by which activations may exceed the tolerance at their best bit-width; beyond it they are not quantized.
@@ -29,7 +33,7 @@ MOST_MISSED = 10.0
 def plan_layers(
     layers: Mapping[str, LayerSummary],
     sensitivities: Sensitivities,
-    tolerance: float = 1e-4,
+    tolerance: float | None = None,
     activation_tolerance: float | None = None,
 ) -> Plan:
     """Choose for each layer the option of fewest bits, and then of the largest groups, with S ≤ ``tolerance``.
@@ -43,6 +47,9 @@ def plan_layers(
         ConfigError: a tolerance is not positive and finite.
         CalibError: sensitivities are missing or invalid.
     """
+    picture = sensitivities.of_picture
+    if tolerance is None:
+        tolerance = TOLERANCE_OF_PICTURE if picture else TOLERANCE_OF_OUTPUT
     activation_tolerance = tolerance if activation_tolerance is None else activation_tolerance
     for key, value in {"tolerance": tolerance, "activation_tolerance": activation_tolerance}.items():
         if not 0 < value < math.inf:
@@ -56,11 +63,12 @@ def plan_layers(
     for name in layers:
         bits = _activation_bits(sensitivities.activations.get(name, {}), activation_tolerance)
         if name in chosen:
-            plan = _layer_plan(chosen[name], bits, s[name], tolerance, 8 * nbytes / weights)
+            plan = _layer_plan(chosen[name], bits, s[name], tolerance, 8 * nbytes / weights, picture)
             plans[name] = replace(plan, nbytes=sizes[name])
         else:
             plans[name] = LayerPlan(DEFAULT_WEIGHT_BITS, bits, reason=KEPT_AT_16_BITS)
-    notes = [predicted(math.fsum(s.values()), nbytes, weights), *kept_note(layers, sensitivities)]
+    error = math.fsum(s.values())
+    notes = [predicted(error, nbytes, weights, picture), *kept_note(layers, sensitivities)]
     if missed := sum(value > tolerance for value in s.values()):
         notes.append(f"no option has S ≤ {tolerance:g}, so they have their best: {missed} of {len(s)} layers")
     if left := sum(plan.activation_bits == UNQUANTIZED for plan in plans.values()):
@@ -68,7 +76,7 @@ def plan_layers(
         notes.append(
             f"activations are left as they are, with S > {least:g} at their best: {left} of {len(layers)} layers"
         )
-    return Plan(plans, notes=tuple(notes))
+    return Plan(plans, notes=tuple(notes), predicted_psnr=decibels(error) if picture else None)
 
 
 def _smallest(measured: Mapping[tuple[int, int], NDArray[np.float64]], tolerance: float) -> tuple[int, int]:
@@ -87,9 +95,11 @@ def _activation_bits(measured: Mapping[int, NDArray[np.float64]], tolerance: flo
     return next((bits for bits in s if s[bits] <= tolerance), otherwise)
 
 
-def _layer_plan(option: tuple[int, int], activation_bits: int, s: float, tolerance: float, average: float) -> LayerPlan:
+def _layer_plan(
+    option: tuple[int, int], activation_bits: int, s: float, tolerance: float, average: float, picture: bool
+) -> LayerPlan:
     bits, group_size = option
-    plan = LayerPlan(bits, activation_bits, group_size=group_size, figure=f"S = {s:.1e}", sensitivity=s)
+    plan = LayerPlan(bits, activation_bits, group_size=group_size, figure=figure(s, picture), sensitivity=s)
     plan = judged(plan, average)
     if s > tolerance:
         return replace(plan, reason=f"fragile: no option has S ≤ {tolerance:g}", sensitive=True, aggressive=False)

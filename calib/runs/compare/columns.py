@@ -30,6 +30,7 @@ METRICS: Mapping[str, Metric] = {
 }
 #: Other metrics with a unit or a better side.
 FURTHER: Mapping[str, Metric] = {
+    "predicted_psnr": Metric("predicted PSNR", "dB", None, "{:.2f}"),
     "control_psnr": Metric("control's PSNR", "dB", None, "{:.2f}"),
     "control_ssim": Metric("control's SSIM", "", None, "{:.4f}"),
     "control_output_error": Metric("control's output error", "", None, "{:.2e}"),

@@ -217,6 +217,8 @@ def _tiles(metrics: Mapping[str, float]) -> list[dict[str, str]]:
             note = f"95%: {form.format(metrics[f'{key}_low'])} to {form.format(metrics[f'{key}_high'])}"
         if f"control_{key}" in metrics:
             note += f"; noise floor {form.format(metrics[f'control_{key}'])}"
+        if key == "psnr" and "predicted_psnr" in metrics:
+            note += f"; predicted {form.format(metrics['predicted_psnr'])}"
         tile(key, note)
     tile("average_weight_bits", "quantized layers, scales and biases counted")
     if "quantized_bytes" in metrics and metrics.get("unquantized_bytes"):

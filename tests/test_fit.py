@@ -1,0 +1,75 @@
+"""Quantizer ``fit``: grids by weighted least squares."""
+
+from calib.analysis.run_trials import rounded
+from calib.quantization.fit import fitted
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+ROWS, COLUMNS = 6, 128
+
+
+def weighted(weight: mx.array, other: mx.array, columns: mx.array) -> NDArray[np.float64]:
+    """Σ h (w - ŵ)² of each group of 32 of each row, in float64."""
+    w, o, h = (np.array(a.astype(mx.float32)).astype(np.float64) for a in (weight, other, columns))
+    return ((w - o) ** 2 * h).reshape(len(w), -1, 32).sum(axis=-1)
+
+
+def normal(seed: int) -> mx.array:
+    spread = np.exp(np.random.RandomState(seed).randn(ROWS, 1))
+    return mx.array((spread * np.random.RandomState(seed + 1).randn(ROWS, COLUMNS)).astype(np.float32))
+
+
+@given(
+    seed=st.integers(0, 10**6),
+    bits=st.sampled_from([2, 3, 4, 5, 6, 8]),
+    group_size=st.sampled_from([32, 64, 128]),
+    dtype=st.sampled_from([mx.float16, mx.bfloat16]),
+    even=st.booleans(),
+)
+def test_no_group_is_worse_than_rounded_to_nearest(
+    seed: int, bits: int, group_size: int, dtype: mx.Dtype, even: bool
+) -> None:
+    weight = normal(seed)
+    columns = mx.ones(COLUMNS) if even else mx.array(np.random.RandomState(seed).gamma(0.3, size=COLUMNS)) + 1e-3
+    packed = fitted(weight, columns.astype(mx.float32), bits, group_size, dtype)
+    found = weighted(weight, packed.dequantize(), columns).reshape(ROWS, COLUMNS // group_size, -1).sum(axis=-1)
+    nearest = rounded(weight.astype(dtype), bits, group_size).astype(mx.float32)
+    other = weighted(weight, nearest, columns).reshape(found.shape[0], found.shape[1], -1).sum(axis=-1)
+    # MLX's own grid has zero on it, which is not among those tried.
+    assert found.sum() <= other.sum() * 1.02 + 1e-12
+    assert (packed.scales.dtype, packed.biases.dtype, packed.bits, packed.group_size) == (
+        dtype,
+        dtype,
+        bits,
+        group_size,
+    )
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+def test_weights_on_a_grid_are_kept(bits: int) -> None:
+    random = np.random.RandomState(bits)
+    q = random.randint(0, 2**bits, (ROWS, COLUMNS))
+    q[:, ::32], q[:, 1::32] = 0, 2**bits - 1
+    weight = mx.array((q * 0.125 - 3.0).astype(np.float32))
+    packed = fitted(weight, mx.ones(COLUMNS), bits, 32, mx.float16)
+    assert mx.array_equal(packed.dequantize(), weight)
+
+
+@pytest.mark.parametrize("value", [0.0, 1.5, -60000.0])
+def test_weights_that_are_all_one(value: float) -> None:
+    packed = fitted(mx.full((ROWS, COLUMNS), value), mx.ones(COLUMNS), 3, 64, mx.float16)
+    assert mx.allclose(packed.dequantize(), mx.array(value), rtol=1e-3)
+
+
+def test_columns_that_weigh_more_lose_less() -> None:
+    weight, columns = normal(3), mx.where(mx.arange(COLUMNS) % 4 == 0, 100.0, 0.01)
+    errors = [
+        np.array((weight - fitted(weight, h, 3, 64, mx.float16).dequantize()) ** 2)[:, ::4].mean()
+        for h in (columns, mx.ones(COLUMNS))
+    ]
+    assert errors[0] < 0.9 * errors[1]
