@@ -269,9 +269,9 @@ def show_schedules(images: int) -> None:
     print(f"the ten again, from the cache: {again:.2f} s")
 
 
-def whole_model(latent: int) -> DiffusionModel:
+def whole_model(latent: int, depth: int = 24) -> DiffusionModel:
     """SD3-medium's transformer with random weights; its text is random numbers."""
-    case = sd3_case(24, latent, ModelDtype.BFLOAT16, 1)
+    case = sd3_case(depth, latent, ModelDtype.BFLOAT16, 1)
 
     def encode(text: str) -> Conditioning:
         mx.random.seed(len(text))

@@ -124,7 +124,7 @@ def page_parts(path: Path) -> PageParts:
             with parts.trying("histograms"):
                 parts.figures += _histogram_part(file, ranges, parts, path)
     with parts.trying("sensitivities"):
-        parts.figures += _sensitivity_part(parts.plan)
+        parts.figures += _sensitivity_part(parts.plan, bool(read_steps(path / STEPS).predicted))
     return parts
 
 
@@ -278,14 +278,12 @@ def _histogram_part(file: ActivationFile, ranges: Ranges, parts: PageParts, path
     return [Part("histograms", "Inputs by step", note, trusted(histogram_charts("histograms", drawn)))] if drawn else []
 
 
-def _sensitivity_part(plan: Mapping[str, LayerPlan]) -> list[Part]:
+def _sensitivity_part(plan: Mapping[str, LayerPlan], of_picture: bool) -> list[Part]:
     dots, series = sensitivity_dots(plan)
     if not dots:
         return []
-    note = (
-        "What each layer's weights take as planned, and what they alone do to the model's output: "
-        "S = ‖Δv‖² / ‖v‖². Hover a dot for its layer."
-    )
-    labels = ("kB of the layer as planned", "S, measured")
+    done = "the picture: its mean squared error" if of_picture else "the model's output: S = ‖Δv‖² / ‖v‖²"
+    note = f"What each layer's weights take as planned, and what they alone do to {done}. Hover a dot for its layer."
+    labels = ("kB of the layer as planned", "error of the picture" if of_picture else "S, measured")
     figure = trusted(scatter("sensitivity", dots, labels, series))
     return [Part("sensitivity", "Sensitivity against bytes", note, figure)]
