@@ -140,7 +140,10 @@ def test_from_statistics_to_a_measured_model_within_a_budget(
     assert outcome.status == 0, outcome.err
     assert "gradients: " in outcome.err
     assert "predicted PSNR = " in outcome.out
+    predicted = read(folder / "plan" / "metrics.json")["predicted_psnr"]
     bits = read(folder / "plan" / "quantization_config.json")
+    errors = [entry["sensitivity"] for entry in bits.values() if "sensitivity" in entry]
+    assert predicted == pytest.approx(-10 * np.log10(sum(errors)))
     assert len({entry["suggested_weight_bits"] for entry in bits.values()}) > 1
     assert {entry["group_size"] for name, entry in bits.items() if name != "x_embedder"} == {64}
 
@@ -176,6 +179,8 @@ def test_from_statistics_to_a_measured_model_within_a_budget(
     metrics = read(folder / "evaluated" / "metrics.json")
     assert metrics["output_error"] == pytest.approx(np.mean(found["quantized"]["error"]))
     assert metrics["psnr"] == pytest.approx(np.mean(found["quantized"]["psnr"]))
+    assert metrics["predicted_psnr"] == predicted
+    assert f"rounded to nearest: PSNR {predicted:.2f} dB" in (folder / "evaluated" / "evaluation.txt").read_text()
     assert 0 < metrics["control_output_error"] < metrics["output_error"] < 0.1
     assert temporaries(folder) == set()
 
@@ -519,6 +524,7 @@ HEURISTICS = [
     ("analyze", ["analysis=allocate", "analysis.weight_bits=[7]"], ("analysis.weight_bits=[7]", "2, 3, 4, 5, 6, 8")),
     ("analyze", ["analysis=allocate", "analysis.group_sizes=[16]"], ("analysis.group_sizes=[16]", "32, 64, 128")),
     ("analyze", ["analysis=allocate", "analysis.activation_bits=1"], ("analysis.activation_bits=1", "2 to 16")),
+    ("analyze", ["analysis=allocate", "analysis.per_phase=true"], ("analysis.per_phase=True", "sensitivity.of=output")),
     ("run", ["analysis=sensitivity", "analysis.tolerance=0"], ("analysis.tolerance=0", "positive")),
 ]
 

@@ -3,7 +3,7 @@
 import os
 import shlex
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -123,8 +123,11 @@ def page_parts(path: Path) -> PageParts:
             parts.figures.append(_drift_part(ranges))
             with parts.trying("histograms"):
                 parts.figures += _histogram_part(file, ranges, parts, path)
+    of_picture = False
+    with suppress(CalibError):  # of damaged steps, which the histograms report
+        of_picture = bool(read_steps(path / STEPS).predicted)
     with parts.trying("sensitivities"):
-        parts.figures += _sensitivity_part(parts.plan, bool(read_steps(path / STEPS).predicted))
+        parts.figures += _sensitivity_part(parts.plan, of_picture)
     return parts
 
 
