@@ -252,6 +252,15 @@ def test_too_few_states(case_of_trials: Case, tmp_path: Path) -> None:
     )
 
 
+def test_unknown_noise_levels(case_of_trials: Case, tmp_path: Path) -> None:
+    """As in datasets of the older layout."""
+    case = case_of_trials
+    manifest = replace(case.states.manifest, sigmas=[1.0, float("nan"), 0.5, 0.2, 0.0])
+    states = replace(case.states, manifest=manifest)
+    given = (lambda: case.model, case.model.architecture, summaries(case), states, tmp_path)
+    check_config_error(lambda: gradient_sensitivities(*given), ["does not record all noise levels", "of=output"])
+
+
 def test_gradients_that_are_not_finite(case_of_trials: Case) -> None:
     case = case_of_trials
     layer = case.layers["mm_block_0.image.attn.v_proj"]

@@ -139,7 +139,7 @@ def test_from_statistics_to_a_measured_model_within_a_budget(
     outcome = calib("analyze", *given, "ranges=grouped", run="plan")
     assert outcome.status == 0, outcome.err
     assert "gradients: " in outcome.err
-    assert "predicted PSNR = " in outcome.out
+    assert "predicted PSNR = " in outcome.out and "of one before step 0 the picture keeps 1/" in outcome.out
     predicted = read(folder / "plan" / "metrics.json")["predicted_psnr"]
     bits = read(folder / "plan" / "quantization_config.json")
     errors = [entry["sensitivity"] for entry in bits.values() if "sensitivity" in entry]

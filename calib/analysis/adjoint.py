@@ -43,7 +43,12 @@ class Gradients:
 
 
 def check_complete(data_dir: Path, manifest: Manifest) -> None:
-    """Raise where the dataset lacks a state, as a gradient of the picture goes through all of them."""
+    """Raise where the dataset lacks a state or a noise level, as a gradient of the picture goes through all of them."""
+    if not np.isfinite([*manifest.sigmas, *manifest.timesteps]).all():
+        raise ConfigError(
+            f"sensitivity.of=picture: {data_dir}, of the older layout, does not record all noise levels; "
+            "draw another data_dir, or set sensitivity.of=output"
+        )
     if lacking := sorted(set(range(manifest.num_steps + 1)) - set(manifest.steps)):
         raise ConfigError(
             f"sensitivity.of=picture: {data_dir} keeps {len(manifest.steps)} of {manifest.num_steps + 1} states, not "

@@ -127,6 +127,7 @@ def gradient_sensitivities(
         },
         shapes={name: (layer.weight.shape[0], layer.weight.shape[-1]) for name, layer in linear.items()},
         of_picture=of is Of.PICTURE,
+        reach=np.sum([table["reach"] for table in tables.values()], axis=0) if of is Of.PICTURE else None,
     )
 
 

@@ -32,6 +32,7 @@ class Sensitivities:
         shapes: (rows, columns) of each layer's weight; without layers that MLX cannot quantize.
         of_picture: whether errors are the picture's: those of weights at all steps together, the same at each step;
             those of inputs times the number of steps, so that means over the steps are the whole of the error.
+        reach: how much an error of each state reaches the picture, (num_steps + 1,), in arbitrary units; of pictures.
     """
 
     steps: tuple[int, ...]
@@ -40,6 +41,7 @@ class Sensitivities:
     activations: dict[str, dict[int, NDArray[np.float64]]]
     shapes: dict[str, tuple[int, int]]
     of_picture: bool = False
+    reach: NDArray[np.float64] | None = None
 
 
 def usable_options(
@@ -140,6 +142,19 @@ def figure(error: float, of_picture: bool) -> str:
     if not of_picture:
         return f"S = {error:.1e}"
     return f"alone {decibels(error):.1f} dB" if error > 0 else "of no effect on the picture"
+
+
+def reach_note(sensitivities: Sensitivities) -> list[str]:
+    """The note on how much of an early state's error is left in the picture, where that is known."""
+    reach = sensitivities.reach
+    if reach is None or not reach.min() > 0:
+        return []
+    middle = sensitivities.num_steps // 2
+    first, half = (reach[-1] / reach[step] for step in (0, middle))
+    return [
+        f"the steps that follow mend errors: of one before step 0 the picture keeps 1/{first:.0f}, of one before step "
+        f"{middle} 1/{half:.0f}, of one in the finished latent all (squared)"
+    ]
 
 
 def kept_note(layers: Mapping[str, LayerSummary], sensitivities: Sensitivities) -> list[str]:

@@ -30,6 +30,7 @@ from calib.analysis.sensitivities import (
     kept_note,
     option_bytes,
     predicted,
+    reach_note,
     usable_options,
 )
 from calib.base.affine import GROUP_SIZES, WEIGHT_BITS
@@ -103,6 +104,7 @@ def plan_layers(
         *_budget_notes(options, best, budget),
         *_uniform_note(sensitivities, at_all_steps, best, budget),
         *kept_note(layers, sensitivities),
+        *reach_note(sensitivities),
     ]
     if per_phase:
         plan = replace(plan, phase_weight_bits=_by_phase(options, best, tuple(shares)))
