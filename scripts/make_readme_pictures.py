@@ -3,7 +3,8 @@
 ::
 
     calib num_images=24 data_dir=/tmp/readme hydra.run.dir=/tmp/readme_run \\
-        analysis=allocate analysis.average_bits=4.5 quantizer=gptq ranges=per_step
+        analysis=allocate analysis.average_bits=4.5 quantizer=gptq ranges=per_step \\
+        sensitivity.method=trials sensitivity.of=output
     python scripts/make_readme_pictures.py --data /tmp/readme --run /tmp/readme_run --out docs/images
 """
 

@@ -15,7 +15,7 @@ from calib.base.layout import ACTIVATIONS, EXCHANGE, LOCK, METRICS, NEXT, PAGE, 
 from calib.runs.directory import RunDirectory
 from calib.runs.exchange import exchange, prepare, settle
 from calib.runs.find import read_runs
-from calib.runs.standing import RunState, results_of, standing
+from calib.runs.standing import RunState, changed_files, results_of, standing
 
 import pytest
 from helpers import TINY, contents, end, environment, run_here, start_process, wait_until, well
@@ -179,6 +179,15 @@ def test_later_products_go_and_metrics_stay_with_theirs(tmp_path: Path) -> None:
     job(home, "analyze", "b", {PLAN: "b"})
     assert json.loads((home / METRICS).read_text()) == {"collect_a": 1.0, "analyze_b": 1.0}
     assert set(contents(home)) == {ACTIVATIONS, PLAN, METRICS, STATUS, "run.log", "env.json"}
+
+
+def test_a_later_stage_does_not_bless_a_change(tmp_path: Path) -> None:
+    home = tmp_path / "run"
+    job(home, "analyze", "a", {PLAN: "a"})
+    job(home, "quantize", "a", {"quantized/config.json": "{}"})
+    (home / "quantized" / "config.json").write_text("[]")
+    job(home, "evaluate", "a", {"evaluation.txt": "a"})
+    assert changed_files(home) == ["quantized/config.json"]
 
 
 def test_a_job_killed_in_a_used_directory(tiny_run: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

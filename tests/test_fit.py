@@ -1,14 +1,18 @@
 """Quantizer ``fit``: grids by weighted least squares."""
 
 from calib.analysis.run_trials import rounded
-from calib.quantization.fit import fitted
+from calib.models.mmdit.architecture import MMDiTArchitecture
+from calib.quantization.fit import fitted, quantize
+from calib.quantization.quantizer import QuantizerInput
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from helpers import check_config_error
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from tiny_models import tiny_transformer
 
 ROWS, COLUMNS = 6, 128
 
@@ -73,3 +77,8 @@ def test_columns_that_weigh_more_lose_less() -> None:
         for h in (columns, mx.ones(COLUMNS))
     ]
     assert errors[0] < 0.9 * errors[1]
+
+
+def test_negative_rounds() -> None:
+    empty = QuantizerInput.without_layers(MMDiTArchitecture(tiny_transformer("sd3")), mx.float16)
+    check_config_error(lambda: quantize(empty, rounds=-1), ["quantizer.rounds=-1", "0 or more"])

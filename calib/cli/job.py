@@ -39,7 +39,8 @@ def run_job(values: Mapping[str, Any], path: Path, multirun: bool, records: Mapp
             _page(path)
         print(f"Already complete: {short(path)}")
         return
-    check_stage(settings)  # again, as files may have changed, and in a sweep their faults are each job's own
+    if multirun:  # there, what is wrong with files is the failure of one job
+        check_stage(settings)
     check_directory(settings, path)
     try:
         earlier, options = carried(settings)

@@ -6,6 +6,7 @@ of a column are weighted by the mean square of its inputs, so that the layer's o
 replayed: the weights come from the statistics.
 """
 
+from calib.base.errors import ConfigError
 from calib.base.progress import Progress
 from calib.models.packed import Packed
 from calib.quantization.quantizer import Quantized, QuantizerInput
@@ -26,7 +27,12 @@ def quantize(work: QuantizerInput, rounds: int = 3) -> Quantized:
 
     Args:
         rounds: alternations of integers and grid from each range.
+
+    Raises:
+        ConfigError: ``rounds`` is negative.
     """
+    if rounds < 0:
+        raise ConfigError.bad_value("quantizer.rounds", rounds, "must be 0 or more")
     layers = {}
     with Progress("fit", len(work.layers), "layer", delay=2) as progress:
         for name, layer in work.layers.items():

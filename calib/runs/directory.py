@@ -55,6 +55,7 @@ class RunDirectory:
         self._start = _now()
         self._metrics: dict[str, list[str]] = {}
         self._obsolete: list[str] = []
+        self._recorded: dict[str, str] = {}
 
     def is_complete(self) -> bool:
         """Whether a job of the same fingerprint is complete here.
@@ -116,6 +117,9 @@ class RunDirectory:
         remove_abandoned(self.home)
         kept = self._kept_stages()
         metrics, self._obsolete = self._metrics_of(kept), self._stale(kept)
+        products = {name for stage in kept for name in PRODUCTS[stage]}
+        recorded = made_in(self.home).files
+        self._recorded = {name: recorded[name] for name in recorded if name.partition("/")[0] in products}
         if _has_results(self.home):
             self.path = self.home / NEXT
             self.path.mkdir()
@@ -132,11 +136,13 @@ class RunDirectory:
         """Record what was made, and put it in its place."""
         files = {}
         for name in CHECKED:
-            file = self.path / name
-            if not file.exists() and name.partition("/")[0] not in self._obsolete:
-                file = self.home / name
-            if file.is_file():
-                files[name] = content_of(file)
+            made = self.path / name
+            stayed = self.path == self.home and name in self._recorded
+            if made.is_file() and not stayed:
+                files[name] = content_of(made)
+            elif name.partition("/")[0] not in self._obsolete and (self.home / name).is_file():
+                # What an earlier stage made keeps its checksum: a change since then is still one.
+                files[name] = self._recorded.get(name) or content_of(self.home / name)
         if self.path != self.home:
             prepare(self.home, self._obsolete)
         self._write_status(RunState.COMPLETE, made={"files": files, "metrics": self._metrics})
