@@ -12,6 +12,7 @@ from calib.analysis.ranges import StepRanges
 from calib.models.architecture import Architecture, Conditioning, Producer, Site
 from calib.models.mmdit.architecture import MMDiTArchitecture
 from calib.models.packed import Packed
+from calib.quantization.apply import unpacked
 from calib.quantization.quantizer import ChannelRange, QuantizerInput
 
 import mlx.core as mx
@@ -97,10 +98,10 @@ class Case:
         return float64(self.architecture.module.linear.weight)
 
     def work(self) -> QuantizerInput:
-        def replay(points: Sequence[TapPoint], record: Any, pending: Any, replaced: Mapping[str, mx.array]) -> None:
+        def replay(points: Sequence[TapPoint], record: Any, pending: Any, replaced: Mapping[str, Packed]) -> None:
             assert ([point.name for point in points], replaced) == (["linear"], {})
-            for part in np.split(self.x, 4):
-                record("linear", mx.array(part.reshape(2, -1, 1, part.shape[1]), mx.float32))
+            for step, part in enumerate(np.split(self.x, 4)):
+                record("linear", mx.array(part.reshape(2, -1, 1, part.shape[1]), mx.float32), [step, step])
                 mx.eval(pending())
 
         def ranges(name: str, clip: tuple[float, float] | None, divisors: Array | None) -> StepRanges:
@@ -163,12 +164,13 @@ class States:
         points: Sequence[TapPoint],
         record: Any,
         pending: Callable[[], Sequence[mx.array]],
-        replaced: Mapping[str, mx.array],
+        replaced: Mapping[str, Packed],
     ) -> None:
-        with self.given(replaced), tapped(self.architecture, points, record):
-            for state in self.arguments:
-                self.architecture.velocity(*state)
-                mx.eval(pending())
+        with unpacked(self.architecture, replaced):
+            for step, state in enumerate(self.arguments):
+                with tapped(self.architecture, points, lambda n, x, at=step: record(n, x, [at] * len(x))):  # type: ignore[misc]
+                    self.architecture.velocity(*state)
+                    mx.eval(pending())
 
     @contextmanager
     def given(self, replaced: Mapping[str, mx.array]) -> Iterator[None]:

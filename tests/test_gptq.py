@@ -8,6 +8,7 @@ from calib.activations.taps import TapPoint
 from calib.base.affine import GROUP_SIZES, WEIGHT_BITS
 from calib.models.packed import Packed
 from calib.quantization import gptq, rtn
+from calib.quantization.curvature import prepare
 from calib.quantization.quantizer import Quantized, QuantizerInput
 
 import mlx.core as mx
@@ -34,8 +35,15 @@ def random_layer(columns: int, seed: int = 0, rows: int = 7) -> tuple[NDArray[np
 def solved(
     weight: NDArray[np.float32], hessian: Array, damping: float = 0.01, act_order: bool = False, **grid: Any
 ) -> Packed:
-    curvature = gptq.prepare(mx.array(hessian.astype(np.float32)), damping, act_order)
-    return gptq.gptq_layer(weight, curvature, **({"bits": 4, "group_size": 32, "dtype": mx.float16} | grid))
+    given = {"bits": 4, "group_size": 32, "dtype": mx.float16} | grid
+    curvature = prepare(mx.array(hessian.astype(np.float32)), damping, act_order)
+    (packed,) = gptq.gptq_layers([mx.array(weight)], [Packed.nearest(mx.array(weight), **given)], curvature)
+    return packed
+
+
+def loss(weight: NDArray[np.float32], packed: Packed, hessian: Array) -> float:
+    difference = weight - np.array(packed.dequantize())
+    return float(np.sum((difference @ hessian) * difference))
 
 
 both_orders = pytest.mark.parametrize("act_order", [False, True], ids=["in order", "act order"])
@@ -47,18 +55,25 @@ def test_gptq_loses_much_less(columns: int, act_order: bool) -> None:
     """Than rounding to nearest, whatever blocks of columns there are."""
     weight, hessian = random_layer(columns)
     nearest = Packed.nearest(mx.array(weight), 4, 32, mx.float16)
-    losses = [
-        gptq.weighted_error(weight - np.array(p.dequantize()), hessian)
-        for p in (solved(weight, hessian, act_order=act_order), nearest)
-    ]
+    losses = [loss(weight, p, hessian) for p in (solved(weight, hessian, act_order=act_order), nearest)]
     assert losses[0] < 0.7 * losses[1]
 
 
-def test_weighted_error() -> None:
-    random = np.random.RandomState(0)
-    x, difference = random.randn(50, 32), random.randn(6, 32)
-    expected = np.sum((x @ difference.T) ** 2) * 2 / 50
-    assert gptq.weighted_error(difference, 2 / 50 * x.T @ x) == pytest.approx(expected)
+def test_layers_with_the_same_inputs_at_once() -> None:
+    """Of any bits, they come out as each does alone."""
+    weight, hessian = random_layer(160, rows=9)
+    curvature = prepare(mx.array(hessian.astype(np.float32)), 0.1, act_order=True)
+    parts, every = (weight[:4], weight[4:5], weight[5:]), (3, 8, 4)
+    grids = [Packed.nearest(mx.array(part), bits, 32, mx.float16) for part, bits in zip(parts, every, strict=True)]
+    together = gptq.gptq_layers([mx.array(part) for part in parts], grids, curvature)
+    for part, grid, found in zip(parts, grids, together, strict=True):
+        (alone,) = gptq.gptq_layers([mx.array(part)], [grid], curvature)
+        assert same(found, alone)
+    difference = np.random.RandomState(0).randn(6, 160).astype(np.float32)
+    relative = hessian / hessian.diagonal().mean()
+    np.testing.assert_allclose(
+        np.array(curvature.loss(mx.array(difference))), np.sum((difference @ relative) * difference, axis=1), rtol=1e-4
+    )
 
 
 @both_orders
@@ -73,7 +88,7 @@ def test_uncorrelated_inputs(bits: int, dtype: str, act_order: bool) -> None:
     assert mx.array_equal(packed.biases, nearest.biases)
     scales = np.repeat(float64(packed.scales), 32, axis=1)
     wrong, wrong_nearest = (np.abs(weight - values_of(p)) for p in (packed, nearest))
-    assert np.all(wrong <= wrong_nearest + 1e-9)
+    assert np.all(wrong <= wrong_nearest + 1e-4 * np.abs(scales))
     inside = (integers_of(packed) > 0) & (integers_of(packed) < 2**bits - 1)
     assert np.all(wrong[inside] <= np.abs(scales[inside]) / 2 + 1e-9)
     # mx.quantize rounds by scales that it then stores to 16 bits: at 8 bits bfloat16's are too coarse for that.
@@ -90,7 +105,7 @@ def test_dead_inputs_take_no_part(act_order: bool) -> None:
     scales = np.repeat(float64(packed.scales), 32, axis=1)
     inside = dead & (integers_of(packed) > 0) & (integers_of(packed) < 15)
     assert np.all(np.abs(weight - values_of(packed))[inside] <= 0.5001 * np.abs(scales[inside])), "rounded all the same"
-    factor = gptq.prepare(mx.array(hessian), 0.01, act_order=False).factor
+    factor = np.array(prepare(mx.array(hessian.astype(np.float32)), 0.01, act_order=False).factor)
     assert not np.any((factor - np.diag(factor.diagonal()))[dead]), "and their errors reach no other column"
 
 
@@ -111,7 +126,10 @@ def fed(x: Array, bits: int = 4, group_size: int = 64) -> QuantizerInput:
     case.x, case.architecture = x, Modulated(9, 128)
     return replace(
         case.work(),
-        replay=lambda _, record, pending, __: (record("linear", mx.array(x, mx.float32)[:, None]), mx.eval(pending())),
+        replay=lambda _, record, pending, __: (
+            record("linear", mx.array(x, mx.float32)[:, None], [0] * len(x)),
+            mx.eval(pending()),
+        ),
     )
 
 
@@ -135,7 +153,7 @@ def test_gptq_never_loses_more(
     weight = float64(work.layers["linear"].weight)
     losses = [
         np.sum((x.astype(np.float32) @ (weight - float64(made.layers["linear"].dequantize())).T) ** 2)
-        for made in (gptq.quantize(work, damping, act_order), rtn.quantize(work))
+        for made in (gptq.quantize(work, damping, act_order, search=False), rtn.quantize(work, search=False))
     ]
     assert losses[0] <= losses[1] * (1 + 1e-4)
 
@@ -143,8 +161,8 @@ def test_gptq_never_loses_more(
 @pytest.mark.parametrize("value", [0.0, np.nan, np.inf])
 def test_inputs_that_tell_nothing(value: float) -> None:
     work = fed(np.full((4, 128), value))
-    made = gptq.quantize(work)
-    assert same(made.layers["linear"], rtn.quantize(work).layers["linear"])
+    made = gptq.quantize(work, search=False)
+    assert same(made.layers["linear"], rtn.quantize(work, search=False).layers["linear"])
     assert made.notes == ["gptq: 0 of 1 layers lose less than by rounding to nearest"]
 
 
@@ -157,14 +175,14 @@ def sd3() -> States:
 
 
 #: For each replay its taps, and the weights replaced in it.
-Replays: TypeAlias = list[tuple[list[TapPoint], dict[str, mx.array]]]
+Replays: TypeAlias = list[tuple[list[TapPoint], dict[str, Packed]]]
 
 
 def watched(work: QuantizerInput, **parameters: Any) -> tuple[Quantized, Replays]:
     """What GPTQ makes, and how."""
     replays: Replays = []
 
-    def replay(points: Sequence[TapPoint], record: Any, pending: Any, replaced: Mapping[str, mx.array]) -> None:
+    def replay(points: Sequence[TapPoint], record: Any, pending: Any, replaced: Mapping[str, Packed]) -> None:
         replays.append((list(points), dict(replaced)))
         work.replay(points, record, pending, replaced)
 
@@ -192,8 +210,7 @@ def test_blocks_read_what_quantized_ones_give(whole: tuple[States, Quantized, Re
     before: set[str] = set()
     for names, (_, replaced) in zip(stages, replays, strict=True):
         assert set(replaced) == before
-        for name, weight in replaced.items():
-            assert mx.array_equal(weight, made.layers[name].dequantize())
+        assert all(same(packed, made.layers[name]) for name, packed in replaced.items())
         before |= set(names) & set(layers)
 
 
@@ -222,7 +239,7 @@ def output_error(states: States, made: Quantized) -> float:
 def test_gptq_outputs_are_nearer(whole: tuple[States, Quantized, Replays]) -> None:
     states, made, _ = whole
     work = work_on(states)
-    assert output_error(states, made) < 0.6 * output_error(states, rtn.quantize(work))
+    assert output_error(states, made) < 0.8 * output_error(states, rtn.quantize(work))
     count = len(work.layers)
     assert made.notes[0].startswith(f"gptq: {count} of {count} layers lose less than by rounding to nearest")
     assert not made.weights

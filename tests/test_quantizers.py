@@ -63,27 +63,37 @@ def nearest(weight: Array, bits: int, group_size: int, dtype: mx.Dtype) -> Array
 
 
 def by_the_paper(
-    weight: Array, hessian: Array, bits: int, group_size: int, dtype: mx.Dtype, damping: float, act_order: bool
+    weight: Array,
+    hessian: Array,
+    bits: int,
+    group_size: int,
+    grid: tuple[Array, Array],
+    damping: float,
+    act_order: bool,
 ) -> Array:
     """GPTQ before its last two steps: equations 2 and 3, H⁻¹ itself, of the columns that are left, column by column."""
     left, values = weight.copy(), np.zeros(weight.shape)
     inverse = np.linalg.inv(hessian + damping * hessian.diagonal().mean() * np.eye(len(hessian)))
     order = np.argsort(-hessian.diagonal(), kind="stable") if act_order else np.arange(len(hessian))
-    scale, bias = stored = [rounded_to(dtype, x) for x in affine_grid(weight, bits, group_size, dtype)]
+    scale, bias = grid
     for q in order:
-        group, first = divmod(q, group_size)
-        if first == 0 and not act_order:  # on the weights as they are by now
-            for own, x in zip(stored, affine_grid(left[:, q : q + group_size], bits, group_size, dtype), strict=True):
-                own[:, [group]] = rounded_to(dtype, x)
+        group = q // group_size
         values[:, q] = scale[:, group] * places(left[:, q], scale[:, group], bias[:, group], bits) + bias[:, group]
         left = left - np.outer((left[:, q] - values[:, q]) / inverse[q, q], inverse[q])
         inverse = inverse - np.outer(inverse[:, q], inverse[q]) / inverse[q, q]
     return values
 
 
-def rounded(case: Case, weight: Array | None = None) -> Array:
-    """The layer, or another ``weight``, rounded to nearest on the case's grid."""
-    return nearest(case.weight if weight is None else weight, case.bits, case.group_size, case.dtype)
+def rounded(case: Case) -> Array:
+    """The layer rounded to nearest as MLX does."""
+    return nearest(case.weight, case.bits, case.group_size, case.dtype)
+
+
+def on_its_grid(case: Case, made: Quantized, weight: Array | None = None) -> Array:
+    """The layer, or another ``weight``, rounded to nearest on the grid that was made."""
+    (packed,) = made.layers.values()
+    scale, bias = (np.repeat(float64(x), case.group_size, axis=1) for x in (packed.scales, packed.biases))
+    return scale * places(case.weight if weight is None else weight, scale, bias, case.bits) + bias
 
 
 def check(case: Case, made: Quantized, expected: Array) -> None:
@@ -100,23 +110,42 @@ def check(case: Case, made: Quantized, expected: Array) -> None:
 
 
 def check_rtn(case: Case) -> None:
-    made = rtn.quantize(case.work())
+    made = rtn.quantize(case.work(), search=False)
     check(case, made, rounded(case))
     assert (made.weights, made.ranges, made.notes) == ({}, {}, [])
 
 
 def check_percentile(case: Case) -> None:
     made = percentile.quantize(case.work(), 1.0, 98.0)
-    check(case, made, rounded(case))
+    check(case, made, on_its_grid(case, made))
     assert case.clips == [(1.0, 98.0)]
     assert (set(made.ranges), made.weights) == ({"linear"}, {})
 
 
-def check_gptq(case: Case, act_order: bool) -> None:
-    made = gptq.quantize(case.work(), damping=0.01, act_order=act_order)
-    hessian = 2 / len(case.x) * case.x.T @ case.x
-    paper = by_the_paper(case.weight, hessian, case.bits, case.group_size, case.dtype, 0.01, act_order)
-    losses = [np.sum((case.x @ (case.weight - w).T) ** 2) for w in (paper, rounded(case))]
+def check_searched(case: Case) -> None:
+    """Every group's values are the nearest of its grid, and lose no more than on MLX's."""
+    made = rtn.quantize(case.work())
+    check(case, made, on_its_grid(case, made))
+    losses = [
+        ((case.weight - w) ** 2).reshape(len(w), -1, case.group_size).sum(axis=2)
+        for w in (values_of(made.layers["linear"]), rounded(case))
+    ]
+    assert np.all(losses[0] <= losses[1] * (1 + 1e-4) + 1e-12)
+    if case.bits <= 4:
+        assert losses[0].sum() < 0.95 * losses[1].sum()
+
+
+def check_gptq(case: Case, act_order: bool, search: bool = True) -> None:
+    """At inputs of steps that count differently."""
+    shares = np.array([1.0, 0.25, 0.0, 0.5])
+    work = replace(case.work(), importance=lambda _: shares)
+    made = gptq.quantize(work, damping=0.01, act_order=act_order, search=search)
+    x = np.repeat(np.sqrt(shares), len(case.x) // 4)[:, None] * case.x
+    hessian = x.T @ x
+    (packed,) = made.layers.values()
+    grid = float64(packed.scales), float64(packed.biases)
+    paper = by_the_paper(case.weight, hessian, case.bits, case.group_size, grid, 0.01, act_order)
+    losses = [np.sum((x @ (case.weight - w).T) ** 2) for w in (paper, on_its_grid(case, made))]
     assert losses[0] < losses[1], "which would be taken otherwise"
     check(case, made, paper)
 
@@ -125,7 +154,7 @@ def check_smooth(case: Case, alpha: float) -> None:
     made = smooth.quantize(case.work(), alpha)
     widest, own = np.abs(case.x).max(axis=0), np.abs(case.weight).max(axis=0)
     s = np.where(widest > 0, widest**alpha / own ** (1 - alpha), 1)
-    check(case, made, rounded(case, case.weight * s))
+    check(case, made, on_its_grid(case, made, case.weight * s))
     assert case.divisors[0] == pytest.approx(s)
     # Shift and scale are divided; the 1 that the scale is added to is no parameter.
     weight, bias = (float64(case.architecture.module.modulation[part]) for part in ("weight", "bias"))
@@ -138,9 +167,11 @@ def check_smooth(case: Case, alpha: float) -> None:
 
 CHECKS: dict[str, Callable[[Case], None]] = {
     "rtn": check_rtn,
+    "rtn, searched": check_searched,
     "percentile": check_percentile,
     "gptq": partial(check_gptq, act_order=False),
     "gptq in act order": partial(check_gptq, act_order=True),
+    "gptq on MLX's grids": partial(check_gptq, act_order=True, search=False),
     "smooth": partial(check_smooth, alpha=0.3),
 }
 

@@ -3,9 +3,9 @@
 from dataclasses import replace
 
 from calib.models.architecture import Producer, Site
+from calib.models.grids import searched
 from calib.models.mmdit.architecture import MMDiTArchitecture
 from calib.models.model import weights
-from calib.models.packed import Packed
 from calib.quantization import smooth
 from calib.quantization.quantizer import ChannelRange, Quantized, QuantizerInput
 
@@ -101,7 +101,7 @@ def test_smoothed_weights_are_rounded(sd3: States) -> None:
     assert list(made.layers) == list(work.layers)
     for name, packed in made.layers.items():
         weight = bare.weights.get(f"{sd3.architecture.path(name)}.weight", work.layers[name].weight)
-        assert same(packed, Packed.nearest(weight, 8, 64, mx.float16)), name
+        assert same(packed, searched(weight, 8, 64, mx.float16)), name
     assert set(made.weights) == {path for path in bare.weights if path.endswith(".bias")}
     assert all(path.endswith(("v_proj.bias", "adaLN_modulation.layers.1.bias")) for path in made.weights)
     copy = smoothed_copy(sd3, made)

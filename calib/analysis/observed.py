@@ -63,18 +63,26 @@ def channel_extremes(file: ActivationFile, name: str) -> tuple[NDArray[np.float6
     return low.astype(np.float64), high.astype(np.float64)
 
 
-def channel_powers(file: ActivationFile, name: str) -> NDArray[np.float64]:
+def channel_powers(
+    file: ActivationFile, name: str, importance: NDArray[np.float64] | None = None
+) -> NDArray[np.float64]:
     """Mean square of each channel of a layer over the same steps, (channels,); 0 for one without finite values.
+
+    Args:
+        importance: how much each step counts, (num_steps,).
 
     Raises:
         CalibError: there is no such layer, or none of its values is finite at any of these steps.
     """
-    by_step = list(_evaluated(file, name).values())
+    found = _evaluated(file, name)
+    by_step = list(found.values())
     counts = np.array([statistics.count for statistics in by_step], np.float64)
     if not counts.any():
         raise _nothing(file, name)
+    if importance is not None and (shares := importance[list(found)]).any():
+        counts *= (shares / shares.max())[:, None]
     powers = np.nan_to_num([statistics.mean**2 + statistics.std**2 for statistics in by_step])
-    power: NDArray[np.float64] = (counts * powers).sum(axis=0) / np.maximum(counts.sum(axis=0), 1)
+    power: NDArray[np.float64] = (counts * powers).sum(axis=0) / np.maximum(counts.sum(axis=0), 1e-300)
     return power
 
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from calib.analysis.layers import LayerSummary
 from calib.analysis.plan import LayerPlan
@@ -32,6 +32,8 @@ class Sensitivities:
         shapes: (rows, columns) of each layer's weight; without layers that MLX cannot quantize.
         of_picture: whether errors are the picture's: those of weights at all steps together, the same at each step;
             those of inputs times the number of steps, so that means over the steps are the whole of the error.
+        importance: by layer, the mean square over outputs and tokens of how much an error of its output at each step
+            reaches the picture, (num_steps,), in arbitrary units; of pictures.
         reach: how much an error of each state reaches the picture, (num_steps + 1,), in arbitrary units; of pictures.
     """
 
@@ -42,6 +44,7 @@ class Sensitivities:
     shapes: dict[str, tuple[int, int]]
     of_picture: bool = False
     reach: NDArray[np.float64] | None = None
+    importance: dict[str, NDArray[np.float64]] = field(default_factory=dict)
 
 
 def usable_options(

@@ -13,11 +13,23 @@ from calib.base.errors import CalibError, lacks_or_garbles, suggest
 from calib.base.files import read_edited_json, short_hash
 
 import numpy as np
+from numpy.typing import NDArray
 
 #: Keys about the origin of the statistics.
 ORIGIN = ("model", "fingerprint", "statistics", "statistics_checksum")
 
-KEYS = ("num_steps", "timesteps", *ORIGIN, "plan", "ranges", "phases", "activation_ranges", "drift", "predicted")
+KEYS = (
+    "num_steps",
+    "timesteps",
+    *ORIGIN,
+    "plan",
+    "ranges",
+    "phases",
+    "activation_ranges",
+    "drift",
+    "predicted",
+    "importance",
+)
 PHASE_KEYS = ("steps", "activation_bits", "weight_bits")
 
 
@@ -36,6 +48,8 @@ class StepPlan:
         rule: name and parameters of the function that made the ranges, see :mod:`calib.analysis.rules`.
         predicted: PSNR of pictures that was predicted for the weights of the plan, and their hash, where it was.
         drift: :func:`calib.analysis.observed.range_drift` of each layer's observed ranges, 0 … 1.
+        importance: by layer, how much an error of its output at each step reaches the picture, (num_steps,), relative
+            to the step where it does most; where the plan was made by gradients of the picture.
     """
 
     timesteps: tuple[float, ...] = ()
@@ -48,6 +62,7 @@ class StepPlan:
     rule: dict[str, Any] = field(default_factory=dict)
     drift: dict[str, float] = field(default_factory=dict)
     predicted: dict[str, Any] = field(default_factory=dict)
+    importance: dict[str, NDArray[np.float64]] = field(default_factory=dict)
 
     def psnr_of(self, plan: Mapping[str, LayerPlan]) -> float | None:
         """The PSNR that was predicted for ``plan``; None where that was for other weights, or was not."""
@@ -78,6 +93,11 @@ class StepPlan:
             "activation_ranges": ranges_to_json(self.ranges),
             "drift": self.drift,
             **({"predicted": self.predicted} if self.predicted else {}),
+            **(
+                {"importance": {name: share.tolist() for name, share in self.importance.items()}}
+                if self.importance
+                else {}
+            ),
         }
 
 
@@ -88,7 +108,8 @@ def applied_hash(plan: Mapping[str, LayerPlan], steps: StepPlan) -> str:
         for name, layer in plan.items()
     }
     document = steps.to_json()
-    return short_hash([layers, *(document[key] for key in ("timesteps", "phases", "activation_ranges"))], digits=16)
+    used = ("timesteps", "phases", "activation_ranges", *(["importance"] if steps.importance else []))
+    return short_hash([layers, *(document[key] for key in used)], digits=16)
 
 
 def read_steps(path: Path) -> StepPlan:
@@ -123,6 +144,7 @@ def read_steps(path: Path) -> StepPlan:
             recorded_rule(document.get("ranges", {})),
             {name: float(drift) for name, drift in document.get("drift", {}).items()},
             dict(document.get("predicted", {})),
+            {name: _shares(share, len(timesteps)) for name, share in document.get("importance", {}).items()},
         )
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise lacks_or_garbles(path, error, "run calib analyze again") from None
@@ -139,6 +161,13 @@ def _bounds(document: Any, num_steps: int) -> tuple[int, int]:
     if not (0 <= first <= num_steps and first - 1 <= last < num_steps):
         raise ValueError(f"a phase from step {first} to {last}, of {num_steps} steps")
     return first, last
+
+
+def _shares(document: Any, num_steps: int) -> NDArray[np.float64]:
+    shares = np.array(document, np.float64)
+    if shares.shape != (num_steps,) or not (np.isfinite(shares) & (shares >= 0)).all():
+        raise ValueError(f"an importance that is not {num_steps} finite numbers, none negative")
+    return shares
 
 
 def _bits(document: Mapping[str, Any], allowed: Sequence[int]) -> dict[str, int]:

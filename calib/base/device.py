@@ -1,9 +1,14 @@
 """The device that this process computes on."""
 
 import os
-from typing import Any
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import mlx.core as mx
+
+Given = ParamSpec("Given")
+Result = TypeVar("Result")
 
 
 def on_gpu() -> bool:
@@ -39,3 +44,18 @@ def describe_device() -> dict[str, Any]:
 def cores() -> int:
     """Processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def compiled(function: Callable[Given, Result]) -> Callable[Given, Result]:
+    """Fuse the elementwise operations of ``function``, of arrays alone, on a GPU.
+
+    On a CPU it runs as it is: MLX would need a C++ compiler there.
+    """
+    fused = mx.compile(function)
+
+    @wraps(function)
+    def call(*args: Given.args, **kwargs: Given.kwargs) -> Result:
+        result: Result = (fused if on_gpu() else function)(*args, **kwargs)
+        return result
+
+    return call

@@ -6,7 +6,7 @@ from typing import Any
 
 from calib.activations.taps import TapPoint, tapped
 from calib.base.device import on_metal
-from calib.models.architecture import parent_of
+from calib.models.architecture import Architecture, parent_of
 from calib.models.clock import Clock
 from calib.models.model import DiffusionModel, weights
 from calib.models.packed import Packed
@@ -39,6 +39,44 @@ class PhasedLinear(nn.Module):
                 setattr(layer, key, value)
         else:
             super().__setattr__(key, value)
+
+
+class Unpacked(nn.Module):
+    """A linear layer with packed weights in place of its own, dequantized anew in each forward so as not to stay."""
+
+    def __init__(self, inner: nn.Linear, packed: Packed):
+        super().__init__()
+        self["inner"] = inner
+        self._packed = packed
+
+    def __call__(self, x: mx.array) -> mx.array:
+        inner = self["inner"]
+        y = x @ self._packed.dequantize(inner.weight.dtype).T
+        return y + inner.bias if "bias" in inner else y
+
+    def __getattr__(self, key: str) -> Any:
+        return super().__getattr__(key) if key in self else getattr(self["inner"], key)
+
+    def __setattr__(self, key: str, value: Any) -> None:
+        # FLUX's unified blocks set mlp.fc2.bias in every forward.
+        if "inner" in self and key in self["inner"]:
+            setattr(self["inner"], key, value)
+        else:
+            super().__setattr__(key, value)
+
+
+@contextmanager
+def unpacked(architecture: Architecture, packed: Mapping[str, Packed]) -> Iterator[None]:
+    """Run layers with ``packed`` weights, and everything else as it is, for the time of the context."""
+    places = {name: parent_of(architecture.module, architecture.path(name)) for name in packed}
+    own = {name: parent[key] for name, (parent, key) in places.items()}
+    try:
+        for name, (parent, key) in places.items():
+            parent[key] = Unpacked(own[name], packed[name])
+        yield
+    finally:
+        for name, (parent, key) in places.items():
+            parent[key] = own[name]
 
 
 def runs_dense() -> bool:

@@ -5,9 +5,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from calib.activations.batches import Batch, StoredStates, output_of
+from calib.activations.batches import Batch, StoredStates, by_parts, timesteps_of_rows
 from calib.activations.reader import ActivationFile
-from calib.activations.taps import Recorder, TapPoint, tapped
+from calib.activations.taps import TapPoint, tapped
 from calib.analysis.measure import quantizable
 from calib.analysis.observed import channel_extremes, channel_powers, observe, observed_ranges, plan_steps
 from calib.analysis.plan import UNQUANTIZED, LayerPlan, Plan
@@ -22,10 +22,11 @@ from calib.models.memory import plan_memory
 from calib.models.model import DiffusionModel, weights
 from calib.models.packed import Packed
 from calib.quantization import rtn
+from calib.quantization.apply import unpacked
 from calib.quantization.check import checked_quantizer, model_kept
 from calib.quantization.checkpoint import origin_of
 from calib.quantization.model import InputRule, QuantizedModel
-from calib.quantization.quantizer import Batches, ChannelRange, Quantizer, QuantizerInput, Replay
+from calib.quantization.quantizer import Batches, ChannelRange, Quantizer, QuantizerInput, Replay, StepRecorder
 
 import mlx.core as mx
 import numpy as np
@@ -115,7 +116,7 @@ def quantize_layers(
     half = model.dtype if model.dtype != mx.float32 else mx.float16
     linear = {name: layer for name, layer in layers.items() if name in chosen and isinstance(layer, nn.Linear)}
     replay, batches = _replay(model, source)
-    given = (replay, batches, *_statistics(plan, source))
+    given = (replay, batches, *_statistics(plan, source, steps), steps.importance.get)
     work = QuantizerInput(model.architecture, linear, {**plan, **chosen}, half, *given)
     with model_kept(model) as changed:
         made = checked_quantizer(quantizer)(work)
@@ -193,7 +194,7 @@ def _copies(
     return copies
 
 
-def _statistics(plan: Mapping[str, LayerPlan], source: Calibration) -> tuple[Any, Any, Any]:
+def _statistics(plan: Mapping[str, LayerPlan], source: Calibration, steps: StepPlan) -> tuple[Any, Any, Any]:
     """The functions ``channel_range``, ``ranges`` and ``channel_power`` of :class:`QuantizerInput`."""
 
     def channel_range(name: str) -> ChannelRange | None:
@@ -206,7 +207,7 @@ def _statistics(plan: Mapping[str, LayerPlan], source: Calibration) -> tuple[Any
         if source.statistics is None:
             return None
         with ActivationFile(source.statistics) as file:
-            return channel_powers(file, name)
+            return channel_powers(file, name, steps.importance.get(name))
 
     def ranges(name: str, clip: tuple[float, float] | None, divisors: Any) -> StepRanges | None:
         if source.statistics is None:
@@ -230,21 +231,24 @@ def _replay(model: DiffusionModel, source: Calibration) -> tuple[Replay, Batches
 
     def replay(
         points: Sequence[TapPoint],
-        record: Recorder,
+        record: StepRecorder,
         pending: Callable[[], Sequence[mx.array]],
-        replaced: Mapping[str, mx.array],
+        replaced: Mapping[str, Packed],
     ) -> None:
-        layers = model.architecture.layers()
-        own = {name: layers[name].weight for name in replaced}
-        try:
-            for name, weight in replaced.items():
-                layers[name].weight = weight.astype(own[name].dtype)
-            with tapped(model.architecture, points, record):
-                for batch in batches():
-                    output_of(model, batch, lazily=True)
-                    mx.eval(pending())
-        finally:
-            for name, weight in own.items():
-                layers[name].weight = weight
+        steps: Sequence[int] = ()  # of the rows whose graph is being built
+        with (
+            unpacked(model.architecture, replaced),
+            tapped(model.architecture, points, lambda n, x: record(n, x, steps)),
+        ):
+            for batch in batches():
+                of_rows = batch.steps * (len(batch.x) // len(batch.steps))
+
+                def forward(part: slice, batch: Batch = batch, of_rows: Sequence[int] = of_rows) -> mx.array:
+                    nonlocal steps
+                    steps = of_rows[part]
+                    return model.velocity(batch.x[part], batch.text[part], timesteps_of_rows(batch, part))
+
+                by_parts(len(batch.x), forward, lazily=True)
+                mx.eval(pending())
 
     return replay, batches

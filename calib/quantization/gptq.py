@@ -1,57 +1,51 @@
 """Quantizer ``gptq``: round weights column by column, with the error compensated by the columns not yet rounded.
 
-GPTQ, Frantar et al. 2022 (arXiv 2210.17323), Algorithm 1, for MLX's groups. Over n calibration inputs x the error of a
-layer is Σ ‖Wx − Ŵx‖² = n/2 · tr((W − Ŵ) H (W − Ŵ)ᵀ), where H = 2/n Σ x xᵀ.
+GPTQ, Frantar et al. 2022 (arXiv 2210.17323), Algorithm 1, for MLX's groups, on grids that are searched and fitted.
+Over n calibration inputs x the error of a layer is Σ ‖Wx − Ŵx‖² = n/2 · tr((W − Ŵ) H (W − Ŵ)ᵀ), where H = 2/n Σ x xᵀ.
+Where the plan was made by gradients of the picture each x counts by how much an error of the layer's output at its step
+reaches the picture. Everything but the factorisation of H runs on MLX's device.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 
 from calib.activations.taps import TapPoint, TapSelection, tap_points
+from calib.base.device import compiled
 from calib.base.errors import ConfigError
 from calib.base.progress import Progress
+from calib.models.grids import searched
 from calib.models.packed import Packed
+from calib.quantization.curvature import Curvature, prepared
 from calib.quantization.quantizer import Quantized, QuantizerInput
 
 import mlx.core as mx
 import numpy as np
-from numpy.typing import NDArray
 
 #: Number of columns whose errors are applied to later columns in one product: B of Algorithm 1.
 BLOCK = 128
+#: Rows of layers with the same inputs that are rounded at once.
+MOST_ROWS = 1 << 14
 #: Largest damping. Long before, columns no longer interact and the result is rounding to nearest.
 MOST_DAMPING = 1000
+#: Regressions of the searched grids, of columns weighted by H's diagonal.
+ROUNDS = 4
 
 
-@dataclass(frozen=True)
-class Curvature:
-    """The Hessian of an input array, shared by the layers that read it.
-
-    Attributes:
-        hessian: H, (columns, columns).
-        order: the order in which columns are rounded, (columns,).
-        factor: the upper triangular U of (H + λI)⁻¹ = Uᵀ U, rows and columns in that order, (columns, columns).
-        static: whether grids are computed from the original weights, rather than from each group when it is reached.
-    """
-
-    hessian: NDArray[np.float64]
-    order: NDArray[np.intp]
-    factor: NDArray[np.float64]
-    static: bool
-
-
-def quantize(work: QuantizerInput, damping: float = 0.1, act_order: bool = True, memory_gb: float = 2.0) -> Quantized:
+def quantize(
+    work: QuantizerInput, damping: float = 1.0, act_order: bool = True, search: bool = True, memory_gb: float = 2.0
+) -> Quantized:
     """Quantize layers in network order, each on the inputs that result from the quantized layers before it.
 
     A layer with no smaller error than by rounding to nearest is rounded to nearest.
 
     Args:
-        damping: λ relative to the mean of H's diagonal. The authors' code has 0.01, which overfits the few prompts of a
-            calibration set: with more, the error on other inputs is smaller.
+        damping: λ relative to the mean of H's diagonal. The authors' code has 0.01, which overfits a calibration: with
+            more, errors of other inputs are smaller, and those of pictures.
         act_order: round columns with the largest inputs first, an option of the authors' code.
-        memory_gb: memory for the Hessians of one replay, 10⁹ bytes; less means more replays. In addition the largest
-            Hessian takes five times its float64 size on the host.
+        search: search and fit each group's grid; else MLX's.
+        memory_gb: memory for the Hessians of one replay, 10⁹ bytes; less means more replays. In addition three Hessians
+            are factorised at once, each in four times its size.
 
     Raises:
         ConfigError: an argument is out of range.
@@ -62,19 +56,17 @@ def quantize(work: QuantizerInput, damping: float = 0.1, act_order: bool = True,
     if memory_gb <= 0:
         raise ConfigError.bad_value("quantizer.memory_gb", memory_gb, "must be more than 0")
     done: dict[str, Packed] = {}
-    replaced: dict[str, mx.array] = {}
     ratios: list[float] = []
     with Progress("gptq", len(work.layers), "layer", delay=2) as progress:
         for points in tap_groups(work, memory_gb * 1e9):
-            hessians = gather_hessians(work, points, replaced)
-            for point in points:
-                curvature = prepare(hessians.pop(point.name), damping, act_order)
-                for name in point.names:
-                    if name in work.layers:
-                        done[name], ratio = _better(work, name, curvature)
-                        ratios.append(ratio)
-                        progress.advance()
-            replaced = {name: packed.dequantize(work.layers[name].weight.dtype) for name, packed in done.items()}
+            hessians = gather_hessians(work, points, done)
+            waiting = [(point, partial(hessians.pop, point.name)) for point in points]
+            for point, curvature in prepared(waiting, damping, act_order):
+                for names in _together(work, [name for name in point.names if name in work.layers]):
+                    found, better = _rounded(work, names, curvature, search)
+                    done.update(found)
+                    ratios += better
+                    progress.advance(len(names))
     return Quantized({name: done[name] for name in work.layers}, notes=[_summary(ratios)])
 
 
@@ -110,109 +102,113 @@ def _columns(work: QuantizerInput, point: TapPoint) -> int:
 
 
 def gather_hessians(
-    work: QuantizerInput, points: Sequence[TapPoint], replaced: Mapping[str, mx.array]
+    work: QuantizerInput, points: Sequence[TapPoint], replaced: Mapping[str, Packed]
 ) -> dict[str, mx.array]:
     """H by tap, (columns, columns), summed in float32 on the device; ``replaced`` weights replace the model's."""
     sums = {point.name: mx.zeros((_columns(work, point),) * 2) for point in points}
-    counts = dict.fromkeys(sums, 0)
+    shares = {point.name: _shares(work, point) for point in points}
+    counts = dict.fromkeys(sums, 0.0)
 
-    def record(name: str, activation: mx.array) -> mx.array:
-        x = activation.reshape(-1, activation.shape[-1]).astype(mx.float32)
-        sums[name] += x.T @ x
-        counts[name] += len(x)
+    def record(name: str, activation: mx.array, steps: Sequence[int]) -> mx.array:
+        x = activation.reshape(len(steps), -1, activation.shape[-1]).astype(mx.float32)
+        share = shares[name]
+        weights = np.ones(len(steps)) if share is None else share[list(steps)]
+        counts[name] += float(weights.sum()) * x.shape[1]
+        weighted = x if share is None else x * mx.array(weights.astype(np.float32))[:, None, None]
+        sums[name] += weighted.reshape(-1, x.shape[-1]).T @ x.reshape(-1, x.shape[-1])
         return activation
 
     work.replay(points, record, lambda: list(sums.values()), replaced)
-    return {name: total * (2 / max(counts[name], 1)) for name, total in sums.items()}
+    return {name: total * (2 / (counts[name] or 1)) for name, total in sums.items()}
 
 
-def prepare(hessian: mx.array, damping: float, act_order: bool) -> Curvature:
-    """Factorise H + λI, in float64 on the host.
-
-    λ is ``damping`` times the mean of H's diagonal, increased tenfold until H + λI is positive definite. An H that is
-    not finite is replaced by zero.
-    """
-    from scipy.linalg import LinAlgError, cholesky, lapack  # slow to import: checking a configuration would wait for it
-
-    full = np.array(hessian).astype(np.float64)
-    if not np.isfinite(full).all():
-        full[:] = 0
-    diagonal = full.diagonal()
-    order = np.argsort(-diagonal, kind="stable") if act_order else np.arange(len(full))
-    mean = diagonal.mean() or 1.0
-    # With H = R Rᵀ, R upper triangular (Cholesky's factorisation from the last column on), U is the inverse of R: half
-    # the work of inverting H, and no second factorisation that may fail.
-    backwards = full[np.ix_(order[::-1], order[::-1])]
-    # A column whose input is always 0 does not interact with others; it is rounded, as other inputs may use it.
-    backwards[np.diag_indices_from(backwards)] += np.where(backwards.diagonal() > 0, 0, mean)
-    while True:
-        damped = backwards.copy()
-        damped[np.diag_indices_from(damped)] += damping * mean
-        try:
-            lower = cholesky(damped, lower=True, overwrite_a=True)
-            break
-        except LinAlgError:
-            damping = max(10 * damping, 1e-6)
-    inverse, _ = lapack.dtrtri(lower, lower=1, overwrite_c=1)
-    return Curvature(full, order, np.ascontiguousarray(inverse[::-1, ::-1]), static=act_order)
+def _shares(work: QuantizerInput, point: TapPoint) -> np.ndarray | None:
+    """How much an input at each step counts, (num_steps,): by the errors of all outputs of the layers that read it."""
+    found = [(work.importance(name), work.layers[name].weight.shape[0]) for name in point.names if name in work.layers]
+    known = [rows * share for share, rows in found if share is not None]
+    if len(known) < len(found):
+        return None
+    total: np.ndarray = np.sum(known, axis=0)
+    return total / total.max() if total.max() > 0 else None
 
 
-def gptq_layer(
-    weight: NDArray[np.float32], curvature: Curvature, bits: int, group_size: int, dtype: mx.Dtype
-) -> Packed:
-    """Algorithm 1 on ``weight`` (rows, columns), in float64, with the grids that MLX's rule gives in ``dtype``."""
-    rows, columns = weight.shape
-    order, factor = curvature.order, curvature.factor
-    left = np.ascontiguousarray(weight.T[order], np.float64)  # (columns, rows): columns are contiguous
-    scales, biases = _grids(weight, bits, group_size, dtype)
-    integers = np.empty((columns, rows), np.uint8)
+def _together(work: QuantizerInput, names: Sequence[str]) -> Iterator[list[str]]:
+    """Yield layers that can be rounded as the rows of one: of one group size, and not too many rows."""
+    for _, same in groupby(sorted(names, key=lambda n: work.plan[n].group_size), key=lambda n: work.plan[n].group_size):
+        chosen: list[str] = []
+        for name in same:
+            rows = sum(len(work.layers[n].weight) for n in [*chosen, name])
+            if chosen and rows > MOST_ROWS:
+                yield chosen
+                chosen = []
+            chosen.append(name)
+        yield chosen
+
+
+def _rounded(
+    work: QuantizerInput, names: Sequence[str], curvature: Curvature, search: bool
+) -> tuple[dict[str, Packed], list[float]]:
+    """Quantize layers with the same inputs; also each one's loss relative to rounding to nearest, 1 where that wins."""
+    diagonal = mx.diag(curvature.hessian)
+    columns = mx.maximum(diagonal, 1e-3 * diagonal.mean()) + 1e-20
+    nearest = {}
+    for name in names:
+        plan, weight = work.plan[name], work.layers[name].weight
+        if search:
+            nearest[name] = searched(weight, plan.weight_bits, plan.group_size, work.dtype, columns, ROUNDS)
+        else:
+            nearest[name] = Packed.nearest(weight, plan.weight_bits, plan.group_size, work.dtype)
+    made = gptq_layers([work.layers[name].weight for name in names], list(nearest.values()), curvature)
+    found, ratios = {}, []
+    for name, packed in zip(names, made, strict=True):
+        weight = work.layers[name].weight.astype(mx.float32)
+        error, plain = (float(np.array(curvature.loss(weight - p.dequantize()).sum())) for p in (packed, nearest[name]))
+        better = error < plain
+        found[name] = packed if better else nearest[name]
+        ratios.append(error / plain if better else 1.0)
+    return found, ratios
+
+
+def gptq_layers(weights: Sequence[mx.array], grids: Sequence[Packed], curvature: Curvature) -> list[Packed]:
+    """Algorithm 1 on ``weights`` (rows, columns) with the same inputs, on ``grids`` of one group size; evaluated."""
+    group_size = grids[0].group_size
+    sizes = [len(weight) for weight in weights]
+    left = mx.concatenate([weight.astype(mx.float32) for weight in weights]).T[mx.array(curvature.order)]
+    scales, biases = (
+        mx.concatenate([getattr(grid, part).astype(mx.float32) for grid in grids]).T for part in ("scales", "biases")
+    )
+    most = mx.concatenate([mx.full((n,), float(2**grid.bits - 1)) for n, grid in zip(sizes, grids, strict=True)])
+    factor, groups = curvature.factor, curvature.order // group_size
+    pivots, columns = 1 / mx.diag(factor), len(left)
+    integers: list[mx.array] = []
     for first in range(0, columns, BLOCK):
         last = min(first + BLOCK, columns)
-        errors = np.empty((last - first, rows))
-        for i in range(first, last):
-            group = order[i] // group_size
-            if not curvature.static and i % group_size == 0:
-                own = _grids(left[i : i + group_size].T, bits, group_size, dtype)
-                scales[group], biases[group] = own[0][0], own[1][0]
-            column = _nearest_integers(left[i], scales[group], biases[group], 2**bits - 1)
-            integers[order[i]] = column
-            error = (left[i] - (scales[group] * column + biases[group])) / factor[i, i]
-            left[i + 1 : last] -= factor[i, i + 1 : last, None] * error
-            errors[i - first] = error
-        left[last:] -= factor[first:last, last:].T @ errors
-    stored = [mx.array(x.T.astype(np.float32)).astype(dtype) for x in (scales, biases)]
-    return Packed.of_integers(np.ascontiguousarray(integers.T), stored[0], stored[1], bits, group_size)
+        block, own, errors = left[:BLOCK], factor[first:last, first:last], []
+        for i in range(last - first):
+            g = int(groups[first + i])
+            q, error, block = _column(block, own[i], block[i], scales[g], biases[g], pivots[first + i], most)
+            integers.append(q)
+            errors.append(error)
+        left = left[BLOCK:] - factor[first:last, last:].T @ mx.stack(errors)
+        mx.async_eval(left, integers[first:last])
+    back = np.argsort(curvature.order)
+    rounded = mx.stack(integers)[mx.array(back)].T
+    parts = mx.split(rounded, np.cumsum(sizes)[:-1].tolist()) if len(sizes) > 1 else [rounded]
+    return [
+        Packed.of_integers(q.astype(mx.uint32), grid.scales, grid.biases, grid.bits, group_size)
+        for q, grid in zip(parts, grids, strict=True)
+    ]
 
 
-def _grids(
-    weight: NDArray[np.floating], bits: int, group_size: int, dtype: mx.Dtype
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Scales and biases of MLX's quantization of ``weight`` (rows, columns), each (groups, rows)."""
-    _, *grids = mx.quantize(mx.array(weight.astype(np.float32)).astype(dtype), group_size=group_size, bits=bits)
-    scales, biases = (np.array(x.astype(mx.float32)).T.astype(np.float64) for x in grids)
-    return scales, biases
-
-
-def _nearest_integers(
-    x: NDArray[np.float64], scale: NDArray[np.float64], bias: NDArray[np.float64], most: int
-) -> NDArray[np.float64]:
-    """The nearest integers of a grid, 0 … ``most``; its scale may be negative, or 0 where it underflows in 16 bits."""
-    return np.clip(np.rint(np.divide(x - bias, scale, out=np.zeros_like(x), where=scale != 0)), 0, most)
-
-
-def weighted_error(difference: NDArray[np.floating], hessian: NDArray[np.float64]) -> float:
-    """tr(D H Dᵀ) for D = ``difference``, (rows, columns)."""
-    return float(np.sum((difference @ hessian) * difference))
-
-
-def _better(work: QuantizerInput, name: str, curvature: Curvature) -> tuple[Packed, float]:
-    """Quantize a layer by GPTQ, or to nearest unless GPTQ's error is smaller; returns the ratio of the errors, too."""
-    plan, layer = work.plan[name], work.layers[name]
-    grid = (plan.weight_bits, plan.group_size, work.dtype)
-    weight = np.array(layer.weight.astype(mx.float32))
-    both = (gptq_layer(weight, curvature, *grid), Packed.nearest(layer.weight, *grid))
-    error, nearest = (weighted_error(weight - np.array(p.dequantize()), curvature.hessian) for p in both)
-    return (both[0], error / nearest) if error < nearest else (both[1], 1.0)
+@compiled
+def _column(
+    block: mx.array, row: mx.array, column: mx.array, scale: mx.array, bias: mx.array, pivot: mx.array, most: mx.array
+) -> tuple[mx.array, mx.array, mx.array]:
+    """Round a column of a block: its integers (rows,), its error, and the block with the error moved on."""
+    # A scale underflows to zero in 16 bits where a group's weights are next to nothing.
+    q = mx.clip(mx.round((column - bias) / mx.where(scale == 0, 1.0, scale)), 0, most)
+    error = (column - (scale * q + bias)) * pivot
+    return q, error, block - row[:, None] * error[None]
 
 
 def _summary(ratios: Sequence[float]) -> str:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Protocol, TypeAlias
 
 from calib.activations.batches import Batch
-from calib.activations.taps import Recorder, TapPoint
+from calib.activations.taps import TapPoint
 from calib.analysis.plan import LayerPlan
 from calib.analysis.ranges import StepRanges
 from calib.models.architecture import Architecture
@@ -25,9 +25,11 @@ class ChannelRange:
     high: NDArray[np.float64]
 
 
+#: Called as record(tap name, activation, step of each row) in a forward; returns the activation.
+StepRecorder: TypeAlias = Callable[[str, mx.array, Sequence[int]], mx.array]
 #: Runs forwards, observed at taps: see :class:`QuantizerInput`.
 Replay: TypeAlias = Callable[
-    [Sequence[TapPoint], Recorder, Callable[[], Sequence[mx.array]], Mapping[str, mx.array]],
+    [Sequence[TapPoint], StepRecorder, Callable[[], Sequence[mx.array]], Mapping[str, Packed]],
     None,
 ]
 
@@ -49,10 +51,10 @@ class QuantizerInput:
         plan: bits and group size of each of ``layers`` (and of others, which are not quantized).
         dtype: 16-bit type of scales and biases.
         replay: runs the calibration states through it with the inputs at the given taps recorded; a
-            recorder gets (tap name, activation (rows, …, channels)) in a lazy graph,
+            recorder gets (tap name, activation (rows, …, channels), step of each row) in a lazy graph,
             and only the arrays that ``pending`` returns after each forward are evaluated: what comes after
             the last tap is never computed. ``replay(points, record, pending, replaced)``, where ``replaced`` holds
-            weights by layer name that stand in for the full-precision ones during these forwards.
+            packed weights by layer name that stand in for the full-precision ones during these forwards.
         batches: ``batches(size)`` yields the calibration states in batches of at most ``size``, by default as many as
             this device draws at once; each is read, and its prompts encoded, when it is reached: ``for batch in
             work.batches(): v = work.architecture.velocity(batch.x, batch.text, batch.timesteps)``. Gradients may be
@@ -62,7 +64,10 @@ class QuantizerInput:
         ranges: ``ranges(name, clip, divisors)`` returns activation ranges of a layer from the statistics, with other
             clipping percentiles unless ``clip`` is None, and with each input channel divided by its entry in
             ``divisors`` unless that is None; None where there are no statistics.
-        channel_power: mean square of a layer's input channels over the collected steps, (channels,), likewise.
+        channel_power: mean square of a layer's input channels over the collected steps, (channels,), likewise; each
+            step counts by ``importance``.
+        importance: how much an error of a layer's output at each step reaches the picture, (num_steps,), in units of
+            its own; None where the plan was not made by gradients of the picture.
     """
 
     architecture: Architecture
@@ -74,6 +79,7 @@ class QuantizerInput:
     channel_range: Callable[[str], ChannelRange | None]
     ranges: Callable[[str, tuple[float, float] | None, NDArray[np.float64] | None], StepRanges | None]
     channel_power: Callable[[str], NDArray[np.float64] | None] = lambda _: None
+    importance: Callable[[str], NDArray[np.float64] | None] = lambda _: None
 
     @classmethod
     def without_layers(cls, architecture: Architecture, dtype: mx.Dtype) -> "QuantizerInput":

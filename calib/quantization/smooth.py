@@ -11,7 +11,7 @@ from calib.analysis.ranges import StepRanges
 from calib.base.errors import CalibError, ConfigError
 from calib.base.layout import ACTIVATIONS
 from calib.models.architecture import Site, Smoothable
-from calib.models.packed import Packed
+from calib.models.grids import searched
 from calib.quantization.quantizer import Quantized, QuantizerInput
 
 import mlx.core as mx
@@ -51,7 +51,7 @@ def quantize(work: QuantizerInput, alpha: float = 0.5) -> Quantized:
     for name, layer in work.layers.items():
         plan = work.plan[name]
         weight = changed.pop((name, "weight"), layer.weight)
-        result.layers[name] = Packed.nearest(weight, plan.weight_bits, plan.group_size, work.dtype)
+        result.layers[name] = searched(weight, plan.weight_bits, plan.group_size, work.dtype)
     for (name, part), value in changed.items():
         result.weights[f"{architecture.path(name)}.{part}"] = value.astype(linear[name][part].dtype)
     for site, s in divisors.items():
