@@ -1,6 +1,6 @@
 """Watch the inputs of layers in a backward pass: their gradients, added up at once rather than kept."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,9 +17,9 @@ INPUT_BITS = (4, 6, 8)
 
 
 @contextmanager
-def in_float32(model: DiffusionModel) -> Iterator[None]:
-    """Compute with the model's weights in float32 within the context; 16 bits overflow in a backward pass."""
-    own, dtype = weights(model.transformer), model.dtype
+def in_float32(model: DiffusionModel, chosen: Callable[[str], bool] = lambda path: True) -> Iterator[None]:
+    """Compute with the weights of ``chosen`` paths in float32 in the context; 16 bits overflow in a backward pass."""
+    own, dtype = {path: w for path, w in weights(model.transformer).items() if chosen(path)}, model.dtype
     try:
         model.transformer.update(tree_unflatten([(path, w.astype(mx.float32)) for path, w in own.items()]))
         model.dtype = mx.float32
@@ -54,10 +54,6 @@ class Watch:
     def __exit__(self, *error: object) -> None:
         for parent, key, child in reversed(self._replaced):
             parent[key] = child
-
-    def weights(self) -> dict[str, mx.array]:
-        """The variables that stand for the weights."""
-        return {name: layer.weight for name, layer in self._layers.items()}
 
     def zeros(self) -> dict[str, mx.array]:
         """The variables that are added to inputs: as in the last forward, without memory of their own."""
