@@ -15,16 +15,17 @@ from dataclasses import replace
 from pathlib import Path
 
 from calib.activations.batches import StoredStates
-from calib.analysis.gradients import Of, gradient_sensitivities
+from calib.analysis.gradients import gradient_sensitivities
 from calib.analysis.layers import PROBE
 from calib.analysis.measure import quantizable
+from calib.analysis.sensitivities import Of
 from calib.base.device import device_name
 from calib.base.files import checksum
 from calib.dataset.generate import planned_dataset
 from calib.dataset.manifest import ImageEntry
 from calib.dataset.settings import SamplerSettings
 from calib.dataset.store import StateDtype, StorageFormat, write_trajectory
-from calib.models.memory import backward_batch
+from calib.models.memory import plan_backward
 from calib.models.model import DiffusionModel
 from calib.quantization.fit import fitted
 
@@ -62,8 +63,9 @@ def main() -> None:
     model = whole_model(given.latent, given.depth)
     layers = {name: replace(PROBE, minimum=-8.0, maximum=8.0) for name in model.architecture.layers()}
     linear = {name: layer for name, layer in model.architecture.layers().items() if quantizable(layer)}
-    batch = backward_batch(model.architecture, model.latent_shape, True, given.images)
-    print(f"{device_name()}, {len(linear)} layers, {given.images} images of {given.steps} steps, {batch} at once\n")
+    plan = plan_backward(model.architecture, model.latent_shape, True, given.images)
+    how = "block by block" if plan.by_parts else "in one piece"
+    print(f"{device_name()}, {len(linear)} layers, {given.images} images of {given.steps} steps, passes {how}\n")
     print("| what | time | peak memory |\n|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         states = random_states(Path(folder) / "dataset", model, given.images, given.steps)

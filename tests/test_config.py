@@ -430,7 +430,7 @@ def test_a_seed_of_any_size_is_used_or_refused(key: str, seed: int) -> None:
         (["sensitivity.steps=0"], ("sensitivity.steps=0", "1 or more")),
         (["sensitivity.group_sizes=[16]"], ("sensitivity.group_sizes=[16]", "32, 64, 128")),
         (["sensitivity.method=trials"], ("sensitivity.method=trials", "set sensitivity.of=output")),
-        (["sensitivity.of=latent"], ("sensitivity.of=latent", "picture, output")),
+        (["sensitivity.of=noise"], ("sensitivity.of=noise", "picture, latent, output")),
         (["sensitivity.probes=0"], ("sensitivity.probes=0", "1 or more")),
         (["sensitivity.group_sizes=[]"], ("sensitivity.group_sizes=[]", "32, 64, 128")),
         (["calibration.images=0"], ("calibration.images=0", "1 or more")),

@@ -21,6 +21,7 @@ from calib.base.locks import locked
 from calib.base.progress import note
 from calib.dataset.load import load_manifest
 from calib.dataset.manifest import Manifest
+from calib.models.grids import searched
 from calib.models.mmdit.architecture import MMDiTArchitecture
 from calib.models.model import DiffusionModel, weights_fingerprint
 
@@ -130,10 +131,8 @@ class Slow:
     def weights(self, name: str, bits: int, group_size: int) -> list[float]:
         layer = self._model.architecture.layers()[name]
         own = layer.weight
-        packed, scales, biases = mx.quantize(own.astype(mx.float16), group_size=group_size, bits=bits)
         try:
-            both = (scales.astype(mx.float32), biases.astype(mx.float32))
-            layer.weight = mx.dequantize(packed, *both, group_size=group_size, bits=bits)
+            layer.weight = searched(own, bits, group_size, mx.float16, rounds=2, each_end=False).dequantize()
             return self._changed()
         finally:
             layer.weight = own

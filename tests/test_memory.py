@@ -5,6 +5,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 
+from calib.analysis.backward import Backward, Rows
+from calib.analysis.measure import quantizable
 from calib.models import memory
 from calib.models.architecture import Conditioning
 from calib.models.diffusionkit import sd3_config, sd3_skeleton
@@ -16,12 +18,14 @@ from calib.models.memory import (
     device_memory,
     drawing_bytes,
     nbytes,
+    plan_backward,
     plan_memory,
     shrink_factor,
     useful_batch,
 )
 from calib.models.mmdit.architecture import MMDiTArchitecture
 from calib.models.model import DiffusionModel
+from calib.models.small import config_of
 
 import make_standin_checkpoint as standin
 import mlx.core as mx
@@ -33,6 +37,7 @@ from diffusionkit.mlx.vae import VAEDecoder
 from helpers import CHECKOUT
 from mlx import nn
 from mlx.utils import tree_map
+from plain_dit import PlainDiT, PlainDiTArchitecture
 from transformers import T5Config
 
 GB = 10**9
@@ -204,3 +209,46 @@ def test_decoding_with_sd3s_vae() -> None:
     mx.eval(decoder.parameters(), latent)
     measured = peak_over_weights(lambda: decoder(latent))
     assert decoding_bytes(decoder, (4, 4)) == pytest.approx(measured, rel=0.15)
+
+
+def test_backward_plans() -> None:
+    """In one piece where that fits for one image, else a block at a time, where the network can be run so."""
+    for architecture, divisible in (
+        (sd3_skeleton("sd3_medium", SD3), True),
+        (PlainDiTArchitecture(PlainDiT(3, 64)), False),
+    ):
+        large = plan_backward(architecture, (64, 64, 16), True, 4, 154, 10**12)
+        assert not large.by_parts and large.batch_size == 4
+        one = plan_backward(architecture, (64, 64, 16), True, 1, 154, 10**12).nbytes
+        exact, less = (plan_backward(architecture, (64, 64, 16), True, 4, 154, one - short) for short in (0, 1))
+        assert (exact.by_parts, exact.batch_size, exact.nbytes) == (False, 1, one)
+        assert less.by_parts == divisible and (less.nbytes < one) == divisible
+        smallest = plan_backward(architecture, (64, 64, 16), True, 4, 154, 1)
+        assert smallest.by_parts == divisible and smallest.batch_size == 1
+
+
+@on_cpu
+def test_backward_peak(model: DiffusionModel) -> None:
+    """What a deep network takes is what is planned; by parts a tenth of the activations, beside the gradients."""
+    config = replace(config_of("sd3"), hidden_size_override=128, depth_multimodal=12, max_latent_resolution=32)
+    architecture = MMDiTArchitecture(MMDiT(config))
+    mx.eval(architecture.module.parameters())
+    layers = {name: layer for name, layer in architecture.layers().items() if quantizable(layer)}
+    text = Conditioning(mx.random.normal((2, 16, 256)), mx.random.normal((2, 256)))
+    rows = Rows(mx.random.normal((2, 32, 32, 16)), text, mx.array([500.0]))
+    mx.eval(rows.x, text.arrays(), rows.timestep)
+    held, gradients = nbytes(architecture.module), sum(4 * layer.weight.size for layer in layers.values())
+    beside = {}
+    for by_parts in (False, True):
+        backward = Backward(replace(model, architecture=architecture), layers, [], by_parts)
+        with backward.running():
+            mx.clear_cache()
+            mx.reset_peak_memory()
+            before = mx.get_active_memory()
+            for _ in range(2):
+                backward.run(rows, lambda v: (v**2).sum(), lambda tap: (-8.0, 8.0), "a test")
+            taken = mx.get_peak_memory() - before
+        plan = plan_backward(architecture, (32, 32, 16), True, 1, 16, held if by_parts else 10**12)
+        assert plan.by_parts == by_parts and 0.7 < (plan.nbytes - held) / taken < 1.4
+        beside[by_parts] = taken - gradients
+    assert beside[True] < beside[False] / 5

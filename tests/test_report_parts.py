@@ -7,9 +7,11 @@ import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from calib.activations.reader import ActivationFile
 from calib.analysis.plan import LayerPlan
+from calib.analysis.steps import StepPlan
 from calib.runs.compare.comparison import compare
 from calib.runs.pages.comparison import MOST_RUNS, _chosen, _spread
 from calib.runs.pages.heat import heat_map
@@ -244,6 +246,33 @@ def test_damaged_clips_leave_histograms(tmp_path: Path) -> None:
     figures = [parts.figures[-1].figure for parts in (whole, damaged)]
     assert 'class="dashed"' not in figures[1] and figures[0].count("<svg") == figures[1].count("<svg") > 3
     assert [problem.partition(":")[0] for problem in damaged.problems] == ["the plan's clips"]
+
+
+@pytest.mark.parametrize(
+    ("predicted", "title", "problem"),
+    [
+        ({}, None, None),
+        ({"psnr": 30.0, "plan": ""}, None, None),  # of calib 0.3.0
+        ({"of": "picture", "reach": {"latent": [0.01, 0.1, 1], "output": [0.0, 0.2]}}, "the picture", None),
+        ({"of": "latent", "reach": {"latent": [0.01, 0.1, 1], "output": [1e-4, 0.2]}}, "the finished latent", None),
+        ({"of": "picture", "reach": {"latent": [0, 0, 0], "output": [0, 0]}}, None, None),
+        ({"of": "picture", "reach": {"latent": ["much"], "output": []}}, None, "how errors reach the picture: "),
+        ({"of": "picture", "reach": {"latent": [1]}}, None, "how errors reach the picture: "),
+        ({"of": "everything"}, None, "sensitivities: "),
+    ],
+)
+def test_reach(predicted: dict[str, Any], title: str | None, problem: str | None, tmp_path: Path) -> None:
+    """The figure of how steps reach the picture, where it is recorded, and a line where that is damaged."""
+    (tmp_path / "quantization_config.json").write_text(json.dumps({"a": ENTRY | {"sensitivity": 1e-4, "bytes": 9}}))
+    steps = StepPlan(timesteps=(1000.0, 500.0), predicted=predicted)
+    (tmp_path / "timestep_config.json").write_text(json.dumps(steps.to_json()))
+    parts = page_parts(tmp_path)
+    figures = {part.name: part for part in parts.figures}
+    assert [line.startswith(str(problem)) for line in parts.problems] == [True] * (problem is not None)
+    assert ("reach" in figures) == (title is not None)
+    if title is not None:
+        assert figures["reach"].title == f"How errors reach {title}" and title in figures["reach"].note
+        assert figures["reach"].figure.count("<li>") == 2
 
 
 def test_import_is_light() -> None:

@@ -1,13 +1,17 @@
 """The fewest bits whose measured error is within a tolerance."""
 
 import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
-from calib.analysis.heuristics import sensitivity
-from calib.analysis.sensitivities import Sensitivities
+from calib.analysis.heuristics import allocate, sensitivity
+from calib.analysis.plan import Plan
+from calib.analysis.sensitivities import Of, Sensitivities
 from calib.base.errors import ConfigError
 
 import numpy as np
 import pytest
+from helpers import check_config_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from plans import GOOD, bytes_of, layers_of, measured, small_models, taken
@@ -93,3 +97,31 @@ def test_fragile_layers() -> None:
 def test_impossible_tolerances(key: str, value: float) -> None:
     with pytest.raises(ConfigError, match=rf"^analysis.{key}={value}: must be positive and finite"):
         sensitivity.plan_layers({}, measured({}), **{key: value})
+
+
+@pytest.mark.parametrize("heuristic", [sensitivity.plan_layers, allocate.plan_layers])
+@pytest.mark.parametrize(
+    ("of", "s", "said"),
+    [
+        (Of.PICTURE, 1e-5, ["predicted PSNR = 50.00 ± 1.5 dB, weights alone, rounded to nearest, at "]),
+        (Of.PICTURE, 2e-3, ["predicted PSNR = 26.99 ± 1.5 dB", "predicted well: below 30 dB expect 1 to 3 dB less"]),
+        (Of.PICTURE, 2e-2, ["predicted PSNR = 16.99 ± 1.5 dB", "predicted well: below 24 dB expect 4 to 8 dB less"]),
+        (Of.LATENT, 2e-3, ["predicted error ΣS = 0.002 of the finished latent at "]),
+        (Of.OUTPUT, 2e-3, ["predicted error ΣS = 0.002 at "]),
+    ],
+)
+def test_what_is_predicted(heuristic: Callable[..., Plan], of: Of, s: float, said: Sequence[str]) -> None:
+    """A PSNR of pictures alone, and how far to trust it."""
+    found = replace(measured({"a": {(4, 64): s}}), of=of, doubt=1.5)
+    plan = heuristic(layers_of(found), found)
+    assert (plan.predicted_psnr is not None) == (of is Of.PICTURE)
+    for line, part in zip(plan.notes, said, strict=False):
+        assert part in line
+    assert any("too large" in line for line in plan.notes) == (len(said) > 1)
+
+
+def test_phases_share_errors_of_all_steps() -> None:
+    for of in (Of.PICTURE, Of.LATENT):
+        found = replace(measured({"a": GOOD}), of=of)
+        words = ["analysis.per_phase", f"errors of the {of}", "sensitivity.of=output"]
+        check_config_error(lambda found=found: allocate.plan_layers(layers_of(found), found, per_phase=True), words)

@@ -66,8 +66,9 @@ def load(
     return replace(tiny_model(emoji.load(image_size=image_size), structure, dtype.mlx), name=name)
 
 
-def draw(model: DiffusionModel, folder: Path, batch_size: int = 3) -> Path:
+def draw(model: DiffusionModel, folder: Path, batch_size: int = 3, cfg_weight: float = 3.0) -> Path:
     """Three images of four steps, kept in float32; with guidance where the model takes it."""
-    settings = SamplerSettings(num_steps=4, cfg_weight=3.0 if model.supports_guidance else 0, batch_size=batch_size)
+    guidance = cfg_weight if model.supports_guidance else 0
+    settings = SamplerSettings(num_steps=4, cfg_weight=guidance, batch_size=batch_size)
     generate(model, PROMPTS, 3, folder, settings, seed=7, dtype=StateDtype.FLOAT32)
     return folder

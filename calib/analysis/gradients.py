@@ -7,29 +7,34 @@ options. What a pass found is cached, so that an interrupted measurement goes on
 """
 
 import io
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from enum import StrEnum
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
+from typing import TypeAlias
 from zipfile import BadZipFile
 
 from calib.activations.batches import StoredStates
-from calib.activations.states import check_states
+from calib.activations.step import prompt_of
+from calib.activations.taps import TapPoint
 from calib.analysis.adjoint import Adjoint, Gradients, check_complete
 from calib.analysis.layers import LayerSummary
 from calib.analysis.measure import drawn_by, identity, observed_points, quantizable
-from calib.analysis.run_trials import rounded
-from calib.analysis.sensitivities import Sensitivities
+from calib.analysis.sensitivities import Of, Reach, Sensitivities
 from calib.analysis.watch import INPUT_BITS
 from calib.base.affine import GROUP_SIZES, WEIGHT_BITS
-from calib.base.files import short_hash, write_bytes
+from calib.base.errors import CalibError
+from calib.base.files import read_json, short_hash, write_bytes, write_json
 from calib.base.locks import locked
-from calib.base.progress import Progress, say
+from calib.base.progress import Progress, note, say
 from calib.dataset.arrays import open_npz
 from calib.models.architecture import Architecture
-from calib.models.memory import backward_batch
+from calib.models.grids import searched
+from calib.models.memory import BackwardPlan, device_memory, nbytes, plan_backward
 from calib.models.model import DiffusionModel
+from calib.models.packed import Packed, half_of
 
 import mlx.core as mx
 import numpy as np
@@ -37,14 +42,13 @@ from mlx import nn
 from numpy.typing import NDArray
 
 #: Version of the procedure.
-VERSION = 1
-
-
-class Of(StrEnum):
-    """What errors are measured in: the finished picture, or the transformer's output at single steps."""
-
-    PICTURE = "picture"
-    OUTPUT = "output"
+VERSION = 3
+#: Rows of a layer on which searched grids are compared with MLX's.
+SAMPLED_ROWS = 32
+#: Beside what was found: why the decoder cannot be differentiated.
+UNDECODABLE = "undecodable.json"
+#: The option, its bits and group size, that stands for all when pictures are weighed against one another.
+TYPICAL = (4, 64)
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,29 @@ class _Pass:
         return f"{short_hash(list(self.images))}_probe{self.probe}{step}.npz"
 
 
+@dataclass(frozen=True)
+class _Work:
+    """What is measured: options of linear layers and inputs at taps, on states; ``load`` loads the model."""
+
+    load: Callable[[], DiffusionModel]
+    layers: Mapping[str, nn.Module]
+    options: Sequence[tuple[str, int, int]]
+    points: Sequence[TapPoint]
+    ranges: Mapping[str, tuple[float, float]]
+    states: StoredStates
+    plan: BackwardPlan
+
+    def check(self) -> None:
+        """Raise where a state is missing or damaged, the finished latents among them."""
+        states = replace(self.states, steps=[*self.states.steps, self.states.manifest.num_steps])
+        states.check()
+
+    def adjoint(self, model: DiffusionModel) -> Adjoint:
+        own = model.architecture.layers()
+        layers = {name: own[name] for name in self.layers}
+        return Adjoint(model, self.states, layers, self.points, lambda tap, _: self.ranges[tap], self.plan.by_parts)
+
+
 def gradient_sensitivities(
     model: Callable[[], DiffusionModel],
     architecture: Architecture,
@@ -73,46 +100,44 @@ def gradient_sensitivities(
 ) -> Sensitivities:
     """Sensitivities of all layers with statistics; their inputs quantized over the full observed range.
 
+    Of the finished latent where they are to be of the picture and its decoder cannot be differentiated; a note says so.
+
     Args:
         model: loads the model; called only if something is not cached.
         architecture: the model's, or one of the same shapes without weights.
         layers: statistics by layer name.
-        states: images, and the steps of an output; of a picture all steps are used.
+        states: images, and the steps of an output; of a picture or latent all steps are used.
         probes: random directions for each image.
 
     Raises:
         ConfigError: the dataset lacks states that a gradient of the picture needs.
         CalibError: states are missing or damaged, or a gradient is not finite.
     """
-    manifest = states.manifest
-    if of is Of.PICTURE:
-        check_complete(states.data_dir, manifest)
+    manifest, model = states.manifest, cache(model)
+    if of is not Of.OUTPUT:
+        check_complete(states.data_dir, manifest, of)
         states = StoredStates(states.data_dir, manifest, states.images, range(manifest.num_steps))
     points = observed_points(architecture, layers)
     linear = {name: layer for name, layer in architecture.layers().items() if name in layers and quantizable(layer)}
     options = [(n, b, g) for n, x in linear.items() for b in WEIGHT_BITS for g in quantizable(x) if g in group_sizes]
     ranges = {point.name: (layers[point.name].minimum, layers[point.name].maximum) for point in points}
+    plan = plan_backward(architecture, manifest.latent_shape, manifest.cfg_weight > 0, len(states.images))
+    work = _Work(model, linear, options, points, ranges, states, plan)
     made_by = {
         **identity(states, drawn_by(states, model)),
-        "procedure": ["gradients", VERSION, of.value],
+        "procedure": ["gradients", VERSION],
         "options": [list(option) for option in options],
         "inputs": [[*point.names, f"{ranges[point.name]}"] for point in points],
     }
     folder = cache_dir / "gradients" / short_hash(made_by, digits=16)
-    batch = backward_batch(architecture, manifest.latent_shape, manifest.cfg_weight > 0, len(states.images))
-    passes = _passes(states, of, probes, batch)
     with locked(folder.with_suffix(".lock"), lambda: say(f"waiting for the process that measures the same ({folder})")):
-        found = {work: _read(folder / work.name) for work in passes}
-        if todo := [work for work, known in found.items() if known is None]:
-            check_states(states.data_dir, manifest, states.images, [*states.steps, manifest.num_steps])
-            loaded = model()
-            own = {name: loaded.architecture.layers()[name] for name in linear}
-            adjoint = Adjoint(loaded, states, own, points, lambda tap, _: ranges[tap])
-            for work, gradients in _run(adjoint, todo, manifest.num_steps):
-                found[work] = table = _table(gradients, own, options)
-                _write(folder / work.name, table)
-    tables = {work: table for work, table in found.items() if table is not None}
-    weights, inputs = _averages(tables, states, of, probes)
+        of, tables = _found(work, folder, of, probes)
+    doubt, found = None, list(tables.values())
+    importance = np.mean([table["outputs"] / (table["outputs"].max() or 1) for table in found], axis=0)
+    if of is Of.OUTPUT:
+        weights, inputs = _of_output(tables, states.steps)
+    else:
+        weights, inputs, doubt = _typical(found, options, states.steps)
     return Sensitivities(
         steps=tuple(states.steps),
         num_steps=manifest.num_steps,
@@ -126,76 +151,150 @@ def gradient_sensitivities(
             for name in point.names
         },
         shapes={name: (layer.weight.shape[0], layer.weight.shape[-1]) for name, layer in linear.items()},
-        of_picture=of is Of.PICTURE,
-        reach=np.sum([table["reach"] for table in tables.values()], axis=0) if of is Of.PICTURE else None,
+        of=of,
+        reach=None if of is Of.OUTPUT else _reach([table["reach"] for table in found], manifest.sigmas),
+        doubt=doubt,
+        importance={} if of is Of.OUTPUT else dict(zip(linear, importance, strict=True)),
     )
 
 
-def _passes(states: StoredStates, of: Of, probes: int, batch: int) -> list[_Pass]:
-    images = list(states.images)
+#: What a pass found: errors by option and by tap (steps, bit-widths), by layer how errors of outputs at each step reach
+#: the picture, and the reach of each state.
+KEYS = ("weights", "inputs", "outputs", "reach")
+_Table: TypeAlias = Mapping[str, NDArray[np.float64]]
+
+
+def _found(work: _Work, folder: Path, of: Of, probes: int) -> tuple[Of, dict[_Pass, _Table]]:
+    """What all passes found, run where they are not in ``folder``; and what it is of."""
+    passes = _passes(work, of, probes)
+    found = {each: table for each in passes if (table := _read(folder / of / each.name)) is not None}
+    todo = [each for each in passes if each not in found]
+    why = _undecodable(work, folder) if of is Of.PICTURE and todo else None
+    if why is not None:
+        note(
+            f"sensitivity.of=picture: the decoder cannot be differentiated ({why}): errors are those of the finished "
+            "latent, and no PSNR is predicted"
+        )
+        return _found(work, folder, Of.LATENT, probes)
+    for each, table in _run(work, of, todo) if todo else ():
+        found[each] = table
+        _write(folder / of / each.name, table)
+    return of, {each: found[each] for each in passes}
+
+
+def _undecodable(work: _Work, folder: Path) -> str | None:
+    """Why pictures have no gradient, tried once; None where they have one."""
+    path = folder / UNDECODABLE
+    with suppress(CalibError, KeyError, TypeError):
+        return str(read_json(path)["why"])
+    work.check()
+    why = work.adjoint(work.load()).undecodable()
+    if why is not None:
+        write_json(path, {"why": why})
+    return why
+
+
+def _passes(work: _Work, of: Of, probes: int) -> list[_Pass]:
+    """Of a picture or latent an image at a time, as each has errors of its own size; of an output, as many as fit."""
+    images, batch = list(work.states.images), work.plan.batch_size if of is Of.OUTPUT else 1
     batches = [tuple(images[i : i + batch]) for i in range(0, len(images), batch)]
-    steps: list[int | None] = [None] if of is Of.PICTURE else list(states.steps)
+    steps: list[int | None] = list(work.states.steps) if of is Of.OUTPUT else [None]
     return [_Pass(block, probe, step) for probe in range(probes) for block in batches for step in steps]
 
 
-def _run(adjoint: Adjoint, todo: Sequence[_Pass], num_steps: int) -> Iterator[tuple[_Pass, Gradients]]:
+def _run(work: _Work, of: Of, todo: Sequence[_Pass]) -> Iterator[tuple[_Pass, _Table]]:
     """Run passes; each has random numbers of its own, whatever was run before."""
-    of_picture = todo[0].step is None
-    with Progress("gradients", len(todo) * (num_steps if of_picture else 1), "step") as progress:
-        for work in todo:
-            key = mx.random.key(int(short_hash([list(work.images), work.probe, work.step]), 16))
-            if work.step is None:
-                yield work, adjoint.of_picture(work.images, key, progress.advance)
-            else:
-                yield work, adjoint.of_output(work.images, work.step, key)
+    work.check()
+    states, manifest, model = work.states, work.states.manifest, work.load()
+    adjoint, layers = work.adjoint(model), model.architecture.layers()
+    prompts = [[prompt_of(states.data_dir, manifest.images[i]) for i in each.images] for each in todo]
+    keep_text = model.text_bytes + nbytes(model.decoder) + work.plan.nbytes <= device_memory()
+    texts = model.encode_batches(prompts, manifest.cfg_weight, keep_text)
+    with Progress("gradients", len(todo) * (1 if of is Of.OUTPUT else manifest.num_steps), "step") as progress:
+        for each, text in zip(todo, texts, strict=True):
+            key = mx.random.key(int(short_hash([list(each.images), each.probe, each.step]), 16))
+            if each.step is not None:
+                found = adjoint.of_output(each.images, each.step, key, text)
                 progress.advance()
+            else:
+                towards = adjoint.of_picture if of is Of.PICTURE else adjoint.of_latent
+                found = towards(each.images, key, progress.advance, text)
+            yield each, _table(found, layers, work.options)
 
 
-def _table(
-    found: Gradients, layers: Mapping[str, nn.Module], options: Sequence[tuple[str, int, int]]
-) -> dict[str, NDArray[np.float64]]:
-    """Σ G² ΔW² for each option, with the inputs' errors and the reach."""
+def _table(found: Gradients, layers: Mapping[str, nn.Module], options: Sequence[tuple[str, int, int]]) -> _Table:
+    """Σ G² ΔW² for each option, with the inputs' errors and the reach.
+
+    ΔW is the error of searched grids, as quantizers make them: MLX's rounding times what the search gains on some rows.
+    """
     errors = []
     for name, bits, group_size in options:
-        weight = layers[name].weight
-        change = weight.astype(mx.float32) - rounded(weight, bits, group_size).astype(mx.float32)
-        errors.append(((found.weights[name] * change) ** 2).sum())
+        weight, gradient = layers[name].weight, found.weights[name]
+        half, every = half_of(weight.dtype), max(1, len(weight) // SAMPLED_ROWS)
+        nearest = Packed.nearest(weight, bits, group_size, half).dequantize()
+        squares = (gradient * (weight - nearest)) ** 2
+        best = searched(weight[::every], bits, group_size, half, rounds=2, each_end=False).dequantize()
+        share = ((gradient[::every] * (weight[::every] - best)) ** 2).sum() / squares[::every].sum()
+        errors.append(squares.sum() * mx.where(mx.isfinite(share), share, 1.0))
         mx.eval(errors[-1])  # one rounded copy of a layer at a time
-    inputs = np.stack(list(found.inputs.values()))
-    return {"weights": np.array([e.item() for e in errors]), "inputs": inputs, "reach": found.reach}
+    return {
+        "weights": np.array([e.item() for e in errors]),
+        "inputs": np.stack(list(found.inputs.values())),
+        "outputs": np.stack([found.outputs[name] for name in dict.fromkeys(name for name, *_ in options)]),
+        "reach": found.reach,
+    }
 
 
-def _averages(
-    tables: Mapping[_Pass, Mapping[str, NDArray[np.float64]]], states: StoredStates, of: Of, probes: int
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Errors by option and step, and by tap, step and bit-width; means over images and probes.
-
-    Of a picture the steps' errors are those of all steps together, so that their mean is the picture's.
-    """
-    steps, images = len(states.steps), len(states.images)
-    if of is Of.PICTURE:
-        weights = sum(table["weights"] for table in tables.values()) / (images * probes)
-        inputs = sum(table["inputs"] for table in tables.values()) / (images * probes)
-        return np.repeat(np.asarray(weights)[:, None], steps, axis=1), np.asarray(inputs) * steps
+def _of_output(tables: Mapping[_Pass, _Table], steps: Sequence[int]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Errors by option and step, and by tap, step and bit-width; means over images and probes."""
     columns = []
-    for step in states.steps:
-        own = [(len(work.images), table) for work, table in tables.items() if work.step == step]
+    for step in steps:
+        own = [(len(each.images), table) for each, table in tables.items() if each.step == step]
         total = sum(count for count, _ in own)
-        columns.append([sum(n * table[key] for n, table in own) / total for key in ("weights", "inputs")])
+        columns.append([sum(n * table[key] for n, table in own) / total for key in KEYS[:2]])
     return (
         np.stack([np.asarray(weights) for weights, _ in columns], axis=1),
         np.concatenate([np.asarray(inputs) for _, inputs in columns], axis=1),
     )
 
 
-def _read(path: Path) -> dict[str, NDArray[np.float64]] | None:
+def _typical(
+    tables: Sequence[_Table], options: Sequence[tuple[str, int, int]], steps: Sequence[int]
+) -> tuple[NDArray[np.float64], NDArray[np.float64], float | None]:
+    """As :func:`_of_output`, of the typical picture, and the standard error of its PSNR in dB.
+
+    Its PSNR is the mean of PSNRs, as of drawn pictures, not that of the mean error: whatever the plan, a few pictures
+    have errors ten times as large as others. So each table is divided by its error at :data:`TYPICAL`, and the mean
+    multiplied by the geometric mean of these. Errors are those of all steps together, so that their mean over steps is
+    the picture's.
+    """
+    places = [i for i, (_, *option) in enumerate(options) if tuple(option) == TYPICAL] or list(range(len(options)))
+    errors = np.array([table["weights"][places].sum() for table in tables])
+    logs = np.log(errors) if errors.all() else np.zeros(len(errors))
+    shares = np.exp(logs.mean() - logs)
+    weights, inputs = (np.mean([s * t[key] for s, t in zip(shares, tables, strict=True)], 0) for key in KEYS[:2])
+    doubt = 10 / math.log(10) * float(logs.std(ddof=1)) / math.sqrt(len(logs)) if len(logs) > 1 else None
+    return np.repeat(weights[:, None], len(steps), axis=1), inputs * len(steps), doubt
+
+
+def _reach(found: Sequence[NDArray[np.float64]], sigmas: Sequence[float]) -> Reach | None:
+    """Of the typical picture, from ‖λ‖² of each; None where nothing reaches it."""
+    each = np.array([reach / reach[-1] for reach in found if reach[-1] > 0])
+    if not len(each):
+        return None
+    with np.errstate(divide="ignore"):
+        latent = np.exp(np.log(each).mean(axis=0))
+    return Reach(latent, np.diff(np.array(sigmas)) ** 2 * latent[1:])
+
+
+def _read(path: Path) -> _Table | None:
     """What a pass found; None where there is no sound file."""
     with suppress(OSError, ValueError, KeyError, BadZipFile), open_npz(path) as file:
-        return {key: file[key] for key in ("weights", "inputs", "reach")}
+        return {key: file[key] for key in KEYS}
     return None
 
 
-def _write(path: Path, table: Mapping[str, NDArray[np.float64]]) -> None:
+def _write(path: Path, table: _Table) -> None:
     content = io.BytesIO()
     np.savez(content, **table)  # type: ignore[arg-type]
     write_bytes(path, content.getvalue())

@@ -14,7 +14,7 @@ from calib.activations.states import identity_of
 from calib.activations.taps import TapPoint, TapSelection, tap_points
 from calib.analysis.layers import PROBE, LayerSummary
 from calib.analysis.run_trials import TrialRunner
-from calib.analysis.sensitivities import Sensitivities
+from calib.analysis.sensitivities import Of, Sensitivities
 from calib.analysis.trials import Task, Trial, TrialCache
 from calib.base.affine import GROUP_SIZES, WEIGHT_BITS
 from calib.base.files import short_hash
@@ -134,7 +134,7 @@ def placeholder_sensitivities(
     names: Collection[str],
     num_steps: int,
     group_sizes: Sequence[int],
-    of_picture: bool = False,
+    of: Of = Of.OUTPUT,
 ) -> tuple[dict[str, LayerSummary], Sensitivities]:
     """Made-up statistics and sensitivities with the shapes that a measurement of ``names`` would have.
 
@@ -149,7 +149,7 @@ def placeholder_sensitivities(
         for name, layer in every.items()
     }
     shapes = {name: (layer.weight.shape[0], layer.weight.shape[-1]) for name, layer in every.items()}
-    return dict.fromkeys(every, PROBE), Sensitivities(steps, num_steps, weights, {}, shapes, of_picture)
+    return dict.fromkeys(every, PROBE), Sensitivities(steps, num_steps, weights, {}, shapes, of)
 
 
 _INPUT_TRIALS = [Trial(bits) for bits in INPUT_BITS]
@@ -167,7 +167,7 @@ def identity(states: StoredStates, made_by: tuple[str, str]) -> dict[str, Any]:
     """Everything but the layer that a measurement depends on, JSON-able."""
     manifest = states.manifest
     return {
-        "version": 1,  # of the procedure
+        "version": 2,  # of the procedure
         "fingerprint": made_by[0],
         "text_encoders": made_by[1],
         "cfg_weight": manifest.cfg_weight,

@@ -18,9 +18,10 @@ from calib.base.device import on_gpu
 from calib.base.errors import CalibError
 from calib.base.progress import Progress
 from calib.models.architecture import Architecture, Resumable
+from calib.models.grids import searched
 from calib.models.memory import plan_memory
 from calib.models.model import DiffusionModel
-from calib.models.packed import Packed
+from calib.models.packed import half_of
 
 import mlx.core as mx
 import numpy as np
@@ -29,9 +30,9 @@ from numpy.typing import NDArray
 
 
 def rounded(weight: mx.array, bits: int, group_size: int) -> mx.array:
-    """``weight`` quantized by MLX's affine rounding with 16-bit scales and biases, and dequantized; lazy."""
-    half = weight.dtype if weight.dtype != mx.float32 else mx.float16
-    return Packed.nearest(weight, bits, group_size, half).dequantize(weight.dtype)
+    """``weight`` rounded on searched grids with 16-bit scales and biases, as quantizers do, and dequantized."""
+    half = half_of(weight.dtype)
+    return searched(weight, bits, group_size, half, rounds=2, each_end=False).dequantize(weight.dtype)
 
 
 class TrialRunner:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from enum import StrEnum
 
 from calib.analysis.layers import LayerSummary
 from calib.analysis.plan import LayerPlan
@@ -14,15 +15,43 @@ from numpy.typing import NDArray
 
 #: The reason given for a layer whose weights are not quantized.
 KEPT_AT_16_BITS = "kept, MLX cannot quantize it"
+#: Predicted PSNRs in dB below which errors are too large for a prediction of first order, lowest first, and how much
+#: less was drawn on the shipped model (docs/METHODS.md §9).
+UNTRUSTED = ((24.0, "4 to 8 dB"), (30.0, "1 to 3 dB"))
 #: Bits above the average from which a layer counts as sensitive, and bits up to which it counts as aggressive.
 SENSITIVE_ABOVE, AGGRESSIVE_AT = 1.5, 4
+
+
+class Of(StrEnum):
+    """What errors are measured in: the finished picture or latent, through all steps, or single steps' outputs."""
+
+    PICTURE = "picture"
+    LATENT = "latent"
+    OUTPUT = "output"
+
+
+@dataclass(frozen=True)
+class Reach:
+    """How much of an error, squared, is left at the end, where the same error in the finished latent counts 1.
+
+    Attributes:
+        latent: of an error in the latent before each step, and in the finished one, (num_steps + 1,).
+        output: of an error in the output of the model at each step, guidance included, (num_steps,).
+    """
+
+    latent: NDArray[np.float64]
+    output: NDArray[np.float64]
+
+    def to_json(self) -> dict[str, list[float]]:
+        return {key: [float(f"{x:.4g}") for x in getattr(self, key)] for key in ("latent", "output")}
 
 
 @dataclass(frozen=True)
 class Sensitivities:
     """S = ‖v - v_q‖² / ‖v‖² of the model's output v, with one layer quantized at a time, on stored states.
 
-    Of the picture: the mean squared error of the finished picture's values, 0 to 1.
+    Of the picture: the mean squared error of the finished picture's values, 0 to 1. Of the latent: ‖Δz‖² / ‖z‖² of the
+    finished latent z.
 
     Attributes:
         steps: indices of the measured steps, ascending.
@@ -30,11 +59,12 @@ class Sensitivities:
         weights: S at each measured step, (steps,) float64, by layer and (bits, group size).
         activations: S at each measured step, by layer and bits, with the layer's input quantized over its full range.
         shapes: (rows, columns) of each layer's weight; without layers that MLX cannot quantize.
-        of_picture: whether errors are the picture's: those of weights at all steps together, the same at each step;
-            those of inputs times the number of steps, so that means over the steps are the whole of the error.
-        importance: by layer, the mean square over outputs and tokens of how much an error of its output at each step
-            reaches the picture, (num_steps,), in arbitrary units; of pictures.
-        reach: how much an error of each state reaches the picture, (num_steps + 1,), in arbitrary units; of pictures.
+        of: what errors are of. Those of a picture or latent are of all steps together: of weights the same at each
+            step, of inputs times the number of steps, so that means over the steps are the whole of the error.
+        reach: how much of an error at each step reaches the picture or latent; None for outputs.
+        doubt: standard error of a predicted PSNR in dB, by its spread over pictures; None where one alone was measured.
+        importance: by layer, how much an error of its output at each step reaches the picture or latent, (num_steps,):
+            the mean square over outputs and tokens of the gradient; empty for outputs.
     """
 
     steps: tuple[int, ...]
@@ -42,9 +72,14 @@ class Sensitivities:
     weights: dict[str, dict[tuple[int, int], NDArray[np.float64]]]
     activations: dict[str, dict[int, NDArray[np.float64]]]
     shapes: dict[str, tuple[int, int]]
-    of_picture: bool = False
-    reach: NDArray[np.float64] | None = None
+    of: Of = Of.OUTPUT
+    reach: Reach | None = None
+    doubt: float | None = None
     importance: dict[str, NDArray[np.float64]] = field(default_factory=dict)
+
+    @property
+    def of_picture(self) -> bool:
+        return self.of is Of.PICTURE
 
 
 def usable_options(
@@ -129,15 +164,27 @@ def error_text(error: float, of_picture: bool) -> str:
     return f"PSNR = {decibels(error):.2f} dB" if of_picture else f"ΣS = {error:.3g}"
 
 
-def predicted(error: float, nbytes: int, weights: int, of_picture: bool = False) -> str:
-    """The note on a plan's predicted error and size."""
+def predicted(found: Sensitivities, error: float, nbytes: int, weights: int) -> list[str]:
+    """The notes on a plan's predicted error and size, and on how far to trust it."""
     size = f"{8 * nbytes / weights:.3f} bits a weight, scales and biases counted, {nbytes / 1e6:.2f} MB"
-    what = (
-        f"predicted {error_text(error, True)} of pictures, weights alone"
-        if of_picture
-        else (f"predicted error {error_text(error, False)}")
-    )
-    return f"{what}, at {size}" if of_picture else f"{what} at {size}"
+    if not found.of_picture:
+        return [
+            f"predicted error {error_text(error, False)}{' of the finished latent' * (found.of is Of.LATENT)} at {size}"
+        ]
+    doubt = f" ± {found.doubt:.1f}" if found.doubt is not None and error > 0 else ""
+    psnr = f"PSNR = {decibels(error):.2f}{doubt} dB"
+    return [
+        f"predicted {psnr}, weights alone, rounded to nearest, at {size}",
+        *trust_note(decibels(error)),
+    ]
+
+
+def trust_note(psnr: float) -> list[str]:
+    """The note on a predicted PSNR so low that it promises too much; empty where it can be trusted."""
+    for below, less in UNTRUSTED:
+        if psnr < below:
+            return [f"errors are too large to be predicted well: below {below:g} dB expect {less} less"]
+    return []
 
 
 def figure(error: float, of_picture: bool) -> str:
@@ -150,13 +197,13 @@ def figure(error: float, of_picture: bool) -> str:
 def reach_note(sensitivities: Sensitivities) -> list[str]:
     """The note on how much of an early state's error is left in the picture, where that is known."""
     reach = sensitivities.reach
-    if reach is None or not reach.min() > 0:
+    if reach is None or not reach.latent.min() > 0:
         return []
     middle = sensitivities.num_steps // 2
-    first, half = (reach[-1] / reach[step] for step in (0, middle))
+    first, half = (1 / reach.latent[step] for step in (0, middle))
     return [
-        f"the steps that follow mend errors: of one before step 0 the picture keeps 1/{first:.0f}, of one before step "
-        f"{middle} 1/{half:.0f}, of one in the finished latent all (squared)"
+        f"the steps that follow mend errors: of one before step 0 the {sensitivities.of} keeps 1/{first:.0f}, of one "
+        f"before step {middle} 1/{half:.0f}, of one in the finished latent all (squared)"
     ]
 
 

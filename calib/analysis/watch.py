@@ -1,10 +1,11 @@
 """Watch the inputs of layers in a backward pass: their gradients, added up at once rather than kept."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
-from calib.activations.taps import InputTap, TapPoint
+from calib.activations.taps import TapPoint
 from calib.models.architecture import parent_of
 from calib.models.model import DiffusionModel, weights
 
@@ -17,9 +18,9 @@ INPUT_BITS = (4, 6, 8)
 
 
 @contextmanager
-def in_float32(model: DiffusionModel) -> Iterator[None]:
-    """Compute with the model's weights in float32 within the context; 16 bits overflow in a backward pass."""
-    own, dtype = weights(model.transformer), model.dtype
+def in_float32(model: DiffusionModel, chosen: Callable[[str], bool] = lambda path: True) -> Iterator[None]:
+    """Compute with the weights of ``chosen`` paths in float32 in the context; 16 bits overflow in a backward pass."""
+    own, dtype = {path: w for path, w in weights(model.transformer).items() if chosen(path)}, model.dtype
     try:
         model.transformer.update(tree_unflatten([(path, w.astype(mx.float32)) for path, w in own.items()]))
         model.dtype = mx.float32
@@ -29,11 +30,41 @@ def in_float32(model: DiffusionModel) -> Iterator[None]:
         model.transformer.update(tree_unflatten(list(own.items())))
 
 
-class Watch:
-    """Taps on the inputs of a model's layers for the time of the context, and the variables of a backward pass.
+class _Watched(nn.Module):
+    """A layer whose input and output ``watch`` sees, and may change."""
 
-    A variable of zeros is added to the input of each tap, once for all layers that read the same array; its gradient is
-    that of the input.
+    def __init__(self, inner: nn.Module, name: str, watch: "Watch"):
+        super().__init__()
+        self["inner"] = inner
+        self._name, self._watch = name, watch
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self._watch.see_output(self._name, self["inner"](self._watch.see_input(self._name, x)))
+
+    def __getattr__(self, key: str) -> Any:
+        return super().__getattr__(key) if key in self else getattr(self["inner"], key)
+
+    def __setattr__(self, key: str, value: Any) -> None:
+        # FLUX's unified blocks set mlp.fc2.bias in every forward: it must reach the layer itself.
+        if "inner" in self and key in self["inner"]:
+            setattr(self["inner"], key, value)
+        else:
+            super().__setattr__(key, value)
+
+
+@dataclass(frozen=True)
+class Zeros:
+    """The variables that are added to inputs, by tap, and to outputs, by layer: without memory of their own."""
+
+    inputs: dict[str, mx.array] = field(default_factory=dict)
+    outputs: dict[str, mx.array] = field(default_factory=dict)
+
+
+class Watch:
+    """Taps on a model's layers for the time of the context, and the variables of a backward pass.
+
+    A variable of zeros is added to the input of each tap, once for all layers that read the same array, and to the
+    output of each layer; its gradient is that of the input or output.
     """
 
     def __init__(self, model: DiffusionModel, layers: Mapping[str, nn.Module], points: Sequence[TapPoint]):
@@ -41,37 +72,38 @@ class Watch:
         self._layers = dict(layers)
         self._tap_of = {name: point.name for point in points for name in point.names}
         self._replaced: list[tuple[Any, str | int, nn.Module]] = []
-        self._zeros: Mapping[str, mx.array] = {}
+        self._zeros = Zeros()
         self._seen: dict[str, tuple[mx.array, mx.array]] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
 
     def __enter__(self) -> "Watch":
         for name in self._tap_of:
             parent, key = parent_of(self._architecture.module, self._architecture.path(name))
             self._replaced.append((parent, key, parent[key]))
-            parent[key] = InputTap(parent[key], name, self._see)
+            parent[key] = _Watched(parent[key], name, self)
         return self
 
     def __exit__(self, *error: object) -> None:
         for parent, key, child in reversed(self._replaced):
             parent[key] = child
 
-    def weights(self) -> dict[str, mx.array]:
-        """The variables that stand for the weights."""
-        return {name: layer.weight for name, layer in self._layers.items()}
-
-    def zeros(self) -> dict[str, mx.array]:
-        """The variables that are added to inputs: as in the last forward, without memory of their own."""
-        return {tap: mx.broadcast_to(mx.array(0.0), x.shape) for tap, (x, _) in self._seen.items()}
+    def zeros(self, layers: Collection[str]) -> Zeros:
+        """Variables for the inputs of the last forward, and for the outputs of those of ``layers`` that ran in it."""
+        zero = mx.array(0.0)
+        return Zeros(
+            {tap: mx.broadcast_to(zero, x.shape) for tap, (x, _) in self._seen.items()},
+            {name: mx.broadcast_to(zero, shape) for name, shape in self._shapes.items() if name in layers},
+        )
 
     def inputs(self) -> dict[str, mx.array]:
         """The input of each tap in the last forward."""
         return {tap: x for tap, (x, _) in self._seen.items()}
 
     @contextmanager
-    def given(self, own: Mapping[str, mx.array], zeros: Mapping[str, mx.array]) -> Iterator[None]:
-        """Run a forward with these variables in place of the model's own weights, and beside its inputs."""
+    def given(self, own: Mapping[str, mx.array], zeros: Zeros) -> Iterator[None]:
+        """Run a forward with these variables in place of the model's own weights, and beside inputs and outputs."""
         kept = {name: (layer.weight, layer.get("bias")) for name, layer in self._layers.items()}
-        self._zeros, self._seen = zeros, {}
+        self._zeros, self._seen, self._shapes = zeros, {}, {}
         try:
             for name, weight in own.items():
                 self._layers[name].weight = weight
@@ -82,11 +114,17 @@ class Watch:
                 if bias is not None:  # FLUX's unified blocks set one in every forward
                     self._layers[name].bias = bias
 
-    def _see(self, name: str, x: mx.array) -> mx.array:
-        tap = self._tap_of[name]
+    def see_input(self, name: str, x: mx.array) -> mx.array:
+        """What a layer is to read in place of ``x``."""
+        tap, zeros = self._tap_of[name], self._zeros.inputs
         if tap not in self._seen or self._seen[tap][0] is not x:
-            self._seen[tap] = (x, x + self._zeros[tap] if tap in self._zeros else x)
+            self._seen[tap] = (x, x + zeros[tap] if tap in zeros else x)
         return self._seen[tap][1]
+
+    def see_output(self, name: str, y: mx.array) -> mx.array:
+        """What a layer is to give in place of ``y``."""
+        self._shapes[name] = y.shape
+        return y + self._zeros.outputs[name] if name in self._zeros.outputs else y
 
 
 def input_errors(x: mx.array, gradient: mx.array, low: float, high: float) -> mx.array:

@@ -2,14 +2,15 @@
 
 A family is one class with the members of :class:`Architecture`; nothing outside ``calib.models`` knows more about a
 network. Layers have canonical names, the same in every file, table and plot; the class maps a name to its module.
-:class:`Resumable` and :class:`Smoothable` are optional: without the first, measuring sensitivities runs whole forward
-passes; without the second ``quantizer=smooth`` is not available.
+:class:`Resumable`, :class:`Divisible` and :class:`Smoothable` are optional: without the first, measuring sensitivities
+by trials runs whole forward passes; without the second a backward pass keeps the activations of all blocks; without the
+third ``quantizer=smooth`` is not available.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, Protocol, TypeAlias, cast, runtime_checkable
 
 from calib.base.errors import ConfigError
 
@@ -106,6 +107,10 @@ class Architecture(Protocol):
         """JSON-able description that suffices to rebuild the network; stored with quantized models."""
 
 
+#: A part of a forward pass: a function of arrays.
+Part: TypeAlias = Callable[[list[mx.array]], list[mx.array]]
+
+
 @runtime_checkable
 class Resumable(Protocol):
     """A transformer whose forward pass can start after any block; blocks are indexed as in ``Architecture.blocks``."""
@@ -115,6 +120,18 @@ class Resumable(Protocol):
 
     def velocity_after(self, block: int, output: Any, x: mx.array, text: Conditioning, timestep: mx.array) -> mx.array:
         """:meth:`Architecture.velocity` started after ``block``, whose output for these rows is ``output``."""
+
+
+@runtime_checkable
+class Divisible(Protocol):
+    """A transformer whose forward pass can be run in parts: what precedes the blocks, each block, what follows them."""
+
+    def parts(self, text: Conditioning, timestep: mx.array, shape: tuple[int, ...]) -> Sequence[Part]:
+        """:meth:`Architecture.velocity` for x of ``shape``, as functions to be called in turn.
+
+        Each takes what the one before returned, the first [x]; the last returns [v]. Whatever depends on weights of an
+        earlier part must be among what is passed on, as gradients reach these by it alone.
+        """
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,12 @@ The estimate depends on shapes and the machine's total memory, not on the memory
 machine always makes the same plan.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from calib.base.device import on_cuda, on_gpu, on_metal
 from calib.base.progress import readable_bytes
-from calib.models.architecture import Architecture
+from calib.models.architecture import Architecture, Divisible
 from calib.models.model import DiffusionModel, weights
 
 import mlx.core as mx
@@ -27,8 +27,9 @@ LARGEST_BATCH = 10
 BLOCK_WIDTHS = 22
 #: With CUDA MLX frees nothing until a part of the graph has run: 10.8 GB on an H200 for 8 images of 512 px.
 BLOCK_WIDTHS_CUDA = 190
-#: Activations that a backward pass keeps of a block, in the same units, and tokens of text, at most.
-BACKWARD_WIDTHS, TEXT_TOKENS = 60, 256
+#: Activations that a backward pass in float32 keeps of a block, in the same units: 23 GB on an H200 for an image of 512
+#: px with guidance, and half a gigabyte on a CPU for 24 blocks of 256 channels and 272 tokens; and tokens of text.
+BACKWARD_WIDTHS_CPU, BACKWARD_WIDTHS_GPU, TEXT_TOKENS = 24, 60, 256
 #: The same in the VAE decoder, in units of (pixels, channels at full size): MLX's convolution unfolds each pixel's
 #: neighbourhood on a CPU, in float32; on a GPU it holds Winograd's two transforms besides input, padding and output.
 DECODER_WIDTHS_CPU, DECODER_WIDTHS_GPU = 60, 16
@@ -94,16 +95,55 @@ def drawing_bytes(architecture: Architecture, tokens: int, guidance: bool, size:
     return int((1 + guidance) * size * (widths * architecture.width * tokens + scores))
 
 
-def backward_batch(architecture: Architecture, latent_shape: Sequence[int], guidance: bool, images: int) -> int:
-    """Number of images in a backward pass through the transformer, which keeps the activations of all blocks.
+@dataclass(frozen=True)
+class BackwardPlan:
+    """How a backward pass through the transformer goes, in float32.
 
-    Float32 weights, their gradients and the sums of these are counted.
+    Attributes:
+        batch_size: images at once.
+        by_parts: whether it goes block by block, and computes the activations of each once more.
+        nbytes: what it takes at once, the model's weights counted.
     """
-    tokens = architecture.tokens(latent_shape[:2]) + TEXT_TOKENS
-    left = device_memory() - 3 * 4 * sum(weight.size for weight in weights(architecture.module).values())
-    scores = 0 if on_gpu() else architecture.heads * tokens**2
-    kept = 4 * (1 + guidance) * sum(architecture.depth) * (BACKWARD_WIDTHS * architecture.width * tokens + scores)
-    return max(1, min(images, left // kept, LARGEST_BATCH))
+
+    batch_size: int
+    by_parts: bool
+    nbytes: int
+
+
+def plan_backward(
+    architecture: Architecture,
+    latent_shape: Sequence[int],
+    guidance: bool,
+    images: int,
+    text_length: int = TEXT_TOKENS,
+    memory: int | None = None,
+) -> BackwardPlan:
+    """The plan for at most ``images`` at once on this device, or on one of ``memory`` bytes.
+
+    In one piece where that fits for one image.
+    """
+    memory = device_memory() if memory is None else memory
+    tokens = architecture.tokens(latent_shape[:2]) + text_length
+    sizes = {path: weight.size for path, weight in weights(architecture.module).items()}
+    held, total, depth = nbytes(architecture.module), 4 * sum(sizes.values()), sum(architecture.depth)
+    rows, stream = 1 + guidance, 4 * architecture.width * tokens
+    # On GPUs attention does not materialise the scores.
+    scores, widths = (0, BACKWARD_WIDTHS_GPU) if on_gpu() else (architecture.heads * tokens**2, BACKWARD_WIDTHS_CPU)
+    block = rows * (widths * stream + 2 * 4 * scores)
+    # The sums of gradients; of all layers at once, or of one block, gradients and, of 16 bits, weights in float32.
+    whole = held + total * (2 + (held < total))
+    parts = held + total + 2 * 4 * _largest_block(architecture, sizes)
+    passed = rows * stream * (depth + 2)
+    by_parts = isinstance(architecture, Divisible) and whole + depth * block > memory
+    fixed, each = (parts, block + passed) if by_parts else (whole, depth * block)
+    batch = max(1, min(images, (memory - fixed) // each, LARGEST_BATCH))
+    return BackwardPlan(batch, by_parts, fixed + batch * each)
+
+
+def _largest_block(architecture: Architecture, sizes: Mapping[str, int]) -> int:
+    """Weights of the block that has the most."""
+    paths = [f"{architecture.path(block)}." for block in architecture.blocks()]
+    return max((sum(size for path, size in sizes.items() if path.startswith(prefix)) for prefix in paths), default=0)
 
 
 def decoding_bytes(decoder: nn.Module, latent_size: Sequence[int]) -> int:

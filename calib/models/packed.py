@@ -8,6 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 
+def half_of(dtype: mx.Dtype) -> mx.Dtype:
+    """The 16-bit type of scales and biases for weights of ``dtype``."""
+    return dtype if dtype != mx.float32 else mx.float16
+
+
 @dataclass(frozen=True)
 class Packed:
     """A quantized weight of shape (rows, columns).

@@ -20,7 +20,7 @@ from calib.base.layout import STEPS
 from calib.base.targets import described
 from calib.models.memory import plan_memory
 from calib.models.model import DiffusionModel, weights
-from calib.models.packed import Packed
+from calib.models.packed import Packed, half_of
 from calib.quantization import rtn
 from calib.quantization.apply import unpacked
 from calib.quantization.check import checked_quantizer, model_kept
@@ -113,7 +113,7 @@ def quantize_layers(
     """The quantized model, and notes for people; ``made_by`` is stored with the model."""
     layers = model.architecture.layers()
     chosen, notes = fitting(plan, layers)
-    half = model.dtype if model.dtype != mx.float32 else mx.float16
+    half = half_of(model.dtype)
     linear = {name: layer for name, layer in layers.items() if name in chosen and isinstance(layer, nn.Linear)}
     replay, batches = _replay(model, source)
     given = (replay, batches, *_statistics(plan, source, steps), steps.importance.get)

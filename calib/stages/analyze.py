@@ -6,30 +6,34 @@ export_config
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from calib.analysis.adjoint import check_complete
-from calib.analysis.gradients import Of, gradient_sensitivities
+from calib.analysis.gradients import gradient_sensitivities
 from calib.analysis.layers import PROBE, LayerSummary, read_summaries
 from calib.analysis.measure import placeholder_sensitivities, sensitivities
 from calib.analysis.observed import drift_text, observed_ranges, plan_steps
 from calib.analysis.plan import Plan, weights_hash
 from calib.analysis.ranges import Observed
-from calib.analysis.sensitivities import Sensitivities
+from calib.analysis.sensitivities import Of, Sensitivities
 from calib.analysis.steps import StepPlan
 from calib.analysis.summary import summary_text
 from calib.base.errors import CalibError
 from calib.base.files import content_of, write_json, write_text
 from calib.base.layout import ACTIVATIONS, METADATA, PLAN, STATISTICS, STEPS, SUMMARY
 from calib.base.option import on_trial
+from calib.base.progress import note
 from calib.models.model import DiffusionModel
 from calib.runs.directory import RunDirectory
 from calib.stages import Stage
 from calib.stages.origin import activations_of, check_statistics, collected, statistics_checksum, stats_of
 from calib.stages.settings import Method, Settings
+
+import numpy as np
+from numpy.typing import NDArray
 
 
 def check(settings: Settings) -> None:
@@ -40,8 +44,8 @@ def check(settings: Settings) -> None:
     try_heuristic(settings, list(layers))
     if settings.analyze.analysis.measures:
         source = collected(settings, stats, "this heuristic")
-        if settings.analyze.sensitivity.of is Of.PICTURE:
-            check_complete(source.data_dir, source.manifest)
+        if (of := settings.analyze.sensitivity.of) is not Of.OUTPUT:
+            check_complete(source.data_dir, source.manifest, of)
 
 
 def sources(settings: Settings) -> list[str]:
@@ -57,10 +61,16 @@ def run(settings: Settings, run: RunDirectory, model: Callable[[], DiffusionMode
     stats = run.path if settings.stage is Stage.RUN else stats_of(settings)
     layers, _ = read_summaries(stats)
     _check_finite(stats, layers)
-    plan = own.analysis.plan(layers, lambda: sensitivities_of(settings, stats, layers, model))
+    measured: list[Sensitivities] = []
+
+    def measure() -> Sensitivities:
+        measured.append(sensitivities_of(settings, stats, layers, model))
+        return measured[-1]
+
+    plan = own.analysis.plan(layers, measure)
     steps, observed = _steps(settings, plan, layers, stats)
-    if plan.predicted_psnr is not None:
-        steps = replace(steps, predicted={"psnr": plan.predicted_psnr, "plan": weights_hash(plan.layers)})
+    importance = _importance(plan, measured) if steps.timesteps else {}
+    steps = replace(steps, predicted=_predicted(plan, measured), importance=importance)
     if settings.stage is Stage.RUN and "statistics" in steps.origin:
         steps.origin["statistics"] = str(run.home / ACTIVATIONS)
     write_json(run.path / PLAN, plan.to_json())
@@ -71,6 +81,28 @@ def run(settings: Settings, run: RunDirectory, model: Callable[[], DiffusionMode
     write_text(run.path / SUMMARY, text)
     run.add_metrics(Stage.ANALYZE, {**plan.metrics(), "analyze_seconds": time.monotonic() - start})
     print(f"\n{text}")
+
+
+def _predicted(plan: Plan, measured: Sequence[Sensitivities]) -> dict[str, Any]:
+    """What is known of the plan's pictures: for which plan, of what, how steps reach them; empty of outputs."""
+    if not measured or measured[-1].of is Of.OUTPUT:
+        return {}
+    reach, psnr = measured[-1].reach, plan.predicted_psnr
+    return {
+        "of": measured[-1].of.value,
+        "plan": weights_hash(plan.layers),
+        **({} if psnr is None else {"psnr": psnr}),
+        **({} if reach is None else {"reach": reach.to_json()}),
+    }
+
+
+def _importance(plan: Plan, measured: Sequence[Sensitivities]) -> dict[str, NDArray[np.float64]]:
+    """By planned layer, to three digits, how much errors of its output at each step count, relative to the most."""
+    found = {}
+    for name, share in measured[-1].importance.items() if measured else ():
+        if name in plan.layers and share.max() > 0:
+            found[name] = np.array([float(f"{value:.3g}") for value in share / share.max()])
+    return found
 
 
 def _check_finite(stats: Path, layers: Mapping[str, LayerSummary]) -> None:
@@ -84,6 +116,9 @@ def sensitivities_of(
 ) -> Sensitivities:
     """Sensitivities measured on the states that ``stats`` was collected from, or cached."""
     source, wanted = collected(settings, stats, "this heuristic"), settings.analyze.sensitivity
+    drawn, asked = source.manifest.cfg_weight, settings.generate.sampler.cfg_weight
+    if drawn != asked:
+        note(f"sampler.cfg_weight={asked}: sensitivities are of {source.data_dir} as it was drawn, with {drawn}")
     load = source.model(model)
     states = source.states(wanted.images, wanted.steps)
     where = (load, settings.job.model.architecture(load), layers, states, settings.job.cache_dir)
@@ -102,9 +137,7 @@ def try_heuristic(settings: Settings, names: list[str]) -> None:
             heuristic.whole(dict.fromkeys(names, PROBE))
         elif skeleton is not None:
             wanted, num_steps = settings.analyze.sensitivity, settings.generate.sampler.num_steps
-            of_picture = wanted.of is Of.PICTURE
-            made_up = placeholder_sensitivities(skeleton(), names, num_steps, wanted.group_sizes, of_picture)
-            layers, found = made_up
+            layers, found = placeholder_sensitivities(skeleton(), names, num_steps, wanted.group_sizes, wanted.of)
             heuristic.whole(layers, lambda: found)
 
 

@@ -10,7 +10,7 @@ from typing import Any, TypeVar, get_args, get_type_hints
 from calib.activations.samples import SampleSettings
 from calib.activations.step import CollectSettings
 from calib.activations.taps import TapSelection, tap_points
-from calib.analysis.gradients import Of
+from calib.analysis.sensitivities import Of
 from calib.base.affine import GROUP_SIZES
 from calib.base.errors import ConfigError, suggest
 from calib.base.files import checksum, short_hash
@@ -253,7 +253,7 @@ def _collect_settings(config: Mapping[str, Any], storage: StorageSettings, taps:
 
 def _check_sensitivity(wanted: SensitivitySettings) -> None:
     sizes = wanted.group_sizes
-    if wanted.method is Method.TRIALS and wanted.of is Of.PICTURE:
+    if wanted.method is Method.TRIALS and wanted.of is not Of.OUTPUT:
         allowed = "trials measure the model's output alone; set sensitivity.of=output too"
         raise ConfigError.bad_value("sensitivity.method", wanted.method, allowed)
     if not sizes or not set(sizes) <= set(GROUP_SIZES):

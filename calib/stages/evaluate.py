@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+from calib.analysis.sensitivities import trust_note
 from calib.base.errors import CalibError
 from calib.base.files import content_of, write_json, write_text
 from calib.base.layout import (
@@ -31,6 +32,7 @@ from calib.models.model import DiffusionModel
 from calib.quantization.apply import applied, runs_dense
 from calib.quantization.check import check_fits
 from calib.quantization.checkpoint import CHECKPOINT, load
+from calib.quantization.model import QuantizedModel
 from calib.runs.directory import RunDirectory
 from calib.stages import Stage
 from calib.stages.origin import check_quantized, quantized_of
@@ -81,7 +83,7 @@ def run(settings: Settings, run: RunDirectory, model: Callable[[], DiffusionMode
     peak, found = mx.get_peak_memory(), outcome.fidelity
     expected = quantized.about.get("predicted_psnr")
     text = fidelity_text(found, control, drawn.sampler.num_steps)
-    text += "" if expected is None else f"predicted for these weights, rounded to nearest: PSNR {expected:.2f} dB\n"
+    text += "" if expected is None else _predicted(quantized, float(expected))
     text += f"peak memory while drawing quantized: {readable_bytes(peak)}{_counted(wanted.dequantize)}\n"
     write_text(run.path / FIDELITY, text)
     made_from = {"quantized": content_of(folder / CHECKPOINT), "model": model().fingerprint}
@@ -99,6 +101,18 @@ def run(settings: Settings, run: RunDirectory, model: Callable[[], DiffusionMode
     run.add_metrics(Stage.EVALUATE, {"evaluate_seconds": seconds, "evaluate_peak_bytes": peak})
     logger.info("evaluated %d images in %.1f s", len(reference.images), seconds)
     print(f"\n{text}")
+
+
+def _predicted(quantized: QuantizedModel, psnr: float) -> str:
+    """The line on the PSNR that was predicted, and on what it is of where other pictures were drawn."""
+    quantizer = quantized.about.get("quantizer", {}).get("name", "rtn")
+    more = [
+        f"by quantizer={quantizer}" if quantizer != "rtn" else "",
+        "with quantized inputs" if quantized.inputs else "",
+    ]
+    drawn = f", drawn {' and '.join(filter(None, more))}" if any(more) else ""
+    line = f"predicted for these weights, rounded to nearest: PSNR {psnr:.2f} dB{drawn}"
+    return "\n".join([line, *(f"note: {said}" for said in trust_note(psnr))]) + "\n"
 
 
 def _counted(dequantize: bool | None) -> str:

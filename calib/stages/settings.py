@@ -13,9 +13,9 @@ from typing import Annotated, TypeAlias
 from calib.activations.samples import Samples
 from calib.activations.step import CollectSettings
 from calib.activations.taps import TapSelection
-from calib.analysis.gradients import Of
 from calib.analysis.heuristic import Heuristic
 from calib.analysis.ranges import RangeRule
+from calib.analysis.sensitivities import Of
 from calib.base.affine import GROUP_SIZES
 from calib.base.values import AtLeast, AtMost
 from calib.dataset import subsets, timesteps

@@ -21,6 +21,7 @@ from calib.analysis.options import Options, options_by_layer, phase_shares, weig
 from calib.analysis.plan import DEFAULT_WEIGHT_BITS, UNQUANTIZED, LayerPlan, Plan
 from calib.analysis.sensitivities import (
     KEPT_AT_16_BITS,
+    Of,
     Sensitivities,
     decibels,
     error_text,
@@ -86,8 +87,8 @@ def plan_layers(
     """
     _check(average_bits, megabytes, activation_bits, weight_bits, group_sizes)
     picture = sensitivities.of_picture
-    if per_phase and picture:
-        allowed = "errors of the picture are those of all steps together; set sensitivity.of=output"
+    if per_phase and sensitivities.of is not Of.OUTPUT:
+        allowed = f"errors of the {sensitivities.of} are those of all steps together; set sensitivity.of=output"
         raise ConfigError.bad_value("analysis.per_phase", per_phase, allowed)
     measured = usable_options(layers, sensitivities, weight_bits, group_sizes)
     shares = phase_shares(sensitivities, per_phase)
@@ -100,7 +101,7 @@ def plan_layers(
     plan = Plan(kept | _layer_plans(options, best, activation_bits, tuple(shares), picture))
     plan = replace(plan, predicted_psnr=decibels(best.error) if picture else None)
     notes = [
-        predicted(best.error, best.nbytes, weights_of(options), picture),
+        *predicted(sensitivities, best.error, best.nbytes, weights_of(options)),
         *_budget_notes(options, best, budget),
         *_uniform_note(sensitivities, at_all_steps, best, budget),
         *kept_note(layers, sensitivities),

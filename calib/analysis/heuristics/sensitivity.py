@@ -69,7 +69,11 @@ def plan_layers(
         else:
             plans[name] = LayerPlan(DEFAULT_WEIGHT_BITS, bits, reason=KEPT_AT_16_BITS)
     error = math.fsum(s.values())
-    notes = [predicted(error, nbytes, weights, picture), *kept_note(layers, sensitivities), *reach_note(sensitivities)]
+    notes = [
+        *predicted(sensitivities, error, nbytes, weights),
+        *kept_note(layers, sensitivities),
+        *reach_note(sensitivities),
+    ]
     if missed := sum(value > tolerance for value in s.values()):
         notes.append(f"no option has S ≤ {tolerance:g}, so they have their best: {missed} of {len(s)} layers")
     if left := sum(plan.activation_bits == UNQUANTIZED for plan in plans.values()):

@@ -7,10 +7,11 @@ from enum import Enum
 from typing import Any
 
 import calib.models.compat  # noqa: F401  (must precede diffusionkit.mlx)
-from calib.models.architecture import Conditioning, Producer, Site
+from calib.models.architecture import Conditioning, Part, Producer, Site
 from calib.models.mmdit import resume
 from calib.models.mmdit.modulation import modulated
 from calib.models.mmdit.names import layer_name, module_path, network_order
+from calib.models.mmdit.parts import parts_of
 
 import mlx.core as mx
 from diffusionkit.mlx.mmdit import MMDiT, TransformerBlock
@@ -31,7 +32,7 @@ KINDS = {
 
 
 class MMDiTArchitecture:
-    """A DiffusionKit MMDiT, ``module``; resumable, and smoothable before its linear layers."""
+    """A DiffusionKit MMDiT, ``module``; resumable, divisible, and smoothable before its linear layers."""
 
     input_layer = "x_embedder"
 
@@ -65,6 +66,9 @@ class MMDiTArchitecture:
 
     def keeping(self, block: int, keep: Callable[[Any], None]) -> AbstractContextManager[None]:
         return resume.keeping(self.module, block, keep)
+
+    def parts(self, text: Conditioning, timestep: mx.array, shape: tuple[int, ...]) -> list[Part]:
+        return parts_of(self.module, text, timestep, shape)
 
     def layers(self) -> dict[str, nn.Module]:
         types = (nn.Linear, nn.QuantizedLinear, nn.Conv2d)

@@ -6,7 +6,7 @@ one timestep that is about to run, and changes no weight: the blocks get a looku
 the call.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import cast
 
@@ -27,17 +27,15 @@ def modulated_modules(transformer: MMDiT) -> list[nn.Module]:
     return [*modules, transformer.final_layer]
 
 
-@contextmanager
-def modulation(transformer: MMDiT, pooled: mx.array, timesteps: mx.array, key: float) -> Iterator[None]:
-    """Prepare the modulations under timestep ``key``: in the context the transformer may be called with it.
+def embedding_of(transformer: MMDiT, pooled: mx.array, timesteps: mx.array) -> mx.array:
+    """What all modulations are made of, (rows, 1, 1, width), for pooled text and timesteps of each row."""
+    embedding: mx.array = transformer.y_embedder(pooled)[:, None, None, :] + transformer.t_embedder(timesteps)
+    return embedding
 
-    Args:
-        pooled: pooled text embeddings, (rows, pooled width).
-        timesteps: timestep of each row, (rows,); rows may differ, as they do in training.
-        key: the value of the timestep that is passed to the transformer, by which the blocks look up modulations.
-    """
-    embedding = transformer.y_embedder(pooled)[:, None, None, :] + transformer.t_embedder(timesteps)
-    modules = modulated_modules(transformer)
+
+@contextmanager
+def modulating(modules: Sequence[nn.Module], embedding: mx.array, key: float) -> Iterator[None]:
+    """Hold the modulations of ``modules`` ready, in the context, for calls with timestep ``key``."""
     try:
         for module in modules:
             module._modulation_params = {key: module.adaLN_modulation(embedding)}
@@ -48,17 +46,34 @@ def modulation(transformer: MMDiT, pooled: mx.array, timesteps: mx.array, key: f
 
 
 @contextmanager
-def modulated(transformer: MMDiT, pooled: mx.array, timestep: mx.array, rows: int) -> Iterator[mx.array]:
-    """:func:`modulation` for ``rows`` rows; yields the timestep to call the transformer with.
+def modulation(transformer: MMDiT, pooled: mx.array, timesteps: mx.array, key: float) -> Iterator[None]:
+    """Prepare the modulations under timestep ``key``: in the context the transformer may be called with it.
 
-    Where rows differ in timestep it is an arbitrary number, under which the modulations of all rows are stored.
+    Args:
+        pooled: pooled text embeddings, (rows, pooled width).
+        timesteps: timestep of each row, (rows,); rows may differ, as they do in training.
+        key: the value of the timestep that is passed to the transformer, by which the blocks look up modulations.
     """
-    if timestep.size == 1:
-        times, key = mx.repeat(timestep.reshape(1), rows, axis=0), timestep
-    else:
-        times, key = timestep, _ANY_TIMESTEP
+    with modulating(modulated_modules(transformer), embedding_of(transformer, pooled, timesteps), key):
+        yield
+
+
+@contextmanager
+def modulated(transformer: MMDiT, pooled: mx.array, timestep: mx.array, rows: int) -> Iterator[mx.array]:
+    """:func:`modulation` for ``rows`` rows; yields the timestep to call the transformer with."""
+    times, key = timesteps_of(timestep, rows)
     with modulation(transformer, pooled, times, cast(float, key.item())):
         yield key
+
+
+def timesteps_of(timestep: mx.array, rows: int) -> tuple[mx.array, mx.array]:
+    """The timestep of each row, and the one to call the transformer with.
+
+    Where rows differ in timestep that is an arbitrary number, under which the modulations of all rows are stored.
+    """
+    if timestep.size == 1:
+        return mx.repeat(timestep.reshape(1), rows, axis=0), timestep
+    return timestep, _ANY_TIMESTEP
 
 
 _ANY_TIMESTEP = mx.array(-1.0)

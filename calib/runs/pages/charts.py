@@ -35,6 +35,8 @@ LONGEST_LABEL = 27
 LETTER, LINE = 0.55 * CHART_LETTERS, 1.2 * CHART_LETTERS
 #: Units from a dot to its label: to the label's nearer end, to its middle.
 ASIDE, ABOVE = 7, 9
+#: Steps whose values are marked; of more the dots would touch on a phone.
+MOST_MARKED = 25
 #: Dots that a label may hide, unless its own is marked.
 MOST_HIDDEN = 1
 
@@ -51,16 +53,24 @@ class Curve:
 
 
 def error_chart(name: str, curves: Sequence[Curve]) -> str:
-    """Draw the relative output error against the step, on a logarithmic axis."""
+    """Draw the relative output error against the step."""
+    return step_chart(
+        name, curves, "relative output error ‖Δv‖² / ‖v‖²", "Relative output error against denoising step"
+    )
+
+
+def step_chart(name: str, curves: Sequence[Curve], up: str, label: str) -> str:
+    """Draw ``curves`` over the steps, on a logarithmic axis called ``up``; ``label`` is for those who cannot see it."""
     with styled(CHART_LETTERS):
-        axes = _chart_axes("relative output error ‖Δv‖² / ‖v‖²", "denoising step (0: pure noise)")
+        axes = _chart_axes(up, "denoising step (0: pure noise)")
+        size = 2.0 if max(len(curve.steps) for curve in curves) <= MOST_MARKED else 0.0
         coinciding = any(_coincide(one, other) for one, other in itertools.combinations(curves, 2))
         seen = [curve.mean for curve in curves]
         for number, curve in enumerate(curves):
             colour, shown = SERIES[number % len(SERIES)], curve.mean > 0
             # Where curves coincide the lower ones still show beside the upper ones.
             thick = 1.5 + (0.5 * (len(curves) - 1 - number) if coinciding else 0)
-            axes.plot(curve.steps[shown], curve.mean[shown], "o-", color=colour, lw=thick, ms=thick + 2)
+            axes.plot(curve.steps[shown], curve.mean[shown], "o-", color=colour, lw=thick, ms=size and thick + size)
             if curve.low is not None and curve.high is not None:
                 low = np.where(curve.low > 0, curve.low, curve.mean / 10)
                 axes.fill_between(curve.steps, low, curve.high, where=shown.tolist(), color=colour, alpha=0.18, lw=0)
@@ -69,7 +79,7 @@ def error_chart(name: str, curves: Sequence[Curve]) -> str:
         first, last = min(curve.steps.min() for curve in curves), max(curve.steps.max() for curve in curves)
         count = max(1, int(last - first))
         set_axis(axes, "x", (first - 0.03 * count, first + 1.03 * count), False, min(10, count + 1))
-        svg = svg_of(axes, name, "Relative output error against denoising step")
+        svg = svg_of(axes, name, label)
     return _beside(svg, legend([(SERIES[i % len(SERIES)], curve.label) for i, curve in enumerate(curves)]))
 
 

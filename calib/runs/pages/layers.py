@@ -10,7 +10,7 @@ from calib.activations.reader import ActivationFile
 from calib.activations.statistics import Statistics
 from calib.analysis.plan import LayerPlan
 from calib.analysis.steps import StepPlan
-from calib.runs.pages.charts import Dot, Shape
+from calib.runs.pages.charts import Shape
 
 import numpy as np
 from numpy.typing import NDArray
@@ -174,27 +174,3 @@ def clip_of(steps: StepPlan, layer: str) -> tuple[float, float] | None:
     """Return the outermost of the ranges that the plan gives a layer's input; None if it gives none."""
     ranges = steps.ranges.get(layer)
     return (min(ranges.low), max(ranges.high)) if ranges and ranges.low else None
-
-
-def sensitivity_dots(plan: Mapping[str, LayerPlan]) -> tuple[list[Dot], dict[int, str]]:
-    """Return a dot for each layer whose sensitivity was measured, bytes against S, and a series for each bit-width."""
-    measured = {
-        name: (layer, layer.nbytes, layer.sensitivity)
-        for name, layer in plan.items()
-        if layer.nbytes and layer.sensitivity and np.isfinite(layer.sensitivity)
-    }
-    widths = sorted({layer.weight_bits for layer, _, _ in measured.values()})
-    series = {bits: number for number, bits in enumerate(widths)}
-    dots = [
-        Dot(
-            label=short,
-            x=nbytes / 1000,
-            y=s,
-            series=series[layer.weight_bits],
-            tip=f"{name}: S = {s:.2e}, {nbytes / 1000:.1f} kB at "
-            f"{layer.weight_bits} bits in groups of {layer.group_size}",
-        )
-        for short, (name, (layer, nbytes, s)) in zip(short_names(list(measured)), measured.items(), strict=True)
-        if nbytes and s
-    ]
-    return dots, {number: f"{bits} bits" for bits, number in series.items()}

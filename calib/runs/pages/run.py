@@ -12,6 +12,7 @@ from typing import Any
 from calib.activations.reader import ActivationFile
 from calib.analysis.plan import LayerPlan
 from calib.analysis.plan_file import read_entries, read_layer
+from calib.analysis.sensitivities import trust_note
 from calib.analysis.steps import StepPlan, read_steps
 from calib.base.errors import CalibError, reason_of
 from calib.base.files import read_json, read_text, write_text
@@ -19,7 +20,7 @@ from calib.base.layout import ACTIVATIONS, DETAILS, ENVIRONMENT, HYDRA_OVERRIDES
 from calib.base.locks import open_regular
 from calib.base.progress import readable_duration
 from calib.runs.compare.columns import metric_of
-from calib.runs.pages.charts import error_chart, histogram_charts, scatter
+from calib.runs.pages.charts import error_chart, histogram_charts
 from calib.runs.pages.heat import heat_map
 from calib.runs.pages.layers import (
     BitTable,
@@ -29,13 +30,13 @@ from calib.runs.pages.layers import (
     clip_of,
     own_name,
     ranges_of,
-    sensitivity_dots,
     shape_of,
     short_names,
 )
 from calib.runs.pages.page import embedded, render, trusted
 from calib.runs.pages.parts import Part, curve_of
 from calib.runs.pages.pictures import LOSSLESS, Pair, pairs, pictures_of
+from calib.runs.pages.sensitivity import reach_part, sensitivity_part
 from calib.runs.record import RunRecord, read_run, read_yaml
 
 import numpy as np
@@ -123,11 +124,13 @@ def page_parts(path: Path) -> PageParts:
             parts.figures.append(_drift_part(ranges))
             with parts.trying("histograms"):
                 parts.figures += _histogram_part(file, ranges, parts, path)
-    of_picture = False
+    predicted: Mapping[str, Any] = {}
     with suppress(CalibError):  # of damaged steps, which the histograms report
-        of_picture = bool(read_steps(path / STEPS).predicted)
+        predicted = read_steps(path / STEPS).predicted
     with parts.trying("sensitivities"):
-        parts.figures += _sensitivity_part(parts.plan, of_picture)
+        parts.figures += sensitivity_part(parts.plan, predicted)
+    with parts.trying("how errors reach the picture"):
+        parts.figures += reach_part(predicted)
     return parts
 
 
@@ -222,6 +225,7 @@ def _tiles(metrics: Mapping[str, float]) -> list[dict[str, str]]:
             note += f"; noise floor {form.format(metrics[f'control_{key}'])}"
         if key == "psnr" and "predicted_psnr" in metrics:
             note += f"; predicted {form.format(metrics['predicted_psnr'])}"
+            note += ", beyond what can be predicted well" * bool(trust_note(metrics["predicted_psnr"]))
         tile(key, note)
     tile("average_weight_bits", "quantized layers, scales and biases counted")
     if "quantized_bytes" in metrics and metrics.get("unquantized_bytes"):
@@ -279,14 +283,3 @@ def _histogram_part(file: ActivationFile, ranges: Ranges, parts: PageParts, path
     drawn = [shape for shape in shapes if shape is not None]
     note = "Shares of values against value, of a few layers; over each, why it was chosen."
     return [Part("histograms", "Inputs by step", note, trusted(histogram_charts("histograms", drawn)))] if drawn else []
-
-
-def _sensitivity_part(plan: Mapping[str, LayerPlan], of_picture: bool) -> list[Part]:
-    dots, series = sensitivity_dots(plan)
-    if not dots:
-        return []
-    done = "the picture: its mean squared error" if of_picture else "the model's output: S = ‖Δv‖² / ‖v‖²"
-    note = f"What each layer's weights take as planned, and what they alone do to {done}. Hover a dot for its layer."
-    labels = ("kB of the layer as planned", "error of the picture" if of_picture else "S, measured")
-    figure = trusted(scatter("sensitivity", dots, labels, series))
-    return [Part("sensitivity", "Sensitivity against bytes", note, figure)]
