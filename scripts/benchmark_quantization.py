@@ -14,7 +14,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from calib.analysis.layers import read_summaries
 from calib.analysis.observed import observed_ranges, plan_steps
 from calib.analysis.plan import LayerPlan, Plan
 from calib.analysis.ranges import RangeRule
+from calib.analysis.sensitivities import Of, Sensitivities
 from calib.base.device import device_name
 from calib.base.layout import ACTIVATIONS
 from calib.cli.compose import plain
@@ -34,16 +35,16 @@ from calib.evaluation.metrics import Fidelity, bootstrap, bootstrap_difference
 from calib.evaluation.paired import Paired
 from calib.evaluation.reference import control_of, draw_reference
 from calib.models.model import DiffusionModel
-from calib.quantization import gptq, percentile, rtn, smooth
+from calib.quantization import fit, gptq, percentile, rtn, smooth
 from calib.quantization.apply import applied
 from calib.quantization.build import Calibration, quantize_layers
 from calib.quantization.quantizer import Quantizer
 from calib.runs.directory import RunDirectory
 from calib.stages import collect
-from calib.stages.analyze import sensitivities_of
+from calib.stages.analyze import importance_of, sensitivities_of
 from calib.stages.build import build
 from calib.stages.origin import collected
-from calib.stages.settings import Settings
+from calib.stages.settings import Method, Settings
 
 import numpy as np
 from hydra import compose, initialize_config_dir
@@ -72,22 +73,35 @@ class Setup:
     settings: Settings
     model: DiffusionModel
     run: Path
+    importance: dict = field(default_factory=dict)
 
     @cached_property
     def layers(self):
         return read_summaries(self.run)[0]
 
-    def heuristic(self, heuristic: Heuristic) -> Plan:
-        layers = self.layers
-        return heuristic.plan(layers, lambda: sensitivities_of(self.settings, self.run, layers, lambda: self.model))
+    def heuristic(self, heuristic: Heuristic, of: Of = Of.PICTURE, method: Method = Method.GRADIENT) -> Plan:
+        layers, own = self.layers, self.settings.analyze
+        analyze = replace(own, sensitivity=replace(own.sensitivity, of=of, method=method))
+        settings, measured = replace(self.settings, analyze=analyze), []
+
+        def measure() -> Sensitivities:
+            start = time.monotonic()
+            measured.append(sensitivities_of(settings, self.run, layers, lambda: self.model))
+            if (seconds := time.monotonic() - start) > 1:
+                print(f"sensitivities of the {of}, {method}: {seconds:.1f} s", flush=True)
+            return measured[-1]
+
+        plan = heuristic.plan(layers, measure)
+        self.importance[id(plan)] = (plan, importance_of(plan, measured))
+        return plan
 
 
 def by_layer(function, **parameters) -> Callable[[Setup], Plan]:
     return lambda setup: setup.heuristic(Heuristic.of(partial(function, **parameters), function.__module__))
 
 
-def whole(function, **parameters) -> Callable[[Setup], Plan]:
-    return lambda setup: setup.heuristic(Heuristic.of(partial(function, **parameters), function.__module__))
+def whole(function, of=Of.PICTURE, method=Method.GRADIENT, **parameters) -> Callable[[Setup], Plan]:
+    return lambda setup: setup.heuristic(Heuristic.of(partial(function, **parameters), function.__module__), of, method)
 
 
 def kept_adaln(bits: int) -> Callable[[Setup], Plan]:
@@ -133,7 +147,11 @@ WEIGHTS = [
         Row(f"allocate {bits}", whole(allocate.plan_layers, average_bits=bits), activation_bits=A16)
         for bits in (6.5, 5.5, 4.5, 4.0, 3.5, 3.0)
     ),
-    Row("allocate 4.5, per phase", whole(allocate.plan_layers, average_bits=4.5, per_phase=True), activation_bits=A16),
+    Row(
+        "allocate 4.5, per phase",
+        whole(allocate.plan_layers, of=Of.OUTPUT, average_bits=4.5, per_phase=True),
+        activation_bits=A16,
+    ),
     Row("range, weights", RANGE, activation_bits=A16),
     Row("allocate at range's bytes", allocated_like(RANGE), activation_bits=A16),
     Row("sensitivity 1e-4, weights", whole(sensitivity.plan_layers, tolerance=1e-4), activation_bits=A16),
@@ -141,12 +159,26 @@ WEIGHTS = [
     *(
         Row(f"{name} W{bits}", uniformly(bits), function, activation_bits=A16)
         for bits in (4, 3)
-        for name, function in (("gptq", gptq.quantize), ("smooth", smooth.quantize))
+        for name, function in (
+            ("MLX's rounding", partial(rtn.quantize, search=False)),
+            ("fit", fit.quantize),
+            ("gptq", gptq.quantize),
+            ("smooth", smooth.quantize),
+        )
+    ),
+    *(
+        Row(f"allocate {bits}, {name}", whole(allocate.plan_layers, average_bits=bits), function, activation_bits=A16)
+        for bits in (4.5, 3.5, 3.0)
+        for name, function in (("fit", fit.quantize), ("gptq", gptq.quantize))
     ),
     *(
         Row(
-            f"allocate {bits}, gptq", whole(allocate.plan_layers, average_bits=bits), gptq.quantize, activation_bits=A16
+            f"allocate {bits} of the {of} by {method}, gptq",
+            whole(allocate.plan_layers, of=of, method=method, average_bits=bits),
+            gptq.quantize,
+            activation_bits=A16,
         )
+        for of, method in ((Of.OUTPUT, Method.GRADIENT), (Of.OUTPUT, Method.TRIALS))
         for bits in (4.5, 3.5)
     ),
 ]
@@ -198,8 +230,11 @@ CLAIMS = [
     ("gptq W3", "uniform W3"),
     ("smooth W4", "uniform W4"),
     ("smooth W3", "uniform W3"),
-    ("allocate 4.5, gptq", "allocate 4.5"),
-    ("allocate 3.5, gptq", "allocate 3.5"),
+    *((f"allocate {b}, {q}", f"allocate {b}") for b in (4.5, 3.5, 3.0) for q in ("fit", "gptq")),
+    *((f"allocate {b}, gptq", f"allocate {b}, fit") for b in (4.5, 3.5, 3.0)),
+    *((f"allocate {b}, gptq", f"allocate {b} of the output by {m}, gptq") for b in (4.5, 3.5) for m in Method),
+    *((row, f"MLX's rounding W{b}") for b in (4, 3) for row in (f"uniform W{b}", f"fit W{b}", f"gptq W{b}")),
+    ("allocate 4.5, gptq, A8 per_step", "allocate 4.5, gptq"),
     *((f"W8 A{b} {rule}", f"W8 A{b} static") for b in (8, 6) for rule in ("per_step", "grouped", "polynomial")),
     *((f"W8 A{b} mse clip static", f"W8 A{b} static") for b in (8, 6)),
     *((f"W8 A{b} {q}", f"W8 A{b} static") for b in (8, 6) for q in ("percentile", "smooth")),
@@ -257,8 +292,8 @@ def prepared(arguments, overrides: Sequence[str]) -> Setup:
 
 
 def measure(setup: Setup, row: Row, references, results) -> None:
+    plan = planned = row.plan(setup)
     start = time.monotonic()
-    plan = row.plan(setup)
     if row.activation_bits is not None:
         layers = {n: replace(layer, activation_bits=row.activation_bits) for n, layer in plan.layers.items()}
         plan = replace(plan, layers=layers)
@@ -267,7 +302,8 @@ def measure(setup: Setup, row: Row, references, results) -> None:
     if row.phase_bits:
         bits = Heuristic.of(range_heuristic.plan_layer, "range").phase_bits(setup.layers, plan)
     observed = {} if row.activation_bits == A16 else observed_ranges(plan, path)
-    steps = plan_steps(plan, observed, path, row.rule, bits)
+    known = [found for made, found in setup.importance.values() if made is planned]
+    steps = replace(plan_steps(plan, observed, path, row.rule, bits), importance=known[0] if known else {})
     wanted = setup.settings.quantize.calibration
     states = collected(setup.settings, setup.run, "").states(wanted.images, wanted.steps)
     source = Calibration(path, row.rule, lambda: states)
@@ -278,6 +314,7 @@ def measure(setup: Setup, row: Row, references, results) -> None:
         "bytes": size.nbytes,
         "activation_bits": float(np.mean([layer.activation_bits for layer in plan.layers.values()])),
         "seconds": made,
+        "predicted": plan.predicted_psnr,
     }
     for paired in references.values():
         # The same numbers as MLX's quantized kernels, which a GPU compiles for a minute at every new bit-width.
@@ -305,21 +342,19 @@ def output_error(entry) -> np.ndarray:
 
 
 def table(title: str, labels: Sequence[str], results) -> None:
-    print(
-        f"\n### {title}\n\n| plan | bits a weight | A bits | kB | PSNR, dB | SSIM | output error | last / first fifth |"
-    )
-    print("|---|---|---|---|---|---|---|---|")
+    print(f"\n### {title}\n\n| plan | bits a weight | A bits | kB | s | predicted | PSNR, dB | SSIM | output error |")
+    print("|---|---|---|---|---|---|---|---|---|")
     for label in labels:
         entry = results[label]
         psnr, ssim, error = bootstrap(np.array(entry["psnr"])), np.mean(entry["ssim"]), bootstrap(output_error(entry))
-        by_step = np.array(entry["error"]).mean(axis=0)
-        fifth = max(1, len(by_step) // 5)
-        growth = by_step[-fifth:].mean() / max(by_step[:fifth].mean(), 1e-15)
         figures = [entry.get(key, otherwise) for key, otherwise in (("average_bits", 16), ("activation_bits", 16))]
         bits = " | ".join([*(f"{f:.2f}" for f in figures), f"{entry['bytes'] / 1e3:.0f}" if "bytes" in entry else ""])
+        seconds = f"{entry['seconds']:.1f}" if "seconds" in entry else ""
+        predicted = f"{entry['predicted']:.1f}" if entry.get("predicted") is not None else ""
         print(
-            f"| {label} | {bits} | {psnr.mean:.2f} [{psnr.low:.2f}, {psnr.high:.2f}] | {ssim:.4f} | "
-            f"{error.mean:.2e} [{error.low:.2e}, {error.high:.2e}] | {growth:.1f} |"
+            f"| {label} | {bits} | {seconds} | {predicted} | {psnr.mean:.2f} [{psnr.low:.2f}, {psnr.high:.2f}] | "
+            f"{ssim:.4f} | "
+            f"{error.mean:.2e} [{error.low:.2e}, {error.high:.2e}] |"
         )
 
 

@@ -69,7 +69,7 @@ def run(settings: Settings, run: RunDirectory, model: Callable[[], DiffusionMode
 
     plan = own.analysis.plan(layers, measure)
     steps, observed = _steps(settings, plan, layers, stats)
-    importance = _importance(plan, measured) if steps.timesteps else {}
+    importance = importance_of(plan, measured) if steps.timesteps else {}
     steps = replace(steps, predicted=_predicted(plan, measured), importance=importance)
     if settings.stage is Stage.RUN and "statistics" in steps.origin:
         steps.origin["statistics"] = str(run.home / ACTIVATIONS)
@@ -96,7 +96,7 @@ def _predicted(plan: Plan, measured: Sequence[Sensitivities]) -> dict[str, Any]:
     }
 
 
-def _importance(plan: Plan, measured: Sequence[Sensitivities]) -> dict[str, NDArray[np.float64]]:
+def importance_of(plan: Plan, measured: Sequence[Sensitivities]) -> dict[str, NDArray[np.float64]]:
     """By planned layer, to three digits, how much errors of its output at each step count, relative to the most."""
     found = {}
     for name, share in measured[-1].importance.items() if measured else ():
