@@ -14,7 +14,8 @@ from calib.activations.batches import StoredStates
 from calib.activations.states import read_states
 from calib.activations.step import prompt_of
 from calib.activations.taps import TapPoint
-from calib.analysis.watch import INPUT_BITS, Watch, in_float32, input_errors
+from calib.analysis.sensitivities import INPUT_BITS
+from calib.analysis.watch import Watch, in_float32, input_errors
 from calib.base.errors import CalibError, ConfigError
 from calib.dataset.manifest import Manifest
 from calib.models.architecture import Conditioning

@@ -19,9 +19,9 @@ from calib.activations.states import check_states
 from calib.analysis.adjoint import Adjoint, Gradients, check_complete
 from calib.analysis.layers import LayerSummary
 from calib.analysis.measure import drawn_by, identity, observed_points, quantizable
+from calib.analysis.ranges import StepRanges, ranges_to_json
 from calib.analysis.run_trials import rounded
-from calib.analysis.sensitivities import Sensitivities
-from calib.analysis.watch import INPUT_BITS
+from calib.analysis.sensitivities import INPUT_BITS, Sensitivities
 from calib.base.affine import GROUP_SIZES, WEIGHT_BITS
 from calib.base.files import short_hash, write_bytes
 from calib.base.locks import locked
@@ -37,7 +37,7 @@ from mlx import nn
 from numpy.typing import NDArray
 
 #: Version of the procedure.
-VERSION = 1
+VERSION = 2
 
 
 class Of(StrEnum):
@@ -70,8 +70,9 @@ def gradient_sensitivities(
     of: Of = Of.PICTURE,
     group_sizes: Sequence[int] = GROUP_SIZES,
     probes: int = 1,
+    input_ranges: Mapping[str, StepRanges] | None = None,
 ) -> Sensitivities:
-    """Sensitivities of all layers with statistics; their inputs quantized over the full observed range.
+    """Sensitivities of all layers with statistics, and of their inputs.
 
     Args:
         model: loads the model; called only if something is not cached.
@@ -79,6 +80,7 @@ def gradient_sensitivities(
         layers: statistics by layer name.
         states: images, and the steps of an output; of a picture all steps are used.
         probes: random directions for each image.
+        input_ranges: ranges over which inputs are quantized, by layer; the full observed range where there is none.
 
     Raises:
         ConfigError: the dataset lacks states that a gradient of the picture needs.
@@ -91,12 +93,15 @@ def gradient_sensitivities(
     points = observed_points(architecture, layers)
     linear = {name: layer for name, layer in architecture.layers().items() if name in layers and quantizable(layer)}
     options = [(n, b, g) for n, x in linear.items() for b in WEIGHT_BITS for g in quantizable(x) if g in group_sizes]
-    ranges = {point.name: (layers[point.name].minimum, layers[point.name].maximum) for point in points}
+    full = {p.name: StepRanges((0,), (layers[p.name].minimum,), (layers[p.name].maximum,)) for p in points}
+    ranges = {name: (input_ranges or {}).get(name, own) for name, own in full.items()}
     made_by = {
         **identity(states, drawn_by(states, model)),
         "procedure": ["gradients", VERSION, of.value],
         "options": [list(option) for option in options],
-        "inputs": [[*point.names, f"{ranges[point.name]}"] for point in points],
+        "inputs": [[*point.names] for point in points],
+        "input_bits": list(INPUT_BITS),
+        "ranges": ranges_to_json(ranges),
     }
     folder = cache_dir / "gradients" / short_hash(made_by, digits=16)
     batch = backward_batch(architecture, manifest.latent_shape, manifest.cfg_weight > 0, len(states.images))
@@ -107,7 +112,7 @@ def gradient_sensitivities(
             check_states(states.data_dir, manifest, states.images, [*states.steps, manifest.num_steps])
             loaded = model()
             own = {name: loaded.architecture.layers()[name] for name in linear}
-            adjoint = Adjoint(loaded, states, own, points, lambda tap, _: ranges[tap])
+            adjoint = Adjoint(loaded, states, own, points, lambda tap, step: ranges[tap].at(step))
             for work, gradients in _run(adjoint, todo, manifest.num_steps):
                 found[work] = table = _table(gradients, own, options)
                 _write(folder / work.name, table)
@@ -128,6 +133,7 @@ def gradient_sensitivities(
         shapes={name: (layer.weight.shape[0], layer.weight.shape[-1]) for name, layer in linear.items()},
         of_picture=of is Of.PICTURE,
         reach=np.sum([table["reach"] for table in tables.values()], axis=0) if of is Of.PICTURE else None,
+        taps={point.name: point.names for point in points},
     )
 
 

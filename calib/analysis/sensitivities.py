@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from calib.analysis.layers import LayerSummary
 from calib.analysis.plan import LayerPlan
@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 
 #: The reason given for a layer whose weights are not quantized.
 KEPT_AT_16_BITS = "kept, MLX cannot quantize it"
+#: Bit-widths at which gradients tell the error of an input.
+INPUT_BITS = (4, 5, 6, 7, 8)
 #: Bits above the average from which a layer counts as sensitive, and bits up to which it counts as aggressive.
 SENSITIVE_ABOVE, AGGRESSIVE_AT = 1.5, 4
 
@@ -28,11 +30,12 @@ class Sensitivities:
         steps: indices of the measured steps, ascending.
         num_steps: number of steps of the trajectory.
         weights: S at each measured step, (steps,) float64, by layer and (bits, group size).
-        activations: S at each measured step, by layer and bits, with the layer's input quantized over its full range.
+        activations: S at each measured step, by layer and bits, with the layer's input quantized.
         shapes: (rows, columns) of each layer's weight; without layers that MLX cannot quantize.
         of_picture: whether errors are the picture's: those of weights at all steps together, the same at each step;
             those of inputs times the number of steps, so that means over the steps are the whole of the error.
         reach: how much an error of each state reaches the picture, (num_steps + 1,), in arbitrary units; of pictures.
+        taps: layers that read one array, by the first of them; a layer in none reads an array of its own.
     """
 
     steps: tuple[int, ...]
@@ -42,6 +45,14 @@ class Sensitivities:
     shapes: dict[str, tuple[int, int]]
     of_picture: bool = False
     reach: NDArray[np.float64] | None = None
+    taps: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def inputs(self) -> dict[str, tuple[str, ...]]:
+        """The layers that read each measured input, by the first of them."""
+        shared = {name: tuple(n for n in names if n in self.activations) for name, names in self.taps.items()}
+        known = {name for names in shared.values() for name in names}
+        alone = {name: (name,) for name in self.activations if name not in known}
+        return {names[0]: names for names in shared.values() if names} | alone
 
 
 def usable_options(
@@ -135,6 +146,13 @@ def predicted(error: float, nbytes: int, weights: int, of_picture: bool = False)
         else (f"predicted error {error_text(error, False)}")
     )
     return f"{what}, at {size}" if of_picture else f"{what} at {size}"
+
+
+def with_inputs_note(weights: float, inputs: float | None, of_picture: bool) -> list[str]:
+    """The note on the predicted error with inputs quantized too, where it is known."""
+    if inputs is None:
+        return []
+    return [f"with inputs quantized as planned, {error_text(weights + inputs, of_picture)}"]
 
 
 def figure(error: float, of_picture: bool) -> str:
