@@ -23,7 +23,7 @@ from calib.analysis.heuristic import Heuristic
 from calib.analysis.heuristics import allocate, cv, mse, sensitivity, sqnr, uniform
 from calib.analysis.heuristics import range as range_heuristic
 from calib.analysis.layers import read_summaries
-from calib.analysis.observed import observed_ranges, plan_steps
+from calib.analysis.observed import average_activation_bits, observed_ranges, plan_steps
 from calib.analysis.plan import LayerPlan, Plan
 from calib.analysis.ranges import RangeRule
 from calib.analysis.sensitivities import Of, Sensitivities
@@ -216,6 +216,17 @@ PLANS = [
     Row("allocate 4.5, A8 static", whole(allocate.plan_layers)),
     Row("allocate 4.5, A8 per_step", whole(allocate.plan_layers), rule=ranges.per_step),
     Row("allocate 4.5, gptq, A8 per_step", whole(allocate.plan_layers), gptq.quantize, ranges.per_step),
+    Row("allocate 4.5, fit, A16", whole(allocate.plan_layers), fit.quantize, ranges.per_step, A16),
+    *(
+        Row(
+            f"allocate 4.5, fit, A{bits} {how}",
+            whole(allocate.plan_layers, activation_bits=bits, average_activation_bits=average, step_groups=groups),
+            fit.quantize,
+            ranges.per_step,
+        )
+        for bits in (8, 6, 5)
+        for how, average, groups in (("everywhere", None, None), ("by layer", bits, 1), ("by step", bits, None))
+    ),
 ]
 ROWS = {"Weights alone": WEIGHTS, "Activations, weights at 8 bits": INPUTS, "Whole plans": PLANS}
 
@@ -238,6 +249,8 @@ CLAIMS = [
     *((f"W8 A{b} {rule}", f"W8 A{b} static") for b in (8, 6) for rule in ("per_step", "grouped", "polynomial")),
     *((f"W8 A{b} mse clip static", f"W8 A{b} static") for b in (8, 6)),
     *((f"W8 A{b} {q}", f"W8 A{b} static") for b in (8, 6) for q in ("percentile", "smooth")),
+    *((f"allocate 4.5, fit, A{b} by step", "allocate 4.5, fit, A16") for b in (8, 6, 5)),
+    *((f"allocate 4.5, fit, A{b} by step", f"allocate 4.5, fit, A{b} by layer") for b in (8, 6, 5)),
 ]
 
 
@@ -312,7 +325,9 @@ def measure(setup: Setup, row: Row, references, results) -> None:
     about = {
         "average_bits": size.average_bits,
         "bytes": size.nbytes,
-        "activation_bits": float(np.mean([layer.activation_bits for layer in plan.layers.values()])),
+        "activation_bits": average_activation_bits(
+            path, {name: steps.bits_by_step(name, layer.activation_bits) for name, layer in plan.layers.items()}
+        ),
         "seconds": made,
         "predicted": plan.predicted_psnr,
     }

@@ -26,6 +26,7 @@ BEFORE = Path(__file__).parent / "data" / "calib-0.1.0"
 COMMAND = (
     *("num_images=2", "sampler.num_steps=2", "sampler.batch_size=2", "timestep_schedule=all", "taps=all"),
     *("taps.include=[mm_block_1,mm_block_1.image.mlp.*]", "ranges=per_step", "evaluation=none"),
+    "quantizer.search=false",
     *("data_dir=dataset", "cache_dir=cache", "hydra.run.dir=run", "report=none"),
 )
 

@@ -115,12 +115,12 @@ def test_drawn_otherwise(few: Path, undisturbed: Path) -> None:
 def test_prediction(few: Path, undisturbed: Path) -> None:
     """What is predicted is of the picture, with how steps reach it; a low PSNR is said not to be trusted."""
     predicted = read(undisturbed / "run" / "timestep_config.json")["predicted"]
-    assert predicted["of"] == "picture" and set(predicted) == {"of", "plan", "psnr", "reach"}
+    assert predicted["of"] == "picture" and set(predicted) == {"of", "plan", "applied", "psnr", "weights_psnr", "reach"}
     latent, output = (predicted["reach"][key] for key in ("latent", "output"))
     assert len(latent) == len(output) + 1 == 5 and latent[-1] == 1 and min(latent + output) > 0
     for bits, psnr in ((2.5, UNTRUSTED[0][0]), (6, None)):
         outcome = well(run_in(undisturbed, *analyze(few, f"analysis.average_bits={bits}", f"hydra.run.dir={bits}")))
-        found = read(undisturbed / str(bits) / "metrics.json")["predicted_psnr"]
+        found = read(undisturbed / str(bits) / "metrics.json")["predicted_weights_psnr"]
         assert f"predicted PSNR = {found:.2f} ± " in outcome.out
         assert ("too large to be predicted well" in outcome.out) == (psnr is not None and found < UNTRUSTED[-1][0])
 

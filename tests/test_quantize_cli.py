@@ -13,6 +13,7 @@ from calib.cli.compose import plain
 from calib.cli.conf import CONF
 from calib.dataset.load import load_manifest
 from calib.quantization.checkpoint import load
+from calib.runs.pages.run import run_page
 from calib.stages.build import build
 from calib.stages.settings import Settings
 from calib.stages.stages import check_stage
@@ -136,14 +137,19 @@ def test_from_statistics_to_a_measured_model_within_a_budget(
 ) -> None:
     # A cache of its own: what is measured here is not there already.
     given = [f"stats={few}", "analysis=allocate", "analysis.average_bits=4", f"cache_dir={tmp_path / 'cache'}", *LEAST]
+    given.append("analysis.average_activation_bits=8")
     outcome = calib("analyze", *given, "ranges=grouped", run="plan")
     assert outcome.status == 0, outcome.err
     assert "gradients: " in outcome.err
     assert "predicted PSNR = " in outcome.out and "of one before step 0 the picture keeps 1/" in outcome.out
-    predicted = read(folder / "plan" / "metrics.json")["predicted_psnr"]
+    metrics = read(folder / "plan" / "metrics.json")
+    predicted, average = metrics["predicted_psnr"], metrics["average_activation_bits"]
     bits = read(folder / "plan" / "quantization_config.json")
     errors = [entry["sensitivity"] for entry in bits.values() if "sensitivity" in entry]
-    assert predicted == pytest.approx(-10 * np.log10(sum(errors)))
+    assert predicted < metrics["predicted_weights_psnr"] == pytest.approx(-10 * np.log10(sum(errors)))
+    by_step = read_steps(folder / "plan" / "timestep_config.json").step_bits
+    assert 7.5 < average <= 8 and by_step.keys() == bits.keys()
+    assert any(len(set(own)) > 1 for own in by_step.values()), "bits follow the step"
     assert len({entry["suggested_weight_bits"] for entry in bits.values()}) > 1
     assert {entry["group_size"] for name, entry in bits.items() if name != "x_embedder"} == {64}
 
@@ -161,12 +167,14 @@ def test_from_statistics_to_a_measured_model_within_a_budget(
     made = load(folder / "quantized" / "quantized")
     planned = {name: entry["suggested_weight_bits"] for name, entry in bits.items() if name != "x_embedder"}
     assert {name: packed.bits for name, packed in made.layers.items()} == planned
-    assert set(made.inputs) == set(bits)
+    assert {name: rule.bits for name, rule in made.inputs.items()} == by_step
     metrics = read(folder / "quantized" / "metrics.json")
     assert 3.5 < metrics["average_weight_bits"] <= 4
     assert metrics["quantized_bytes"] == made.size().nbytes
     size = f"{len(planned)} layers at {metrics['average_weight_bits']:.2f} bits a weight"
     assert size in outcome.out
+    assert f"{len(bits)} layers with quantized inputs, {average:.2f} bits a number that layers read" in outcome.out
+    assert metrics["average_activation_bits"] == average
     for name in ("quantization_config.json", "timestep_config.json"):
         assert read(folder / "quantized" / name) == read(folder / "plan" / name), "a run directory says all of it"
 
@@ -179,9 +187,11 @@ def test_from_statistics_to_a_measured_model_within_a_budget(
     metrics = read(folder / "evaluated" / "metrics.json")
     assert metrics["output_error"] == pytest.approx(np.mean(found["quantized"]["error"]))
     assert metrics["psnr"] == pytest.approx(np.mean(found["quantized"]["psnr"]))
-    assert metrics["predicted_psnr"] == predicted
-    assert f"rounded to nearest: PSNR {predicted:.2f} dB" in (folder / "evaluated" / "evaluation.txt").read_text()
-    assert 0 < metrics["control_output_error"] < metrics["output_error"] < 0.1
+    assert metrics["predicted_psnr"] == predicted and metrics["average_activation_bits"] == average
+    text = (folder / "evaluated" / "evaluation.txt").read_text()
+    assert f"rounded to nearest: PSNR {predicted:.2f} dB, " in text and f"inputs: {average:.2f} bits" in text
+    assert "Bits of inputs by step" in run_page(folder / "plan")
+    assert 0 < metrics["control_output_error"] < metrics["output_error"] and metrics["psnr"] > 25
     assert temporaries(folder) == set()
 
 
@@ -525,6 +535,13 @@ HEURISTICS = [
     ("analyze", ["analysis=allocate", "analysis.group_sizes=[16]"], ("analysis.group_sizes=[16]", "32, 64, 128")),
     ("analyze", ["analysis=allocate", "analysis.activation_bits=1"], ("analysis.activation_bits=1", "2 to 16")),
     ("analyze", ["analysis=allocate", "analysis.per_phase=true"], ("analysis.per_phase=True", "sensitivity.of=output")),
+    ("run", ["analysis=allocate", "analysis.average_activation_bits=3"], ("average_activation_bits=3", "4 to 16")),
+    (
+        "analyze",
+        ["analysis=allocate", "analysis.average_activation_bits=17"],
+        ("average_activation_bits=17", "4 to 16"),
+    ),
+    ("run", ["analysis=allocate", "analysis.average_activation_bits=six"], ("average_activation_bits=six", "a number")),
     ("run", ["analysis=sensitivity", "analysis.tolerance=0"], ("analysis.tolerance=0", "positive")),
 ]
 
@@ -537,6 +554,13 @@ def test_impossible_parameters_of_a_heuristic_are_told_before_anything_is_made(
     line = is_one_clear_line(calib(stage, *more, *given, *LEAST))
     for word in words:
         assert word in line
+    assert everything(folder) == []
+
+
+def test_bits_by_step_need_statistics_with_steps(calib: Calib, few: Path, folder: Path) -> None:
+    given = ["analysis=allocate", "analysis.average_activation_bits=6", *LEAST]
+    line = is_one_clear_line(calib("analyze", f"stats={few / 'layer_statistics.json'}", *given))
+    assert "knows no steps" in line and "activations.h5" in line
     assert everything(folder) == []
 
 

@@ -75,12 +75,13 @@ def test_notes() -> None:
     size = f"{(8 + 3 + 3) / 3 + 0.5:.3f} bits a weight, scales and biases counted, {nbytes / 1e6:.2f} MB"
     assert plan.notes == (
         f"predicted error ΣS = 0.01 at {size}",
+        "with inputs quantized as planned, ΣS = 0.01",
         "weights are kept and not counted, as MLX cannot quantize them: 1 of 4 layers",
         "no option has S ≤ 0.0001, so they have their best: 1 of 3 layers",
         "activations are left as they are, with S > 0.001 at their best: 1 of 4 layers",
     )
     assert (plan.layers["conv"].weight_bits, plan.layers["conv"].reason) == (8, "kept, MLX cannot quantize it")
-    assert len(sensitivity.plan_layers(layers_of(found), found, 1.0).notes) == 1
+    assert len(sensitivity.plan_layers(layers_of(found), found, 1.0).notes) == 2
 
 
 def test_fragile_layers() -> None:

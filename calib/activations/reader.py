@@ -150,6 +150,11 @@ class ActivationFile:
             )
         return found
 
+    def count(self, layer: str) -> int:
+        """Return the number of finite values that were seen of a layer, at all collected steps."""
+        with self._reading():
+            return int(self._all(self._group(layer)["channel_count"]).sum())
+
     def extremes(self, layer: str) -> NDArray[np.float64]:
         """Return the smallest and the largest value of a layer at each collected step, (steps, 2)."""
         with self._reading():

@@ -17,8 +17,7 @@ from calib.activations.states import read_states
 from calib.activations.step import prompt_of
 from calib.activations.taps import TapPoint
 from calib.analysis.backward import Backward, Rows
-from calib.analysis.sensitivities import Of
-from calib.analysis.watch import INPUT_BITS
+from calib.analysis.sensitivities import INPUT_BITS, Of
 from calib.base.errors import CalibError, ConfigError, reason_of
 from calib.dataset.manifest import Manifest
 from calib.models.architecture import Conditioning

@@ -6,30 +6,26 @@ To first order a change ΔW of a layer's weights changes the picture by J ΔW, a
 options. What a pass found is cached, so that an interrupted measurement goes on.
 """
 
-import io
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import TypeAlias
-from zipfile import BadZipFile
 
 from calib.activations.batches import StoredStates
 from calib.activations.step import prompt_of
 from calib.activations.taps import TapPoint
 from calib.analysis.adjoint import Adjoint, Gradients, check_complete
+from calib.analysis.gradient_tables import Pass, Table, of_output, of_typical, reach_of, read_table, write_table
 from calib.analysis.layers import LayerSummary
 from calib.analysis.measure import drawn_by, identity, observed_points, quantizable
-from calib.analysis.sensitivities import Of, Reach, Sensitivities
-from calib.analysis.watch import INPUT_BITS
+from calib.analysis.ranges import StepRanges, ranges_to_json
+from calib.analysis.sensitivities import INPUT_BITS, Of, Sensitivities
 from calib.base.affine import GROUP_SIZES, WEIGHT_BITS
 from calib.base.errors import CalibError
-from calib.base.files import read_json, short_hash, write_bytes, write_json
+from calib.base.files import read_json, short_hash, write_json
 from calib.base.locks import locked
 from calib.base.progress import Progress, note, say
-from calib.dataset.arrays import open_npz
 from calib.models.architecture import Architecture
 from calib.models.grids import searched
 from calib.models.memory import BackwardPlan, device_memory, nbytes, plan_backward
@@ -39,7 +35,6 @@ from calib.models.packed import Packed, half_of
 import mlx.core as mx
 import numpy as np
 from mlx import nn
-from numpy.typing import NDArray
 
 #: Version of the procedure.
 VERSION = 3
@@ -47,22 +42,6 @@ VERSION = 3
 SAMPLED_ROWS = 32
 #: Beside what was found: why the decoder cannot be differentiated.
 UNDECODABLE = "undecodable.json"
-#: The option, its bits and group size, that stands for all when pictures are weighed against one another.
-TYPICAL = (4, 64)
-
-
-@dataclass(frozen=True)
-class _Pass:
-    """One backward pass: images, the probe's number, and the step of an output."""
-
-    images: tuple[int, ...]
-    probe: int
-    step: int | None
-
-    @property
-    def name(self) -> str:
-        step = "" if self.step is None else f"_step{self.step}"
-        return f"{short_hash(list(self.images))}_probe{self.probe}{step}.npz"
 
 
 @dataclass(frozen=True)
@@ -73,7 +52,7 @@ class _Work:
     layers: Mapping[str, nn.Module]
     options: Sequence[tuple[str, int, int]]
     points: Sequence[TapPoint]
-    ranges: Mapping[str, tuple[float, float]]
+    ranges: Mapping[str, StepRanges]
     states: StoredStates
     plan: BackwardPlan
 
@@ -85,7 +64,9 @@ class _Work:
     def adjoint(self, model: DiffusionModel) -> Adjoint:
         own = model.architecture.layers()
         layers = {name: own[name] for name in self.layers}
-        return Adjoint(model, self.states, layers, self.points, lambda tap, _: self.ranges[tap], self.plan.by_parts)
+        return Adjoint(
+            model, self.states, layers, self.points, lambda tap, step: self.ranges[tap].at(step), self.plan.by_parts
+        )
 
 
 def gradient_sensitivities(
@@ -97,8 +78,9 @@ def gradient_sensitivities(
     of: Of = Of.PICTURE,
     group_sizes: Sequence[int] = GROUP_SIZES,
     probes: int = 1,
+    input_ranges: Mapping[str, StepRanges] | None = None,
 ) -> Sensitivities:
-    """Sensitivities of all layers with statistics; their inputs quantized over the full observed range.
+    """Sensitivities of all layers with statistics, and of their inputs.
 
     Of the finished latent where they are to be of the picture and its decoder cannot be differentiated; a note says so.
 
@@ -108,6 +90,7 @@ def gradient_sensitivities(
         layers: statistics by layer name.
         states: images, and the steps of an output; of a picture or latent all steps are used.
         probes: random directions for each image.
+        input_ranges: ranges over which inputs are quantized, by layer; the full observed range where there is none.
 
     Raises:
         ConfigError: the dataset lacks states that a gradient of the picture needs.
@@ -120,14 +103,17 @@ def gradient_sensitivities(
     points = observed_points(architecture, layers)
     linear = {name: layer for name, layer in architecture.layers().items() if name in layers and quantizable(layer)}
     options = [(n, b, g) for n, x in linear.items() for b in WEIGHT_BITS for g in quantizable(x) if g in group_sizes]
-    ranges = {point.name: (layers[point.name].minimum, layers[point.name].maximum) for point in points}
+    full = {p.name: StepRanges((0,), (layers[p.name].minimum,), (layers[p.name].maximum,)) for p in points}
+    ranges = {name: (input_ranges or {}).get(name, own) for name, own in full.items()}
     plan = plan_backward(architecture, manifest.latent_shape, manifest.cfg_weight > 0, len(states.images))
     work = _Work(model, linear, options, points, ranges, states, plan)
     made_by = {
         **identity(states, drawn_by(states, model)),
         "procedure": ["gradients", VERSION],
         "options": [list(option) for option in options],
-        "inputs": [[*point.names, f"{ranges[point.name]}"] for point in points],
+        "inputs": [[*point.names] for point in points],
+        "input_bits": list(INPUT_BITS),
+        "ranges": ranges_to_json(ranges),
     }
     folder = cache_dir / "gradients" / short_hash(made_by, digits=16)
     with locked(folder.with_suffix(".lock"), lambda: say(f"waiting for the process that measures the same ({folder})")):
@@ -135,9 +121,9 @@ def gradient_sensitivities(
     doubt, found = None, list(tables.values())
     importance = np.mean([table["outputs"] / (table["outputs"].max() or 1) for table in found], axis=0)
     if of is Of.OUTPUT:
-        weights, inputs = _of_output(tables, states.steps)
+        weights, inputs = of_output(tables, states.steps)
     else:
-        weights, inputs, doubt = _typical(found, options, states.steps)
+        weights, inputs, doubt = of_typical(found, options, states.steps)
     return Sensitivities(
         steps=tuple(states.steps),
         num_steps=manifest.num_steps,
@@ -152,22 +138,17 @@ def gradient_sensitivities(
         },
         shapes={name: (layer.weight.shape[0], layer.weight.shape[-1]) for name, layer in linear.items()},
         of=of,
-        reach=None if of is Of.OUTPUT else _reach([table["reach"] for table in found], manifest.sigmas),
+        reach=None if of is Of.OUTPUT else reach_of([table["reach"] for table in found], manifest.sigmas),
         doubt=doubt,
         importance={} if of is Of.OUTPUT else dict(zip(linear, importance, strict=True)),
+        taps={point.name: point.names for point in points},
     )
 
 
-#: What a pass found: errors by option and by tap (steps, bit-widths), by layer how errors of outputs at each step reach
-#: the picture, and the reach of each state.
-KEYS = ("weights", "inputs", "outputs", "reach")
-_Table: TypeAlias = Mapping[str, NDArray[np.float64]]
-
-
-def _found(work: _Work, folder: Path, of: Of, probes: int) -> tuple[Of, dict[_Pass, _Table]]:
+def _found(work: _Work, folder: Path, of: Of, probes: int) -> tuple[Of, dict[Pass, Table]]:
     """What all passes found, run where they are not in ``folder``; and what it is of."""
     passes = _passes(work, of, probes)
-    found = {each: table for each in passes if (table := _read(folder / of / each.name)) is not None}
+    found = {each: table for each in passes if (table := read_table(folder / of / each.name)) is not None}
     todo = [each for each in passes if each not in found]
     why = _undecodable(work, folder) if of is Of.PICTURE and todo else None
     if why is not None:
@@ -178,7 +159,7 @@ def _found(work: _Work, folder: Path, of: Of, probes: int) -> tuple[Of, dict[_Pa
         return _found(work, folder, Of.LATENT, probes)
     for each, table in _run(work, of, todo) if todo else ():
         found[each] = table
-        _write(folder / of / each.name, table)
+        write_table(folder / of / each.name, table)
     return of, {each: found[each] for each in passes}
 
 
@@ -194,15 +175,15 @@ def _undecodable(work: _Work, folder: Path) -> str | None:
     return why
 
 
-def _passes(work: _Work, of: Of, probes: int) -> list[_Pass]:
+def _passes(work: _Work, of: Of, probes: int) -> list[Pass]:
     """Of a picture or latent an image at a time, as each has errors of its own size; of an output, as many as fit."""
     images, batch = list(work.states.images), work.plan.batch_size if of is Of.OUTPUT else 1
     batches = [tuple(images[i : i + batch]) for i in range(0, len(images), batch)]
     steps: list[int | None] = list(work.states.steps) if of is Of.OUTPUT else [None]
-    return [_Pass(block, probe, step) for probe in range(probes) for block in batches for step in steps]
+    return [Pass(block, probe, step) for probe in range(probes) for block in batches for step in steps]
 
 
-def _run(work: _Work, of: Of, todo: Sequence[_Pass]) -> Iterator[tuple[_Pass, _Table]]:
+def _run(work: _Work, of: Of, todo: Sequence[Pass]) -> Iterator[tuple[Pass, Table]]:
     """Run passes; each has random numbers of its own, whatever was run before."""
     work.check()
     states, manifest, model = work.states, work.states.manifest, work.load()
@@ -222,7 +203,7 @@ def _run(work: _Work, of: Of, todo: Sequence[_Pass]) -> Iterator[tuple[_Pass, _T
             yield each, _table(found, layers, work.options)
 
 
-def _table(found: Gradients, layers: Mapping[str, nn.Module], options: Sequence[tuple[str, int, int]]) -> _Table:
+def _table(found: Gradients, layers: Mapping[str, nn.Module], options: Sequence[tuple[str, int, int]]) -> Table:
     """Σ G² ΔW² for each option, with the inputs' errors and the reach.
 
     ΔW is the error of searched grids, as quantizers make them: MLX's rounding times what the search gains on some rows.
@@ -243,58 +224,3 @@ def _table(found: Gradients, layers: Mapping[str, nn.Module], options: Sequence[
         "outputs": np.stack([found.outputs[name] for name in dict.fromkeys(name for name, *_ in options)]),
         "reach": found.reach,
     }
-
-
-def _of_output(tables: Mapping[_Pass, _Table], steps: Sequence[int]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Errors by option and step, and by tap, step and bit-width; means over images and probes."""
-    columns = []
-    for step in steps:
-        own = [(len(each.images), table) for each, table in tables.items() if each.step == step]
-        total = sum(count for count, _ in own)
-        columns.append([sum(n * table[key] for n, table in own) / total for key in KEYS[:2]])
-    return (
-        np.stack([np.asarray(weights) for weights, _ in columns], axis=1),
-        np.concatenate([np.asarray(inputs) for _, inputs in columns], axis=1),
-    )
-
-
-def _typical(
-    tables: Sequence[_Table], options: Sequence[tuple[str, int, int]], steps: Sequence[int]
-) -> tuple[NDArray[np.float64], NDArray[np.float64], float | None]:
-    """As :func:`_of_output`, of the typical picture, and the standard error of its PSNR in dB.
-
-    Its PSNR is the mean of PSNRs, as of drawn pictures, not that of the mean error: whatever the plan, a few pictures
-    have errors ten times as large as others. So each table is divided by its error at :data:`TYPICAL`, and the mean
-    multiplied by the geometric mean of these. Errors are those of all steps together, so that their mean over steps is
-    the picture's.
-    """
-    places = [i for i, (_, *option) in enumerate(options) if tuple(option) == TYPICAL] or list(range(len(options)))
-    errors = np.array([table["weights"][places].sum() for table in tables])
-    logs = np.log(errors) if errors.all() else np.zeros(len(errors))
-    shares = np.exp(logs.mean() - logs)
-    weights, inputs = (np.mean([s * t[key] for s, t in zip(shares, tables, strict=True)], 0) for key in KEYS[:2])
-    doubt = 10 / math.log(10) * float(logs.std(ddof=1)) / math.sqrt(len(logs)) if len(logs) > 1 else None
-    return np.repeat(weights[:, None], len(steps), axis=1), inputs * len(steps), doubt
-
-
-def _reach(found: Sequence[NDArray[np.float64]], sigmas: Sequence[float]) -> Reach | None:
-    """Of the typical picture, from ‖λ‖² of each; None where nothing reaches it."""
-    each = np.array([reach / reach[-1] for reach in found if reach[-1] > 0])
-    if not len(each):
-        return None
-    with np.errstate(divide="ignore"):
-        latent = np.exp(np.log(each).mean(axis=0))
-    return Reach(latent, np.diff(np.array(sigmas)) ** 2 * latent[1:])
-
-
-def _read(path: Path) -> _Table | None:
-    """What a pass found; None where there is no sound file."""
-    with suppress(OSError, ValueError, KeyError, BadZipFile), open_npz(path) as file:
-        return {key: file[key] for key in KEYS}
-    return None
-
-
-def _write(path: Path, table: _Table) -> None:
-    content = io.BytesIO()
-    np.savez(content, **table)  # type: ignore[arg-type]
-    write_bytes(path, content.getvalue())

@@ -163,6 +163,7 @@ def _plan(found: Any, layers: Mapping[str, LayerSummary], **_: Any) -> Plan:
         found,
         layers={name: _layer_plan(found.layers[name], name) for name in layers},
         phase_weight_bits={phase: _bits(phase, own, layers) for phase, own in found.phase_weight_bits.items()},
+        step_activation_bits=_step_bits(found.step_activation_bits, layers),
         notes=(found.notes,) if isinstance(found.notes, str) else tuple(map(str, several(found.notes))),
     )
 
@@ -172,6 +173,15 @@ def _bits(phase: str, found: Mapping[str, Any], layers: Mapping[str, LayerSummar
     bits = {name: whole_number(value, f"{name} has weight bits ") for name, value in found.items()}
     if phase not in phase_bounds(1) or not bits.keys() <= layers.keys() or not set(bits.values()) <= set(WEIGHT_BITS):
         raise Unfit(f"its phase_weight_bits has {in_short({phase: dict(found)})}")
+    return bits
+
+
+def _step_bits(found: Mapping[str, Any], layers: Mapping[str, LayerSummary]) -> dict[str, tuple[int, ...]]:
+    """Activation bits at every step by layer."""
+    what = "its step_activation_bits has "
+    bits = {name: tuple(whole_number(b, f"{what}{name} at ") for b in several(own)) for name, own in found.items()}
+    if strange := [name for name, own in bits.items() if name not in layers or not set(own) <= set(range(2, 17))]:
+        raise Unfit(f"{what}{in_short({strange[0]: found[strange[0]]})}")
     return bits
 
 

@@ -14,7 +14,7 @@ from calib.activations.states import identity_of
 from calib.activations.taps import TapPoint, TapSelection, tap_points
 from calib.analysis.layers import PROBE, LayerSummary
 from calib.analysis.run_trials import TrialRunner
-from calib.analysis.sensitivities import Of, Sensitivities
+from calib.analysis.sensitivities import INPUT_BITS, Of, Sensitivities
 from calib.analysis.trials import Task, Trial, TrialCache
 from calib.base.affine import GROUP_SIZES, WEIGHT_BITS
 from calib.base.files import short_hash
@@ -29,8 +29,8 @@ import mlx.core as mx
 import numpy as np
 from mlx import nn
 
-#: Bit-widths at which the input of a layer is tried.
-INPUT_BITS = (4, 6, 8)
+#: Bit-widths at which the input of a layer is tried: fewer than gradients tell of, as each takes forwards of its own.
+TRIED_BITS = (4, 6, 8)
 
 
 def quantizable(layer: nn.Module) -> list[int]:
@@ -89,6 +89,7 @@ def measure(
             for name in point.names
         },
         shapes={name: (layers[name].weight.shape[0], layers[name].weight.shape[-1]) for name in trials},
+        taps={point.name: point.names for point in points},
     )
 
 
@@ -149,10 +150,11 @@ def placeholder_sensitivities(
         for name, layer in every.items()
     }
     shapes = {name: (layer.weight.shape[0], layer.weight.shape[-1]) for name, layer in every.items()}
-    return dict.fromkeys(every, PROBE), Sensitivities(steps, num_steps, weights, {}, shapes, of)
+    inputs = {name: {b: np.full(len(steps), 4.0**-b) for b in INPUT_BITS} for name in every}
+    return dict.fromkeys(every, PROBE), Sensitivities(steps, num_steps, weights, inputs, shapes, of)
 
 
-_INPUT_TRIALS = [Trial(bits) for bits in INPUT_BITS]
+_INPUT_TRIALS = [Trial(bits) for bits in TRIED_BITS]
 
 
 def _input_key(point: TapPoint, ranges: Mapping[str, tuple[float, float]]) -> str | None:

@@ -1,12 +1,13 @@
 """Ranges of layers at each denoising step, read from ``activations.h5``, and the step plan that follows from them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from pathlib import Path
 
 from calib.activations.reader import ActivationFile
 from calib.activations.statistics import Statistics
-from calib.analysis.plan import NO_CLIP, Plan, plan_hash
-from calib.analysis.ranges import Observed, RangeRule
+from calib.analysis.plan import NO_CLIP, UNQUANTIZED, Plan, plan_hash
+from calib.analysis.ranges import Observed, RangeRule, StepRanges
 from calib.analysis.rules import checked_rule
 from calib.analysis.steps import StepPlan
 from calib.base.errors import CalibError
@@ -151,6 +152,35 @@ def observed_ranges(plan: Plan, activations: Path) -> dict[str, Observed]:
         return {name: observe(file, name, layer.clip_percentile) for name, layer in plan.layers.items()}
 
 
+def ranges_by(rule: RangeRule, activations: Path) -> dict[str, StepRanges]:
+    """Ranges by ``rule`` of every layer's input, without clipping."""
+    with ActivationFile(activations) as file:
+        inputs = {name: file.same_data(name) for name in file.layers if file.kind(name) != "block"}
+        made = {name: checked_rule(rule)(observe(file, name, NO_CLIP)) for name in set(inputs.values())}
+    return {name: made[first] for name, first in inputs.items()}
+
+
+def average_activation_bits(activations: Path, bits: Mapping[str, Sequence[int]]) -> float:
+    """Bits of a number that a layer reads, over all inputs and steps; ``bits`` at each step by layer.
+
+    An input counts by its size, and once however many layers read it. 16 where no input was collected.
+    """
+    with ActivationFile(activations) as file:
+        sharing: dict[str, list[str]] = {}
+        for name in bits:
+            if name in file.layers and file.kind(name) != "block":
+                sharing.setdefault(file.same_data(name), []).append(name)
+        counts = {first: file.count(first) for first in sharing}
+    # Each layer's mean, as a fraction, so that a budget that is met is not missed by rounding.
+    total = sum(
+        counts[first] * Fraction(sum(bits[name]), len(bits[name])) / len(names)
+        for first, names in sharing.items()
+        for name in names
+    )
+    read = sum(counts.values())
+    return float(total / read) if read else float(UNQUANTIZED)
+
+
 def plan_steps(
     plan: Plan,
     observed: Mapping[str, Observed],
@@ -168,6 +198,9 @@ def plan_steps(
     with ActivationFile(activations) as file:
         levels, attributes = file.levels(), dict(file.attributes)
     last = levels.num_steps - 1
+    if odd := [name for name, bits in plan.step_activation_bits.items() if len(bits) != levels.num_steps]:
+        what = f"{odd[0]} at {len(plan.step_activation_bits[odd[0]])} steps, of {levels.num_steps}"
+        raise CalibError(f"the plan has activation bits of {what} in {activations}")
     return StepPlan(
         timesteps=tuple(_timesteps(activations.parent, levels.timesteps, levels.num_steps)),
         phases={name: (first, min(end, last)) for name, (first, end) in phase_bounds(levels.num_steps).items()},
@@ -175,6 +208,7 @@ def plan_steps(
             phase: {name: b for name, b in bits.items() if b != plan.layers[name].activation_bits}
             for phase, bits in (phase_bits or {}).items()
         },
+        step_bits=plan.step_activation_bits,
         weight_bits=plan.phase_weight_bits,
         ranges={name: checked_rule(rule)(seen) for name, seen in observed.items()},
         origin={

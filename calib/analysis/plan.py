@@ -73,7 +73,9 @@ class Plan:
         outlier_channels: by layer, channels of large range, with the ratio to the layer's median channel range.
         phase_weight_bits: weight bits by phase and layer, where they vary with the step; every copy is stored.
         notes: notes for people on the making of the plan, a line each.
-        predicted_psnr: PSNR of pictures with these weights rounded to nearest, in dB, to first order; None: not known.
+        step_activation_bits: activation bits of a layer at every step, (num_steps,), where they follow it.
+        predicted_psnr: PSNR of pictures by this plan, weights rounded to nearest, in dB, to first order; None: unknown.
+        predicted_weights_psnr: the same with inputs left as they are.
     """
 
     layers: dict[str, LayerPlan]
@@ -82,6 +84,13 @@ class Plan:
     phase_weight_bits: dict[str, dict[str, int]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     predicted_psnr: float | None = None
+    predicted_weights_psnr: float | None = None
+    step_activation_bits: dict[str, tuple[int, ...]] = field(default_factory=dict)
+
+    def predicted(self) -> dict[str, float]:
+        """What was predicted, by the keys of ``metrics.json``."""
+        found = {"predicted_psnr": self.predicted_psnr, "predicted_weights_psnr": self.predicted_weights_psnr}
+        return {key: psnr for key, psnr in found.items() if psnr is not None}
 
     def to_json(self) -> dict[str, Any]:
         found = {name: layer.to_json() for name, layer in self.layers.items()}
@@ -101,7 +110,7 @@ class Plan:
             "aggressive_layers": sum(layer.aggressive for layer in self.layers.values()),
             "outlier_layers": len(self.outlier_layers),
             "outlier_channels": sum(map(len, self.outlier_channels.values())),
-            **({} if self.predicted_psnr is None else {"predicted_psnr": self.predicted_psnr}),
+            **self.predicted(),
         }
 
 

@@ -210,7 +210,7 @@ def ranges_of(entry: Any, num_steps: int) -> StepRanges:
     if len(set(lengths)) > 1:
         raise ValueError(f"from_step, low and high have {lengths[0]}, {lengths[1]} and {lengths[2]} entries")
     steps, low, high = lists
-    _check_steps(steps, num_steps)
+    check_steps(steps, num_steps)
     for key, values in (("low", low), ("high", high)):
         for value in values:
             if not _is_finite(value):
@@ -221,7 +221,8 @@ def ranges_of(entry: Any, num_steps: int) -> StepRanges:
     return StepRanges(tuple(steps), tuple(map(float, low)), tuple(map(float, high)))
 
 
-def _check_steps(steps: list[Any], num_steps: int) -> None:
+def check_steps(steps: list[Any], num_steps: int) -> None:
+    """Raise a ValueError where ``steps`` are not first steps of parts of a trajectory, from step 0 on."""
     for step in steps:
         if isinstance(step, bool) or not isinstance(step, int):
             raise ValueError(f"from_step holds {step!r}, not a step index")

@@ -18,6 +18,8 @@ KEPT_AT_16_BITS = "kept, MLX cannot quantize it"
 #: Predicted PSNRs in dB below which errors are too large for a prediction of first order, lowest first, and how much
 #: less was drawn on the shipped model (docs/METHODS.md §9).
 UNTRUSTED = ((24.0, "4 to 8 dB"), (30.0, "1 to 3 dB"))
+#: Bit-widths at which gradients tell the error of an input.
+INPUT_BITS = (4, 5, 6, 7, 8)
 #: Bits above the average from which a layer counts as sensitive, and bits up to which it counts as aggressive.
 SENSITIVE_ABOVE, AGGRESSIVE_AT = 1.5, 4
 
@@ -57,7 +59,7 @@ class Sensitivities:
         steps: indices of the measured steps, ascending.
         num_steps: number of steps of the trajectory.
         weights: S at each measured step, (steps,) float64, by layer and (bits, group size).
-        activations: S at each measured step, by layer and bits, with the layer's input quantized over its full range.
+        activations: S at each measured step, by layer and bits, with the layer's input quantized.
         shapes: (rows, columns) of each layer's weight; without layers that MLX cannot quantize.
         of: what errors are of. Those of a picture or latent are of all steps together: of weights the same at each
             step, of inputs times the number of steps, so that means over the steps are the whole of the error.
@@ -65,6 +67,7 @@ class Sensitivities:
         doubt: standard error of a predicted PSNR in dB, by its spread over pictures; None where one alone was measured.
         importance: by layer, how much an error of its output at each step reaches the picture or latent, (num_steps,):
             the mean square over outputs and tokens of the gradient; empty for outputs.
+        taps: layers that read one array, by the first of them; a layer in none reads an array of its own.
     """
 
     steps: tuple[int, ...]
@@ -76,10 +79,18 @@ class Sensitivities:
     reach: Reach | None = None
     doubt: float | None = None
     importance: dict[str, NDArray[np.float64]] = field(default_factory=dict)
+    taps: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def of_picture(self) -> bool:
         return self.of is Of.PICTURE
+
+    def inputs(self) -> dict[str, tuple[str, ...]]:
+        """The layers that read each measured input, by the first of them."""
+        shared = {name: tuple(n for n in names if n in self.activations) for name, names in self.taps.items()}
+        known = {name for names in shared.values() for name in names}
+        alone = {name: (name,) for name in self.activations if name not in known}
+        return {names[0]: names for names in shared.values() if names} | alone
 
 
 def usable_options(
@@ -185,6 +196,13 @@ def trust_note(psnr: float) -> list[str]:
         if psnr < below:
             return [f"errors are too large to be predicted well: below {below:g} dB expect {less} less"]
     return []
+
+
+def with_inputs_note(weights: float, inputs: float | None, of_picture: bool) -> list[str]:
+    """The note on the predicted error with inputs quantized too, where it is known."""
+    if inputs is None:
+        return []
+    return [f"with inputs quantized as planned, {error_text(weights + inputs, of_picture)}"]
 
 
 def figure(error: float, of_picture: bool) -> str:

@@ -1,12 +1,12 @@
 """The parts of a plan that vary with the denoising step: bits of phases, ranges. ``timestep_config.json``."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from calib.analysis.plan import LayerPlan, weights_hash
-from calib.analysis.ranges import StepRanges, ranges_from_json, ranges_to_json
+from calib.analysis.plan import LayerPlan, Plan, weights_hash
+from calib.analysis.ranges import StepRanges, check_steps, ranges_from_json, ranges_to_json
 from calib.analysis.rules import recorded_rule
 from calib.base.affine import WEIGHT_BITS
 from calib.base.errors import CalibError, lacks_or_garbles, suggest
@@ -19,16 +19,8 @@ from numpy.typing import NDArray
 ORIGIN = ("model", "fingerprint", "statistics", "statistics_checksum")
 
 KEYS = (
-    "num_steps",
-    "timesteps",
-    *ORIGIN,
-    "plan",
-    "ranges",
-    "phases",
-    "activation_ranges",
-    "drift",
-    "predicted",
-    "importance",
+    *("num_steps", "timesteps", *ORIGIN, "plan", "ranges", "phases", "activation_bits", "activation_ranges"),
+    *("drift", "predicted", "importance"),
 )
 PHASE_KEYS = ("steps", "activation_bits", "weight_bits")
 
@@ -41,12 +33,13 @@ class StepPlan:
         timesteps: timesteps of steps 0 … n - 1.
         phases: first and last step of each phase.
         activation_bits: by phase and layer, where they differ from the plan's.
+        step_bits: activation bits at every step by layer, (num_steps,), where they follow a budget and not the phase.
         weight_bits: by phase and layer, where layers have copies of their weights.
         ranges: activation ranges by layer.
         origin: origin of the statistics, where known: model, fingerprint, path, and the file's checksum.
         plan: :func:`calib.analysis.plan.plan_hash` of the plan that this belongs to; empty where unknown.
         rule: name and parameters of the function that made the ranges, see :mod:`calib.analysis.rules`.
-        predicted: PSNR of pictures that was predicted for the weights of the plan, and their hash, where it was.
+        predicted: PSNRs that were predicted for the plan and for its weights alone, and hashes of what they are for.
         drift: :func:`calib.analysis.observed.range_drift` of each layer's observed ranges, 0 … 1.
         importance: by layer, how much an error of its output at each step reaches the picture, (num_steps,), relative
             to the step where it does most; where the plan was made by gradients of the picture.
@@ -63,14 +56,32 @@ class StepPlan:
     drift: dict[str, float] = field(default_factory=dict)
     predicted: dict[str, Any] = field(default_factory=dict)
     importance: dict[str, NDArray[np.float64]] = field(default_factory=dict)
+    step_bits: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
-    def psnr_of(self, plan: Mapping[str, LayerPlan]) -> float | None:
-        """The PSNR that was predicted for ``plan``; None where that was for other weights, or was not."""
-        psnr = self.predicted.get("psnr")
-        return float(psnr) if psnr is not None and self.predicted.get("plan") == weights_hash(plan) else None
+    def with_predictions(self, plan: Plan, known: Mapping[str, Any]) -> "StepPlan":
+        """Add what was predicted for ``plan``, with what it holds for, and what else is ``known`` of errors."""
+        found = {key.removeprefix("predicted_"): psnr for key, psnr in plan.predicted().items()}
+        if not found and not known:
+            return self
+        hashes = {"plan": weights_hash(plan.layers), "applied": applied_hash(plan.layers, self)}
+        return replace(self, predicted={**known, **found, **hashes})
+
+    def predictions(self, plan: Mapping[str, LayerPlan]) -> dict[str, float]:
+        """What was predicted for ``plan``, by the keys of ``metrics.json``; empty where that was for other weights.
+
+        With other bits or ranges of inputs the prediction for the weights alone is left.
+        """
+        found = self.predicted
+        if "psnr" not in found or found.get("plan") != weights_hash(plan):
+            return {}
+        weights = float(found.get("weights_psnr", found["psnr"]))
+        whole = found["psnr"] if found.get("applied") == applied_hash(plan, self) else weights
+        return {"predicted_psnr": float(whole), "predicted_weights_psnr": weights}
 
     def bits_by_step(self, name: str, default: int) -> tuple[int, ...]:
         """Activation bits of a layer at every step; ``default`` outside the collected phases."""
+        if name in self.step_bits:
+            return self.step_bits[name]
         bits = [default] * len(self.timesteps)
         for phase, (first, last) in self.phases.items():
             own = self.activation_bits.get(phase, {}).get(name, default)
@@ -90,6 +101,7 @@ class StepPlan:
             "plan": self.plan,
             "ranges": self.rule,
             "phases": phases,
+            **({"activation_bits": _bits_to_json(self.step_bits)} if self.step_bits else {}),
             "activation_ranges": ranges_to_json(self.ranges),
             "drift": self.drift,
             **({"predicted": self.predicted} if self.predicted else {}),
@@ -108,7 +120,8 @@ def applied_hash(plan: Mapping[str, LayerPlan], steps: StepPlan) -> str:
         for name, layer in plan.items()
     }
     document = steps.to_json()
-    used = ("timesteps", "phases", "activation_ranges", *(["importance"] if steps.importance else []))
+    optional = {"activation_bits": steps.step_bits, "importance": steps.importance}
+    used = ("timesteps", "phases", "activation_ranges", *(key for key, held in optional.items() if held))
     return short_hash([layers, *(document[key] for key in used)], digits=16)
 
 
@@ -133,6 +146,10 @@ def read_steps(path: Path) -> StepPlan:
         for phase, own in phases.items():
             _check_keys(path, f"phase {phase!r} ", own, PHASE_KEYS)
         activations = range(2, 17)
+        by_step = _bits_from_json(document.get("activation_bits", {}), len(timesteps), activations)
+        for phase, own in phases.items():
+            if both := [name for name in own["activation_bits"] if name in by_step]:
+                raise ValueError(f"activation_bits of {both[0]} both by step and in phase {phase!r}")
         return StepPlan(
             timesteps,
             {phase: _bounds(own["steps"], len(timesteps)) for phase, own in phases.items()},
@@ -145,9 +162,31 @@ def read_steps(path: Path) -> StepPlan:
             {name: float(drift) for name, drift in document.get("drift", {}).items()},
             dict(document.get("predicted", {})),
             {name: _shares(share, len(timesteps)) for name, share in document.get("importance", {}).items()},
+            by_step,
         )
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise lacks_or_garbles(path, error, "run calib analyze again") from None
+
+
+def _bits_to_json(bits: Mapping[str, Sequence[int]]) -> dict[str, dict[str, list[int]]]:
+    found = {}
+    for name, own in bits.items():
+        starts = [step for step, b in enumerate(own) if step == 0 or b != own[step - 1]]
+        found[name] = {"from_step": starts, "bits": [own[step] for step in starts]}
+    return found
+
+
+def _bits_from_json(document: Mapping[str, Any], num_steps: int, allowed: Sequence[int]) -> dict[str, tuple[int, ...]]:
+    found = {}
+    for name, entry in document.items():
+        starts, bits = entry["from_step"], entry["bits"]
+        check_steps(starts, num_steps)
+        if len(starts) != len(bits):
+            raise ValueError(f"{len(starts)} steps with {len(bits)} bits of {name}")
+        _bits({f"{name} from step {s}": b for s, b in zip(starts, bits, strict=True)}, allowed)
+        ends = [*starts[1:], num_steps]
+        found[name] = tuple(b for s, e, b in zip(starts, ends, bits, strict=True) for _ in range(s, e))
+    return found
 
 
 def _check_keys(path: Path, where: str, entry: Mapping[str, Any], known: Sequence[str]) -> None:

@@ -6,15 +6,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from calib.activations.taps import TapPoint
+from calib.analysis.grid import Grid
+from calib.analysis.sensitivities import INPUT_BITS
 from calib.models.architecture import parent_of
 from calib.models.model import DiffusionModel, weights
 
 import mlx.core as mx
 from mlx import nn
 from mlx.utils import tree_unflatten
-
-#: Bit-widths at which the input of a layer may be quantized.
-INPUT_BITS = (4, 6, 8)
 
 
 @contextmanager
@@ -129,10 +128,6 @@ class Watch:
 
 def input_errors(x: mx.array, gradient: mx.array, low: float, high: float) -> mx.array:
     """Σ gradient² Δx² where ``x`` is quantized over [low, high], for each of :data:`INPUT_BITS`; lazy."""
-    squared, found = gradient.astype(mx.float32) ** 2, []
-    for bits in INPUT_BITS:
-        scale = max(high - low, 1e-12) / (2**bits - 1)
-        zero = round(-low / scale)
-        rounded = (mx.clip(mx.round(x / scale) + zero, 0, 2**bits - 1) - zero) * scale
-        found.append((squared * (rounded - x) ** 2).sum())
-    return mx.stack(found)
+    x, gradient = x.astype(mx.float32), gradient.astype(mx.float32)
+    changes = (Grid.over(low, high, bits).apply_mx(x) - x for bits in INPUT_BITS)
+    return mx.stack([((gradient * change) ** 2).sum() for change in changes])

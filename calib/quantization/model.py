@@ -65,6 +65,11 @@ class QuantizedModel:
             other_bytes=dense,
         )
 
+    def metrics(self) -> dict[str, float]:
+        """Flat numbers for ``metrics.json``."""
+        average = self.about.get("average_activation_bits")
+        return {**self.size().metrics(), **({} if average is None else {"average_activation_bits": float(average)})}
+
     def parameters(self) -> dict[str, mx.array]:
         """Arrays by the paths that they have after ``nn.quantize``; without the copies of phases."""
         found = dict(self.weights)

@@ -13,15 +13,16 @@ from typing import Any
 
 from calib.analysis.adjoint import check_complete
 from calib.analysis.gradients import gradient_sensitivities
+from calib.analysis.input_bits import over_ranges
 from calib.analysis.layers import PROBE, LayerSummary, read_summaries
 from calib.analysis.measure import placeholder_sensitivities, sensitivities
-from calib.analysis.observed import drift_text, observed_ranges, plan_steps
-from calib.analysis.plan import Plan, weights_hash
-from calib.analysis.ranges import Observed
+from calib.analysis.observed import average_activation_bits, drift_text, observed_ranges, plan_steps, ranges_by
+from calib.analysis.plan import Plan
+from calib.analysis.ranges import Observed, per_step, static
 from calib.analysis.sensitivities import Of, Sensitivities
 from calib.analysis.steps import StepPlan
 from calib.analysis.summary import summary_text
-from calib.base.errors import CalibError
+from calib.base.errors import CalibError, ConfigError
 from calib.base.files import content_of, write_json, write_text
 from calib.base.layout import ACTIVATIONS, METADATA, PLAN, STATISTICS, STEPS, SUMMARY
 from calib.base.option import on_trial
@@ -41,7 +42,7 @@ def check(settings: Settings) -> None:
     stats = stats_of(settings)
     layers, _ = read_summaries(stats)
     check_statistics(stats, settings.generate.given_data_dir)
-    try_heuristic(settings, list(layers))
+    _check_steps_of(try_heuristic(settings, list(layers)), stats)
     if settings.analyze.analysis.measures:
         source = collected(settings, stats, "this heuristic")
         if (of := settings.analyze.sensitivity.of) is not Of.OUTPUT:
@@ -68,9 +69,11 @@ def run(settings: Settings, run: RunDirectory, model: Callable[[], DiffusionMode
         return measured[-1]
 
     plan = own.analysis.plan(layers, measure)
+    _check_steps_of(plan, stats)
     steps, observed = _steps(settings, plan, layers, stats)
-    importance = importance_of(plan, measured) if steps.timesteps else {}
-    steps = replace(steps, predicted=_predicted(plan, measured), importance=importance)
+    if steps.timesteps:
+        steps = replace(steps, importance=importance_of(plan, measured))
+    steps = steps.with_predictions(plan, _known(measured))
     if settings.stage is Stage.RUN and "statistics" in steps.origin:
         steps.origin["statistics"] = str(run.home / ACTIVATIONS)
     write_json(run.path / PLAN, plan.to_json())
@@ -79,21 +82,20 @@ def run(settings: Settings, run: RunDirectory, model: Callable[[], DiffusionMode
         write_json(own.export_config, plan.to_json())
     text = summary_text(plan) + (drift_text(_distinct(observed)) if observed else "")
     write_text(run.path / SUMMARY, text)
-    run.add_metrics(Stage.ANALYZE, {**plan.metrics(), "analyze_seconds": time.monotonic() - start})
+    metrics = plan.metrics()
+    if (activations := activations_of(stats)) is not None:
+        bits = {name: steps.bits_by_step(name, layer.activation_bits) for name, layer in plan.layers.items()}
+        metrics["average_activation_bits"] = average_activation_bits(activations, bits)
+    run.add_metrics(Stage.ANALYZE, {**metrics, "analyze_seconds": time.monotonic() - start})
     print(f"\n{text}")
 
 
-def _predicted(plan: Plan, measured: Sequence[Sensitivities]) -> dict[str, Any]:
-    """What is known of the plan's pictures: for which plan, of what, how steps reach them; empty of outputs."""
+def _known(measured: Sequence[Sensitivities]) -> dict[str, Any]:
+    """What errors are of, and how those at each step reach it; empty of outputs."""
     if not measured or measured[-1].of is Of.OUTPUT:
         return {}
-    reach, psnr = measured[-1].reach, plan.predicted_psnr
-    return {
-        "of": measured[-1].of.value,
-        "plan": weights_hash(plan.layers),
-        **({} if psnr is None else {"psnr": psnr}),
-        **({} if reach is None else {"reach": reach.to_json()}),
-    }
+    reach = measured[-1].reach
+    return {"of": measured[-1].of.value, **({} if reach is None else {"reach": reach.to_json()})}
 
 
 def importance_of(plan: Plan, measured: Sequence[Sensitivities]) -> dict[str, NDArray[np.float64]]:
@@ -103,6 +105,13 @@ def importance_of(plan: Plan, measured: Sequence[Sensitivities]) -> dict[str, ND
         if name in plan.layers and share.max() > 0:
             found[name] = np.array([float(f"{value:.3g}") for value in share / share.max()])
     return found
+
+
+def _check_steps_of(plan: Plan | None, stats: Path) -> None:
+    """Raise where the plan has bits by step, and the statistics know no steps."""
+    if plan is not None and plan.step_activation_bits and activations_of(stats) is None:
+        what = f"knows no steps, by which this plan's activation bits vary: name a run directory with its {ACTIVATIONS}"
+        raise ConfigError.bad_value("stats", stats, what)
 
 
 def _check_finite(stats: Path, layers: Mapping[str, LayerSummary]) -> None:
@@ -122,23 +131,34 @@ def sensitivities_of(
     load = source.model(model)
     states = source.states(wanted.images, wanted.steps)
     where = (load, settings.job.model.architecture(load), layers, states, settings.job.cache_dir)
-    if wanted.method is Method.TRIALS:
-        return sensitivities(*where, wanted.group_sizes)
-    return gradient_sensitivities(*where, wanted.of, wanted.group_sizes, wanted.probes)
+    activations, trials = activations_of(stats), wanted.method is Method.TRIALS
+    # The same whatever the rule for ranges is, so that every rule finds it in the cache.
+    measured = None if activations is None else ranges_by(static if trials else per_step, activations)
+    if trials:
+        found = sensitivities(*where, wanted.group_sizes)
+    else:
+        found = gradient_sensitivities(*where, wanted.of, wanted.group_sizes, wanted.probes, measured)
+    if activations is None or measured is None:
+        return found
+    return over_ranges(found, measured, ranges_by(settings.analyze.ranges, activations))
 
 
-def try_heuristic(settings: Settings, names: list[str]) -> None:
-    """Raise where a heuristic over all layers could not plan the layers ``names``, whatever is measured."""
+def try_heuristic(settings: Settings, names: list[str]) -> Plan | None:
+    """Raise where a heuristic over all layers could not plan the layers ``names``, whatever is measured.
+
+    Returns the plan of made-up statistics, where there is one.
+    """
     heuristic, skeleton = settings.analyze.analysis, settings.job.model.skeleton
     if heuristic.by_layer:
-        return
+        return None
     with on_trial():
         if not heuristic.measures:
-            heuristic.whole(dict.fromkeys(names, PROBE))
+            return heuristic.whole(dict.fromkeys(names, PROBE))
         elif skeleton is not None:
             wanted, num_steps = settings.analyze.sensitivity, settings.generate.sampler.num_steps
             layers, found = placeholder_sensitivities(skeleton(), names, num_steps, wanted.group_sizes, wanted.of)
-            heuristic.whole(layers, lambda: found)
+            return heuristic.whole(layers, lambda: found)
+    return None
 
 
 def _distinct(observed: Mapping[str, Observed]) -> dict[str, Observed]:

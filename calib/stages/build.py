@@ -146,6 +146,8 @@ def fingerprint(config: Mapping[str, Any], prompts: Sequence[str], measures: boo
         counted["sensitivity"] = {
             k: v for k, v in counted["sensitivity"].items() if k not in ("method", "of", "probes")
         }
+    if not counted["quantizer"].get("search", True):  # grids as calib 0.2.0 had them
+        counted["quantizer"] = {k: v for k, v in counted["quantizer"].items() if k != "search"}
     return short_hash([counted, prompts], digits=16)
 
 

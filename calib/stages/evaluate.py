@@ -42,6 +42,9 @@ import mlx.core as mx
 
 logger = logging.getLogger("calib")
 
+#: What a quantized model says of itself that is shown beside what it draws.
+CARRIED = ("average_activation_bits", "predicted_psnr", "predicted_weights_psnr")
+
 
 def check(settings: Settings) -> None:
     """Raise where there is no quantized model, or no image to draw."""
@@ -81,9 +84,9 @@ def run(settings: Settings, run: RunDirectory, model: Callable[[], DiffusionMode
     mx.reset_peak_memory()
     outcome = paired.compare(partial(applied, model(), quantized, wanted.dequantize), "quantized")
     peak, found = mx.get_peak_memory(), outcome.fidelity
-    expected = quantized.about.get("predicted_psnr")
+    about = {key: quantized.about[key] for key in CARRIED if key in quantized.about}
     text = fidelity_text(found, control, drawn.sampler.num_steps)
-    text += "" if expected is None else _predicted(quantized, float(expected))
+    text += _planned(quantized, about)
     text += f"peak memory while drawing quantized: {readable_bytes(peak)}{_counted(wanted.dequantize)}\n"
     write_text(run.path / FIDELITY, text)
     made_from = {"quantized": content_of(folder / CHECKPOINT), "model": model().fingerprint}
@@ -96,23 +99,23 @@ def run(settings: Settings, run: RunDirectory, model: Callable[[], DiffusionMode
     save_pictures(run.path / QUANTIZED_PICTURES, outcome.pictures)
     seconds = time.monotonic() - start
     run.add_metrics(Stage.EVALUATE, {**found.summary(), **control.summary("control_")})
-    if expected is not None:
-        run.add_metrics(Stage.EVALUATE, {"predicted_psnr": expected})
+    run.add_metrics(Stage.EVALUATE, about)
     run.add_metrics(Stage.EVALUATE, {"evaluate_seconds": seconds, "evaluate_peak_bytes": peak})
     logger.info("evaluated %d images in %.1f s", len(reference.images), seconds)
     print(f"\n{text}")
 
 
-def _predicted(quantized: QuantizedModel, psnr: float) -> str:
-    """The line on the PSNR that was predicted, and on what it is of where other pictures were drawn."""
-    quantizer = quantized.about.get("quantizer", {}).get("name", "rtn")
-    more = [
-        f"by quantizer={quantizer}" if quantizer != "rtn" else "",
-        "with quantized inputs" if quantized.inputs else "",
-    ]
-    drawn = f", drawn {' and '.join(filter(None, more))}" if any(more) else ""
-    line = f"predicted for these weights, rounded to nearest: PSNR {psnr:.2f} dB{drawn}"
-    return "\n".join([line, *(f"note: {said}" for said in trust_note(psnr))]) + "\n"
+def _planned(quantized: QuantizedModel, about: Mapping[str, float]) -> str:
+    """Lines on the bits of inputs and on what was predicted, where they are known, and on what that is of."""
+    bits, (psnr, weights) = about.get("average_activation_bits"), (about.get(key) for key in CARRIED[1:])
+    lines = [] if bits is None else [f"inputs: {bits:.2f} bits a number that layers read"]
+    if psnr is not None:
+        alone = "" if weights in (None, psnr) else f", {weights:.2f} dB with inputs at 16 bits"
+        quantizer = quantized.about.get("quantizer", {}).get("name", "rtn")
+        drawn = f"; drawn by quantizer={quantizer}" if quantizer != "rtn" else ""
+        lines.append(f"predicted for these weights, rounded to nearest: PSNR {psnr:.2f} dB{alone}{drawn}")
+        lines += [f"note: {said}" for said in trust_note(psnr)]
+    return "".join(f"{line}\n" for line in lines)
 
 
 def _counted(dequantize: bool | None) -> str:

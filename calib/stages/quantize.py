@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from calib.activations.batches import StoredStates
-from calib.analysis.observed import observed_ranges, plan_steps
-from calib.analysis.plan import LayerPlan, Plan, plan_hash
+from calib.analysis.observed import average_activation_bits, observed_ranges, plan_steps
+from calib.analysis.plan import UNQUANTIZED, LayerPlan, Plan, plan_hash
 from calib.analysis.plan_file import read_plan
 from calib.analysis.rules import rule_of
 from calib.analysis.steps import StepPlan, applied_hash, read_steps
@@ -59,7 +59,7 @@ def check(settings: Settings) -> None:
 def _check_layers_of(steps: StepPlan, plan: Mapping[str, LayerPlan], path: Path) -> None:
     """Raise where the steps of ``plan`` name layers that it lacks, whose ranges or bits would have no effect."""
     by_phase = [*steps.activation_bits.values(), *steps.weight_bits.values()]
-    named = [*steps.ranges, *(name for bits in by_phase for name in bits)]
+    named = [*steps.ranges, *steps.step_bits, *(name for bits in by_phase for name in bits)]
     if steps.plan == plan_hash(plan) and (unknown := [name for name in named if name not in plan]):
         hint = suggest(unknown[0], plan, list_all=False)
         raise CalibError(f"{path.parent / STEPS}: has layer {unknown[0]!r}, which {path.name} has not.{hint}")
@@ -95,20 +95,20 @@ def run(settings: Settings, run: RunDirectory, model: Callable[[], DiffusionMode
     if source.states is not None:
         made_from["calibration"] = asdict(settings.quantize.calibration)
     about: dict[str, Any] = {"quantizer": described(quantizer), "ranges": steps.rule, "made_from": made_from}
-    if (psnr := steps.psnr_of(plan)) is not None:
-        about["predicted_psnr"] = psnr
+    about |= steps.predictions(plan)
     mx.reset_peak_memory()
     quantized, notes = quantize_layers(model(), plan, steps, quantizer, source, about)
     peak = mx.get_peak_memory()
+    if source.statistics is not None:
+        bits = {n: quantized.inputs[n].bits if n in quantized.inputs else (UNQUANTIZED,) for n in plan}
+        quantized.about["average_activation_bits"] = average_activation_bits(source.statistics, bits)
     save(quantized, run.path / MODEL)
     if settings.stage is not Stage.RUN:
         _copy_plan(run, path, steps)
     for line in notes:
         note(line)
     seconds = time.monotonic() - start
-    run.add_metrics(
-        Stage.QUANTIZE, {**quantized.size().metrics(), "quantize_seconds": seconds, "quantize_peak_bytes": peak}
-    )
+    run.add_metrics(Stage.QUANTIZE, {**quantized.metrics(), "quantize_seconds": seconds, "quantize_peak_bytes": peak})
     logger.info("quantized %d layers in %.1f s", len(quantized.layers), seconds)
     on_disk = sum(path.stat().st_size for path in (run.path / MODEL).iterdir())
     print(f"{size_text(quantized, run.home / MODEL, on_disk)}; peak memory {readable_bytes(peak)}")
@@ -119,9 +119,10 @@ def _own_steps(path: Path, plan: dict[str, LayerPlan], steps: StepPlan, source: 
     if steps.plan == plan_hash(plan):
         return steps
     why = f"{path}: {STEPS} beside it is another plan's" if steps.timesteps else f"{path} stands alone"
+    why += ", so inputs have the bits of this one at all steps" if steps.step_bits else ""
     if source.statistics is None:
         note(f"{why}, and there are no statistics (stats=DIR): inputs stay as they are, weights alone are quantized")
-        return replace(steps, activation_bits={}, weight_bits={}, ranges={})
+        return replace(steps, activation_bits={}, step_bits={}, weight_bits={}, ranges={})
     note(f"{why}: activation ranges are made from {source.statistics}")
     whole = Plan(plan)
     return plan_steps(whole, observed_ranges(whole, source.statistics), source.statistics, source.rule)
@@ -159,5 +160,12 @@ def size_text(quantized: QuantizedModel, folder: Path, on_disk: int) -> str:
         f"  {len(quantized.layers)} layers at {size.average_bits:.2f} bits a weight, scales and biases counted{more}\n"
         f"  {size.bits_per_weight:.2f} bits a weight over all: {readable_bytes(size.nbytes)} of "
         f"{readable_bytes(size.nbytes_before)} at 16 bits ({readable_bytes(on_disk)} on disk)\n"
-        f"  {len(quantized.inputs)} layers with quantized inputs"
+        f"  {len(quantized.inputs)} layers with quantized inputs{activations_text(quantized)}"
     )
+
+
+def activations_text(quantized: QuantizedModel) -> str:
+    """The average bits of inputs, for people; '' where they are not known, or none is quantized."""
+    average = quantized.about.get("average_activation_bits")
+    known = average is not None and quantized.inputs
+    return f", {average:.2f} bits a number that layers read" if known else ""

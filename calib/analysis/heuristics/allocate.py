@@ -8,6 +8,8 @@ Minimise Σ S[l, o] over layers l, with one option o = (bits, group size) each a
 it uses, all with one group size, and every copy counts. With a layer's options as triples of bits for the early, the
 middle and the late phase this is the same program. A second copy pays only where fewer bits give a smaller error in
 some phase, by noise: else the copy of most bits, used in all phases, is smaller and no worse.
+
+``average_activation_bits``: bits of inputs at each step are a second program (:mod:`calib.analysis.input_bits`).
 """
 
 import math
@@ -15,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
+from calib.analysis.input_bits import CHOICES, InputBits, allocate_inputs, input_error, input_notes
 from calib.analysis.knapsack import solve
 from calib.analysis.layers import LayerSummary
 from calib.analysis.options import Options, options_by_layer, phase_shares, weights_of
@@ -33,6 +36,7 @@ from calib.analysis.sensitivities import (
     predicted,
     reach_note,
     usable_options,
+    with_inputs_note,
 )
 from calib.base.affine import GROUP_SIZES, WEIGHT_BITS
 from calib.base.errors import ConfigError
@@ -70,6 +74,9 @@ def plan_layers(
     average_bits: float | None = None,
     megabytes: float | None = None,
     activation_bits: int = 8,
+    average_activation_bits: float | None = None,
+    activation_choices: Sequence[int] = CHOICES,
+    step_groups: int | None = None,
     per_phase: bool = False,
     weight_bits: Sequence[int] = WEIGHT_BITS,
     group_sizes: Sequence[int] = GROUP_SIZES,
@@ -79,6 +86,9 @@ def plan_layers(
     Args:
         average_bits: the budget, 8 · bytes / weights, with scales, biases and copies counted; None: 4.5.
         megabytes: the budget in millions of bytes, instead.
+        activation_bits: bits of every input at all steps, where ``average_activation_bits`` is None.
+        average_activation_bits: the budget of inputs, bits of a number that a layer reads, see
+            :func:`calib.analysis.input_bits.allocate_inputs`, as for ``activation_choices`` and ``step_groups``.
         weight_bits, group_sizes: the choices.
 
     Raises:
@@ -99,9 +109,18 @@ def plan_layers(
     best = _Allocation.within(budget, options, picture)
     kept = {name: LayerPlan(DEFAULT_WEIGHT_BITS, activation_bits, reason=KEPT_AT_16_BITS) for name in layers}
     plan = Plan(kept | _layer_plans(options, best, activation_bits, tuple(shares), picture))
-    plan = replace(plan, predicted_psnr=decibels(best.error) if picture else None)
+    of_inputs, input_lines = input_error(sensitivities, {n: p.activation_bits for n, p in plan.layers.items()}), []
+    if average_activation_bits is not None:
+        inputs = allocate_inputs(layers, sensitivities, average_activation_bits, activation_choices, step_groups)
+        input_lines = input_notes(layers, sensitivities, inputs, average_activation_bits, activation_choices)
+        plan, of_inputs = _with_inputs(plan, inputs), inputs.error
+    if picture:
+        whole = decibels(best.error + (of_inputs or 0.0))
+        plan = replace(plan, predicted_psnr=whole, predicted_weights_psnr=decibels(best.error))
     notes = [
         *predicted(sensitivities, best.error, best.nbytes, weights_of(options)),
+        *with_inputs_note(best.error, of_inputs, picture),
+        *input_lines,
         *_budget_notes(options, best, budget),
         *_uniform_note(sensitivities, at_all_steps, best, budget),
         *kept_note(layers, sensitivities),
@@ -167,6 +186,17 @@ def _layer_plans(
         plan = replace(plan, sensitivity=float(o.cost[i]), nbytes=int(o.nbytes[i]))
         plans[name] = judged(plan, average)
     return plans
+
+
+def _with_inputs(plan: Plan, inputs: InputBits) -> Plan:
+    """``plan`` with bits of inputs that follow the step; each layer's own are their mean, rounded."""
+    layers = {
+        name: replace(layer, activation_bits=round(sum(inputs.by_layer[name]) / len(inputs.by_layer[name])))
+        if name in inputs.by_layer
+        else layer
+        for name, layer in plan.layers.items()
+    }
+    return replace(plan, layers=layers, step_activation_bits=inputs.by_layer)
 
 
 def _reason(above: float, harmless: bool) -> str:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 
+from calib.analysis.input_bits import input_error
 from calib.analysis.layers import LayerSummary
 from calib.analysis.plan import DEFAULT_WEIGHT_BITS, UNQUANTIZED, LayerPlan, Plan
 from calib.analysis.sensitivities import (
@@ -17,6 +18,7 @@ from calib.analysis.sensitivities import (
     predicted,
     reach_note,
     usable_options,
+    with_inputs_note,
 )
 from calib.base.errors import ConfigError
 
@@ -81,7 +83,12 @@ def plan_layers(
         notes.append(
             f"activations are left as they are, with S > {least:g} at their best: {left} of {len(layers)} layers"
         )
-    return Plan(plans, notes=tuple(notes), predicted_psnr=decibels(error) if picture else None)
+    of_inputs = input_error(sensitivities, {name: plan.activation_bits for name, plan in plans.items()})
+    notes[1:1] = with_inputs_note(error, of_inputs, picture)
+    if not picture:
+        return Plan(plans, notes=tuple(notes))
+    whole, alone = decibels(error + (of_inputs or 0.0)), decibels(error)
+    return Plan(plans, notes=tuple(notes), predicted_psnr=whole, predicted_weights_psnr=alone)
 
 
 def _smallest(measured: Mapping[tuple[int, int], NDArray[np.float64]], tolerance: float) -> tuple[int, int]:

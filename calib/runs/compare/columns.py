@@ -23,7 +23,7 @@ METRICS: Mapping[str, Metric] = {
     "ssim": Metric("SSIM", "", "higher", "{:.4f}"),
     "output_error": Metric("output error", "", "lower", "{:.2e}"),
     "average_weight_bits": Metric("bits a weight", "bits", "lower", "{:.2f}"),
-    "mean_activation_bits": Metric("activation bits", "bits", "lower", "{:.2f}"),
+    "average_activation_bits": Metric("activation bits", "bits", "lower", "{:.2f}"),
     "quantized_bytes": Metric("size", "MB", "lower", "{:.2f}", 1e-6),
     "images": Metric("images collected", "", None, "{:.0f}"),
     "steps": Metric("steps collected", "", None, "{:.0f}"),
@@ -31,9 +31,11 @@ METRICS: Mapping[str, Metric] = {
 #: Other metrics with a unit or a better side.
 FURTHER: Mapping[str, Metric] = {
     "predicted_psnr": Metric("predicted PSNR", "dB", None, "{:.2f}"),
+    "predicted_weights_psnr": Metric("predicted PSNR, weights alone", "dB", None, "{:.2f}"),
     "control_psnr": Metric("control's PSNR", "dB", None, "{:.2f}"),
     "control_ssim": Metric("control's SSIM", "", None, "{:.4f}"),
     "control_output_error": Metric("control's output error", "", None, "{:.2e}"),
+    "mean_activation_bits": Metric("mean activation bits", "bits", "lower", "{:.2f}"),
     "mean_weight_bits": Metric("mean weight bits", "bits", "lower", "{:.2f}"),
     "bits_per_weight": Metric("bits a weight over all", "bits", "lower", "{:.2f}"),
     "unquantized_bytes": Metric("size at 16 bits", "MB", None, "{:.2f}", 1e-6),

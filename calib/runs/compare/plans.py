@@ -23,6 +23,7 @@ class LayerChoice:
 
     Attributes:
         weight_phases, activation_phases: bits by phase (early, mid, late), where they differ from those for all.
+        activation_steps: activation bits at every step, where they follow it.
         clip: percentiles at which the range of its inputs is cut.
         low, high: of that range over all steps; None where the plan has no ranges.
         drift: 1 - narrowest / widest range that was seen at a step, 0 … 1; None where the plan has none.
@@ -33,6 +34,7 @@ class LayerChoice:
     activation_bits: int
     weight_phases: Mapping[str, int] = field(default_factory=dict)
     activation_phases: Mapping[str, int] = field(default_factory=dict)
+    activation_steps: tuple[int, ...] = ()
     clip: tuple[float, float] = (0.0, 100.0)
     low: float | None = None
     high: float | None = None
@@ -66,6 +68,7 @@ def _choice(name: str, layer: LayerPlan, steps: StepPlan) -> LayerChoice:
         activation_bits=layer.activation_bits,
         weight_phases=_phases(steps.weight_bits, name, layer.weight_bits),
         activation_phases=_phases(steps.activation_bits, name, layer.activation_bits),
+        activation_steps=steps.step_bits.get(name, ()),
         clip=layer.clip_percentile,
         low=None if ranges is None else min(ranges.low),
         high=None if ranges is None else max(ranges.high),
@@ -117,8 +120,9 @@ COLUMNS = {
     "high": "high",
     "drift": "drift",
 }
-#: Bits that vary with the phase share a column with those for all.
+#: Bits that vary with the phase, or the step, share a column with those for all.
 _PHASES = {"weight_bits": "weight_phases", "activation_bits": "activation_phases"}
+_BY_STEP = {"activation_bits": "activation_steps"}
 
 
 def _text(choice: LayerChoice, name: str, digits: int = 3) -> str:
@@ -129,11 +133,13 @@ def _text(choice: LayerChoice, name: str, digits: int = 3) -> str:
         return "none" if value == (0, 100) else f"{value[0]:g}–{value[1]:g}%"
     phases = getattr(choice, _PHASES[name]) if name in _PHASES else {}
     apart = f" ({', '.join(f'{phase} {bits}' for phase, bits in phases.items())})" if phases else ""
+    if name == "activation_bits" and len(set(choice.activation_steps)) > 1:
+        apart = f" ({min(choice.activation_steps)}–{max(choice.activation_steps)} by step)"
     return f"{value:.{digits - 3}%}" if name == "drift" else f"{value:.{digits}g}{apart}"
 
 
 def _cell(name: str, pair: tuple[LayerChoice, LayerChoice]) -> str:
-    keys = [name, _PHASES[name]] if name in _PHASES else [name]
+    keys = [name, *(where[name] for where in (_PHASES, _BY_STEP) if name in where)]
     if all(_alike(*(getattr(choice, key) for choice in pair)) for key in keys):
         return _text(pair[0], name)
     for digits in range(3, 8):  # as many as show a difference

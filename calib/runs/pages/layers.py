@@ -117,6 +117,15 @@ def ranges_of(file: ActivationFile) -> Ranges:
     return Ranges(rows, steps, np.where(np.isfinite(widths), widths, np.nan))
 
 
+def bits_by_step(steps: StepPlan) -> Ranges:
+    """Return the bits of each layer's input at each step as "widths"; of layers that read the same array, one row."""
+    sharing: dict[tuple[object, ...], list[str]] = {}
+    for name, bits in steps.step_bits.items():
+        sharing.setdefault((bits, steps.ranges.get(name)), []).append(name)
+    rows = [names[0] + (f" (+{len(names) - 1})" if len(names) > 1 else "") for names in sharing.values()]
+    return Ranges(rows, list(range(len(steps.timesteps))), np.array([bits for bits, _ in sharing], np.float64))
+
+
 def chosen_layers(ranges: Ranges, plan: Mapping[str, LayerPlan]) -> list[tuple[str, str]]:
     """Return layers worth a histogram, each with why: two sensitive ones, two that drift most, the widest ranges.
 

@@ -21,7 +21,6 @@ from calib.base.locks import open_regular
 from calib.base.progress import readable_duration
 from calib.runs.compare.columns import metric_of
 from calib.runs.pages.charts import error_chart, histogram_charts
-from calib.runs.pages.heat import heat_map
 from calib.runs.pages.layers import (
     BitTable,
     Ranges,
@@ -31,15 +30,13 @@ from calib.runs.pages.layers import (
     own_name,
     ranges_of,
     shape_of,
-    short_names,
 )
-from calib.runs.pages.page import embedded, render, trusted
+from calib.runs.pages.maps import bits_part, drift_part, range_part
+from calib.runs.pages.page import render, trusted
 from calib.runs.pages.parts import Part, curve_of
 from calib.runs.pages.pictures import LOSSLESS, Pair, pairs, pictures_of
 from calib.runs.pages.sensitivity import reach_part, sensitivity_part
 from calib.runs.record import RunRecord, read_run, read_yaml
-
-import numpy as np
 
 #: Lines of a failed run's log that are shown.
 TRACE_LINES = 60
@@ -120,13 +117,16 @@ def page_parts(path: Path) -> PageParts:
     if (path / ACTIVATIONS).exists():
         with parts.trying("statistics"), ActivationFile(path / ACTIVATIONS) as file:
             ranges = ranges_of(file)
-            parts.figures.append(_range_part(ranges))
-            parts.figures.append(_drift_part(ranges))
+            parts.figures.append(range_part(ranges))
+            parts.figures.append(drift_part(ranges))
             with parts.trying("histograms"):
                 parts.figures += _histogram_part(file, ranges, parts, path)
     predicted: Mapping[str, Any] = {}
     with suppress(CalibError):  # of damaged steps, which the histograms report
-        predicted = read_steps(path / STEPS).predicted
+        steps = read_steps(path / STEPS)
+        predicted = steps.predicted
+        with parts.trying("bits of inputs"):
+            parts.figures += bits_part(steps)
     with parts.trying("sensitivities"):
         parts.figures += sensitivity_part(parts.plan, predicted)
     with parts.trying("how errors reach the picture"):
@@ -226,12 +226,16 @@ def _tiles(metrics: Mapping[str, float]) -> list[dict[str, str]]:
         if key == "psnr" and "predicted_psnr" in metrics:
             note += f"; predicted {form.format(metrics['predicted_psnr'])}"
             note += ", beyond what can be predicted well" * bool(trust_note(metrics["predicted_psnr"]))
+            alone = metrics.get("predicted_weights_psnr", metrics["predicted_psnr"])
+            note += f" ({form.format(alone)} with inputs at 16 bits)" if alone != metrics["predicted_psnr"] else ""
         tile(key, note)
     tile("average_weight_bits", "quantized layers, scales and biases counted")
     if "quantized_bytes" in metrics and metrics.get("unquantized_bytes"):
         whole = metrics["unquantized_bytes"]
         tile("quantized_bytes", f"of {whole / 1e6:.1f} MB at 16 bits ({metrics['quantized_bytes'] / whole:.0%})")
-    tile("mean_activation_bits", "mean over layers")
+    tile("average_activation_bits", "over the numbers that layers read, at all steps")
+    if "average_activation_bits" not in metrics:  # of calib 0.2.0 and earlier
+        tile("mean_activation_bits", "mean over layers")
     if "images" in metrics and "steps" in metrics:
         layers = f"of {metrics['layers']:.0f} layers" if "layers" in metrics else ""
         value = f"{metrics['images']:.0f} × {metrics['steps']:.0f}"
@@ -255,23 +259,6 @@ def _error_part(details: Mapping[str, Any]) -> Part:
     curves = [curve_of(details["quantized"], "quantized"), curve_of(details["control"], "control, all in bfloat16")]
     note = "The model's output on the same states, mean and 95% interval over prompts. The control is the noise floor."
     return Part("error", "Error against step", note, trusted(error_chart("error", curves)))
-
-
-def _heat_part(name: str, title: str, note: str, ranges: Ranges, values: Any, label: str, logarithmic: bool) -> Part:
-    figure = heat_map(short_names(ranges.layers), ranges.steps, values, label, logarithmic)
-    rounded = [[None if not np.isfinite(v) else float(f"{v:.3g}") for v in row] for row in values]
-    data = embedded({"rows": ranges.layers, "steps": ranges.steps, "values": rounded})
-    return Part(name, title, note, trusted(figure), data)
-
-
-def _range_part(ranges: Ranges) -> Part:
-    note = "How wide each layer's input is, largest minus smallest value, on a logarithmic scale. (+n): n more read it."
-    return _heat_part("range", "Range", note, ranges, ranges.widths, "width of the range", True)
-
-
-def _drift_part(ranges: Ranges) -> Part:
-    note = "The same, each layer relative to its widest step: what one range for all steps would miss."
-    return _heat_part("drift", "Drift", note, ranges, ranges.drift, "share of the layer's widest range", False)
 
 
 def _histogram_part(file: ActivationFile, ranges: Ranges, parts: PageParts, path: Path) -> list[Part]:
