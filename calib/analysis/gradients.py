@@ -27,7 +27,7 @@ from calib.base.files import read_json, short_hash, write_json
 from calib.base.locks import locked
 from calib.base.progress import Progress, note, say
 from calib.models.architecture import Architecture
-from calib.models.grids import searched
+from calib.models.grids import left_by_search
 from calib.models.memory import BackwardPlan, device_memory, nbytes, plan_backward
 from calib.models.model import DiffusionModel
 from calib.models.packed import Packed, half_of
@@ -188,6 +188,7 @@ def _run(work: _Work, of: Of, todo: Sequence[Pass]) -> Iterator[tuple[Pass, Tabl
     work.check()
     states, manifest, model = work.states, work.states.manifest, work.load()
     adjoint, layers = work.adjoint(model), model.architecture.layers()
+    shares = _shares(layers, work.options)
     prompts = [[prompt_of(states.data_dir, manifest.images[i]) for i in each.images] for each in todo]
     keep_text = model.text_bytes + nbytes(model.decoder) + work.plan.nbytes <= device_memory()
     texts = model.encode_batches(prompts, manifest.cfg_weight, keep_text)
@@ -200,23 +201,36 @@ def _run(work: _Work, of: Of, todo: Sequence[Pass]) -> Iterator[tuple[Pass, Tabl
             else:
                 towards = adjoint.of_picture if of is Of.PICTURE else adjoint.of_latent
                 found = towards(each.images, key, progress.advance, text)
-            yield each, _table(found, layers, work.options)
+            yield each, _table(found, layers, work.options, shares)
 
 
-def _table(found: Gradients, layers: Mapping[str, nn.Module], options: Sequence[tuple[str, int, int]]) -> Table:
+def _shares(layers: Mapping[str, nn.Module], options: Sequence[tuple[str, int, int]]) -> list[mx.array]:
+    """By option the share of MLX's rounding error that searched grids leave, on some rows."""
+    shares = []
+    for name, bits, group_size in options:
+        weight = layers[name].weight
+        some = weight[:: max(1, len(weight) // SAMPLED_ROWS)]
+        shares.append(left_by_search(some, bits, group_size, half_of(weight.dtype)))
+    mx.eval(shares)
+    return shares
+
+
+def _table(
+    found: Gradients,
+    layers: Mapping[str, nn.Module],
+    options: Sequence[tuple[str, int, int]],
+    shares: Sequence[mx.array],
+) -> Table:
     """Σ G² ΔW² for each option, with the inputs' errors and the reach.
 
-    ΔW is the error of searched grids, as quantizers make them: MLX's rounding times what the search gains on some rows.
+    ΔW is the error of searched grids, as quantizers make them: MLX's rounding times what a search leaves of it.
     """
     errors = []
-    for name, bits, group_size in options:
-        weight, gradient = layers[name].weight, found.weights[name]
-        half, every = half_of(weight.dtype), max(1, len(weight) // SAMPLED_ROWS)
-        nearest = Packed.nearest(weight, bits, group_size, half).dequantize()
-        squares = (gradient * (weight - nearest)) ** 2
-        best = searched(weight[::every], bits, group_size, half, rounds=2, each_end=False).dequantize()
-        share = ((gradient[::every] * (weight[::every] - best)) ** 2).sum() / squares[::every].sum()
-        errors.append(squares.sum() * mx.where(mx.isfinite(share), share, 1.0))
+    for (name, bits, group_size), share in zip(options, shares, strict=True):
+        weight = layers[name].weight
+        nearest = Packed.nearest(weight, bits, group_size, half_of(weight.dtype)).dequantize()
+        # ** 2 would call powf on a CPU.
+        errors.append(mx.square(found.weights[name] * (weight - nearest)).sum() * share)
         mx.eval(errors[-1])  # one rounded copy of a layer at a time
     return {
         "weights": np.array([e.item() for e in errors]),

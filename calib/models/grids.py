@@ -55,6 +55,17 @@ def searched(
     return packed
 
 
+def left_by_search(weight: mx.array, bits: int, group_size: int, dtype: mx.Dtype) -> mx.array:
+    """The share of MLX's squared rounding error of ``weight`` (rows, columns) that a quick search leaves; lazy."""
+    w = weight.astype(mx.float32).reshape(len(weight), -1, group_size)
+    search = _Search(w, mx.ones(w.shape[1:]), mx.array(float(2**bits - 1)), dtype)
+    search.grid(*mx.quantize(weight.astype(dtype), group_size=group_size, bits=bits)[1:])
+    before = search.error()
+    search.ranges(each_end=False)
+    search.regressions(2)
+    return mx.where(before > 0, search.error() / before, 1.0)
+
+
 class _Search:
     """The best grid so far of each group of ``w`` (rows, groups, size); errors are weighted by ``h`` (groups, size)."""
 
@@ -88,6 +99,10 @@ class _Search:
         for _ in range(rounds):
             self.grid(*_regression(self._w, self._integers(), self._h, self._scale))
 
+    def error(self) -> mx.array:
+        """The weighted squared error of all groups; lazy."""
+        return self._error.sum()
+
     def result(self) -> tuple[mx.array, mx.array, mx.array]:
         """Integers (rows, groups, size), scales and biases (rows, groups)."""
         return self._integers().astype(mx.uint32), self._scale.astype(self._dtype), self._bias.astype(self._dtype)
@@ -106,7 +121,7 @@ def _stored(scale: mx.array, bias: mx.array, dtype: mx.Dtype) -> tuple[mx.array,
 @compiled
 def _error(w: mx.array, h: mx.array, scale: mx.array, bias: mx.array, most: mx.array) -> mx.array:
     q = mx.clip(mx.round((w - bias[..., None]) / scale[..., None]), 0, most)
-    return (h * (w - scale[..., None] * q - bias[..., None]) ** 2).sum(axis=-1)
+    return (h * mx.square(w - scale[..., None] * q - bias[..., None])).sum(axis=-1)  # ** 2 is powf on a CPU
 
 
 @compiled
@@ -124,7 +139,7 @@ def _regression(w: mx.array, q: mx.array, h: mx.array, scale: mx.array) -> tuple
     total = h.sum(axis=-1)
     mean_q, mean_w = (h * q).sum(axis=-1) / total, (h * w).sum(axis=-1) / total
     spread = q - mean_q[..., None]
-    variance = (h * spread**2).sum(axis=-1)
+    variance = (h * mx.square(spread)).sum(axis=-1)
     slope = (h * spread * (w - mean_w[..., None])).sum(axis=-1) / mx.maximum(variance, 1e-12)
     slope = mx.where(variance > 1e-9, slope, scale)
     return slope, mean_w - slope * mean_q
