@@ -8,7 +8,6 @@ the call.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import cast
 
 import calib.models.compat  # noqa: F401  (must precede diffusionkit.mlx)
 
@@ -51,14 +50,13 @@ def modulation(transformer: MMDiT, pooled: mx.array, timesteps: mx.array, key: f
 def modulated(transformer: MMDiT, pooled: mx.array, timestep: mx.array, rows: int) -> Iterator[mx.array]:
     """:func:`modulation` for ``rows`` rows; yields the timestep to call the transformer with.
 
-    Where rows differ in timestep it is an arbitrary number, under which the modulations of all rows are stored.
+    It is an arbitrary number, under which the modulations of all rows are stored: reading ``timestep`` would wait for
+    the device, and rows may differ in it.
     """
-    if timestep.size == 1:
-        times, key = mx.repeat(timestep.reshape(1), rows, axis=0), timestep
-    else:
-        times, key = timestep, _ANY_TIMESTEP
-    with modulation(transformer, pooled, times, cast(float, key.item())):
-        yield key
+    times = mx.repeat(timestep.reshape(1), rows, axis=0) if timestep.size == 1 else timestep
+    with modulation(transformer, pooled, times, _KEY):
+        yield _TIMESTEP
 
 
-_ANY_TIMESTEP = mx.array(-1.0)
+_KEY = -1.0
+_TIMESTEP = mx.array(_KEY)
