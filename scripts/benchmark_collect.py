@@ -19,6 +19,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -30,6 +31,7 @@ from calib.activations.replay import Replay, new_observer, shared_cores
 from calib.activations.step import CollectSettings
 from calib.activations.store import write_activations
 from calib.activations.taps import TapPoint, TapSelection, tap_points
+from calib.analysis.layers import LayerSummary
 from calib.base.device import device_name
 from calib.base.files import checksum
 from calib.base.layout import ACTIVATIONS
@@ -44,7 +46,7 @@ from calib.models.architecture import Conditioning, names_in_order
 from calib.models.diffusionkit import sd3_config
 from calib.models.mmdit.architecture import MMDiTArchitecture
 from calib.models.model import DiffusionModel, ModelDtype
-from calib.stages.collect import summarise
+from calib.stages.collect import summarise, summarising
 
 import mlx.core as mx
 import numpy as np
@@ -68,8 +70,8 @@ class Bare:
     architecture: MMDiTArchitecture
     dtype: mx.Dtype
 
-    def velocity(self, x: mx.array, text: Conditioning, timestep: mx.array) -> mx.array:
-        return self.architecture.velocity(x, text, timestep)
+    def velocity(self, x: mx.array, text: Conditioning, timestep: float) -> mx.array:
+        return self.architecture.velocity(x, text, mx.array(timestep, self.dtype))
 
 
 @dataclass
@@ -80,7 +82,7 @@ class Case:
     points: Sequence[TapPoint]
     x: mx.array
     text: Conditioning
-    timestep: mx.array
+    timestep: float
     stride: int = 1
 
     def rows(self, count: int) -> "Case":
@@ -122,21 +124,19 @@ def sd3_case(depth: int, latent: int, dtype: ModelDtype, batch: int) -> Case:
     x = mx.random.normal((batch, latent, latent, config.vae_latent_dim)).astype(dtype.mlx)
     tokens = mx.random.normal((batch, TEXT_LENGTH, config.token_level_text_embed_dim)).astype(dtype.mlx)
     pooled = mx.random.normal((batch, config.pooled_text_embed_dim)).astype(dtype.mlx)
-    timestep = mx.array(500.0).astype(dtype.mlx)
-    mx.eval(x, tokens, pooled, timestep)
+    mx.eval(x, tokens, pooled)
     architecture = MMDiTArchitecture(transformer)
     points = tap_points(architecture, TapSelection())
-    return Case(Bare(architecture, dtype.mlx), points, x, Conditioning(tokens, pooled), timestep)
+    return Case(Bare(architecture, dtype.mlx), points, x, Conditioning(tokens, pooled), 500.0)
 
 
 def emoji_case(batch: int) -> Case:
     model = emoji.load()
     text = model.encode(["red apple"] * batch, 0.0)
     x = mx.random.normal((batch, *model.latent_shape))
-    timestep = mx.array(500.0)
-    mx.eval(x, *text.arrays(), timestep)
+    mx.eval(x, *text.arrays())
     points = tap_points(model.architecture, TapSelection())
-    return Case(Bare(model.architecture, model.dtype), points, x, text, timestep)
+    return Case(Bare(model.architecture, model.dtype), points, x, text, 500.0)
 
 
 def plain(case: Case, steps: int, forwards: int) -> None:
@@ -150,16 +150,21 @@ def watched(
 ) -> None:
     """Steps of ``forwards`` blocks each; a step's results are fetched when the next has begun, as in collecting."""
     finished: Observer | None = None
-    with shared_cores(len(case.x)), Replay(case.model, points) as replay:  # type: ignore[arg-type]
+    with (
+        shared_cores(len(case.x)),
+        ThreadPoolExecutor(1) as writer,
+        Replay(case.model, points) as replay,  # type: ignore[arg-type]
+    ):
         for _ in range(steps):
             seen = observer()
             for number in range(forwards):
-                fetch = finished.fetch if number == 0 and finished is not None else lambda: None
-                last = replay.forward(seen, case.x, case.text, case.timestep, GUIDANCE, PHASE, between=fetch)
+                last = replay.forward(seen, case.x, case.text, case.timestep, GUIDANCE, PHASE)
                 if number == 0 and finished is not None:
-                    finished.results()
+                    finished.fetch()
+                    writer.submit(finished.results)
             finished = seen
         mx.eval(last)
+        seen.fetch()
         seen.results()
 
 
@@ -317,9 +322,11 @@ def show_whole(latent: int, images: int, batch: int) -> None:
             collection.collect(steps)
             laps.append(time.perf_counter())
             run = Path(folder) / label
-            write_activations(run / ACTIVATIONS, collection.source(steps), points, manifest, steps, {}, {}, order)
+            known: dict[str, LayerSummary] = {}
+            where = (run / ACTIVATIONS, collection.source(steps), points, manifest, steps)
+            write_activations(*where, {}, {}, order, watch=summarising(known, steps, manifest.num_steps))
             laps.append(time.perf_counter())
-            summarise(run)
+            summarise(run, known)
             laps.append(time.perf_counter())
             names = ("collecting", "activations.h5", "layer_statistics.json")
             each = ", ".join(f"{name} {b - a:.1f} s" for name, (a, b) in zip(names, pairwise(laps), strict=True))

@@ -1,6 +1,7 @@
 """SD3 and FLUX through the adapter: tiny checkpoints in the original naming, read, run and compared."""
 
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 
 import calib
@@ -106,6 +107,21 @@ def test_velocity_equals_diffusionkits(which: str, rows: int, request: pytest.Fi
     copy.cache_modulation_params(pooled, timestep.reshape(1))
     theirs = copy(x, tokens[:, :, None, :], mx.broadcast_to(timestep, [rows]))
     assert float(mx.max(mx.abs(ours - theirs))) <= 1e-5
+
+
+@pytest.mark.parametrize("which", ["sd3", "flux"])
+@pytest.mark.parametrize("times", [[500.0], [500.0, 500.0, 500.0], [500.0, 31.25, 0.0]])
+def test_no_forward_reads_its_timestep(which: str, times: list[float], request: pytest.FixtureRequest) -> None:
+    """On a GPU that would wait for what is being computed; the graph of an array that was read is gone."""
+    model, _ = request.getfixturevalue(which)
+    x, tokens, pooled, _ = inputs(3)
+    timestep = mx.negative(mx.array([-t for t in times]))
+    v, graph = velocity(model, x, tokens, pooled, timestep), StringIO()
+    mx.export_to_dot(graph, timestep)
+    assert "Negative" in graph.getvalue()
+    for row, t in enumerate(times * (3 // len(times))):
+        alone = velocity(model, *(a[row : row + 1] for a in (x, tokens, pooled)), mx.array(t))
+        assert np.max(np.abs(np.array(v[row] - alone[0]))) <= 1e-5
 
 
 @pytest.mark.parametrize("which", ["sd3", "flux"])

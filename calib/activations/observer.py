@@ -39,7 +39,7 @@ class Observer(Protocol):
 
     @property
     def sound(self) -> bool:
-        """Whether :meth:`results` is valid, known after it: False where NaN, infinity or overflow occurred."""
+        """Whether :meth:`results` is valid, known after :meth:`fetch`: False after NaN, infinity or overflow."""
 
     def begin(self, phase: int) -> None:
         """Begin a forward pass or a part of its rows; ``phase`` (0 … 65,535) shifts the rows sampled for histograms."""
@@ -62,7 +62,7 @@ class Observer(Protocol):
         """Process results of earlier forward passes on the host; called while a forward pass is computed."""
 
     def fetch(self) -> None:
-        """Copy results to the host; called after the last forward pass, before the next computation starts."""
+        """Copy results to the host; called after the last forward pass, while another may be computed."""
 
     def results(self) -> dict[str, TapResult]:
-        """Statistics of each tap over all forward passes."""
+        """Statistics of each tap over all forward passes; after :meth:`fetch` in any thread."""

@@ -180,14 +180,18 @@ class CudaObserver:
         mx.eval(self._moments, [ranges for _, ranges in self._ranges])  # completes the counters as well
         self._empty_counters()
         ranges = [(rows, np.array(ranges)) for rows, ranges in self._ranges]
-        self._fetched = np.array(self._moments).view(np.float64), np.array(self._extremes), ranges
+        moments = np.array(self._moments).view(np.float64)
+        self.sound = bool(np.isfinite(moments).all())
+        self._fetched = moments, np.array(self._extremes), ranges
+        # Freed here, as MLX may be recording launches, which other threads must not disturb.
+        self._moments = self._extremes = None
+        self._ranges, self._sums, self._picked, self._done, self._untied = [], [], [], [], []
 
     def results(self) -> dict[str, TapResult]:
         if self._fetched is None:
             self.fetch()
         assert self._fetched is not None
         moments, extremes, rows_of_forwards = self._fetched
-        self.sound = bool(np.isfinite(moments).all())
         # One array per forward pass, with the rows of one tap after the other.
         forwards = [np.split(ranges, np.cumsum(rows)[:-1]) for rows, ranges in rows_of_forwards]
         found, first = {}, 0

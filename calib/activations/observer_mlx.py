@@ -258,7 +258,8 @@ class MlxObserver:
         self._waiting = []
 
     def fetch(self) -> None:
-        """Do nothing: the host can read an array once it is computed, whatever is computed next."""
+        self._drain()
+        self._read_histograms()
 
     def _read_histograms(self) -> None:
         for name, histogram in self._histograms.items():
@@ -267,8 +268,7 @@ class MlxObserver:
         self._histograms, self._counted = {}, {}
 
     def results(self) -> dict[str, TapResult]:
-        self._drain()
-        self._read_histograms()
+        self.fetch()
         if not self.sound:
             return {}
         for name, counts in self._host_counts.items():

@@ -1,6 +1,6 @@
 """Read ``activations.h5``, of this and earlier versions; docs/FORMAT.md is its specification."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Self
@@ -22,11 +22,40 @@ from numpy.typing import NDArray
 
 #: Tokens of a layer at most: a picture of 8192 × 8192 pixels has a quarter of them.
 MOST_TOKENS = 1 << 20
-_PER_STEP = ("channel_min", "channel_max", "channel_count", "nan_count", "inf_count")
+_PER_STEP = (
+    *("channel_min", "channel_max", "channel_count", "nan_count", "inf_count"),
+    *("histogram_keys", "histogram_counts", "histogram_offsets"),
+)
 
 
 def _address(group: h5py.Group) -> int:
     return int(h5py.h5o.get_info(group["channel_min"].id).addr)
+
+
+def statistics_by_step(steps: Sequence[int], data: Mapping[str, NDArray[Any]], dtype: str) -> dict[int, Statistics]:
+    """Statistics of a layer by collected step, from its datasets.
+
+    Moments are in full precision where there are ``channel_sums``, else from mean and standard deviation.
+    """
+    found = {}
+    for row, step in enumerate(steps):
+        part = slice(data["histogram_offsets"][row], data["histogram_offsets"][row + 1])
+        count = data["channel_count"][row]
+        if "channel_sums" in data:
+            moments = Moments(data["channel_sums"][row])
+        else:
+            mean, std = (data[name][row].astype(np.float64) for name in ("channel_mean", "channel_std"))
+            moments = Moments.of(count, mean, std)
+        found[step] = Statistics(
+            minimum=data["channel_min"][row],
+            maximum=data["channel_max"][row],
+            count=count,
+            moments=moments,
+            histogram=Histogram(dtype, data["histogram_keys"][part], data["histogram_counts"][part]),
+            nan=int(data["nan_count"][row]),
+            inf=int(data["inf_count"][row]),
+        )
+    return found
 
 
 class ActivationFile:
@@ -57,18 +86,19 @@ class ActivationFile:
                 check_format(self.path, self.attributes, FORMAT, READABLE, "update calib, or collect again")
                 self.steps: list[int] = self._all(self._file["step_index"]).tolist()
                 self.images: list[int] = self._all(self._file["image_id"]).tolist() if "image_id" in self._file else []
+                self._groups: dict[str, h5py.Group] = dict(self._file["layers"].items())
                 self.order: dict[str, int] = self._order()
                 self.layers: list[str] = list(self.order)
                 self._first_with: dict[int, str] = {}
                 for name in self.layers:
-                    self._first_with.setdefault(_address(self._file["layers"][name]), name)
+                    self._first_with.setdefault(_address(self._groups[name]), name)
         except CalibError:
             self._stack.close()
             raise
 
     def _order(self) -> dict[str, int]:
         """Positions of the layers; files of calib 0.1.0, which were all of MMDiTs, do not record them."""
-        places = {name: group.attrs.get("order") for name, group in self._file["layers"].items()}
+        places = {name: group.attrs.get("order") for name, group in self._groups.items()}
         if None in places.values():
             return {name: place for place, name in enumerate(former_order(places))}
         return {name: int(places[name]) for name in sorted(places, key=lambda name: (places[name], len(name), name))}
@@ -132,23 +162,9 @@ class ActivationFile:
         """Statistics of one layer by collected step; every dataset is read once."""
         with self._reading():
             group = self._group(layer)
-            data = {name: self._all(group[name]) for name in _PER_STEP}
-            keys, counts = self._all(group["histogram_keys"]), self._all(group["histogram_counts"])
-            offsets, dtype = self._all(group["histogram_offsets"]), str(group.attrs["dtype"])
-            moments = self._moments(group, data["channel_count"])
-        found = {}
-        for row, step in enumerate(self.steps):
-            part = slice(offsets[row], offsets[row + 1])
-            found[step] = Statistics(
-                minimum=data["channel_min"][row],
-                maximum=data["channel_max"][row],
-                count=data["channel_count"][row],
-                moments=moments[row],
-                histogram=Histogram(dtype, keys[part], counts[part]),
-                nan=int(data["nan_count"][row]),
-                inf=int(data["inf_count"][row]),
-            )
-        return found
+            moments = ("channel_sums",) if "channel_sums" in group else ("channel_mean", "channel_std")
+            data = {name: self._all(group[name]) for name in (*_PER_STEP, *moments)}
+            return statistics_by_step(self.steps, data, str(group.attrs["dtype"]))
 
     def count(self, layer: str) -> int:
         """Return the number of finite values that were seen of a layer, at all collected steps."""
@@ -161,13 +177,6 @@ class ActivationFile:
             group = self._group(layer)
             low, high = self._all(group["channel_min"]).min(axis=1), self._all(group["channel_max"]).max(axis=1)
         return np.stack([low, high], axis=1).astype(np.float64)
-
-    def _moments(self, group: h5py.Group, counts: NDArray[np.uint64]) -> list[Moments]:
-        """Moments in full precision where the file has them, else from mean and standard deviation."""
-        if "channel_sums" in group:
-            return [Moments(sums) for sums in self._all(group["channel_sums"])]
-        means, stds = (self._all(group[name]).astype(np.float64) for name in ("channel_mean", "channel_std"))
-        return [Moments.of(*row) for row in zip(counts, means, stds, strict=True)]
 
     def statistics(self, layer: str, steps: Sequence[int] | None = None) -> Statistics:
         """Statistics of one layer merged over ``steps``; None: all."""
@@ -237,8 +246,9 @@ class ActivationFile:
         return self.steps if steps is None else list(steps)
 
     def _group(self, layer: str) -> h5py.Group:
+        if layer in self._groups:
+            return self._groups[layer]
         name, _, half = layer.partition("/")
-        place = f"{half or 'layers'}/{name}"
-        if name not in self.layers or half not in ("", *HALVES) or place not in self._file:
+        if name not in self._groups or half not in HALVES or f"{half}/{name}" not in self._file:
             raise CalibError(f"{self.path}: no layer {layer!r}.{suggest(layer, self.layers, list_all=False)}")
-        return self._file[place]
+        return self._file[half][name]

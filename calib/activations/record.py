@@ -91,22 +91,27 @@ def pack(record: StepRecord) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
 def unpack(
     header: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]], names: Collection[str] | None = None
 ) -> StepRecord:
-    """The inverse of :func:`pack`, for all taps or those in ``names``; arrays are copied."""
+    """The inverse of :func:`pack`, for all taps; or for those in ``names``, which keep no others' arrays alive."""
+    whole = names is None or len(names) >= len(header["taps"])
+
+    def own(part: NDArray[Any]) -> NDArray[Any]:
+        return part if whole else part.copy()
+
     record = StepRecord(header["step"], list(header["images"]), {}, header["finite_output"], header["samples"])
     for number, (tap, channels, bins) in enumerate(_slices(header["taps"])):
         if names is not None and tap["name"] not in names:
             continue
-        histogram = Histogram(tap["dtype"], arrays["keys"][bins].copy(), arrays["counts"][bins].copy())
+        histogram = Histogram(tap["dtype"], own(arrays["keys"][bins]), own(arrays["counts"][bins]))
         statistics = Statistics(
-            arrays["minimum"][channels].copy(),
-            arrays["maximum"][channels].copy(),
-            arrays["count"][channels].copy(),
-            Moments(arrays["moments"][:, channels].copy()),
+            own(arrays["minimum"][channels]),
+            own(arrays["maximum"][channels]),
+            own(arrays["count"][channels]),
+            Moments(own(arrays["moments"][:, channels])),
             histogram,
             tap["nan"],
             tap["inf"],
         )
-        record.seen[tap["name"]] = TapResult(tap["dtype"], statistics, arrays["ranges"][number].copy())
+        record.seen[tap["name"]] = TapResult(tap["dtype"], statistics, own(arrays["ranges"][number]))
     return record
 
 

@@ -1,6 +1,6 @@
 """Observed forward passes of the transformer over stored states."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -69,10 +69,8 @@ def traced_shapes(model: DiffusionModel, points: Sequence[TapPoint]) -> dict[str
     width, pooled_width = model.architecture.text_widths()
     tokens = mx.zeros((1, model.text_length, width), dtype=model.dtype)
     pooled = None if pooled_width is None else mx.zeros((1, pooled_width), dtype=model.dtype)
-    timestep = mx.array(0.0).astype(model.dtype)
-    mx.eval(timestep)
     with tapped(model.architecture, points, record):
-        model.velocity(mx.zeros((1, *model.latent_shape), dtype=model.dtype), Conditioning(tokens, pooled), timestep)
+        model.velocity(mx.zeros((1, *model.latent_shape), dtype=model.dtype), Conditioning(tokens, pooled), 0.0)
     return found
 
 
@@ -107,22 +105,19 @@ class Replay:
         observer: Observer,
         x: mx.array,
         text: Conditioning,
-        timestep: mx.array,
+        timestep: float,
         guidance: bool,
         phase: int,
         images: Sequence[int] = (),
         sampler: SampleWriter | None = None,
-        between: Callable[[], None] = lambda: None,
     ) -> mx.array:
         """Start a forward pass over states ``x`` (batch, height, width, channels).
 
         Returns whether its output is finite; lazy.
 
         Args:
-            timestep: evaluated.
             phase: shifts the rows sampled for histograms.
             images: image ids of the states, for ``sampler``, which stores rows of their activations.
-            between: called after the previous forward pass and before this one is computed.
         """
         rows = (mx.concatenate([x, x]) if guidance else x).astype(self._model.dtype)
         half = len(x) if guidance and self._apart else None
@@ -138,7 +133,6 @@ class Replay:
         todo = observer.end_forward()
         todo.append([*outputs, finite, *(sampler.end_forward() if sampler is not None else [])])
         mx.eval(self._running)  # two forwards at once would need the memory of two
-        between()
         for arrays in todo:
             mx.async_eval(arrays)
         self._running = outputs

@@ -57,13 +57,18 @@ class Moments:
     @classmethod
     def of(cls, count: NDArray[np.uint64], mean: NDArray[np.float64], std: NDArray[np.float64]) -> Self:
         """Moments from the mean and the standard deviation (population) of each channel."""
-        wide = count.astype(np.float64)
-        return cls.shifted(wide, mean, np.zeros_like(mean), std**2 * wide)
+        wide, nothing = count.astype(np.float64), np.zeros_like(mean)
+        high, low = double_double.two_product(wide, mean)
+        total = high + 0.0, low  # without the sign of a zero, as a sum
+        square = double_double.add(double_double.multiply(total, (mean, nothing)), (std**2 * wide, nothing))
+        return cls(np.stack([*total, *square]))
 
     def merge(self, other: "Moments") -> "Moments":
-        a, b = self.sums, other.sums
-        total, square = double_double.add((a[0], a[1]), (b[0], b[1])), double_double.add((a[2], a[3]), (b[2], b[3]))
-        return Moments(np.stack([*total, *square]))
+        sums = np.empty_like(self.sums)
+        sums[0::2], sums[1::2] = double_double.add(
+            (self.sums[0::2], self.sums[1::2]), (other.sums[0::2], other.sums[1::2])
+        )
+        return Moments(sums)
 
     def mean(self, count: NDArray[np.uint64]) -> NDArray[np.float64]:
         """Mean of each channel; 0 where nothing was counted."""
@@ -117,6 +122,12 @@ class Statistics:
         """Statistics of the union of both sets of values."""
         return merge_all([self, other])
 
+    def extremes(self) -> tuple[float, float]:
+        """(min, max) over all channels; NaNs where there is no finite value."""
+        if not self.count.any():
+            return np.nan, np.nan
+        return float(self.minimum.min()), float(self.maximum.max())
+
     def over_channels(self) -> tuple[float, float, float, float, int]:
         """(min, max, mean, std, number of values) over all channels; NaNs and 0 where there is no finite value."""
         total = int(self.count.sum())
@@ -125,12 +136,11 @@ class Statistics:
         means = self.mean
         mean = float((means * self.count).sum() / total)
         m2 = float((self.moments.m2(self.count) + self.count * (means - mean) ** 2).sum())
-        return float(self.minimum.min()), float(self.maximum.max()), mean, float(np.sqrt(m2 / total)), total
+        return *self.extremes(), mean, float(np.sqrt(m2 / total)), total
 
     def percentiles(self) -> dict[str, float]:
         """The standard percentiles by name, clipped to the exact min and max."""
-        low, high, *_ = self.over_channels()
-        values = np.clip(self.histogram.percentiles(list(PERCENTILES.values())), low, high)
+        values = np.clip(self.histogram.percentiles(list(PERCENTILES.values())), *self.extremes())
         return {name: float(value) for name, value in zip(PERCENTILES, values, strict=True)}
 
 

@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 from calib.activations.format import Block
 from calib.activations.observer import Observer, TapResult
@@ -73,16 +74,17 @@ def replayed(
     steps: Sequence[int],
     part: int | None,
     progress: Progress,
-) -> Iterator[StepRecord]:
-    """Yield the record of each step over ``blocks``; the next step is computed while one is read from the device."""
+) -> Iterator[Callable[[], StepRecord]]:
+    """Yield, for each step over ``blocks``, a function that makes its record, in NumPy alone and so in any thread.
+
+    The next step is computed while one is read from the device.
+    """
     if not steps:
         return
     data_dir, manifest = setup.data_dir, setup.manifest
     memory = plan_memory(model, manifest.cfg_weight > 0, setup.batch_size)
     prompts = [[prompt_of(data_dir, manifest.images[i]) for i in block.images] for block in blocks]
     texts = list(model.encode_batches(prompts, manifest.cfg_weight, memory.keep_text))
-    timesteps = {step: mx.array(manifest.timesteps[step]).astype(model.dtype) for step in steps}
-    mx.eval(list(timesteps.values()))  # now, as evaluation waits for everything that is being computed
     replay = Replay(model, setup.points, setup.settings.cfg_halves is Halves.APART)
     rows = len(blocks[0].images) * (2 if manifest.cfg_weight > 0 else 1)
     finished: ObservedStep | None = None
@@ -94,15 +96,15 @@ def replayed(
             states = ahead(reader, data_dir, manifest, [(blocks[number].images, step) for step, number in work])
             for (step, number), x in zip(work, states, strict=True):
                 if number == 0:
-                    finished, watched = watched, ObservedStep(setup, blocks, step, timesteps[step], part)
+                    finished, watched = watched, ObservedStep(setup, blocks, step, part)
                 assert watched is not None
-                watched.forward(replay, blocks[number], x, texts[number], finished)
+                watched.forward(replay, blocks[number], x, texts[number])
                 progress.advance()
                 if finished is not None:
-                    yield finished.record(replay, texts)
+                    yield finished.read(replay, texts)
                     finished = None
             assert watched is not None
-            yield watched.record(replay, texts)
+            yield watched.read(replay, texts)
     except BaseException as error:
         for one in (finished, watched):
             if one is not None:
@@ -113,10 +115,8 @@ def replayed(
 class ObservedStep:
     """One step that is being observed."""
 
-    def __init__(
-        self, setup: CollectionSetup, blocks: Sequence[Block], step: int, timestep: mx.array, part: int | None
-    ):
-        self._setup, self._blocks, self._step, self._timestep = setup, blocks, step, timestep
+    def __init__(self, setup: CollectionSetup, blocks: Sequence[Block], step: int, part: int | None):
+        self._setup, self._blocks, self._step = setup, blocks, step
         self._observer: Observer = new_observer(setup.stride)
         self._finite: list[mx.array] = []
         settings = setup.settings
@@ -125,30 +125,25 @@ class ObservedStep:
             path = setup.samples_path(step, part)
             self._sampler = SampleWriter(path, settings.samples, settings.seed, step)
 
-    def forward(
-        self,
-        replay: Replay,
-        block: Block,
-        x: NDArray[np.float32],
-        text: Conditioning,
-        before: "ObservedStep | None" = None,
-    ) -> None:
-        """Start the forward pass of ``block``, after copying the statistics of the step ``before`` to the host."""
+    def forward(self, replay: Replay, block: Block, x: NDArray[np.float32], text: Conditioning) -> None:
+        """Start the forward pass of ``block``."""
         manifest, seed = self._setup.manifest, self._setup.settings.seed
         phase = int(generator("seed", seed, block.number, self._step).randint(PHASES))
-        fetch = before._observer.fetch if before is not None else lambda: None
-        more = (manifest.cfg_weight > 0, phase, block.images, self._sampler, fetch)
-        self._finite.append(replay.forward(self._observer, mx.array(x), text, self._timestep, *more))
+        more = (manifest.timesteps[self._step], manifest.cfg_weight > 0, phase, block.images, self._sampler)
+        self._finite.append(replay.forward(self._observer, mx.array(x), text, *more))
 
     def abandon(self, error: BaseException) -> None:
         """Remove partial files after ``error``."""
         if self._sampler is not None:
             self._sampler.abandon(error)
 
-    def record(self, replay: Replay, texts: Sequence[Conditioning]) -> StepRecord:
-        """The record of the step; where NaN or infinity occurred, it is replayed with those left out and counted."""
+    def read(self, replay: Replay, texts: Sequence[Conditioning]) -> Callable[[], StepRecord]:
+        """Copy the statistics to the host; returns a function that makes the step's record of them.
+
+        Where NaN or infinity occurred, the step is replayed with those left out and counted.
+        """
         setup, step = self._setup, self._step
-        seen = self._observer.results()
+        self._observer.fetch()
         table = self._sampler.finish() if self._sampler is not None else {}
         self._sampler = None
         if not self._observer.sound:
@@ -156,14 +151,20 @@ class ObservedStep:
             for block, text in zip(self._blocks, texts, strict=True):
                 x = read_states(setup.data_dir, setup.manifest, block.images, step)
                 self.forward(replay, block, x, text)
-            seen = self._observer.results()
-            _report_non_finite(step, seen)
+            self._observer.fetch()
+            _report_non_finite(step, self._observer.results())
+        finite = all(bool(finite.item()) for finite in self._finite)
+        self._finite = []
+        return lambda: self._record(finite, table)
+
+    def _record(self, finite: bool, table: dict[str, Any]) -> StepRecord:
+        setup, seen = self._setup, self._observer.results()
         sizes = [len(block.images) for block in self._blocks]
         halves = 2 if setup.manifest.cfg_weight > 0 else 1
         by_image = {name: _of_images(own, sizes, 1 if "/" in name else halves) for name, own in seen.items()}
         images = [i for block in self._blocks for i in block.images]
         merged = _pooled_streams(merge_halves(by_image), setup.streams)
-        return StepRecord(step, images, merged, all(bool(finite.item()) for finite in self._finite), table)
+        return StepRecord(self._step, images, merged, finite, table)
 
 
 def _report_non_finite(step: int, seen: Mapping[str, TapResult]) -> None:

@@ -5,11 +5,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from calib.activations.format import AXES, ENCODINGS, FORMAT, FORMAT_VERSION, MOMENTS, RANGE_STATISTICS, Block, Levels
+from calib.activations.reader import statistics_by_step
 from calib.activations.record import StepRecord
 from calib.activations.samples import RowIdentity, SampleSettings
-from calib.activations.statistics import stacked_moments
+from calib.activations.statistics import Statistics, stacked_moments
 from calib.activations.taps import TapPoint
 from calib.base import hdf5
 from calib.base.affine import WEIGHT_BITS
@@ -21,10 +23,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 CHUNK_BYTES = 1 << 20
+#: Datasets that are compressed: counts, and what has the 16 bits of most activations.
+COMPRESSED = ("channel_min", "channel_max", "channel_count", "histogram_keys", "histogram_counts", "histogram_offsets")
 #: Upper bound of the bytes of a layer's group besides its data.
 GROUP_BYTES = 1 << 16
 #: Bytes of records, of all steps and some taps, that are held in memory at a time.
-HELD_BYTES = 256 << 20
+HELD_BYTES = 512 << 20
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,7 @@ def write_activations(
     attributes: Mapping[str, str | int | float],
     order: Mapping[str, int],
     exact: bool = False,
+    watch: Callable[[str, Mapping[int, Statistics]], None] = lambda name, by_step: None,
 ) -> None:
     """Write the statistics of ``steps`` to the file ``path``.
 
@@ -80,6 +85,7 @@ def write_activations(
         attributes: root attributes besides format and version.
         order: position of each layer and block in the network.
         exact: store moments in full precision too, so that files of shards merge to that of the whole.
+        watch: called with each tap and its statistics by step, as they will be read from the file.
     """
     by_name = {point.name: point for point in points}
     groups = len(source.names) + sum(len(point.aliases) for point in points)
@@ -89,18 +95,22 @@ def write_activations(
         file.attrs.update(own | dict(attributes))
         _write_axes(file, source, levels, steps, exact)
         for names, records in source.groups():
+            by_step = [records[step] for step in steps]
             for name in names:
-                group = _write_layer(file, name, [records[step] for step in steps], exact)
-                if name in records[steps[0]].samples:
-                    _write_samples(file, group, name, source, records)
+                data = _layer_data(by_step, name, exact)
                 tap, _, half = name.partition("/")
                 point = by_name.get(tap) or TapPoint(tap, "block")
+                dtype = by_step[0].seen[name].dtype
+                watch(name, statistics_by_step(steps, data, dtype))
+                described = _attributes(data, dtype) | {"kind": point.kind}
                 # A block's stream stands with its block.
-                group.attrs.update(
-                    {"kind": point.kind, "order": order.get(tap, order.get(tap.rpartition(".")[0], len(order)))}
-                )
+                place = order.get(tap, order.get(tap.rpartition(".")[0], len(order)))
+                group = _write_layer(file, f"{half or 'layers'}/{tap}", data, described | {"order": place})
+                if name in by_step[0].samples:
+                    _write_samples(file, group, name, source, records)
+                datasets = _datasets(group) if point.aliases else {}
                 for alias in point.aliases:
-                    _link(file, f"{half or 'layers'}/{alias}", group).attrs["order"] = order[alias]
+                    _link(file, f"{half or 'layers'}/{alias}", datasets, described | {"order": order[alias]})
         for name, sqnr in weight_sqnr.items():
             if sqnr and f"layers/{name}" in file:
                 file[f"layers/{name}"]["weight_sqnr"] = np.asarray([sqnr[bits] for bits in WEIGHT_BITS])
@@ -159,16 +169,27 @@ def _attach_scales(file: h5py.File) -> None:
     At the end, in one go: a scale's list of datasets is rewritten with every entry, and with other writes in between
     the space of the old lists stays unused, a fifth of a large file.
     """
-    found: list[h5py.Dataset] = []
-    file.visititems(lambda name, item: found.append(item) if isinstance(item, h5py.Dataset) else None)
-    for dataset in found:
-        group = dataset.parent
-        for axis, scale in enumerate(AXES.get(dataset.name.rpartition("/")[2], ())):
-            dataset.dims[axis].attach_scale(group[scale] if scale in group else file[scale])
+    found = _datasets(file)
+    for path, dataset in found.items():
+        group, slash, name = path.rpartition("/")
+        for axis, scale in enumerate(AXES.get(name, ())):
+            dataset.dims[axis].attach_scale(found.get(f"{group}{slash}{scale}") or found[scale])
+
+
+def _datasets(group: h5py.Group) -> dict[str, h5py.Dataset]:
+    """All datasets in ``group`` and the groups in it by path, those of several paths by the first."""
+    found: dict[str, h5py.Dataset] = {}
+
+    def see(path: str, item: h5py.Group | h5py.Dataset) -> None:
+        if isinstance(item, h5py.Dataset):
+            found[path] = item
+
+    group.visititems(see)
+    return found
 
 
 def _chunked(group: h5py.Group, name: str, values: np.ndarray, compress: bool = False) -> h5py.Dataset:
-    """Write a chunked dataset with checksums; compression is worthwhile for counts, not for floats."""
+    """Write a chunked dataset with checksums."""
     if not values.size:  # bins of a layer without finite values; HDF5 has no empty chunks
         return group.create_dataset(name, data=values)
     chunks = (_even(len(values), CHUNK_BYTES // max(1, values[:1].nbytes)), *values.shape[1:])
@@ -181,57 +202,61 @@ def _even(rows: int, most: int) -> int:
     return -(-rows // max(1, -(-rows // max(1, most))))
 
 
-def _link(file: h5py.File, path: str, group: h5py.Group) -> h5py.Group:
-    """Make a group with the datasets of ``group``, for a layer that reads the same array."""
+def _link(
+    file: h5py.File, path: str, datasets: Mapping[str, h5py.Dataset], attributes: Mapping[str, str | int]
+) -> None:
+    """Make a group with the ``datasets`` of another, for a layer that reads the same array."""
     alias = file.create_group(path)
-    alias.attrs.update(group.attrs)
-    for name, item in group.items():
-        if isinstance(item, h5py.Dataset):
-            alias[name] = item
-    return alias
+    alias.attrs.update(attributes)
+    for name, dataset in datasets.items():
+        alias[name] = dataset
 
 
-def _write_layer(file: h5py.File, name: str, records: Sequence[StepRecord], exact: bool) -> h5py.Group:
+def _layer_data(records: Sequence[StepRecord], name: str, exact: bool) -> dict[str, NDArray[Any]]:
+    """The datasets of one layer over the steps of ``records``."""
     observed = [record.seen[name].statistics for record in records]
-    dtype = records[0].seen[name].dtype
-    tap, _, half = name.partition("/")
-    group = file.create_group(f"{half or 'layers'}/{tap}")
-    group.attrs.update(
-        {
-            "encoding-type": "layer-statistics",
-            "encoding-version": "2",
-            "channels": observed[0].channels,
-            "count": sum(int(s.count.sum()) for s in observed),
-            "dtype": dtype,
-            "encoding": ENCODINGS[dtype],
-        }
-    )
-    _add_scale(group, "channel", np.arange(observed[0].channels))
     count, moments = np.stack([s.count for s in observed]), stacked_moments(observed)
-    per_channel: dict[str, np.ndarray] = {
+    return {
         "channel_min": np.stack([s.minimum for s in observed]),
         "channel_max": np.stack([s.maximum for s in observed]),
         "channel_mean": moments.mean(count).astype(np.float32),
         "channel_std": moments.std(count).astype(np.float32),
         "channel_count": count,
-    }
-    for field, values in per_channel.items():
-        _chunked(group, field, values, compress=field not in ("channel_mean", "channel_std"))
-    if exact:
-        _chunked(group, "channel_sums", moments.sums.swapaxes(0, 1))
-    bins: dict[str, np.ndarray] = {
+        **({"channel_sums": moments.sums.swapaxes(0, 1)} if exact else {}),
         "histogram_keys": np.concatenate([s.histogram.keys for s in observed]),
         "histogram_counts": np.concatenate([s.histogram.counts for s in observed]),
         "histogram_offsets": np.cumsum([0, *(len(s.histogram.keys) for s in observed)]),
+        "nan_count": np.asarray([s.nan for s in observed], np.uint64),
+        "inf_count": np.asarray([s.inf for s in observed], np.uint64),
+        "image_ranges": np.stack([r.seen[name].ranges for r in records]).astype(np.float32),
     }
-    for field, values in bins.items():
-        _chunked(group, field, values, compress=True)
+
+
+def _attributes(data: Mapping[str, NDArray[Any]], dtype: str) -> dict[str, str | int]:
+    return {
+        "encoding-type": "layer-statistics",
+        "encoding-version": "2",
+        "channels": data["channel_count"].shape[1],
+        "count": sum(int(row.sum()) for row in data["channel_count"]),
+        "dtype": dtype,
+        "encoding": ENCODINGS[dtype],
+    }
+
+
+def _write_layer(
+    file: h5py.File, path: str, data: Mapping[str, NDArray[Any]], attributes: Mapping[str, str | int]
+) -> h5py.Group:
+    group = file.create_group(path)
+    group.attrs.update(attributes)
+    _add_scale(group, "channel", np.arange(data["channel_count"].shape[1]))
+    for field, values in data.items():
+        if field in ("nan_count", "inf_count"):
+            group[field] = values
+        else:
+            _chunked(group, field, values, compress=field in COMPRESSED)
     # Each is its own scale, as its length is that of no other axis.
-    group["histogram_keys"].make_scale("histogram_keys")
-    group["histogram_offsets"].make_scale("histogram_offsets")
-    for field in ("nan", "inf"):
-        group[f"{field}_count"] = np.asarray([getattr(s, field) for s in observed], np.uint64)
-    _chunked(group, "image_ranges", np.stack([r.seen[name].ranges for r in records]).astype(np.float32))
+    for field in ("histogram_keys", "histogram_offsets"):
+        group[field].make_scale(field)
     return group
 
 

@@ -1,8 +1,9 @@
 """Statistics of layers for heuristics, read from a run directory or from a ``layer_statistics.json`` alone."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from calib.activations.histogram import BINS, Histogram
@@ -85,33 +86,38 @@ def _made_up() -> LayerSummary:
 #: A made-up layer with all statistics of an ``activations.h5``, for trying heuristics before anything is loaded.
 PROBE = _made_up()
 
+NOTHING: Mapping[str, LayerSummary] = MappingProxyType({})
 
-def read_summaries(stats: Path) -> tuple[dict[str, LayerSummary], int | None]:
+
+def read_summaries(
+    stats: Path, known: Mapping[str, LayerSummary] = NOTHING
+) -> tuple[dict[str, LayerSummary], int | None]:
     """Read layers by name, and the trajectory's number of steps where known.
 
-    ``stats`` is a run directory (its ``activations.h5`` is used), that file, or a ``layer_statistics.json``.
+    ``stats`` is a run directory (its ``activations.h5`` is used), that file, or a ``layer_statistics.json``. Taps that
+    are ``known`` already are not read again.
 
     Raises:
         ConfigError: there is no such file.
         CalibError: the file is damaged.
     """
     if stats.suffix == ".h5":
-        return _from_activations(stats)
+        return _from_activations(stats, known)
     if stats.is_dir():
         if (stats / ACTIVATIONS).exists():
-            return _from_activations(stats / ACTIVATIONS)
+            return _from_activations(stats / ACTIVATIONS, known)
         stats = stats / STATISTICS
     if not stats.exists():
         raise ConfigError(f"stats={stats}: no such file; calib collect makes a run directory with {STATISTICS}")
     return {name: _from_json(stats, name, entry) for name, entry in _entries(stats)}, None
 
 
-def write_summaries(run: Path) -> list[str]:
-    """Write ``layer_statistics.json`` of a run directory from its ``activations.h5``.
+def write_summaries(run: Path, known: Mapping[str, LayerSummary] = NOTHING) -> list[str]:
+    """Write ``layer_statistics.json`` of a run directory from its ``activations.h5``, and what is ``known`` of it.
 
     Returns the layers without any finite value, which are left out.
     """
-    summaries, _ = read_summaries(run)
+    summaries, _ = read_summaries(run, known)
     write_json(run / STATISTICS, {name: layer.to_json() for name, layer in summaries.items() if layer.num_samples})
     return [name for name, layer in summaries.items() if not layer.num_samples]
 
@@ -135,14 +141,17 @@ def _from_json(path: Path, name: str, entry: Mapping[str, Any]) -> LayerSummary:
     return LayerSummary(low, high, mean, std, percentiles, int(count))
 
 
-def _from_activations(path: Path) -> tuple[dict[str, LayerSummary], int]:
+def _from_activations(path: Path, known: Mapping[str, LayerSummary]) -> tuple[dict[str, LayerSummary], int]:
     with ActivationFile(path) as file:
         num_steps = int(file.attributes["num_steps"])
-        names = reported_layers(file)
-        distinct = {name: summarise_layer(file, name, num_steps) for name in {file.same_data(n) for n in names}}
-        return {
-            name: replace(distinct[file.same_data(name)], weight_sqnr=file.weight_sqnr(name)) for name in names
-        }, num_steps
+        shared = {name: file.same_data(name) for name in reported_layers(file)}
+        evaluated = file.evaluated_steps()
+        distinct = {
+            name: known[name] if name in known else summarised(file.by_step(name), evaluated, num_steps)
+            for name in dict.fromkeys(shared.values())
+        }
+        summaries = {name: replace(distinct[own], weight_sqnr=file.weight_sqnr(name)) for name, own in shared.items()}
+        return summaries, num_steps
 
 
 def reported_layers(file: ActivationFile) -> list[str]:
@@ -151,18 +160,15 @@ def reported_layers(file: ActivationFile) -> list[str]:
     return [name for name in file.layers if name not in blocks or name.rpartition(".")[0] not in blocks]
 
 
-def summarise_layer(file: ActivationFile, name: str, num_steps: int) -> LayerSummary:
-    """Summarise one layer over all collected steps, over each phase, and at each step."""
-    by_step = file.by_step(name)
+def summarised(by_step: Mapping[int, Statistics], evaluated: Sequence[int], num_steps: int) -> LayerSummary:
+    """Summarise one layer over all collected steps, over each phase, and at each of the ``evaluated`` steps."""
     pooled = LayerSummary.of(merge_all(list(by_step.values())))
-    evaluated = file.evaluated_steps()
     for phase, (first, last) in phase_bounds(num_steps).items():
         chosen = [by_step[step] for step in evaluated if first <= step <= last]
         if chosen:
             pooled.phases[phase] = LayerSummary.of(merge_all(chosen))
     for step in evaluated:
         statistics = by_step[step]
-        low, high, *_ = statistics.over_channels()
-        percentiles = statistics.percentiles()
+        (low, high), percentiles = statistics.extremes(), statistics.percentiles()
         pooled.steps[step] = {"min": low, "max": high, "p01": percentiles["p01"], "p99": percentiles["p99"]}
     return pooled

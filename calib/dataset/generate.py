@@ -93,7 +93,7 @@ def trajectory_from(
     sigmas = noise_levels(model.sampler, num_steps)
     noise = mx.stack([initial_noise(seed, model.latent_shape) for seed in seeds])
 
-    def denoise(x: mx.array, timestep: mx.array, sigma: mx.array) -> mx.array:
+    def denoise(x: mx.array, timestep: float, sigma: mx.array) -> mx.array:
         return model.denoise(x, timestep, sigma, text, cfg_weight)
 
     return euler(denoise, initial_state(noise, model.sampler, sigmas), sigmas, model.dtype)

@@ -9,14 +9,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import cast
 
+from calib.base.device import on_gpu
 from calib.dataset.plausible import EMPTY_LATENT
 from calib.models.noise import Sampler
 
 import mlx.core as mx
 import numpy as np
 
-#: (x, timestep, sigma) -> denoised latent, each batched as NHWC.
-Denoiser = Callable[[mx.array, mx.array, mx.array], mx.array]
+#: (x, timestep, sigma) -> denoised latent, batched as NHWC as x is.
+Denoiser = Callable[[mx.array, float, mx.array], mx.array]
 
 
 @dataclass(frozen=True)
@@ -70,12 +71,21 @@ def euler(denoise: Denoiser, x: mx.array, sigmas: mx.array, dtype: mx.Dtype) -> 
 
     ``dtype`` is the model's activation type, to which timesteps are rounded.
     """
-    timesteps = timesteps_of(sigmas, dtype)
-    levels, times = as_floats(sigmas), as_floats(timesteps)
-    for i in range(len(levels) - 1):
-        yield State(i, levels[i], times[i], x)
+    levels, times = as_floats(sigmas), as_floats(timesteps_of(sigmas, dtype))
+    last = len(levels) - 1
+
+    def after(i: int, x: mx.array) -> mx.array:
         sigma = sigmas[i]
-        derivative = (x - denoise(x, timesteps[i], sigma)) / sigma
-        x = x + derivative * (sigmas[i + 1] - sigma)
+        derivative = (x - denoise(x, times[i], sigma)) / sigma
+        following: mx.array = x + derivative * (sigmas[i + 1] - sigma)
+        return following
+
+    ready: mx.array | None = None
+    for i in range(last):
+        yield State(i, levels[i], times[i], x)
+        x = after(i, x) if ready is None else ready
+        mx.async_eval(x)
+        # A GPU computes this step meanwhile; not two at once, which would need the memory of two.
+        ready = after(i + 1, x) if on_gpu() and i + 1 < last else None
         mx.eval(x)
-    yield State(len(levels) - 1, levels[-1], times[-1], x)
+    yield State(last, levels[-1], times[-1], x)

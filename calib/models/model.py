@@ -136,21 +136,28 @@ class DiffusionModel:
             del self._rows[next(iter(self._rows))]
         return row
 
-    def velocity(self, x: mx.array, text: Conditioning, timestep: mx.array) -> mx.array:
+    def velocity(self, x: mx.array, text: Conditioning, timestep: float | mx.array) -> mx.array:
         """The transformer's output v for ``x`` (rows, height, width, channels), in its own type.
 
-        ``timestep`` is evaluated and of size 1, or holds one for each row, (rows,).
+        ``timestep`` is a number; or evaluated and of size 1; or one for each row, (rows,).
         """
         self.set_clock(timestep)
-        return self.architecture.velocity(x, text, timestep)
+        times = timestep if isinstance(timestep, mx.array) else mx.array(timestep, self.dtype)
+        return self.architecture.velocity(x, text, times)
 
-    def set_clock(self, timestep: mx.array) -> None:
-        """Set the clock for layers that depend on the step; to None where rows differ in timestep."""
+    def set_clock(self, timestep: float | mx.array) -> None:
+        """Set the clock for layers that depend on the step; to None where rows differ in timestep.
+
+        A number is best: reading an array waits for the device.
+        """
         if self.clock is not None:
-            self.clock.set_timestep(cast(float, timestep.item()) if timestep.size == 1 else None)
+            if isinstance(timestep, mx.array):
+                self.clock.set_timestep(cast(float, timestep.item()) if timestep.size == 1 else None)
+            else:
+                self.clock.set_timestep(timestep)
 
     def denoise(
-        self, x: mx.array, timestep: mx.array, sigma: mx.array, text: Conditioning, cfg_weight: float
+        self, x: mx.array, timestep: float | mx.array, sigma: mx.array, text: Conditioning, cfg_weight: float
     ) -> mx.array:
         """Denoised estimate of ``x`` (batch, height, width, channels), as in DiffusionKit's ``CFGDenoiser``."""
         rows = (mx.concatenate([x, x]) if cfg_weight > 0 else x).astype(self.dtype)

@@ -19,10 +19,11 @@ from calib.activations.choose_steps import choose_steps
 from calib.activations.collect import Collection
 from calib.activations.samples import SampleSettings
 from calib.activations.states import image_hashes
+from calib.activations.statistics import Statistics
 from calib.activations.store import write_activations
 from calib.activations.taps import Halves, TapPoint, tap_points
 from calib.activations.weights import cached_weight_sqnr
-from calib.analysis.layers import write_summaries
+from calib.analysis.layers import NOTHING, LayerSummary, summarised, write_summaries
 from calib.base.device import device_name
 from calib.base.errors import ConfigError
 from calib.base.files import check_writable, checksum, write_json
@@ -118,9 +119,10 @@ def _collect(
     }
     sharded, order = shard.count > 1, {name: i for i, name in enumerate(names_in_order(architecture))}
     where = (run.path / ACTIVATIONS, collection.source(steps), points, manifest, steps)
-    write_activations(*where, sqnr, attributes, order, exact=sharded)
+    known: dict[str, LayerSummary] = {}
+    write_activations(*where, sqnr, attributes, order, sharded, summarising(known, steps, manifest.num_steps))
     write_json(run.path / METADATA, _metadata(settings, manifest, collection, points, steps))
-    summarise(run.path)
+    summarise(run.path, known)
     seconds = time.monotonic() - start
     size = {"images": len(collection.images), "steps": len(steps)}
     run.add_metrics(Stage.COLLECT, {**size, "collect_seconds": seconds})
@@ -130,9 +132,22 @@ def _collect(
         print(f"Shard {shard.index} of {shard.count}: calib merge joins the shards' run directories")
 
 
-def summarise(run: Path) -> None:
+def summarising(
+    known: dict[str, LayerSummary], steps: Sequence[int], num_steps: int
+) -> Callable[[str, Mapping[int, Statistics]], None]:
+    """Return a function that adds to ``known`` the summary of each tap that is written, so that none is read back."""
+    evaluated = [step for step in steps if step < num_steps]
+
+    def watch(name: str, by_step: Mapping[int, Statistics]) -> None:
+        if "/" not in name:
+            known[name] = summarised(by_step, evaluated, num_steps)
+
+    return watch
+
+
+def summarise(run: Path, known: Mapping[str, LayerSummary] = NOTHING) -> None:
     """Write ``layer_statistics.json`` of a run directory, and report layers that are left out."""
-    if lost := write_summaries(run):
+    if lost := write_summaries(run, known):
         more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
         note(f"{STATISTICS}: without {lost[0]}{more}, which saw no finite value")
 

@@ -8,7 +8,6 @@ the call.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import cast
 
 import calib.models.compat  # noqa: F401  (must precede diffusionkit.mlx)
 
@@ -60,20 +59,17 @@ def modulation(transformer: MMDiT, pooled: mx.array, timesteps: mx.array, key: f
 
 @contextmanager
 def modulated(transformer: MMDiT, pooled: mx.array, timestep: mx.array, rows: int) -> Iterator[mx.array]:
-    """:func:`modulation` for ``rows`` rows; yields the timestep to call the transformer with."""
-    times, key = timesteps_of(timestep, rows)
-    with modulation(transformer, pooled, times, cast(float, key.item())):
-        yield key
+    """:func:`modulation` for ``rows`` rows; yields the timestep to call the transformer with: :data:`TIMESTEP`."""
+    with modulation(transformer, pooled, timesteps_of(timestep, rows), KEY):
+        yield TIMESTEP
 
 
-def timesteps_of(timestep: mx.array, rows: int) -> tuple[mx.array, mx.array]:
-    """The timestep of each row, and the one to call the transformer with.
-
-    Where rows differ in timestep that is an arbitrary number, under which the modulations of all rows are stored.
-    """
-    if timestep.size == 1:
-        return mx.repeat(timestep.reshape(1), rows, axis=0), timestep
-    return timestep, _ANY_TIMESTEP
+def timesteps_of(timestep: mx.array, rows: int) -> mx.array:
+    """The timestep of each row, (rows,)."""
+    return mx.repeat(timestep.reshape(1), rows, axis=0) if timestep.size == 1 else timestep
 
 
-_ANY_TIMESTEP = mx.array(-1.0)
+#: An arbitrary number, under which the modulations of all rows are stored: to read a timestep would be to wait for the
+#: device, and rows may differ in it.
+KEY = -1.0
+TIMESTEP = mx.array(KEY)

@@ -4,11 +4,9 @@ From part to part pass the streams and, last, the embedding of text and timestep
 modulation. What precedes and what follows the blocks is DiffusionKit's own forward pass, around other blocks.
 """
 
-from typing import cast
-
 import calib.models.compat  # noqa: F401  (must precede diffusionkit.mlx)
 from calib.models.architecture import Conditioning, Part
-from calib.models.mmdit.modulation import embedding_of, modulating, timesteps_of
+from calib.models.mmdit.modulation import KEY, TIMESTEP, embedding_of, modulating, timesteps_of
 from calib.models.mmdit.resume import caught, resumed
 
 import mlx.core as mx
@@ -19,8 +17,7 @@ def parts_of(module: MMDiT, text: Conditioning, timestep: mx.array, shape: tuple
     """The forward pass for x of ``shape`` in parts; see :class:`calib.models.architecture.Divisible`."""
     pooled, config, length = text.pooled, module.config, text.tokens.shape[1]
     assert pooled is not None
-    times, time = timesteps_of(timestep, shape[0])
-    key = cast(float, time.item())
+    times = timesteps_of(timestep, shape[0])
     patches = (shape[1] // config.patch_size, shape[2] // config.patch_size)
     unified = list(module.unified_transformer_blocks) if config.depth_unified else []
 
@@ -30,15 +27,15 @@ def parts_of(module: MMDiT, text: Conditioning, timestep: mx.array, shape: tuple
 
     def first(given: list[mx.array]) -> list[mx.array]:
         embedding = embedding_of(module, pooled, times)
-        with modulating([module.final_layer], embedding, key), caught(module) as streams:
-            module(given[0], text.tokens[:, :, None, :], time)
+        with modulating([module.final_layer], embedding, KEY), caught(module) as streams:
+            module(given[0], text.tokens[:, :, None, :], TIMESTEP)
         return [*streams, embedding]
 
     def multimodal(block: MultiModalTransformerBlock) -> Part:
         def run(given: list[mx.array]) -> list[mx.array]:
             *streams, embedding = given
-            with modulating([block.image_transformer_block, block.text_transformer_block], embedding, key):
-                streams = block(*streams, time, positional_encodings=places())
+            with modulating([block.image_transformer_block, block.text_transformer_block], embedding, KEY):
+                streams = block(*streams, TIMESTEP, positional_encodings=places())
             return [*(stream for stream in streams if stream is not None), embedding]
 
         return run
@@ -47,8 +44,8 @@ def parts_of(module: MMDiT, text: Conditioning, timestep: mx.array, shape: tuple
         def run(given: list[mx.array]) -> list[mx.array]:
             *streams, embedding = given
             hidden = streams[0] if len(streams) == 1 else mx.concatenate(streams[::-1], axis=1)  # text first
-            with modulating([block.transformer_block], embedding, key):
-                return [block(hidden, time, positional_encodings=places()), embedding]
+            with modulating([block.transformer_block], embedding, KEY):
+                return [block(hidden, TIMESTEP, positional_encodings=places()), embedding]
 
         return run
 
@@ -57,7 +54,7 @@ def parts_of(module: MMDiT, text: Conditioning, timestep: mx.array, shape: tuple
     def last(given: list[mx.array]) -> list[mx.array]:
         hidden, embedding = given
         output = hidden if unified else (hidden, None)
-        with modulating([module.final_layer], embedding, key), resumed(module, len(blocks) - 1, output, length):
-            return [module(mx.zeros(shape), text.tokens[:, :, None, :], time)]
+        with modulating([module.final_layer], embedding, KEY), resumed(module, len(blocks) - 1, output, length):
+            return [module(mx.zeros(shape), text.tokens[:, :, None, :], TIMESTEP)]
 
     return [first, *blocks, last]
