@@ -1,0 +1,74 @@
+"""What backward passes found, as arrays in a file: the rounding errors of every option, weighted by the gradients."""
+
+import io
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TypeAlias
+from zipfile import BadZipFile
+
+from calib.analysis.adjoint import Gradients
+from calib.base.files import write_bytes
+from calib.dataset.arrays import open_npz
+from calib.models.grids import searched
+from calib.models.packed import Packed, half_of
+
+import mlx.core as mx
+import numpy as np
+from mlx import nn
+from numpy.typing import NDArray
+
+#: Errors by option and by tap (steps, bit-widths), by layer how errors of outputs at each step reach the picture, and
+#: the reach of each state.
+KEYS = ("weights", "inputs", "outputs", "reach")
+#: Rows of a layer on which searched grids are compared with MLX's.
+SAMPLED_ROWS = 32
+
+Table: TypeAlias = Mapping[str, NDArray[np.float64]]
+
+
+def tables_of(
+    found: Sequence[Gradients], layers: Mapping[str, nn.Module], options: Sequence[tuple[str, int, int]]
+) -> list[Table]:
+    """Σ G² ΔW² for each option, with the inputs' errors and the reach, of each of several passes.
+
+    ΔW is the error of searched grids, as quantizers make them: MLX's rounding times what the search gains on some rows.
+    """
+    errors = []
+    for name, bits, group_size in options:
+        weight = layers[name].weight
+        half, every = half_of(weight.dtype), max(1, len(weight) // SAMPLED_ROWS)
+        sampled = weight[::every]
+        nearest = weight - Packed.nearest(weight, bits, group_size, half).dequantize()
+        best = sampled - searched(sampled, bits, group_size, half, rounds=2, each_end=False).dequantize()
+        of_option = []
+        for gradient in (each.weights[name] for each in found):
+            squares = mx.square(gradient * nearest)  # ** 2 would call powf on a CPU
+            share = mx.square(gradient[::every] * best).sum() / squares[::every].sum()
+            of_option.append(squares.sum() * mx.where(mx.isfinite(share), share, 1.0))
+        errors.append(mx.stack(of_option))
+        mx.eval(errors[-1])  # one rounded copy of a layer at a time
+    by_pass = np.array([np.array(each) for each in errors], np.float64).T
+    return [
+        {
+            "weights": weights,
+            "inputs": np.stack(list(each.inputs.values())),
+            "outputs": np.stack([each.outputs[name] for name in dict.fromkeys(name for name, *_ in options)]),
+            "reach": each.reach,
+        }
+        for each, weights in zip(found, by_pass, strict=True)
+    ]
+
+
+def read_table(path: Path) -> Table | None:
+    """What a pass found; None where there is no sound file."""
+    with suppress(OSError, ValueError, KeyError, BadZipFile), open_npz(path) as file:
+        return {key: file[key] for key in KEYS}
+    return None
+
+
+def write_table(path: Path, table: Table) -> None:
+    """Write what a pass found, whole or not at all."""
+    content = io.BytesIO()
+    np.savez(content, **table)  # type: ignore[arg-type]
+    write_bytes(path, content.getvalue())
