@@ -6,35 +6,32 @@ To first order a change ΔW of a layer's weights changes the picture by J ΔW, a
 options. What a pass found is cached, so that an interrupted measurement goes on.
 """
 
-import io
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import TypeAlias
-from zipfile import BadZipFile
 
 from calib.activations.batches import StoredStates
 from calib.activations.step import prompt_of
 from calib.activations.taps import TapPoint
-from calib.analysis.adjoint import Adjoint, Gradients, check_complete
+from calib.analysis.adjoint import Adjoint, Probe, check_complete
 from calib.analysis.layers import LayerSummary
 from calib.analysis.measure import drawn_by, identity, observed_points, quantizable
 from calib.analysis.sensitivities import Of, Reach, Sensitivities
+from calib.analysis.tables import Table, read_table, tables_of, write_table
 from calib.analysis.watch import INPUT_BITS
 from calib.base.affine import GROUP_SIZES, WEIGHT_BITS
+from calib.base.device import on_gpu
 from calib.base.errors import CalibError
-from calib.base.files import read_json, short_hash, write_bytes, write_json
+from calib.base.files import read_json, short_hash, write_json
 from calib.base.locks import locked
 from calib.base.progress import Progress, note, say
-from calib.dataset.arrays import open_npz
 from calib.models.architecture import Architecture
-from calib.models.grids import searched
 from calib.models.memory import BackwardPlan, device_memory, nbytes, plan_backward
 from calib.models.model import DiffusionModel
-from calib.models.packed import Packed, half_of
+from calib.models.parallel import shared_cores
 
 import mlx.core as mx
 import numpy as np
@@ -43,8 +40,6 @@ from numpy.typing import NDArray
 
 #: Version of the procedure.
 VERSION = 3
-#: Rows of a layer on which searched grids are compared with MLX's.
-SAMPLED_ROWS = 32
 #: Beside what was found: why the decoder cannot be differentiated.
 UNDECODABLE = "undecodable.json"
 #: The option, its bits and group size, that stands for all when pictures are weighed against one another.
@@ -81,6 +76,13 @@ class _Work:
         """Raise where a state is missing or damaged, the finished latents among them."""
         states = replace(self.states, steps=[*self.states.steps, self.states.manifest.num_steps])
         states.check()
+
+    def side_by_side(self, of: Of) -> int:
+        """Number of passes at once: on a CPU as many as fit, each with gradients and their sum in float32."""
+        if of is Of.OUTPUT or self.plan.by_parts or on_gpu():
+            return 1
+        each = 2 * 4 * sum(int(layer.weight.size) for layer in self.layers.values())
+        return max(1, min(self.plan.batch_size, 1 + (device_memory() - self.plan.nbytes) // each))
 
     def adjoint(self, model: DiffusionModel) -> Adjoint:
         own = model.architecture.layers()
@@ -158,16 +160,10 @@ def gradient_sensitivities(
     )
 
 
-#: What a pass found: errors by option and by tap (steps, bit-widths), by layer how errors of outputs at each step reach
-#: the picture, and the reach of each state.
-KEYS = ("weights", "inputs", "outputs", "reach")
-_Table: TypeAlias = Mapping[str, NDArray[np.float64]]
-
-
-def _found(work: _Work, folder: Path, of: Of, probes: int) -> tuple[Of, dict[_Pass, _Table]]:
+def _found(work: _Work, folder: Path, of: Of, probes: int) -> tuple[Of, dict[_Pass, Table]]:
     """What all passes found, run where they are not in ``folder``; and what it is of."""
     passes = _passes(work, of, probes)
-    found = {each: table for each in passes if (table := _read(folder / of / each.name)) is not None}
+    found = {each: table for each in passes if (table := read_table(folder / of / each.name)) is not None}
     todo = [each for each in passes if each not in found]
     why = _undecodable(work, folder) if of is Of.PICTURE and todo else None
     if why is not None:
@@ -178,7 +174,7 @@ def _found(work: _Work, folder: Path, of: Of, probes: int) -> tuple[Of, dict[_Pa
         return _found(work, folder, Of.LATENT, probes)
     for each, table in _run(work, of, todo) if todo else ():
         found[each] = table
-        _write(folder / of / each.name, table)
+        write_table(folder / of / each.name, table)
     return of, {each: found[each] for each in passes}
 
 
@@ -202,56 +198,36 @@ def _passes(work: _Work, of: Of, probes: int) -> list[_Pass]:
     return [_Pass(block, probe, step) for probe in range(probes) for block in batches for step in steps]
 
 
-def _run(work: _Work, of: Of, todo: Sequence[_Pass]) -> Iterator[tuple[_Pass, _Table]]:
-    """Run passes; each has random numbers of its own, whatever was run before."""
+def _run(work: _Work, of: Of, todo: Sequence[_Pass]) -> Iterator[tuple[_Pass, Table]]:
+    """Run passes, on a CPU several side by side; each has random numbers of its own, whatever was run before."""
     work.check()
     states, manifest, model = work.states, work.states.manifest, work.load()
     adjoint, layers = work.adjoint(model), model.architecture.layers()
     prompts = [[prompt_of(states.data_dir, manifest.images[i]) for i in each.images] for each in todo]
     keep_text = model.text_bytes + nbytes(model.decoder) + work.plan.nbytes <= device_memory()
     texts = model.encode_batches(prompts, manifest.cfg_weight, keep_text)
+    at_once = work.side_by_side(of)
     with Progress("gradients", len(todo) * (1 if of is Of.OUTPUT else manifest.num_steps), "step") as progress:
-        for each, text in zip(todo, texts, strict=True):
-            key = mx.random.key(int(short_hash([list(each.images), each.probe, each.step]), 16))
-            if each.step is not None:
-                found = adjoint.of_output(each.images, each.step, key, text)
-                progress.advance()
-            else:
-                towards = adjoint.of_picture if of is Of.PICTURE else adjoint.of_latent
-                found = towards(each.images, key, progress.advance, text)
-            yield each, _table(found, layers, work.options)
+        for group in [todo[i : i + at_once] for i in range(0, len(todo), at_once)]:
+            keys = [mx.random.key(int(short_hash([list(p.images), p.probe, p.step]), 16)) for p in group]
+            probes = [Probe(p.images, key, next(texts)) for p, key in zip(group, keys, strict=True)]
+            with shared_cores(len(group), len(group)):
+                if group[0].step is not None:
+                    found = [adjoint.of_output(group[0].step, probes[0])]
+                    progress.advance()
+                else:
+                    found = adjoint.carried(of, probes, progress.advance)
+                tables = tables_of(found, layers, work.options)
+            yield from zip(group, tables, strict=True)
 
 
-def _table(found: Gradients, layers: Mapping[str, nn.Module], options: Sequence[tuple[str, int, int]]) -> _Table:
-    """Σ G² ΔW² for each option, with the inputs' errors and the reach.
-
-    ΔW is the error of searched grids, as quantizers make them: MLX's rounding times what the search gains on some rows.
-    """
-    errors = []
-    for name, bits, group_size in options:
-        weight, gradient = layers[name].weight, found.weights[name]
-        half, every = half_of(weight.dtype), max(1, len(weight) // SAMPLED_ROWS)
-        nearest = Packed.nearest(weight, bits, group_size, half).dequantize()
-        squares = (gradient * (weight - nearest)) ** 2
-        best = searched(weight[::every], bits, group_size, half, rounds=2, each_end=False).dequantize()
-        share = ((gradient[::every] * (weight[::every] - best)) ** 2).sum() / squares[::every].sum()
-        errors.append(squares.sum() * mx.where(mx.isfinite(share), share, 1.0))
-        mx.eval(errors[-1])  # one rounded copy of a layer at a time
-    return {
-        "weights": np.array([e.item() for e in errors]),
-        "inputs": np.stack(list(found.inputs.values())),
-        "outputs": np.stack([found.outputs[name] for name in dict.fromkeys(name for name, *_ in options)]),
-        "reach": found.reach,
-    }
-
-
-def _of_output(tables: Mapping[_Pass, _Table], steps: Sequence[int]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _of_output(tables: Mapping[_Pass, Table], steps: Sequence[int]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Errors by option and step, and by tap, step and bit-width; means over images and probes."""
     columns = []
     for step in steps:
         own = [(len(each.images), table) for each, table in tables.items() if each.step == step]
         total = sum(count for count, _ in own)
-        columns.append([sum(n * table[key] for n, table in own) / total for key in KEYS[:2]])
+        columns.append([sum(n * table[key] for n, table in own) / total for key in ("weights", "inputs")])
     return (
         np.stack([np.asarray(weights) for weights, _ in columns], axis=1),
         np.concatenate([np.asarray(inputs) for _, inputs in columns], axis=1),
@@ -259,7 +235,7 @@ def _of_output(tables: Mapping[_Pass, _Table], steps: Sequence[int]) -> tuple[ND
 
 
 def _typical(
-    tables: Sequence[_Table], options: Sequence[tuple[str, int, int]], steps: Sequence[int]
+    tables: Sequence[Table], options: Sequence[tuple[str, int, int]], steps: Sequence[int]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], float | None]:
     """As :func:`_of_output`, of the typical picture, and the standard error of its PSNR in dB.
 
@@ -272,7 +248,9 @@ def _typical(
     errors = np.array([table["weights"][places].sum() for table in tables])
     logs = np.log(errors) if errors.all() else np.zeros(len(errors))
     shares = np.exp(logs.mean() - logs)
-    weights, inputs = (np.mean([s * t[key] for s, t in zip(shares, tables, strict=True)], 0) for key in KEYS[:2])
+    weights, inputs = (
+        np.mean([s * t[key] for s, t in zip(shares, tables, strict=True)], 0) for key in ("weights", "inputs")
+    )
     doubt = 10 / math.log(10) * float(logs.std(ddof=1)) / math.sqrt(len(logs)) if len(logs) > 1 else None
     return np.repeat(weights[:, None], len(steps), axis=1), inputs * len(steps), doubt
 
@@ -285,16 +263,3 @@ def _reach(found: Sequence[NDArray[np.float64]], sigmas: Sequence[float]) -> Rea
     with np.errstate(divide="ignore"):
         latent = np.exp(np.log(each).mean(axis=0))
     return Reach(latent, np.diff(np.array(sigmas)) ** 2 * latent[1:])
-
-
-def _read(path: Path) -> _Table | None:
-    """What a pass found; None where there is no sound file."""
-    with suppress(OSError, ValueError, KeyError, BadZipFile), open_npz(path) as file:
-        return {key: file[key] for key in KEYS}
-    return None
-
-
-def _write(path: Path, table: _Table) -> None:
-    content = io.BytesIO()
-    np.savez(content, **table)  # type: ignore[arg-type]
-    write_bytes(path, content.getvalue())

@@ -129,10 +129,10 @@ class Watch:
 
 def input_errors(x: mx.array, gradient: mx.array, low: float, high: float) -> mx.array:
     """Σ gradient² Δx² where ``x`` is quantized over [low, high], for each of :data:`INPUT_BITS`; lazy."""
-    squared, found = gradient.astype(mx.float32) ** 2, []
+    squared, found = mx.square(gradient.astype(mx.float32)), []  # ** 2 would call powf on a CPU
     for bits in INPUT_BITS:
         scale = max(high - low, 1e-12) / (2**bits - 1)
         zero = round(-low / scale)
         rounded = (mx.clip(mx.round(x / scale) + zero, 0, 2**bits - 1) - zero) * scale
-        found.append((squared * (rounded - x) ** 2).sum())
+        found.append((squared * mx.square(rounded - x)).sum())
     return mx.stack(found)

@@ -106,7 +106,7 @@ def _stored(scale: mx.array, bias: mx.array, dtype: mx.Dtype) -> tuple[mx.array,
 @compiled
 def _error(w: mx.array, h: mx.array, scale: mx.array, bias: mx.array, most: mx.array) -> mx.array:
     q = mx.clip(mx.round((w - bias[..., None]) / scale[..., None]), 0, most)
-    return (h * (w - scale[..., None] * q - bias[..., None]) ** 2).sum(axis=-1)
+    return (h * mx.square(w - scale[..., None] * q - bias[..., None])).sum(axis=-1)  # ** 2 is powf on a CPU
 
 
 @compiled
@@ -124,7 +124,7 @@ def _regression(w: mx.array, q: mx.array, h: mx.array, scale: mx.array) -> tuple
     total = h.sum(axis=-1)
     mean_q, mean_w = (h * q).sum(axis=-1) / total, (h * w).sum(axis=-1) / total
     spread = q - mean_q[..., None]
-    variance = (h * spread**2).sum(axis=-1)
+    variance = (h * mx.square(spread)).sum(axis=-1)
     slope = (h * spread * (w - mean_w[..., None])).sum(axis=-1) / mx.maximum(variance, 1e-12)
     slope = mx.where(variance > 1e-9, slope, scale)
     return slope, mean_w - slope * mean_q

@@ -146,6 +146,8 @@ def fingerprint(config: Mapping[str, Any], prompts: Sequence[str], measures: boo
         counted["sensitivity"] = {
             k: v for k, v in counted["sensitivity"].items() if k not in ("method", "of", "probes")
         }
+    if counted["quantizer"].get("search") is False:  # as rtn was before it had the key
+        counted["quantizer"] = {k: v for k, v in counted["quantizer"].items() if k != "search"}
     return short_hash([counted, prompts], digits=16)
 
 

@@ -77,10 +77,10 @@ def run(settings: Settings, run: RunDirectory, model: Callable[[], DiffusionMode
     what = (drawn.prompts[::-1], wanted.num_images, drawn.sampler, wanted.base_seed)
     reference = draw_reference(model(), settings.evaluate.data_dir, *what, wanted.steps)
     paired = Paired(model(), reference)
-    control = control_of(model(), reference, paired, settings.job.cache_dir)
     mx.reset_peak_memory()
     outcome = paired.compare(partial(applied, model(), quantized, wanted.dequantize), "quantized")
     peak, found = mx.get_peak_memory(), outcome.fidelity
+    control = control_of(model(), reference, paired, settings.job.cache_dir, found)
     expected = quantized.about.get("predicted_psnr")
     text = fidelity_text(found, control, drawn.sampler.num_steps)
     text += "" if expected is None else _predicted(quantized, float(expected))
