@@ -27,7 +27,7 @@ from pathlib import Path
 from calib.activations.collect import Collection
 from calib.activations.observer import Observer, TapResult
 from calib.activations.observer_mlx import MlxObserver
-from calib.activations.replay import Replay, new_observer, shared_cores
+from calib.activations.replay import Replay, new_observer
 from calib.activations.step import CollectSettings
 from calib.activations.store import write_activations
 from calib.activations.taps import TapPoint, TapSelection, tap_points
@@ -46,6 +46,7 @@ from calib.models.architecture import Conditioning, names_in_order
 from calib.models.diffusionkit import sd3_config
 from calib.models.mmdit.architecture import MMDiTArchitecture
 from calib.models.model import DiffusionModel, ModelDtype
+from calib.models.parallel import shared_cores
 from calib.stages.collect import summarise, summarising
 
 import mlx.core as mx

@@ -30,8 +30,11 @@ try:
 except ImportError:
     from calib.report.run import write_report as write_page
 write_page(pathlib.Path("../drawn"))"""
-#: Two images of four steps to a measured plan; nothing is cached.
-TINY = ("num_images=2", "sampler.num_steps=4", "timestep_schedule=quarters", "evaluation.num_images=2")
+#: Two images of four steps to a measured plan by calib 0.3.0's defaults; nothing is cached.
+TINY = (
+    *("num_images=2", "sampler.num_steps=4", "timestep_schedule=quarters", "evaluation.num_images=2"),
+    *("analysis=range", "ranges=static", "quantizer=rtn"),
+)
 #: Each process has a new working directory, in one that holds dataset/, run/ and drawn/.
 MEASURED = {
     "calib --version": ("-m", "calib", "--version"),

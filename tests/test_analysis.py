@@ -311,7 +311,7 @@ def test_timestep_config_json(tiny_run: Path) -> None:
 
 
 def test_ranges_that_vary_with_the_step(tiny_run: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    given_ranges = ["ranges=per_step", "phase_bits=false", "hydra.run.dir=run", "report=none"]
+    given_ranges = ["analysis=range", "ranges=per_step", "phase_bits=false", "hydra.run.dir=run", "report=none"]
     outcome = run_here(["analyze", f"stats={tiny_run}", *given_ranges], capsys)
     assert outcome.status == 0, outcome.err
     config = load(folder / "run" / "timestep_config.json")

@@ -61,7 +61,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A working folder after the whole job, every tap observed and guidance halves apart; its page is made."""
     folder = tmp_path_factory.mktemp("plain")
     taps = ("taps=all", "taps.cfg_halves=apart", "storage=sampled")
-    well(calib(folder, *taps, "report=html", "hydra.run.dir=run"))
+    plan = ("analysis=range", "ranges=static", "quantizer=rtn")
+    well(calib(folder, *taps, *plan, "report=html", "hydra.run.dir=run"))
     return folder
 
 

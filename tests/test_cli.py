@@ -7,9 +7,11 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from calib.activations.reader import ActivationFile
+from calib.base.layout import MODEL_CONFIG
 from calib.dataset import prompts
 from calib.dataset.generate import generate
 from calib.dataset.load import load_manifest
@@ -23,12 +25,14 @@ from helpers import (
     contents,
     environment,
     everything,
+    is_one_clear_line,
     listed,
     run_here,
     run_in,
     run_process,
     start_process,
     wait_until,
+    well,
 )
 
 #: Of jobs on the shared dataset.
@@ -101,6 +105,45 @@ def test_the_whole_job_prints_the_summary_and_the_run_directory(tiny_run: Path) 
     assert (tiny_run / "evaluation.txt").read_text() in out
     assert "Quantized model: " in out and " bits a weight over all: " in out
     assert out.splitlines()[-1] == "Run directory: run"
+
+
+def test_the_default_job(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What ``calib`` does by itself, but for its sizes: it says what it predicts, what it saved and what it drew."""
+    sizes = [
+        *TINY[:4],
+        "taps.include=[mm_block_1.image.mlp.*]",
+        "data_dir=dataset",
+        "report=none",
+        "evaluation.steps=2",
+    ]
+    outcome = well(run_here([*sizes, "evaluation.num_images=2", "hydra.run.dir=run"], capsys))
+    metrics, about = (json.loads((folder / "run" / name).read_text()) for name in ("metrics.json", MODEL_CONFIG))
+    assert (about["quantizer"]["name"], about["ranges"]["name"]) == ("gptq", "per_step")
+    bits, size, predicted = metrics["average_weight_bits"], metrics["quantized_bytes"] / 1e6, about["predicted_psnr"]
+    assert bits <= 4.5 and f"predicted PSNR = {predicted:.2f}" in outcome.out
+    short, last = outcome.out.splitlines()[-2:]
+    assert short.startswith(f"In short: {bits:.2f} bits a weight, {size:.1f} MB for ") and last == "Run directory: run"
+    assert short.endswith(f"%); 2 held-out pictures at PSNR {metrics['psnr']:.2f} dB, {predicted:.2f} predicted")
+    outcome = well(run_here([*sizes, "evaluation=none", "hydra.run.dir=undrawn"], capsys))
+    assert outcome.out.splitlines()[-2] == short.partition(";")[0]
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        (["dataset.steps=schedule"], ("dataset.steps=schedule", "leaves out 1", "sensitivity.of=output")),
+        (["taps=block"], ("they are blocks", "analysis=range")),
+        (["analyze", "stats=layer_statistics.json"], ("name a run directory", "analysis=sqnr and range")),
+    ],
+)
+def test_what_the_default_plan_cannot_do_is_told_before_anything_is_drawn(
+    tiny_run: Path, folder: Path, capsys: pytest.CaptureFixture[str], given: list[str], named: Sequence[str]
+) -> None:
+    shutil.copy(tiny_run / "layer_statistics.json", folder)
+    outcome = run_here([*given, "hydra.run.dir=run"], capsys)
+    line = is_one_clear_line(outcome, outcome.status)
+    assert outcome.status and all(name in line for name in named), line
+    assert sorted(path.name for path in folder.iterdir()) == ["layer_statistics.json"]
 
 
 def test_a_process_of_its_own_makes_the_same_and_a_page(tiny_run: Path, tmp_path: Path) -> None:
@@ -251,7 +294,7 @@ def test_the_block_view_names_the_blocks(data_dir: Path, folder: Path, capsys: p
         capsys,
     )
     assert outcome.status == 0, outcome.err
-    outcome = run_here(["analyze", "stats=run", "hydra.run.dir=run", "report=none"], capsys)
+    outcome = run_here(["analyze", "stats=run", "analysis=range", "hydra.run.dir=run", "report=none"], capsys)
     assert "  Total layers: 4\n" in outcome.out
     plan = json.loads((folder / "run" / "quantization_config.json").read_text())
     assert list(plan) == ["mm_block_0", "mm_block_1", "mm_block_2", "mm_block_3"]

@@ -233,7 +233,7 @@ def test_what_is_not_finite_is_named_left_out_and_marked_and_the_run_goes_on(
         x = file.by_step("x_embedder")[1]
         assert x.count.min() == 4 * 2 * 256 - 2 and x.count.max() == 4 * 2 * 256
         assert np.isfinite(file.image_ranges("x_embedder", [1])).all(), "one value of many"
-    outcome = run_here(["analyze", "stats=run", "hydra.run.dir=run2", "report=none"], capsys)
+    outcome = run_here(["analyze", "stats=run", "analysis=range", "hydra.run.dir=run2", "report=none"], capsys)
     assert outcome.status == 0, outcome.err
     # What is in the cache is told again, by the run that takes it from there.
     outcome = run_here([*COLLECT[:-1], "hydra.run.dir=run3", *every_row], capsys)

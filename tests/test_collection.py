@@ -3,7 +3,7 @@
 import ctypes
 from pathlib import Path
 
-from calib.activations import collect, replay
+from calib.activations import collect
 from calib.activations.collect import histogram_stride
 from calib.activations.format import HALVES
 from calib.activations.histogram import BINS, Histogram
@@ -15,7 +15,7 @@ from calib.base.seeds import generator
 from calib.dataset.manifest import Manifest
 from calib.dataset.shards import Shard
 from calib.dataset.store import read_state
-from calib.models import emoji
+from calib.models import emoji, parallel
 from calib.models.model import DiffusionModel, ModelDtype
 
 import mlx.core as mx
@@ -145,7 +145,7 @@ def test_sampled_histograms_count_the_rows_of_each_forwards_phase(
     cores: int,
 ) -> None:
     """Rows of a forward in parts are those of the forward at once."""
-    monkeypatch.setattr(replay, "cores", lambda: cores)
+    monkeypatch.setattr(parallel, "cores", lambda: cores)
     with recording() as observers:
         collection = collection_of(model, data_dir, tmp_path, [0, 1, 2, 3], FEW, histogram_rows=40, seed=3)
         record = collected(collection, [3])[3]
@@ -218,11 +218,11 @@ def test_the_batch_size_changes_nothing_but_rounding(
 @given(count=st.integers(1, 80), rows=st.integers(1, 100))
 def test_the_rows_of_a_batch_are_shared_out_among_processors(count: int, rows: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(replay, "cores", lambda: count)
-        patch.setattr(replay, "on_gpu", lambda: False)
-        parts = replay.parts_of(rows)
-        patch.setattr(replay, "on_gpu", lambda: True)
-        assert replay.parts_of(rows) == [slice(0, rows)]
+        patch.setattr(parallel, "cores", lambda: count)
+        patch.setattr(parallel, "on_gpu", lambda: False)
+        parts = parallel.parts_of(rows)
+        patch.setattr(parallel, "on_gpu", lambda: True)
+        assert parallel.parts_of(rows) == [slice(0, rows)]
     assert [row for part in parts for row in range(part.start, part.stop)] == list(range(rows))
     sizes = [part.stop - part.start for part in parts]
     assert len(parts) == min(count, rows) and max(sizes) - min(sizes) <= 1
@@ -243,7 +243,7 @@ def test_products_take_so_many_threads_within_the_context_only() -> None:
 def test_the_number_of_processors_changes_nothing_but_rounding(
     whole: Whole, model: DiffusionModel, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cores: int
 ) -> None:
-    monkeypatch.setattr(replay, "cores", lambda: cores)
+    monkeypatch.setattr(parallel, "cores", lambda: cores)
     collection = collection_of(model, data_dir, tmp_path, [0, 1, 2, 3], EVERY_TAP, histogram_rows=None)
     with recording() as observers:
         record = collected(collection, [3])[3]
@@ -262,7 +262,7 @@ def test_halves_of_the_guidance_batch_are_apart_and_merge_to_the_whole(
     model: DiffusionModel, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cores: int
 ) -> None:
     """Three images in blocks of two: the halves' border lies within a part, or between two."""
-    monkeypatch.setattr(replay, "cores", lambda: cores)
+    monkeypatch.setattr(parallel, "cores", lambda: cores)
     apart = TapSelection(FEW.kind, FEW.include, cfg_halves=Halves.APART)
     pooled_record, record = (
         collected(collection_of(model, data_dir, tmp_path, [0, 1, 2], taps, histogram_rows=None), [3])[3]

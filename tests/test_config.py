@@ -6,7 +6,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-from calib.analysis.ranges import static
+from calib.analysis.ranges import per_step
 from calib.base.errors import ConfigError
 from calib.base.files import check_writable
 from calib.base.seeds import image_seed
@@ -16,7 +16,7 @@ from calib.dataset.shards import Shard
 from calib.dataset.store import StateDtype, StorageFormat
 from calib.models import emoji
 from calib.models.model import ModelDtype
-from calib.quantization import rtn
+from calib.quantization import gptq
 from calib.stages import Stage
 from calib.stages.build import KEYS, build
 from calib.stages.settings import (
@@ -160,9 +160,9 @@ def test_the_defaults_are_those_of_the_design() -> None:
     assert not built("stage=collect").collect.generate_missing
     assert built("stage=collect", multirun=True).collect.generate_missing
     assert settings.collect.subset(range(settings.generate.num_images), no_latents) == list(range(10))
-    assert not settings.analyze.analysis.measures and settings.analyze.phase_bits
-    assert settings.analyze.ranges.function.func is static
-    assert settings.quantize.quantizer.function.func is rtn.quantize
+    assert settings.analyze.analysis.measures and settings.analyze.phase_bits
+    assert settings.analyze.ranges.function.func is per_step
+    assert settings.quantize.quantizer.function.func is gptq.quantize
     assert settings.quantize.plan is None
     assert settings.analyze.sensitivity == SensitivitySettings(images=4, steps=8, group_sizes=(32, 64, 128))
     assert settings.quantize.calibration == CalibrationSettings(images=32, steps=8)
@@ -417,7 +417,7 @@ def test_a_seed_of_any_size_is_used_or_refused(key: str, seed: int) -> None:
         (["taps.exclude=[mm_block_7]", "taps=block"], ("taps.exclude=mm_block_7", "'mm_block_")),
         (["taps.include=[mm_block_0.image.mlp.fc3]"], ("taps.include=mm_block_0.image.mlp.fc3", "fc2'")),
         (["analysis=uniform", "analysis.weight_bits=7"], ("analysis.weight_bits=7",)),
-        (["analysis.large=wide"], ("analysis.large=wide", "number")),
+        (["analysis=range", "analysis.large=wide"], ("analysis.large=wide", "number")),
         (["storage.histogram_rows=0"], ("storage.histogram_rows=0", "1 or more")),
         (["storage=sampled", "storage.rows_per_image=0"], ("storage.rows_per_image=0", "1 or more")),
         (["storage=full", "storage.dtype=float32"], ("storage.dtype=float32", "float16 or bfloat16")),

@@ -23,12 +23,15 @@ Run: TypeAlias = Callable[..., str]
 
 BEFORE = Path(__file__).parent / "data" / "calib-0.1.0"
 #: The command that made it, but for the page, which is not kept.
-COMMAND = (
+THE_COMMAND = (
     *("num_images=2", "sampler.num_steps=2", "sampler.batch_size=2", "timestep_schedule=all", "taps=all"),
     *("taps.include=[mm_block_1,mm_block_1.image.mlp.*]", "ranges=per_step", "evaluation=none"),
     "quantizer.search=false",
     *("data_dir=dataset", "cache_dir=cache", "hydra.run.dir=run", "report=none"),
 )
+#: What calib 0.1.0 took where nothing was said.
+DEFAULTS = ("analysis=range", "quantizer=rtn", "quantizer.search=false")
+COMMAND = (*THE_COMMAND, *DEFAULTS)
 
 
 @pytest.fixture
@@ -64,6 +67,19 @@ def test_finished_run_stays_finished(before: Path, calib: Run) -> None:
     assert (before / "run" / STATUS).read_bytes() == written
 
 
+def test_command_that_names_no_plan_is_another_job_since(before: Path, calib: Run) -> None:
+    """Made anew in the same place, with what was drawn and collected; the old one comes back by naming its plan."""
+    plans = documents(before / "run")
+    out = calib(*THE_COMMAND)
+    assert "Dataset: dataset (2 images, 0 new)" in out and "predicted PSNR" in out
+    assert documents(before / "run") != plans
+    assert "Already complete: run" in calib(*THE_COMMAND)
+    again = calib(*COMMAND)
+    assert "Already complete" not in again and "predicted" not in again
+    for name, plan in documents(before / "run").items():
+        assert_alike(plan, plans[name])
+
+
 def test_half_finished_run_goes_on(before: Path, calib: Run) -> None:
     status, plans = read_json(before / "run" / STATUS), documents(before / "run")
     write_json(before / "run" / STATUS, status | {"state": "running", "end": None})
@@ -97,7 +113,7 @@ def test_dataset_is_sound_and_complete(before: Path, calib: Run) -> None:
 
 
 def test_plan_is_made_again_from_its_statistics(before: Path, calib: Run) -> None:
-    calib("analyze", "stats=run", "ranges=per_step", "hydra.run.dir=again", "report=none")
+    calib("analyze", "stats=run", "analysis=range", "ranges=per_step", "hydra.run.dir=again", "report=none")
     assert documents(before / "again") == documents(before / "run")
 
 

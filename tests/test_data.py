@@ -131,12 +131,12 @@ def test_a_plan_of_others_quantizes_without_their_function(run: Path, hostile: C
     """It is needed where the plan's own ranges no longer do; the advice then given is one that works."""
     foreign = {"name": f"{__name__}.own_rule", "parameters": {}}
     write_json(run / STEPS, read_json(run / STEPS) | {"ranges": foreign})
-    well(calib(run, "quantize", "plan=run", "hydra.run.dir=same"))
+    well(calib(run, "quantize", "plan=run", "quantizer=rtn", "hydra.run.dir=same"))
     assert load(run.parent / "same" / MODEL).about["ranges"] == foreign
     plan = read_json(run / PLAN)
     next(iter(plan.values()))["suggested_activation_bits"] = 5
     write_json(run / PLAN, plan)
-    edited = ("quantize", "plan=run", "hydra.run.dir=edited")
+    edited = ("quantize", "plan=run", "quantizer=rtn", "hydra.run.dir=edited")
     outcome = calib(run, *edited)
     (line,) = (line for line in outcome.err.splitlines() if "no function is taken from a file" in line)
     assert outcome.status == 2 and not (run.parent / "edited" / MODEL).exists()
@@ -165,8 +165,8 @@ def test_no_command_obeys_a_run_directory(run: Path, hostile: Callable[[], set[s
     assert write_page(run).exists()
     for arguments in (
         ("compare", "run", "--html", "page.html", "--all"),
-        ("quantize", "plan=run", "hydra.run.dir=q", "report=none"),
-        ("analyze", "stats=run", "hydra.run.dir=a", "report=none"),
+        ("quantize", "plan=run", "quantizer=rtn", "hydra.run.dir=q", "report=none"),
+        ("analyze", "stats=run", "analysis=range", "hydra.run.dir=a", "report=none"),
         ("convergence", "run", "--json"),
     ):
         outcome = run_in(run.parent, *arguments)

@@ -352,6 +352,10 @@ def test_few_prompts_and_the_noise_floor() -> None:
     better = Fidelity(control.psnr + 1, control.ssim - 0.1, control.error / 2, control.steps)
     assert fidelity_text(better, control, 50).endswith(f"{floor}PSNR; relative output error\n")
     assert fidelity_text(control, control, 50).endswith(f"{floor}PSNR; SSIM; relative output error\n")
+    few = Fidelity(control.psnr[:4], control.ssim[:4], control.error[:4], control.steps)
+    assert fidelity_text(clear, few, 50).endswith(
+        "note: control: of the first 4 prompts alone, as quantized is far from it\n"
+    )
 
 
 def pixels_of(path: Path) -> NDArray[np.int64]:

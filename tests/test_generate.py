@@ -31,6 +31,7 @@ from calib.models.architecture import Conditioning
 from calib.models.memory import MemoryPlan, plan_memory
 from calib.models.model import ROWS_KEPT, DiffusionModel
 from calib.models.noise import RectifiedFlow
+from calib.models.parallel import parts_for, shared_cores
 
 import h5py
 import mlx.core as mx
@@ -144,10 +145,10 @@ def test_conditioning_of_the_last_prompts_is_kept_and_no_more(model: DiffusionMo
     assert counted.texts[-1] == names[0], "it has made room"
 
 
-def small_memory(model: DiffusionModel, guidance: bool, batch_size: int | None = None) -> MemoryPlan:
+def small_memory(model: DiffusionModel, guidance: bool, batch_size: int | None = None, parts: int = 1) -> MemoryPlan:
     """The plan of a machine on which text encoders and transformer do not fit together."""
-    plan = plan_memory(model, guidance, batch_size)
-    needs = replace(plan.needs, text=100 * plan.needs.transformer)
+    plan = plan_memory(model, guidance, batch_size, parts=parts)
+    needs = replace(plan.needs, decoders=1, text=100 * plan.needs.transformer)
     weights = needs.text + needs.transformer + needs.decoder
     short = MemoryPlan.of(needs, weights + max(plan.drawing // 2, needs.decoding) - 1, batch_size)
     assert not short.keep_text
@@ -178,8 +179,10 @@ def test_text_encoders_are_unloaded_where_memory_is_short_and_the_files_are_the_
 
 @pytest.fixture(scope="module")
 def trajectories(model: DiffusionModel) -> Sequence[State]:
-    """The states of the first two images."""
-    return list(trajectory(model, PROMPTS[:2], [image_seed(0, i) for i in (0, 1)], QUICK))
+    """The states of the first two images, computed in the parts of a dataset."""
+    seeds, rows = [image_seed(0, i) for i in (0, 1)], 4
+    with shared_cores(rows):
+        return list(trajectory(model, PROMPTS[:2], seeds, QUICK, parts_for(rows)))
 
 
 @pytest.mark.parametrize("storage", list(StorageFormat))
@@ -470,8 +473,8 @@ def test_an_image_that_cannot_be_stored_is_left_out_and_told_and_the_others_are_
     """The model gives one image NaN: the second row of the first block."""
 
     class Failing(DiffusionModel):
-        def denoise(self, x: mx.array, timestep: mx.array, sigma: mx.array, text: Conditioning, cfg: float) -> mx.array:
-            good = super().denoise(x, timestep, sigma, text, cfg)
+        def denoise(self, x: mx.array, timestep: mx.array, sigma: mx.array, text: Conditioning, *more: Any) -> mx.array:
+            good = super().denoise(x, timestep, sigma, text, *more)
             first = mx.all(text.tokens[1] == octopus)
             return mx.concatenate([good[:1], mx.where(first, mx.array(float("nan")), good[1:])])
 

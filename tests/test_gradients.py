@@ -9,7 +9,7 @@ from pathlib import Path
 from calib.activations.batches import StoredStates
 from calib.activations.states import read_states
 from calib.activations.taps import TapPoint, TapSelection, tap_points, tapped
-from calib.analysis.adjoint import Adjoint
+from calib.analysis.adjoint import Adjoint, Probe
 from calib.analysis.gradients import gradient_sensitivities
 from calib.analysis.layers import PROBE, LayerSummary
 from calib.analysis.measure import measure, quantizable
@@ -20,6 +20,7 @@ from calib.base.errors import CalibError
 from calib.base.progress import note
 from calib.dataset.load import load_manifest
 from calib.models.model import DiffusionModel, weights
+from calib.models.parallel import shared_cores
 
 import mlx.core as mx
 import numpy as np
@@ -251,6 +252,21 @@ def test_inputs(case: Case) -> None:
             assert found.outputs[point.name][step] == pytest.approx(squares.mean(), rel=1e-2), point.name
             checked += 1
     assert checked > 3
+
+
+def test_probes_side_by_side(case: Case) -> None:
+    """Each finds what it finds by itself, to the bit; on a GPU there is one at a time."""
+    probes = [Probe([image], mx.random.key(image)) for image in case.images]
+    with shared_cores(1, 1):
+        alone = [case.adjoint().of_picture(probe.images, probe.key) for probe in probes]
+        steps: list[int] = []
+        together = case.adjoint().carried(Of.PICTURE, probes[: 1 if on_gpu() else None], lambda: steps.append(1))
+    assert len(steps) == len(together) * case.states.manifest.num_steps
+    for found, expected in zip(together, alone, strict=on_gpu() is False):
+        assert all(mx.array_equal(found.weights[name], g).item() for name, g in expected.weights.items())
+        assert all(np.array_equal(found.inputs[tap], errors) for tap, errors in expected.inputs.items())
+        assert all(np.array_equal(found.outputs[name], squares) for name, squares in expected.outputs.items())
+        assert np.array_equal(found.reach, expected.reach)
 
 
 def test_parts(case: Case) -> None:

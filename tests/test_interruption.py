@@ -194,6 +194,7 @@ def test_runs_and_sweeps_wait_for_the_process_that_draws_and_say_so(
     drawing: subprocess.Popen[str], undisturbed: Undisturbed, tmp_path: Path, stage: list[str]
 ) -> None:
     given = [*stage, *arguments(4)[1:], "timestep_schedule=quarters", "taps.include=[x_embedder]", "evaluation=none"]
+    given += ["analysis=range", "quantizer=rtn"]
     if "-m" not in stage:
         given.remove("hydra.run.dir=run")
     waited = False

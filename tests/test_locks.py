@@ -118,7 +118,7 @@ def test_what_is_in_use_is_told_and_left_alone(held: Path, arguments: tuple[str,
 def test_a_finished_job_outlives_statistics_in_use(tiny_run: Path, tmp_path: Path) -> None:
     """Opening a file for writing changes a byte of it, and so what the job would start from."""
     shutil.copytree(tiny_run, tmp_path / "run")
-    analyze = ("analyze", "stats=run", "report=none", "hydra.run.dir=plan")
+    analyze = ("analyze", "stats=run", "analysis=range", "report=none", "hydra.run.dir=plan")
     well(run_in(tmp_path, *analyze))
     before = contents(tmp_path / "plan")
     with holding("hdf5", tmp_path / "run" / "activations.h5"):

@@ -88,7 +88,7 @@ def test_the_folder_of_a_sweep_stands_for_its_run_directories(
 def test_what_was_merged_can_be_analysed(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     into = tmp_path / "joined"
     assert merge(capsys, *(runs / "shards" / str(i) for i in range(3)), "--into", into).status == 0
-    outcome = run_in(tmp_path, "analyze", f"stats={into}", "hydra.run.dir=plan", "report=none")
+    outcome = run_in(tmp_path, "analyze", f"stats={into}", "analysis=range", "hydra.run.dir=plan", "report=none")
     assert outcome.status == 0, outcome.err
     assert (tmp_path / "plan" / "quantization_config.json").exists()
 

@@ -1,21 +1,23 @@
 """Paired comparisons: what is not changed is the same to the bit, and what is changed is counted as by hand."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
 
+import calib.evaluation.reference
 from calib.activations.states import read_states
 from calib.activations.taps import TapPoint, tapped
 from calib.base.errors import CalibError
 from calib.dataset.load import load_manifest
 from calib.dataset.settings import SamplerSettings
-from calib.evaluation.metrics import ssim
+from calib.evaluation.metrics import Fidelity, ssim
 from calib.evaluation.paired import Outcome, Paired, Reference, rounded_to_bfloat16
 from calib.evaluation.reference import control_of, draw_reference
+from calib.evaluation.report import fidelity_text
 from calib.models.model import DiffusionModel, weights, weights_fingerprint
 
 import mlx.core as mx
@@ -212,7 +214,7 @@ def test_reference_and_control(drawn: Drawn, tmp_path: Path, capsys: pytest.Capt
     (path,) = (tmp_path / "evaluation").glob("control_*.json")
     assert found.to_json() == json.loads(path.read_text())
 
-    def never(change: Change, label: str) -> Outcome:
+    def never(change: Change, label: str, images: Sequence[int]) -> Outcome:
         raise AssertionError("measured again")
 
     kept = control_of(drawn.model, reference, cast(Paired, SimpleNamespace(compare=never)), tmp_path)
@@ -223,3 +225,20 @@ def test_reference_and_control(drawn: Drawn, tmp_path: Path, capsys: pytest.Capt
     for damage in ('{"psnr": ', "[]", '{"psnr": [1], "ssim": [1], "error": [[1]], "steps": [1, 2]}'):
         path.write_text(damage)
         assert control_of(drawn.model, reference, paired, tmp_path).to_json() == found.to_json()
+
+
+@pytest.mark.parametrize(("nearest", "drawn_of"), [(10.1, 2), (9.9, 3), (-5.0, 3), (-np.inf, 3)])
+def test_a_control_of_few_pictures(
+    drawn: Drawn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nearest: float, drawn_of: int
+) -> None:
+    """A landmark far off is measured on the first pictures alone, a floor that is near on all."""
+    monkeypatch.setattr(calib.evaluation.reference, "FEW_IMAGES", 2)
+    whole = control_of(drawn.model, drawn.reference, drawn.paired, tmp_path)
+    psnr = whole.psnr - np.array([60.0, nearest, 0.0])
+    quantized = Fidelity(psnr, whole.ssim, whole.error, whole.steps)
+    found = control_of(drawn.model, drawn.reference, drawn.paired, tmp_path, quantized)
+    assert found.prompts == drawn_of and whole.prompts == 3
+    np.testing.assert_allclose(found.psnr, whole.psnr[:drawn_of], atol=0.1)
+    np.testing.assert_allclose(found.error, whole.error[:drawn_of], rtol=1e-2)
+    text = fidelity_text(quantized, found, 4)
+    assert ("note: control: of the first 2 prompts alone" in text) == (drawn_of == 2)

@@ -682,7 +682,10 @@ def bare(folder: Path, images: Sequence[Inputs], timesteps: mx.array, **more: An
 
 
 def check_bare(model: DiffusionModel, folder: Path, timesteps: Sequence[float], **more: Any) -> None:
-    """Image after image MLX and DiffusionKit alone give what calib does, its grids for activations left out."""
+    """Image after image MLX and DiffusionKit alone give what calib does, its grids for activations left out.
+
+    But for the rounding of calib's GELU on a CPU.
+    """
     quantized = replace(load(folder), inputs={})
     assert {name for name in quantized.layers if name.endswith("adaln")}, "adaLN layers, which caching empties"
     images = []
@@ -695,7 +698,8 @@ def check_bare(model: DiffusionModel, folder: Path, timesteps: Sequence[float], 
     with applied(model, quantized, dequantize=False):
         for image, outputs in zip(images, found, strict=True):
             for timestep, own in zip(timesteps, outputs, strict=True):
-                assert np.array_equal(np.array(own), output(model, image, timestep))
+                expected = output(model, image, timestep)
+                np.testing.assert_allclose(np.array(own), expected, rtol=0, atol=1e-5 * np.abs(expected).max())
     assert not np.array_equal(np.array(found[0][0]), np.array(found[1][0]))
     assert loss(output(model, images[1], timesteps[0]), np.array(found[1][0])) > 1e-4, "it is quantized"
 

@@ -6,12 +6,12 @@ from functools import partial
 from pathlib import Path
 from typing import TypeAlias
 
-from calib.activations.replay import parts_of, streams_of
 from calib.activations.states import check_states, read_states
 from calib.activations.step import prompt_of
 from calib.dataset.manifest import Manifest
 from calib.models.architecture import Conditioning
 from calib.models.model import DiffusionModel
+from calib.models.parallel import by_parts
 
 import mlx.core as mx
 import numpy as np
@@ -88,21 +88,6 @@ def timesteps_of_rows(batch: Batch, part: slice) -> mx.array:
         return batch.timesteps
     chosen = batch.timesteps[part]
     return chosen if chosen.size > 1 else chosen.reshape(1)
-
-
-def by_parts(rows: int, compute: Callable[[slice], mx.array], lazily: bool = False) -> mx.array:
-    """Concatenate ``compute`` over all rows; on a CPU parts of the rows run in parallel, started unless ``lazily``.
-
-    In a :func:`calib.activations.replay.shared_cores` context each part has its share of the processors.
-    """
-    parts = parts_of(rows)
-    outputs = []
-    for part, stream in zip(parts, streams_of(len(parts)), strict=True):
-        with mx.stream(stream):
-            outputs.append(compute(part))
-    if not lazily:
-        mx.async_eval(outputs)  # the concatenation, on one stream, would evaluate one after the other
-    return mx.concatenate(outputs) if len(outputs) > 1 else outputs[0]
 
 
 def output_of(model: DiffusionModel, batch: Batch, lazily: bool = False) -> mx.array:

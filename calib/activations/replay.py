@@ -1,10 +1,8 @@
 """Observed forward passes of the transformer over stored states."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import cache
-from itertools import pairwise
 from typing import Any, Self
 
 from calib.activations.format import HALVES
@@ -13,11 +11,11 @@ from calib.activations.observer_cuda import CudaObserver
 from calib.activations.observer_mlx import MlxObserver
 from calib.activations.samples import SampleWriter
 from calib.activations.taps import TapPoint, tapped
-from calib.base import blas
-from calib.base.device import cores, on_cuda, on_gpu
+from calib.base.device import on_cuda
 from calib.base.errors import CalibError
 from calib.models.architecture import Conditioning
 from calib.models.model import DiffusionModel
+from calib.models.parallel import parts_of, streams_of
 
 import mlx.core as mx
 
@@ -27,34 +25,6 @@ def new_observer(histogram_stride: int, finite_only: bool = False) -> Observer:
     if on_cuda() and not finite_only:
         return CudaObserver(histogram_stride)
     return MlxObserver(histogram_stride, finite_only)
-
-
-@cache
-def _streams(count: int) -> list[mx.Stream]:
-    return [mx.new_stream(mx.cpu) for _ in range(count)]
-
-
-def parts_of(rows: int) -> list[slice]:
-    """Parts of a batch's rows that run in parallel: one on a GPU, on a CPU as many as there are processors.
-
-    On a CPU only MLX's matrix products use more than one processor. As rows are independent, parts of them run at once,
-    each on its own stream with its share of BLAS threads: half the time for the emoji model on two processors.
-    """
-    count = 1 if on_gpu() else min(cores(), rows)
-    bounds = [rows * i // count for i in range(count + 1)]
-    return [slice(first, last) for first, last in pairwise(bounds)]
-
-
-def streams_of(parts: int) -> list[mx.Stream]:
-    """A stream for each of ``parts`` parts of a batch; the device's default stream for a single part."""
-    return _streams(parts) if parts > 1 else [mx.default_stream(mx.default_device())]
-
-
-@contextmanager
-def shared_cores(rows: int) -> Iterator[None]:
-    """Limit BLAS threads in the context to a part's share of the processors, for a batch of ``rows``."""
-    with blas.threads(max(1, cores() // len(parts_of(rows)))):
-        yield
 
 
 def traced_shapes(model: DiffusionModel, points: Sequence[TapPoint]) -> dict[str, tuple[int, int]]:

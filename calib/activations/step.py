@@ -11,7 +11,7 @@ from calib.activations.format import Block
 from calib.activations.observer import Observer, TapResult
 from calib.activations.observer_mlx import PHASES
 from calib.activations.record import StepRecord, merge_halves, over_rows
-from calib.activations.replay import Replay, new_observer, shared_cores
+from calib.activations.replay import Replay, new_observer
 from calib.activations.samples import Samples, SampleSettings, SampleWriter
 from calib.activations.states import ahead, read_states
 from calib.activations.taps import Halves, TapPoint
@@ -23,6 +23,7 @@ from calib.dataset.manifest import MANIFEST, ImageEntry, Manifest
 from calib.models.architecture import Conditioning
 from calib.models.memory import plan_memory
 from calib.models.model import DiffusionModel
+from calib.models.parallel import shared_cores
 
 import mlx.core as mx
 import numpy as np

@@ -16,12 +16,13 @@ from calib.activations.batches import StoredStates
 from calib.activations.states import read_states
 from calib.activations.step import prompt_of
 from calib.activations.taps import TapPoint
-from calib.analysis.backward import Backward, Rows
+from calib.analysis.backward import Backward, Found, Rows
 from calib.analysis.sensitivities import INPUT_BITS, Of
 from calib.base.errors import CalibError, ConfigError, reason_of
 from calib.dataset.manifest import Manifest
 from calib.models.architecture import Conditioning
 from calib.models.model import DiffusionModel
+from calib.models.parallel import streams_of
 
 import mlx.core as mx
 import numpy as np
@@ -62,6 +63,47 @@ def check_complete(data_dir: Path, manifest: Manifest, of: Of = Of.PICTURE) -> N
         )
 
 
+#: What directions are in, for errors.
+WHAT = {Of.PICTURE: "the picture", Of.LATENT: "the finished latent"}
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Images, the key of their random direction, and their conditioning; None: their prompts are encoded."""
+
+    images: Sequence[int]
+    key: mx.array
+    text: Conditioning | None = None
+
+
+class _Carried:
+    """What one probe has found so far; ``adjoint`` is λ of the states reached, ``total`` the sum of gradients."""
+
+    def __init__(
+        self, images: Sequence[int], text: Conditioning, adjoint: mx.array, total: dict[str, mx.array], num_steps: int
+    ):
+        self.images, self.text, self.adjoint, self.total, self._num_steps = images, text, adjoint, total, num_steps
+        self._inputs: dict[str, NDArray[np.float64]] = defaultdict(lambda: np.zeros((num_steps, len(INPUT_BITS))))
+        self._outputs: dict[str, NDArray[np.float64]] = defaultdict(lambda: np.zeros(num_steps))
+        self._reach = np.zeros(num_steps + 1)
+        self._reach[-1] = _squared(adjoint)
+
+    def add(self, step: int, found: Found) -> None:
+        """Add what the pass of ``step`` found, and carry λ on."""
+        # With guidance there are two rows of one state.
+        self.adjoint = self.adjoint + found.rows.reshape(-1, *self.adjoint.shape).sum(axis=0)
+        for tap, errors in found.inputs.items():
+            self._inputs[tap][step] = np.array(errors)
+        for name, square in found.outputs.items():
+            self._outputs[name][step] = np.array(square)
+        self._reach[step] = _squared(self.adjoint)
+
+    def gradients(self, points: Sequence[TapPoint]) -> Gradients:
+        """All of it, by taps in the order of ``points``."""
+        by_tap = {point.name: self._inputs[point.name] for point in points}
+        return Gradients(self.total, by_tap, dict(self._outputs), self._reach)
+
+
 class Adjoint:
     """Backward passes through the sampler, over the stored states of a dataset.
 
@@ -84,42 +126,52 @@ class Adjoint:
         self._model, self._states, self._points, self._ranges = model, states, points, ranges
         self._backward = partial(Backward, model, layers, points, by_parts)
 
-    def of_picture(
-        self,
-        images: Sequence[int],
-        key: mx.array,
-        advance: Callable[[], None] = lambda: None,
-        text: Conditioning | None = None,
-    ) -> Gradients:
-        """One probe of ``images``: a random direction in each of their pictures, carried back to the first step.
+    def of_picture(self, images: Sequence[int], key: mx.array) -> Gradients:
+        """One probe of the pictures of ``images``: see :meth:`carried`."""
+        (found,) = self.carried(Of.PICTURE, [Probe(images, key)])
+        return found
 
-        All states must be stored: see :func:`check_complete`.
+    def carried(self, of: Of, probes: Sequence["Probe"], advance: Callable[[], None] = lambda: None) -> list[Gradients]:
+        """Carry random directions in pictures, or finished latents z, back to the first step; ``probes`` side by side.
+
+        Of latents E⟨G, ΔW⟩² is ‖Δz‖² / ‖z‖². All states must be stored: see :func:`check_complete`. Several probes are
+        for a CPU, in a :func:`calib.models.parallel.shared_cores` context.
 
         Args:
-            key: of MLX's random numbers.
-            advance: called after each step.
-            text: conditioning of the images; None: their prompts are encoded.
+            advance: called after each step of each probe.
 
         Raises:
             CalibError: a gradient is not finite; the message names the step and a layer, or the decoder.
         """
-        adjoint = self._of_pictures(images, key)
-        if not mx.isfinite(adjoint).all().item():
-            raise CalibError("the gradient of the picture is not finite, first in the decoder")
-        return self._carried(images, text, adjoint, "the picture", advance)
+        num_steps, what = self._states.manifest.num_steps, WHAT[of]
+        begin = self._of_pictures if of is Of.PICTURE else self._of_latents
+        with self._backward().running() as backward:
+            passes = [
+                _Carried(probe.images, probe.text or self._text(probe.images), λ, backward.no_gradients(), num_steps)
+                for probe, λ in [(probe, begin(probe.images, probe.key)) for probe in probes]
+            ]
+            if not all(mx.isfinite(each.adjoint).all().item() for each in passes):
+                raise CalibError(f"the gradient of {what} is not finite, first in the decoder")
+            for step in reversed(range(num_steps)):
+                self._step_back(backward, passes, step, what, advance)
+        return [each.gradients(self._points) for each in passes]
 
-    def of_latent(
-        self,
-        images: Sequence[int],
-        key: mx.array,
-        advance: Callable[[], None] = lambda: None,
-        text: Conditioning | None = None,
-    ) -> Gradients:
-        """:meth:`of_picture` for the finished latents z: E⟨G, ΔW⟩² is ‖Δz‖² / ‖z‖²."""
-        last = self._last(images)
-        norms = mx.sqrt((last**2).sum(axis=(1, 2, 3), keepdims=True))
-        adjoint = mx.random.normal(last.shape, key=key) / norms
-        return self._carried(images, text, adjoint, "the finished latent", advance)
+    def _step_back(
+        self, backward: Backward, passes: Sequence["_Carried"], step: int, what: str, advance: Callable[[], None]
+    ) -> None:
+        """Carry λ of ``passes`` over one step."""
+        sigmas, founds = self._states.manifest.sigmas, []
+        given = [self._rows(each.images, step, each.text) for each in passes]
+        for each, rows, stream in zip(passes, given, streams_of(len(passes)), strict=True):
+            with mx.stream(stream):
+                along = partial(self._along, each.adjoint * (sigmas[step + 1] - sigmas[step]))
+                founds.append(backward.run(rows, along, self._range_at(step), each.total))
+        # MLX hands out the work of arrays in their order: in turn of all passes, which are computed side by side so.
+        mx.eval(list(zip(*(found.order for found in founds), strict=True)), [each.total for each in passes])
+        for each, rows, found in zip(passes, given, founds, strict=True):
+            backward.check(found, each.total, rows, f"{what} at step {step}")
+            each.add(step, found)
+            advance()
 
     def undecodable(self) -> str | None:
         """Why the decoder cannot be differentiated, tried on the first image; None where it can be."""
@@ -132,51 +184,25 @@ class Adjoint:
             return "its gradient is not finite"
         return None if found.any().item() else "no gradient reaches the latent"
 
-    def of_output(self, images: Sequence[int], step: int, key: mx.array, text: Conditioning | None = None) -> Gradients:
+    def of_output(self, step: int, probe: Probe) -> Gradients:
         """One probe of the model's output at ``step``: E⟨G, ΔW⟩² is ‖Δv‖² / ‖v‖² over both guidance halves.
 
         ``inputs`` has one row, ``outputs`` and ``reach`` have one number.
         """
 
         def along(v: mx.array) -> mx.array:
-            direction = mx.random.normal(v.shape, key=key) / mx.sqrt((v**2).sum())
+            direction = mx.random.normal(v.shape, key=probe.key) / mx.sqrt(mx.square(v).sum())
             return (v * mx.stop_gradient(direction)).sum()
 
-        rows = self._rows(images, step, text or self._text(images))
+        rows = self._rows(probe.images, step, probe.text or self._text(probe.images))
         with self._backward().running() as backward:
-            found = backward.run(rows, along, self._range_at(step), f"the output at step {step}")
+            total = backward.no_gradients()
+            found = backward.run(rows, along, self._range_at(step), total)
+            mx.eval(found.order, total)
+            backward.check(found, total, rows, f"the output at step {step}")
         inputs = {point.name: np.array(found.inputs[point.name])[None] for point in self._points}
         outputs = {name: np.array(g)[None] for name, g in found.outputs.items()}
-        return Gradients(backward.total, inputs, outputs, np.zeros(1))
-
-    def _carried(
-        self,
-        images: Sequence[int],
-        text: Conditioning | None,
-        adjoint: mx.array,
-        what: str,
-        advance: Callable[[], None],
-    ) -> Gradients:
-        """Carry ``adjoint``, λ of the last states, back to the first step."""
-        manifest, text = self._states.manifest, text or self._text(images)
-        inputs = np.zeros((len(self._points), manifest.num_steps, len(INPUT_BITS)))
-        outputs: dict[str, NDArray[np.float64]] = defaultdict(lambda: np.zeros(manifest.num_steps))
-        reach = np.zeros(manifest.num_steps + 1)
-        reach[-1] = _squared(adjoint)
-        with self._backward().running() as backward:
-            for step in reversed(range(manifest.num_steps)):
-                along = partial(self._along, adjoint * (manifest.sigmas[step + 1] - manifest.sigmas[step]))
-                rows = self._rows(images, step, text)
-                found = backward.run(rows, along, self._range_at(step), f"{what} at step {step}")
-                # With guidance there are two rows of one state.
-                adjoint = adjoint + found.rows.reshape(-1, *adjoint.shape).sum(axis=0)
-                inputs[:, step] = [np.array(found.inputs[p.name]) for p in self._points]
-                for name, square in found.outputs.items():
-                    outputs[name][step] = np.array(square)
-                reach[step] = _squared(adjoint)
-                advance()
-        by_tap = {point.name: inputs[i] for i, point in enumerate(self._points)}
-        return Gradients(backward.total, by_tap, dict(outputs), reach)
+        return Gradients(total, inputs, outputs, np.zeros(1))
 
     def _along(self, carried: mx.array, v: mx.array) -> mx.array:
         """⟨carried, v⟩, with guidance."""
@@ -208,6 +234,11 @@ class Adjoint:
         manifest = self._states.manifest
         return mx.array(read_states(self._states.data_dir, manifest, images, manifest.num_steps))
 
+    def _of_latents(self, images: Sequence[int], key: mx.array) -> mx.array:
+        """λ of the last states for random directions in them."""
+        last = self._last(images)
+        return mx.random.normal(last.shape, key=key) / mx.sqrt(mx.square(last).sum(axis=(1, 2, 3), keepdims=True))
+
     def _of_pictures(self, images: Sequence[int], key: mx.array) -> mx.array:
         """λ of the last states, (images, height, width, channels), for random directions in the pictures."""
         model = self._model
@@ -227,4 +258,4 @@ class Adjoint:
 
 
 def _squared(x: mx.array) -> float:
-    return cast(float, (x.astype(mx.float32) ** 2).sum().item())
+    return cast(float, mx.square(x.astype(mx.float32)).sum().item())

@@ -29,29 +29,44 @@ class Rows:
 
 @dataclass(frozen=True)
 class Found:
-    """What a pass gives; evaluated.
+    """What a pass gives, yet to be computed.
 
     Attributes:
         rows: the gradient by its rows.
         inputs: Σ gradient² Δx² of inputs by tap, for each of the bit-widths.
         outputs: the mean square of the gradient by a layer's output, by layer.
+        finite: whether all gradients are finite.
+        order: arrays on the way, in the order in which they are best computed.
     """
 
     rows: mx.array
     inputs: dict[str, mx.array]
     outputs: dict[str, mx.array]
+    finite: mx.array
+    order: list[mx.array]
+
+    @classmethod
+    def of(
+        cls,
+        rows: mx.array,
+        inputs: dict[str, mx.array],
+        outputs: dict[str, mx.array],
+        total: Mapping[str, mx.array],
+        order: Sequence[mx.array] = (),
+    ) -> "Found":
+        """Of these and the sums of gradients ``total``."""
+        sums = [g.sum() for g in (*total.values(), *inputs.values(), rows)]
+        finite = mx.isfinite(mx.stack(sums)).all()
+        return cls(rows, inputs, outputs, finite, [*order, rows, *inputs.values(), *outputs.values(), finite])
 
 
 class Backward:
-    """Backward passes of a model, whose gradients of weights are added up; enter the context first.
+    """Backward passes of a model; enter the context first.
 
     Args:
         layers: linear layers by canonical name, whose weights' gradients are wanted.
         points: taps whose inputs may be quantized.
         by_parts: whether a pass goes block by block, where the architecture is :class:`Divisible`.
-
-    Attributes:
-        total: the sum of all passes so far, by layer, (rows, columns) float32.
     """
 
     def __init__(
@@ -61,7 +76,6 @@ class Backward:
         self._watch = Watch(model, layers, points)
         self._places = {point.name: {self._place(name) for name in point.names} for point in points}
         self._divided = model.architecture if by_parts and isinstance(model.architecture, Divisible) else None
-        self.total = {name: mx.zeros(layer.weight.shape) for name, layer in layers.items()}
 
     @contextmanager
     def running(self) -> Iterator["Backward"]:
@@ -69,41 +83,55 @@ class Backward:
         with self._watch, in_float32(self._model, lambda path: self._divided is None):
             yield self
 
+    def no_gradients(self) -> dict[str, mx.array]:
+        """Sums of gradients before the first pass: zeros by layer, (rows, columns) float32."""
+        return {name: mx.zeros(layer.weight.shape) for name, layer in self._layers.items()}
+
     def run(
         self,
         rows: Rows,
         loss: Callable[[mx.array], mx.array],
         ranges: Callable[[str], tuple[float, float]],
-        what: str,
+        total: dict[str, mx.array],
     ) -> Found:
-        """Add the gradients of ``loss(v)``, a number, v being the output for ``rows``.
+        """Add the gradients of ``loss(v)``, a number, to ``total``; v is the output for ``rows``.
+
+        Lazy, but for a pass by parts.
 
         Args:
             ranges: the range over which the input of a tap would be quantized.
-            what: the number, for the error.
-
-        Raises:
-            CalibError: a gradient is not finite; the message names a layer.
         """
-        found = self._whole(rows, loss, ranges) if self._divided is None else self._by_parts(rows, loss, ranges)
-        sums = [g.sum() for g in (*self.total.values(), *found.inputs.values(), found.rows)]
-        if not mx.isfinite(mx.stack(sums)).all().item():
-            raise CalibError(f"the gradient of {what} is not finite, first {self._origin(rows)}")
-        return found
+        compute = self._whole if self._divided is None else self._by_parts
+        return compute(rows, loss, ranges, total)
+
+    def check(self, found: Found, total: Mapping[str, mx.array], rows: Rows, what: str) -> None:
+        """Raise where a gradient of ``what``, found in a pass over ``rows``, is not finite, with the layer's name."""
+        if not found.finite.item():
+            raise CalibError(f"the gradient of {what} is not finite, first {self._origin(rows, total)}")
 
     def _whole(
-        self, rows: Rows, loss: Callable[[mx.array], mx.array], ranges: Callable[[str], tuple[float, float]]
+        self,
+        rows: Rows,
+        loss: Callable[[mx.array], mx.array],
+        ranges: Callable[[str], tuple[float, float]],
+        total: dict[str, mx.array],
     ) -> Found:
         def run(given: list[mx.array]) -> mx.array:
             return loss(self._model.velocity(given[0], rows.text, rows.timestep))
 
-        inputs, outputs, (of_rows,) = self._add(self._layers, run, [rows.x])
-        found = Found(of_rows, {tap: input_errors(x, g, *ranges(tap)) for tap, (x, g) in inputs.items()}, outputs)
-        mx.eval(self.total, found.inputs, outputs, found.rows)
-        return found
+        inputs, outputs, (of_rows,) = self._add(self._layers, run, [rows.x], total)
+        errors = {tap: input_errors(x, g, *ranges(tap)) for tap, (x, g) in inputs.items()}
+        order = [x for x, _ in inputs.values()]
+        for point in sorted(self._points, key=lambda p: list(inputs).index(p.name), reverse=True):
+            order += [errors[point.name], *(total[name] for name in point.names if name in total)]
+        return Found.of(of_rows, errors, outputs, total, order)
 
     def _by_parts(
-        self, rows: Rows, loss: Callable[[mx.array], mx.array], ranges: Callable[[str], tuple[float, float]]
+        self,
+        rows: Rows,
+        loss: Callable[[mx.array], mx.array],
+        ranges: Callable[[str], tuple[float, float]],
+        total: dict[str, mx.array],
     ) -> Found:
         assert self._divided is not None
         parts = self._divided.parts(rows.text, rows.timestep, rows.x.shape)
@@ -125,22 +153,26 @@ class Backward:
                 return sum(((y * g).sum() for y, g in zip(parts[place](given), passed, strict=True)), mx.array(0.0))
 
             with self._in_float32(place):
-                inputs, of_outputs, passed = self._add(own, run, given.pop())
+                inputs, of_outputs, passed = self._add(own, run, given.pop(), total)
                 outputs |= of_outputs
                 for tap, (x, g) in inputs.items():
                     if self._places[tap] == {place}:
                         errors[tap] = input_errors(x, g, *ranges(tap))
                     elif place in self._places[tap]:  # the gradient of what several parts read is the sum of theirs
                         shared[tap] = (x, shared[tap][1] + g if tap in shared else g)
-                mx.eval({name: self.total[name] for name in own}, errors, outputs, shared, passed)
+                mx.eval({name: total[name] for name in own}, errors, outputs, shared, passed)
         errors |= {tap: input_errors(x, g, *ranges(tap)) for tap, (x, g) in shared.items()}
         mx.eval(errors)
-        return Found(passed[0], errors, outputs)
+        return Found.of(passed[0], errors, outputs, total)
 
     def _add(
-        self, layers: Mapping[str, nn.Module], loss: Callable[[list[mx.array]], mx.array], given: list[mx.array]
+        self,
+        layers: Mapping[str, nn.Module],
+        loss: Callable[[list[mx.array]], mx.array],
+        given: list[mx.array],
+        total: dict[str, mx.array],
     ) -> tuple[dict[str, tuple[mx.array, mx.array]], dict[str, mx.array], list[mx.array]]:
-        """Add the gradients of ``loss(given)`` by the weights of ``layers``; lazy.
+        """Add the gradients of ``loss(given)`` by the weights of ``layers`` to ``total``; lazy.
 
         Returns the inputs of taps with their gradients, mean squares of the gradients by outputs of ``layers``, and the
         gradients by ``given``.
@@ -160,8 +192,8 @@ class Backward:
             own, zeros.inputs, zeros.outputs, given
         )
         for name, gradient in of_weights.items():
-            self.total[name] = self.total[name] + gradient
-        squares = {name: (g.astype(mx.float32) ** 2).mean() for name, g in of_outputs.items()}
+            total[name] = total[name] + gradient
+        squares = {name: mx.square(g.astype(mx.float32)).mean() for name, g in of_outputs.items()}
         return {tap: (x, of_inputs[tap]) for tap, x in seen.items()}, squares, of_given
 
     def _place(self, name: str) -> int:
@@ -182,7 +214,7 @@ class Backward:
         with in_float32(self._model, chosen):
             yield
 
-    def _origin(self, rows: Rows) -> str:
+    def _origin(self, rows: Rows, total: Mapping[str, mx.array]) -> str:
         """Where the numbers cease to be finite, in words: in the forward pass, or else in the backward pass."""
         with self._watch.given({}, Zeros()):
             self._model.velocity(rows.x, rows.text, rows.timestep)
@@ -193,6 +225,6 @@ class Backward:
         names = {point.name: point.names for point in self._points}
         for tap in reversed(inputs):  # in the order in which they ran
             for name in names[tap]:
-                if name in self.total and not mx.isfinite(self.total[name]).all().item():
+                if name in total and not mx.isfinite(total[name]).all().item():
                     return f"in {name}"
         return "in the state"

@@ -15,22 +15,23 @@ from pathlib import Path
 from calib.activations.batches import StoredStates
 from calib.activations.step import prompt_of
 from calib.activations.taps import TapPoint
-from calib.analysis.adjoint import Adjoint, Gradients, check_complete
-from calib.analysis.gradient_tables import Pass, Table, of_output, of_typical, reach_of, read_table, write_table
+from calib.analysis.adjoint import Adjoint, Probe, check_complete
 from calib.analysis.layers import LayerSummary
 from calib.analysis.measure import drawn_by, identity, observed_points, quantizable
+from calib.analysis.passes import Pass, of_output, of_typical, reach_of
 from calib.analysis.ranges import StepRanges, ranges_to_json
 from calib.analysis.sensitivities import INPUT_BITS, Of, Sensitivities
+from calib.analysis.tables import Table, read_table, shares_of, tables_of, write_table
 from calib.base.affine import GROUP_SIZES, WEIGHT_BITS
+from calib.base.device import on_gpu
 from calib.base.errors import CalibError
 from calib.base.files import read_json, short_hash, write_json
 from calib.base.locks import locked
 from calib.base.progress import Progress, note, say
 from calib.models.architecture import Architecture
-from calib.models.grids import left_by_search
 from calib.models.memory import BackwardPlan, device_memory, nbytes, plan_backward
 from calib.models.model import DiffusionModel
-from calib.models.packed import Packed, half_of
+from calib.models.parallel import shared_cores
 
 import mlx.core as mx
 import numpy as np
@@ -38,8 +39,6 @@ from mlx import nn
 
 #: Version of the procedure.
 VERSION = 3
-#: Rows of a layer on which searched grids are compared with MLX's.
-SAMPLED_ROWS = 32
 #: Beside what was found: why the decoder cannot be differentiated.
 UNDECODABLE = "undecodable.json"
 
@@ -60,6 +59,13 @@ class _Work:
         """Raise where a state is missing or damaged, the finished latents among them."""
         states = replace(self.states, steps=[*self.states.steps, self.states.manifest.num_steps])
         states.check()
+
+    def side_by_side(self, of: Of) -> int:
+        """Number of passes at once: on a CPU as many as fit, each with gradients and their sum in float32."""
+        if of is Of.OUTPUT or self.plan.by_parts or on_gpu():
+            return 1
+        each = 2 * 4 * sum(int(layer.weight.size) for layer in self.layers.values())
+        return max(1, min(self.plan.batch_size, 1 + (device_memory() - self.plan.nbytes) // each))
 
     def adjoint(self, model: DiffusionModel) -> Adjoint:
         own = model.architecture.layers()
@@ -188,53 +194,20 @@ def _run(work: _Work, of: Of, todo: Sequence[Pass]) -> Iterator[tuple[Pass, Tabl
     work.check()
     states, manifest, model = work.states, work.states.manifest, work.load()
     adjoint, layers = work.adjoint(model), model.architecture.layers()
-    shares = _shares(layers, work.options)
+    shares = shares_of(layers, work.options)
     prompts = [[prompt_of(states.data_dir, manifest.images[i]) for i in each.images] for each in todo]
     keep_text = model.text_bytes + nbytes(model.decoder) + work.plan.nbytes <= device_memory()
     texts = model.encode_batches(prompts, manifest.cfg_weight, keep_text)
+    at_once = work.side_by_side(of)
     with Progress("gradients", len(todo) * (1 if of is Of.OUTPUT else manifest.num_steps), "step") as progress:
-        for each, text in zip(todo, texts, strict=True):
-            key = mx.random.key(int(short_hash([list(each.images), each.probe, each.step]), 16))
-            if each.step is not None:
-                found = adjoint.of_output(each.images, each.step, key, text)
-                progress.advance()
-            else:
-                towards = adjoint.of_picture if of is Of.PICTURE else adjoint.of_latent
-                found = towards(each.images, key, progress.advance, text)
-            yield each, _table(found, layers, work.options, shares)
-
-
-def _shares(layers: Mapping[str, nn.Module], options: Sequence[tuple[str, int, int]]) -> list[mx.array]:
-    """By option the share of MLX's rounding error that searched grids leave, on some rows."""
-    shares = []
-    for name, bits, group_size in options:
-        weight = layers[name].weight
-        some = weight[:: max(1, len(weight) // SAMPLED_ROWS)]
-        shares.append(left_by_search(some, bits, group_size, half_of(weight.dtype)))
-    mx.eval(shares)
-    return shares
-
-
-def _table(
-    found: Gradients,
-    layers: Mapping[str, nn.Module],
-    options: Sequence[tuple[str, int, int]],
-    shares: Sequence[mx.array],
-) -> Table:
-    """Σ G² ΔW² for each option, with the inputs' errors and the reach.
-
-    ΔW is the error of searched grids, as quantizers make them: MLX's rounding times what a search leaves of it.
-    """
-    errors = []
-    for (name, bits, group_size), share in zip(options, shares, strict=True):
-        weight = layers[name].weight
-        nearest = Packed.nearest(weight, bits, group_size, half_of(weight.dtype)).dequantize()
-        # ** 2 would call powf on a CPU.
-        errors.append(mx.square(found.weights[name] * (weight - nearest)).sum() * share)
-        mx.eval(errors[-1])  # one rounded copy of a layer at a time
-    return {
-        "weights": np.array([e.item() for e in errors]),
-        "inputs": np.stack(list(found.inputs.values())),
-        "outputs": np.stack([found.outputs[name] for name in dict.fromkeys(name for name, *_ in options)]),
-        "reach": found.reach,
-    }
+        for group in [todo[i : i + at_once] for i in range(0, len(todo), at_once)]:
+            keys = [mx.random.key(int(short_hash([list(p.images), p.probe, p.step]), 16)) for p in group]
+            probes = [Probe(p.images, key, next(texts)) for p, key in zip(group, keys, strict=True)]
+            with shared_cores(len(group), len(group)):
+                if group[0].step is not None:
+                    found = [adjoint.of_output(group[0].step, probes[0])]
+                    progress.advance()
+                else:
+                    found = adjoint.carried(of, probes, progress.advance)
+                tables = tables_of(found, layers, work.options, shares)
+            yield from zip(group, tables, strict=True)

@@ -9,8 +9,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-from calib.activations.batches import Batch, StoredStates, by_parts, timesteps_of_rows
-from calib.activations.replay import shared_cores
+from calib.activations.batches import Batch, StoredStates, timesteps_of_rows
 from calib.activations.taps import TapPoint, tapped
 from calib.analysis.grid import Grid
 from calib.analysis.trials import Task, Trial, TrialCache
@@ -22,6 +21,7 @@ from calib.models.grids import searched
 from calib.models.memory import plan_memory
 from calib.models.model import DiffusionModel
 from calib.models.packed import half_of
+from calib.models.parallel import by_parts, shared_cores
 
 import mlx.core as mx
 import numpy as np

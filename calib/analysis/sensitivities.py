@@ -117,7 +117,8 @@ def usable_options(
             wanted = f"{_listed(weight_bits)} bits in groups of {_listed(group_sizes)}"
             raise CalibError(f"layer {name!r} of {columns} columns has no sensitivity measured at {wanted}")
     if not usable:
-        raise CalibError("MLX can quantize none of these layers: their widths are no multiples of 32")
+        why = "they are blocks, which have no weights of their own, or their widths are no multiples of 32"
+        raise CalibError(f"MLX can quantize none of these layers: {why}; analysis=range plans them all the same")
     return usable
 
 

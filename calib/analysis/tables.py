@@ -10,7 +10,7 @@ from zipfile import BadZipFile
 from calib.analysis.adjoint import Gradients
 from calib.base.files import write_bytes
 from calib.dataset.arrays import open_npz
-from calib.models.grids import searched
+from calib.models.grids import left_by_search
 from calib.models.packed import Packed, half_of
 
 import mlx.core as mx
@@ -27,26 +27,34 @@ SAMPLED_ROWS = 32
 Table: TypeAlias = Mapping[str, NDArray[np.float64]]
 
 
+def shares_of(layers: Mapping[str, nn.Module], options: Sequence[tuple[str, int, int]]) -> list[mx.array]:
+    """By option the share of MLX's rounding error that searched grids leave, on some rows."""
+    shares = []
+    for name, bits, group_size in options:
+        weight = layers[name].weight
+        some = weight[:: max(1, len(weight) // SAMPLED_ROWS)]
+        shares.append(left_by_search(some, bits, group_size, half_of(weight.dtype)))
+    mx.eval(shares)
+    return shares
+
+
 def tables_of(
-    found: Sequence[Gradients], layers: Mapping[str, nn.Module], options: Sequence[tuple[str, int, int]]
+    found: Sequence[Gradients],
+    layers: Mapping[str, nn.Module],
+    options: Sequence[tuple[str, int, int]],
+    shares: Sequence[mx.array],
 ) -> list[Table]:
     """Σ G² ΔW² for each option, with the inputs' errors and the reach, of each of several passes.
 
-    ΔW is the error of searched grids, as quantizers make them: MLX's rounding times what the search gains on some rows.
+    ΔW is the error of searched grids, as quantizers make them: MLX's rounding times what a search leaves of it,
+    ``shares``.
     """
     errors = []
-    for name, bits, group_size in options:
+    for (name, bits, group_size), share in zip(options, shares, strict=True):
         weight = layers[name].weight
-        half, every = half_of(weight.dtype), max(1, len(weight) // SAMPLED_ROWS)
-        sampled = weight[::every]
-        nearest = weight - Packed.nearest(weight, bits, group_size, half).dequantize()
-        best = sampled - searched(sampled, bits, group_size, half, rounds=2, each_end=False).dequantize()
-        of_option = []
-        for gradient in (each.weights[name] for each in found):
-            squares = mx.square(gradient * nearest)  # ** 2 would call powf on a CPU
-            share = mx.square(gradient[::every] * best).sum() / squares[::every].sum()
-            of_option.append(squares.sum() * mx.where(mx.isfinite(share), share, 1.0))
-        errors.append(mx.stack(of_option))
+        nearest = weight - Packed.nearest(weight, bits, group_size, half_of(weight.dtype)).dequantize()
+        # ** 2 would call powf on a CPU.
+        errors.append(mx.stack([mx.square(each.weights[name] * nearest).sum() * share for each in found]))
         mx.eval(errors[-1])  # one rounded copy of a layer at a time
     by_pass = np.array([np.array(each) for each in errors], np.float64).T
     return [

@@ -130,4 +130,4 @@ def input_errors(x: mx.array, gradient: mx.array, low: float, high: float) -> mx
     """Σ gradient² Δx² where ``x`` is quantized over [low, high], for each of :data:`INPUT_BITS`; lazy."""
     x, gradient = x.astype(mx.float32), gradient.astype(mx.float32)
     changes = (Grid.over(low, high, bits).apply_mx(x) - x for bits in INPUT_BITS)
-    return mx.stack([((gradient * change) ** 2).sum() for change in changes])
+    return mx.stack([mx.square(gradient * change).sum() for change in changes])

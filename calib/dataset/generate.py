@@ -26,8 +26,9 @@ from calib.dataset.shards import Shard, shard_lock
 from calib.dataset.store import StateDtype, StorageFormat
 from calib.dataset.writer import writing
 from calib.models.architecture import Conditioning
-from calib.models.memory import plan_memory
+from calib.models.memory import MemoryPlan, plan_memory
 from calib.models.model import DiffusionModel
+from calib.models.parallel import shared_cores
 
 import mlx.core as mx
 import numpy as np
@@ -79,22 +80,26 @@ def is_whole(data_dir: Path, entry: ImageEntry) -> bool:
 
 
 def trajectory(
-    model: DiffusionModel, prompts: Sequence[str], seeds: Sequence[int], settings: SamplerSettings
+    model: DiffusionModel, prompts: Sequence[str], seeds: Sequence[int], settings: SamplerSettings, parts: int = 1
 ) -> Iterator[State]:
-    """Yield states 0 … num_steps of a batch of images, one for each prompt and seed."""
+    """Yield states 0 … num_steps of a batch of images, one for each prompt and seed; see :func:`trajectory_from`."""
     text = model.encode(prompts, settings.cfg_weight)
-    return trajectory_from(model, text, seeds, settings.num_steps, settings.cfg_weight)
+    return trajectory_from(model, text, seeds, settings.num_steps, settings.cfg_weight, parts)
 
 
 def trajectory_from(
-    model: DiffusionModel, text: Conditioning, seeds: Sequence[int], num_steps: int, cfg_weight: float
+    model: DiffusionModel, text: Conditioning, seeds: Sequence[int], num_steps: int, cfg_weight: float, parts: int = 1
 ) -> Iterator[State]:
-    """Yield states 0 … num_steps of a batch of images whose prompts are encoded as ``text``."""
+    """Yield states 0 … num_steps of a batch of images whose prompts are encoded as ``text``.
+
+    ``parts`` of the batch's rows are computed side by side, best in a :func:`calib.models.parallel.shared_cores`
+    context.
+    """
     sigmas = noise_levels(model.sampler, num_steps)
     noise = mx.stack([initial_noise(seed, model.latent_shape) for seed in seeds])
 
     def denoise(x: mx.array, timestep: float, sigma: mx.array) -> mx.array:
-        return model.denoise(x, timestep, sigma, text, cfg_weight)
+        return model.denoise(x, timestep, sigma, text, cfg_weight, parts)
 
     return euler(denoise, initial_state(noise, model.sampler, sigmas), sigmas, model.dtype)
 
@@ -141,12 +146,12 @@ def generate(
         todo = missing_images(data_dir, num_images, shard, thorough=True, among=known_missing)
         if todo:
             _clean(data_dir)
-            memory = plan_memory(model, guidance, manifest.batch_size)
+            memory = plan_memory(model, guidance, manifest.batch_size, parts=manifest.parts)
             check_disk(data_dir, manifest, settings.image_size, todo, announce=True)
             say(f"generate: {memory.warning or memory.describe()}")
             _note_surprises(model, settings, manifest)
             note_long_prompts(model, prompts, todo)
-            _draw_missing(model, prompts, todo, data_dir, manifest, keep_text=memory.keep_text)
+            _draw_missing(model, prompts, todo, data_dir, manifest, memory)
     return len(todo)
 
 
@@ -187,7 +192,7 @@ def _draw_missing(
     todo: Sequence[int],
     data_dir: Path,
     manifest: Manifest,
-    keep_text: bool,
+    memory: MemoryPlan,
 ) -> None:
     assert manifest.batch_size is not None
     size, wanted = manifest.batch_size, set(todo)
@@ -198,11 +203,14 @@ def _draw_missing(
         Progress("generate", len(blocks) * manifest.num_steps, "step") as progress,
         writing(data_dir, manifest, len(todo), model) as writer,
     ):
-        texts = model.encode_batches(shown, manifest.cfg_weight, keep_text)
+        texts = model.encode_batches(shown, manifest.cfg_weight, memory.keep_text)
         for block, text in zip(blocks, texts, strict=True):
             done = writer.submitted
             progress.describe(f"image {numbers(done + 1, done + len(block.wanted))} of {len(todo)}")
-            writer.submit(_draw_block(model, prompts, block, text, manifest, progress))
+            # Prompts were encoded before, as other BLAS threads would change them in the last bits.
+            with shared_cores(len(text.tokens), manifest.parts):
+                drawn = _draw_block(model, prompts, block, text, manifest, progress, memory.decoders)
+            writer.submit(drawn)
             if not done and len(blocks) > 1:
                 progress.say(time_left(time.monotonic() - start, len(block.wanted), len(blocks), len(todo)))
 
@@ -214,30 +222,30 @@ def _draw_block(
     text: Conditioning,
     manifest: Manifest,
     progress: Progress,
+    decoders: int,
 ) -> list[DrawnImage]:
     """Draw one block; returns its wanted images, on the host."""
     assert manifest.seed is not None
     dtype, keep = StateDtype(manifest.dtype), set(manifest.steps)
     seeds = [image_seed(manifest.seed, i) for i in block.rows]
     states = []
-    for state in trajectory_from(model, text, seeds, manifest.num_steps, manifest.cfg_weight):
+    for state in trajectory_from(model, text, seeds, manifest.num_steps, manifest.cfg_weight, manifest.parts):
         if state.step_index in keep:
             states.append(dtype.pack(state.x))
         if state.step_index:
             progress.advance()
         final = state.x
+    pictures = model.decode_each(final[mx.array(block.positions)], decoders)
     drawn = []
-    for image_id, row in zip(block.wanted, block.positions, strict=True):
-        latent = final[row : row + 1]
+    for image_id, row, picture in zip(block.wanted, block.positions, pictures, strict=True):
         drawn.append(
             DrawnImage(
                 image_id,
                 prompts[image_id % len(prompts)],
                 seeds[row],
                 np.stack([state[row] for state in states]),
-                np.array(model.latent_format.process_out(latent))[0],
-                # One at a time: at full resolution the decoder needs more memory than the transformer.
-                np.array(model.decode(latent))[0],
+                np.array(model.latent_format.process_out(final[row : row + 1]))[0],
+                picture,
             )
         )
     return drawn

@@ -44,6 +44,8 @@ def _check(path: Path, manifest: Manifest) -> None:
         batch_size = manifest.batch_size or 1
         if manifest.num_steps < 1 or (manifest.seed or 0) < 0 or not 1 <= batch_size <= MOST_BATCH:
             raise ValueError(f"num_steps {manifest.num_steps}, seed {manifest.seed}, batch {manifest.batch_size}")
+        if not 1 <= manifest.parts <= MOST_BATCH:
+            raise ValueError(f"parts {manifest.parts}")
         states = manifest.num_steps + 1
         if not len(manifest.sigmas) == len(manifest.timesteps) == states:
             raise ValueError(f"{len(manifest.sigmas)} sigmas for {states} states")

@@ -51,6 +51,7 @@ class Manifest:
 
     Attributes:
         fingerprint, text_encoders, shift, seed, batch_size: None in older datasets, which do not record them.
+        parts: number of parts of a batch's rows that are computed side by side (:mod:`calib.models.parallel`).
         latent_shape: (height, width, channels).
         sigmas, timesteps: of all states 0 … num_steps; NaN where an older dataset does not record them.
         steps: indices of the stored states, ascending.
@@ -72,6 +73,7 @@ class Manifest:
     storage: str
     dtype: str
     versions: dict[str, str]
+    parts: int = 1
     images: dict[int, ImageEntry] = field(default_factory=dict)
 
     @property
@@ -80,13 +82,18 @@ class Manifest:
         return self.fingerprint is None
 
     def settings(self) -> dict[str, Any]:
-        """All fields but the images; stored in each file of an image, so that a lost manifest can be restored."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "images"}
+        """All fields but the images; stored in each file of an image, so that a lost manifest can be restored.
+
+        A single part is left out, as by calib 0.3.0 and earlier, which drew all rows at once.
+        """
+        left_out = ("images",) if self.parts != 1 else ("images", "parts")
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in left_out}
 
     @classmethod
     def from_settings(cls, settings: dict[str, Any]) -> Self:
         """The inverse of :meth:`settings`, without images; malformed settings raise KeyError or TypeError."""
-        known = {f.name: settings[f.name] for f in fields(cls) if f.name != "images"}
+        whole = {"parts": 1, **settings}
+        known = {f.name: whole[f.name] for f in fields(cls) if f.name != "images"}
         height, width, channels = known["latent_shape"]
         return cls(**{**known, "latent_shape": (height, width, channels)})
 
@@ -124,9 +131,9 @@ def parse_manifest(path: Path, document: Any) -> Manifest:
     try:
         manifest = Manifest.from_settings(document)
         manifest.images = {entry["image_id"]: ImageEntry(**entry) for entry in document["images"]}
-        for name in ("num_steps", "seed", "batch_size"):
-            if not isinstance(document[name], int):
-                raise ValueError(f"{name} is {document[name]!r}")
+        for name in ("num_steps", "seed", "batch_size", "parts"):
+            if not isinstance(getattr(manifest, name), int):
+                raise ValueError(f"{name} is {getattr(manifest, name)!r}")
         if not isinstance(manifest.fingerprint, str):
             raise ValueError(f"fingerprint is {manifest.fingerprint!r}")
     except (KeyError, TypeError, ValueError) as error:

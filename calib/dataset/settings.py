@@ -16,6 +16,7 @@ from calib.dataset.sampling import as_floats, noise_levels, timesteps_of
 from calib.dataset.shards import Shard, being_written, manifest_lock
 from calib.dataset.store import StateDtype, StorageFormat
 from calib.models.model import DiffusionModel
+from calib.models.parallel import parts_for
 
 import mlx.core as mx
 
@@ -60,6 +61,7 @@ def planned_dataset(
     if not mx.isfinite(sigmas).all().item():
         allowed = f"{model.name} makes noise levels of it that are not finite"
         raise ConfigError.bad_value("sampler.shift", settings.shift, allowed)
+    batch_size = settings.batch_size or default_batch_size
     return Manifest(
         model=model.name,
         fingerprint=model.fingerprint,
@@ -68,7 +70,7 @@ def planned_dataset(
         cfg_weight=settings.cfg_weight,
         shift=settings.shift,
         seed=seed,
-        batch_size=settings.batch_size or default_batch_size,
+        batch_size=batch_size,
         latent_shape=model.latent_shape,
         sigmas=as_floats(sigmas),
         timesteps=as_floats(timesteps_of(sigmas, model.dtype)),
@@ -76,6 +78,7 @@ def planned_dataset(
         storage=storage.value,
         dtype=dtype.value,
         versions=versions(),
+        parts=parts_for(batch_size * (2 if settings.cfg_weight > 0 else 1)),
     )
 
 

@@ -5,11 +5,10 @@ The reference is a dataset drawn at full precision, with its prompts, seeds, noi
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from calib.activations.batches import Batch, StoredStates, output_of
-from calib.activations.replay import shared_cores
+from calib.activations.batches import Batch, LazyBatch, StoredStates, output_of
 from calib.activations.states import image_hashes, read_states
 from calib.activations.taps import TapPoint, tapped
 from calib.base.progress import Progress
@@ -18,6 +17,7 @@ from calib.dataset.manifest import Manifest
 from calib.evaluation.metrics import Fidelity, psnr, relative_error, ssim
 from calib.models.memory import plan_memory
 from calib.models.model import DiffusionModel, weights
+from calib.models.parallel import shared_cores
 
 import mlx.core as mx
 import numpy as np
@@ -94,64 +94,77 @@ class Paired:
         self._model, self._reference = model, reference
         manifest = reference.manifest
         final = read_states(reference.data_dir, manifest, reference.images, manifest.num_steps)
-        self.pictures = np.stack([np.array(model.decode(mx.array(latent[None])))[0] for latent in final])
+        guidance, parts = manifest.cfg_weight > 0, manifest.parts
+        self._memory = plan_memory(model, guidance, manifest.batch_size, parts=parts)
+        with shared_cores((manifest.batch_size or 1) * (2 if guidance else 1), parts):
+            self.pictures = model.decode_each(mx.array(final), self._memory.decoders)
         # One step per batch, as a quantized model may depend on the step.
-        size = plan_memory(model, manifest.cfg_weight > 0).batch_size
-        self._batches = reference.states().batches(model, size)
-        self._exact: list[NDArray[np.float32]] = []
+        self._at_once = plan_memory(model, guidance).batch_size
+        self._exact: dict[tuple[int, int], NDArray[np.float32]] = {}
 
-    def compare(self, change: Change, label: str) -> Outcome:
-        """Draw the reference's images with the model changed, and compare pictures and outputs."""
-        pictures = self._draw(change, label)
-        pairs = list(zip(self.pictures, pictures, strict=True))
+    def compare(self, change: Change, label: str, images: Sequence[int] | None = None) -> Outcome:
+        """Draw the reference's ``images``, or all, with the model changed, and compare pictures and outputs."""
+        chosen = self._reference.images if images is None else list(images)
+        pictures = self._draw(change, label, chosen)
+        pairs = list(zip(self.pictures[[self._reference.images.index(i) for i in chosen]], pictures, strict=True))
         fidelity = Fidelity(
             psnr=np.array([psnr(*pair) for pair in pairs]),
             ssim=np.array([ssim(*pair) for pair in pairs]),
-            error=self._output_errors(change, label),
+            error=self._output_errors(change, label, chosen),
             steps=np.array(self._reference.steps),
         )
         return Outcome(pictures, fidelity)
 
-    def _draw(self, change: Change, label: str) -> NDArray[np.float32]:
-        """Draw the pictures in the blocks of the reference, as another batch size would differ by rounding."""
-        model, manifest, images = self._model, self._reference.manifest, self._reference.images
-        size, guidance = manifest.batch_size or 1, manifest.cfg_weight
+    def _draw(self, change: Change, label: str, images: list[int]) -> NDArray[np.float32]:
+        """Draw ``images``; all of them in the blocks of the reference, as another batch size would differ by rounding.
+
+        A few of them fill their batch without padding.
+        """
+        model, manifest, guidance = self._model, self._reference.manifest, self._reference.manifest.cfg_weight
+        size = manifest.batch_size or 1
+        size = size if images == self._reference.images else min(size, len(images))
         blocks = [images[i : i + size] for i in range(0, len(images), size)]
         rows = [block + block[:1] * (size - len(block)) for block in blocks]
         shown = [[str(manifest.images[i].prompt) for i in row] for row in rows]
-        texts = model.encode_batches(shown, guidance, plan_memory(model, guidance > 0, size).keep_text)
+        texts = model.encode_batches(shown, guidance, self._memory.keep_text)
         pictures = []
         with Progress(f"draw {label}", len(blocks) * manifest.num_steps, "step") as progress:
             for block, row, text in zip(blocks, rows, texts, strict=True):
                 seeds = [manifest.images[i].seed or 0 for i in row]
-                with change():
-                    for state in trajectory_from(model, text, seeds, manifest.num_steps, guidance):
-                        if state.step_index:
-                            progress.advance()
-                pictures += [np.array(model.decode(state.x[i : i + 1]))[0] for i in range(len(block))]
-        return np.stack(pictures)
+                with shared_cores(len(text.tokens), manifest.parts):
+                    with change():
+                        drawn = trajectory_from(model, text, seeds, manifest.num_steps, guidance, manifest.parts)
+                        for state in drawn:
+                            if state.step_index:
+                                progress.advance()
+                    pictures.append(model.decode_each(state.x[: len(block)], self._memory.decoders))
+        return np.concatenate(pictures)
 
-    def _output_errors(self, change: Change, label: str) -> NDArray[np.float64]:
-        """Relative error of the outputs on the reference's states, over both guidance halves, (images, steps)."""
+    def _output_errors(self, change: Change, label: str, images: list[int]) -> NDArray[np.float64]:
+        """Relative error of the outputs on the states of ``images``, over both guidance halves, (images, steps)."""
         reference = self._reference
-        place = {image: row for row, image in enumerate(reference.images)}
+        place = {image: row for row, image in enumerate(images)}
         column = {step: i for i, step in enumerate(reference.steps)}
         errors = np.zeros((len(place), len(column)))
-        with Progress(f"compare outputs, {label}", len(self._batches), "forward", delay=2) as progress:
-            exact = self._exact_outputs()
+        batches = replace(reference.states(), images=images).batches(self._model, self._at_once)
+        with Progress(f"compare outputs, {label}", len(batches), "forward", delay=2) as progress:
+            self._add_exact(batches)
             with change():
-                for make, v in zip(self._batches, exact, strict=True):
+                for make in batches:
                     batch = make()
-                    rows = [place[image] for image in batch.images]
-                    errors[rows, column[batch.steps[0]]] = relative_error(v, _output(self._model, batch))
+                    rows, step = [place[image] for image in batch.images], batch.steps[0]
+                    exact = np.stack([self._exact[image, step] for image in batch.images])
+                    errors[rows, column[step]] = relative_error(exact, _output(self._model, batch))
                     progress.advance()
         return errors
 
-    def _exact_outputs(self) -> list[NDArray[np.float32]]:
-        """Outputs at full precision by batch, computed once and kept: one latent per state."""
-        if not self._exact:
-            self._exact = [_output(self._model, make()) for make in self._batches]
-        return self._exact
+    def _add_exact(self, batches: Sequence[LazyBatch]) -> None:
+        """Compute outputs at full precision where they are not kept yet: one latent per state."""
+        for make in batches:
+            batch = make()
+            states = list(zip(batch.images, batch.steps, strict=True))
+            if not self._exact.keys() >= set(states):
+                self._exact |= zip(states, _output(self._model, batch), strict=True)
 
 
 def _output(model: DiffusionModel, batch: Batch) -> NDArray[np.float32]:

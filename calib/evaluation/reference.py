@@ -20,9 +20,13 @@ from calib.evaluation.paired import Paired, Reference, rounded_to_bfloat16
 from calib.models.model import DiffusionModel
 
 import mlx.core as mx
+import numpy as np
 
 #: Version of the procedure that measures the control.
-CONTROL_VERSION = 2
+CONTROL_VERSION = 3
+#: Pictures that the control draws where it serves as a landmark alone, and how much closer than the quantized model's
+#: they are then, dB.
+FEW_IMAGES, FAR = 4, 10.0
 
 
 def draw_reference(
@@ -51,16 +55,33 @@ def draw_reference(
     return Reference(folder, manifest, evenly(manifest.num_steps - 1, steps))
 
 
-def control_of(model: DiffusionModel, reference: Reference, paired: Paired, cache_dir: Path) -> Fidelity:
-    """The noise floor, with weights and states rounded to bfloat16; cached by model and reference."""
-    images = [[e.prompt, *e.checksums.values()] for e in reference.manifest.images.values()]
+def control_of(
+    model: DiffusionModel, reference: Reference, paired: Paired, cache_dir: Path, quantized: Fidelity | None = None
+) -> Fidelity:
+    """The noise floor, with weights and states rounded to bfloat16; cached by model and reference.
+
+    Of the first :data:`FEW_IMAGES` alone where each of them is far closer than ``quantized``, which is of all.
+    """
+    few = reference.images[:FEW_IMAGES]
+    if quantized is not None and len(few) < len(reference.images):
+        found = _control_of(model, reference, paired, cache_dir, few)
+        if np.all(found.psnr >= quantized.psnr[: len(few)] + FAR):
+            return found
+    return _control_of(model, reference, paired, cache_dir, reference.images)
+
+
+def _control_of(
+    model: DiffusionModel, reference: Reference, paired: Paired, cache_dir: Path, chosen: Sequence[int]
+) -> Fidelity:
+    images = [[e.prompt, *e.checksums.values()] for e in (reference.manifest.images[i] for i in chosen)]
+    drawn_in = [reference.manifest.batch_size, reference.manifest.parts]
     device = [mx.default_device().type.name, versions()["mlx"]]
-    key = short_hash([CONTROL_VERSION, model.fingerprint, images, list(reference.steps), *device], digits=16)
-    path = cache_dir / "evaluation" / f"control_{key}.json"
+    made_by = [CONTROL_VERSION, model.fingerprint, images, list(reference.steps), *drawn_in, *device]
+    path = cache_dir / "evaluation" / f"control_{short_hash(made_by, digits=16)}.json"
     with locked(path.with_suffix(".lock"), lambda: say(f"waiting for the process that measures the control ({path})")):
         if path.exists():
             with suppress(CalibError, KeyError, TypeError, ValueError):  # a damaged one is measured again
                 return Fidelity.from_json(read_json(path))
-        found = paired.compare(partial(rounded_to_bfloat16, model), "control").fidelity
+        found = paired.compare(partial(rounded_to_bfloat16, model), "control", chosen).fidelity
         write_json(path, found.to_json())
     return found

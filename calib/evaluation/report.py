@@ -48,7 +48,8 @@ AMPLIFIED = 5
 def fidelity_text(quantized: Fidelity, control: Fidelity, steps: int) -> str:
     """The report as text: means over prompts, the error against step, and notes.
 
-    Both results must be of the same prompts, in the same order; ``steps`` is the sampler's number of steps.
+    Both results must be of the same prompts, in the same order, the control perhaps of the first alone; ``steps`` is
+    the sampler's number of steps.
     """
     lines = [
         f"{counted(quantized.prompts, 'prompt')}; output error at {len(quantized.steps)} of {counted(steps, 'step')}",
@@ -101,9 +102,14 @@ def _notes(quantized: Fidelity, control: Fidelity) -> list[str]:
                 f"{name}: {equal} of {counted(found.prompts, 'picture')} equal full precision's and count as "
                 f"{MOST_PSNR:.1f} dB"
             )
+    if control.prompts < quantized.prompts:
+        few = counted(control.prompts, "prompt")
+        notes.append(f"control: of the first {few} alone, as quantized is far from it")
     if quantized.prompts < FEW_PROMPTS:
         few = counted(quantized.prompts, "prompt")
         return [*notes, f"only {few}: with fewer than {FEW_PROMPTS} the intervals are too narrow to be trusted"]
+    if control.prompts < quantized.prompts:
+        return notes
     alike = "; ".join(ROWS[name][0] for name in ROWS if not _beyond(name, quantized, control))
     if alike:
         notes.append(f"not beyond the noise floor (paired by prompt, {LEVEL:.0%}): {alike}")

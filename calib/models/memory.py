@@ -11,6 +11,7 @@ from calib.base.device import on_cuda, on_gpu, on_metal
 from calib.base.progress import readable_bytes
 from calib.models.architecture import Architecture, Divisible
 from calib.models.model import DiffusionModel, weights
+from calib.models.parallel import parts_of
 
 import mlx.core as mx
 from mlx import nn
@@ -19,12 +20,14 @@ from mlx import nn
 LARGEST_BATCH = 10
 
 # Measured as mx.get_peak_memory() beyond the weights, in float32 on a CPU; in brackets the estimates of the formulas
-# below. A forward pass of SD3-medium, per row: 64 MB (71) at 256 px and 154 text tokens, 290 (293) at 512 px, 441 (469)
-# at 512 px and 589 tokens; of the emoji model 1.8 (1.9). SD3's VAE decoder: 29.7 kB a pixel (30.7) at 64, 256 and 512
-# px; the emoji model's 18.5 (15.4). On an H200 SD3's decoder takes 1.05 GB (1.07) at 512 px, in float16. Metal: not
-# measured.
+# below. With MLX's own GELU a forward pass of SD3-medium, per row: 64 MB (71) at 256 px and 154 text tokens, 290 (293)
+# at 512 px, 441 (469) at 512 px and 589 tokens; of the emoji model 1.8 (1.9). SD3's VAE decoder: 29.7 kB a pixel (30.7)
+# at 64, 256 and 512 px; the emoji model's 18.5 (15.4). On an H200 SD3's decoder takes 1.05 GB (1.07) at 512 px, in
+# float16. Metal: not measured.
 #: Activations that are alive at once in a block, in units of (tokens, hidden size).
 BLOCK_WIDTHS = 22
+#: On a CPU with calib.models.gelu: 2.7 MB (2.3) a row of the emoji model, 32 (39) of SD3-medium at 128 px.
+BLOCK_WIDTHS_CPU = 26
 #: With CUDA MLX frees nothing until a part of the graph has run: 10.8 GB on an H200 for 8 images of 512 px.
 BLOCK_WIDTHS_CUDA = 190
 #: Activations that a backward pass in float32 keeps of a block, in the same units: 23 GB on an H200 for an image of 512
@@ -44,7 +47,8 @@ BUSY_TOKENS, BUSY_TOKENS_CUDA = 2_000, 40_000
 class Needs:
     """Memory in bytes: of the weights, of ``drawing`` per image of a batch, and of ``decoding`` one image.
 
-    ``useful_batch`` is the number of images per batch that saturates the device.
+    ``useful_batch`` is the number of images per batch that saturates the device, ``decoders`` that of images decoded
+    side by side.
     """
 
     transformer: int
@@ -53,6 +57,7 @@ class Needs:
     drawing: int
     decoding: int
     useful_batch: int = LARGEST_BATCH
+    decoders: int = 1
 
 
 #: Number of jobs that share the memory.
@@ -91,7 +96,7 @@ def drawing_bytes(architecture: Architecture, tokens: int, guidance: bool, size:
     """Bytes of activations of one forward pass for one image of ``tokens`` tokens; ``size``: bytes per value."""
     # On GPUs attention does not materialise the scores.
     scores = 0 if on_gpu() else architecture.heads * tokens**2
-    widths = BLOCK_WIDTHS_CUDA if on_cuda() else BLOCK_WIDTHS
+    widths = BLOCK_WIDTHS_CUDA if on_cuda() else BLOCK_WIDTHS if on_gpu() else BLOCK_WIDTHS_CPU
     return int((1 + guidance) * size * (widths * architecture.width * tokens + scores))
 
 
@@ -191,7 +196,8 @@ class MemoryPlan:
             smaller_text: the setting that makes the text encoders smaller, for the warning.
         """
         left = memory - needs.transformer - needs.decoder
-        keep_text = needs.text + max((batch_size or 1) * needs.drawing, needs.decoding) <= left
+        decoding = needs.decoders * needs.decoding
+        keep_text = needs.text + max((batch_size or 1) * needs.drawing, decoding) <= left
         fitting = (left - needs.text * keep_text) // needs.drawing
         batch = batch_size or max(1, min(fitting, needs.useful_batch))
         problems = []
@@ -210,7 +216,12 @@ class MemoryPlan:
     @property
     def drawing(self) -> int:
         """Largest number of bytes in use besides the weights."""
-        return max(self.batch_size * self.needs.drawing, self.needs.decoding)
+        return max(self.batch_size * self.needs.drawing, self.decoders * self.needs.decoding)
+
+    @property
+    def decoders(self) -> int:
+        """Number of images to decode side by side."""
+        return self.needs.decoders
 
     @property
     def peak(self) -> int:
@@ -231,17 +242,28 @@ class MemoryPlan:
 
 
 def plan_memory(
-    model: DiffusionModel, guidance: bool, batch_size: int | None = None, memory: int | None = None
+    model: DiffusionModel,
+    guidance: bool,
+    batch_size: int | None = None,
+    memory: int | None = None,
+    parts: int = 1,
 ) -> MemoryPlan:
-    """The plan for ``model`` on this device, or on one of ``memory`` bytes; ``batch_size`` None: choose one."""
+    """The plan for ``model`` on this device, or on one of ``memory`` bytes; ``batch_size`` None: choose one.
+
+    As many images are decoded side by side as there are ``parts`` of a batch, and a quarter of the memory holds.
+    """
     size, architecture = model.latent_shape[:2], model.architecture
+    memory = device_memory() if memory is None else memory
+    decoding = decoding_bytes(model.decoder, size) if model.decoding_bytes is None else model.decoding_bytes
+    fitting = memory // 4 // decoding if decoding else 1
     tokens = architecture.tokens(size) + model.text_length
     needs = Needs(
         transformer=nbytes(model.transformer),
         decoder=nbytes(model.decoder),
         text=model.text_bytes,
         drawing=drawing_bytes(architecture, tokens, guidance, model.dtype.size),
-        decoding=decoding_bytes(model.decoder, size) if model.decoding_bytes is None else model.decoding_bytes,
+        decoding=decoding,
         useful_batch=useful_batch(tokens, guidance),
+        decoders=max(1, min(len(parts_of(parts, parts)), fitting)),
     )
-    return MemoryPlan.of(needs, device_memory() if memory is None else memory, batch_size, model.smaller_text)
+    return MemoryPlan.of(needs, memory, batch_size, model.smaller_text)

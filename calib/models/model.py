@@ -11,17 +11,19 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import cast
 
-from calib.base import blas
+from calib.base import blas, heap
 from calib.base.device import on_gpu
 from calib.base.progress import note
 from calib.models.architecture import Architecture, Conditioning
 from calib.models.clock import Clock
 from calib.models.noise import LatentFormat, Sampler, UnscaledLatents
+from calib.models.parallel import by_parts, streams_of
 
 import mlx.core as mx
 import numpy as np
 from mlx import nn
 from mlx.utils import tree_flatten
+from numpy.typing import NDArray
 
 #: Prompts encoded in advance where the text encoders do not fit beside the transformer: about 300 MB with SD3 and T5.
 ENCODE_AHEAD = 64
@@ -90,9 +92,11 @@ class DiffusionModel:
     _rows: dict[str, Conditioning] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        """Say so where products will be slow for want of a BLAS; here, as whoever computes has a model."""
-        if not on_gpu() and (slow := blas.slow()) is not None:
-            note(slow)
+        """Prepare a CPU, and say so where products will be slow for want of a BLAS: whoever computes has a model."""
+        if not on_gpu():
+            heap.keep_freed()
+            if (slow := blas.slow()) is not None:
+                note(slow)
 
     @property
     def transformer(self) -> nn.Module:
@@ -157,11 +161,24 @@ class DiffusionModel:
                 self.clock.set_timestep(timestep)
 
     def denoise(
-        self, x: mx.array, timestep: float | mx.array, sigma: mx.array, text: Conditioning, cfg_weight: float
+        self,
+        x: mx.array,
+        timestep: float | mx.array,
+        sigma: mx.array,
+        text: Conditioning,
+        cfg_weight: float,
+        parts: int = 1,
     ) -> mx.array:
-        """Denoised estimate of ``x`` (batch, height, width, channels), as in DiffusionKit's ``CFGDenoiser``."""
+        """Denoised estimate of ``x`` (batch, height, width, channels), as in DiffusionKit's ``CFGDenoiser``.
+
+        On a CPU ``parts`` of the rows are computed side by side, and started at once.
+        """
         rows = (mx.concatenate([x, x]) if cfg_weight > 0 else x).astype(self.dtype)
-        v = self.velocity(rows, text, timestep)
+
+        def compute(part: slice) -> mx.array:
+            return self.velocity(rows[part], text[part], timestep)
+
+        v = self.velocity(rows, text, timestep) if parts == 1 else by_parts(len(rows), compute, parts=parts)
         denoised: mx.array = self.sampler.calculate_denoised(sigma, v, rows)
         if cfg_weight <= 0:
             return denoised
@@ -175,6 +192,21 @@ class DiffusionModel:
         """
         image = self.decode_latents(self.latent_format.process_out(x).astype(self.dtype))
         return mx.clip(image.astype(mx.float32) / 2 + 0.5, 0, 1)
+
+    def decode_each(self, x: mx.array, at_once: int = 1) -> NDArray[np.float32]:
+        """Images of latents ``x``, as :meth:`decode` gives them one by one; ``at_once`` of them side by side on a CPU.
+
+        One by one, as at full resolution the decoder needs more memory than the transformer.
+        """
+        found: list[NDArray[np.float32]] = []
+        for first in range(0, len(x), at_once):
+            images = []
+            for i, stream in zip(range(first, min(first + at_once, len(x))), streams_of(at_once), strict=False):
+                with mx.stream(stream):
+                    images.append(self.decode(x[i : i + 1]))
+            mx.async_eval(images)
+            found += [np.array(image) for image in images]
+        return np.concatenate(found)
 
     @property
     def fingerprint(self) -> str:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from calib.activations.batches import Batch, StoredStates, by_parts, timesteps_of_rows
+from calib.activations.batches import Batch, StoredStates, timesteps_of_rows
 from calib.activations.reader import ActivationFile
 from calib.activations.taps import TapPoint, tapped
 from calib.analysis.measure import quantizable
@@ -21,6 +21,7 @@ from calib.base.targets import described
 from calib.models.memory import plan_memory
 from calib.models.model import DiffusionModel, weights
 from calib.models.packed import Packed, half_of
+from calib.models.parallel import by_parts, shared_cores
 from calib.quantization import rtn
 from calib.quantization.apply import unpacked
 from calib.quantization.check import checked_quantizer, model_kept
@@ -223,7 +224,8 @@ def _replay(model: DiffusionModel, source: Calibration) -> tuple[Replay, Batches
 
     def batches(size: int | None = None) -> Iterator[Batch]:
         if source.states is None:
-            raise CalibError("this quantizer replays stored states: name the run that collected them, stats=DIR")
+            lost = "this quantizer replays stored states: name the run that collected them, stats=DIR"
+            raise CalibError(f"{lost}; quantizer=rtn takes none")
         states = source.states()
         size = size or plan_memory(model, states.manifest.cfg_weight > 0).batch_size
         for batch in states.batches(model, size, mixed=True):
@@ -248,7 +250,8 @@ def _replay(model: DiffusionModel, source: Calibration) -> tuple[Replay, Batches
                     steps = of_rows[part]
                     return model.velocity(batch.x[part], batch.text[part], timesteps_of_rows(batch, part))
 
-                by_parts(len(batch.x), forward, lazily=True)
-                mx.eval(pending())
+                with shared_cores(len(batch.x)):
+                    by_parts(len(batch.x), forward, lazily=True)
+                    mx.eval(pending())
 
     return replay, batches

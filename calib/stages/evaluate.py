@@ -80,10 +80,10 @@ def run(settings: Settings, run: RunDirectory, model: Callable[[], DiffusionMode
     what = (drawn.prompts[::-1], wanted.num_images, drawn.sampler, wanted.base_seed)
     reference = draw_reference(model(), settings.evaluate.data_dir, *what, wanted.steps)
     paired = Paired(model(), reference)
-    control = control_of(model(), reference, paired, settings.job.cache_dir)
     mx.reset_peak_memory()
     outcome = paired.compare(partial(applied, model(), quantized, wanted.dequantize), "quantized")
     peak, found = mx.get_peak_memory(), outcome.fidelity
+    control = control_of(model(), reference, paired, settings.job.cache_dir, found)
     about = {key: quantized.about[key] for key in CARRIED if key in quantized.about}
     text = fidelity_text(found, control, drawn.sampler.num_steps)
     text += _planned(quantized, about)

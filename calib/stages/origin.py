@@ -26,6 +26,12 @@ from calib.stages import Stage
 from calib.stages.renew import renewing
 from calib.stages.settings import Settings
 
+#: What to ask for where the defaults need stored states and there are none, by stage.
+WITHOUT_STATES = {
+    Stage.ANALYZE: "; analysis=sqnr and range plan from statistics alone",
+    Stage.QUANTIZE: "; quantizer=rtn and fit take none",
+}
+
 
 @dataclass(frozen=True)
 class Collected:
@@ -57,8 +63,9 @@ def collected(settings: Settings, stats: Path, why: str) -> Collected:
         ConfigError: ``stats`` is no run directory, or the dataset is no longer there.
         CalibError: the run's metadata are damaged, or the dataset lacks an image.
     """
+    instead = WITHOUT_STATES.get(settings.stage, "")
     if not (stats / METADATA).exists():
-        raise ConfigError(f"stats={stats}: {why} replays stored states: name a run directory of calib collect")
+        raise ConfigError(f"stats={stats}: {why} replays stored states: name a run directory of calib collect{instead}")
     document = read_json(stats / METADATA)
     try:
         recorded = Path(document["data_dir"])
@@ -69,7 +76,8 @@ def collected(settings: Settings, stats: Path, why: str) -> Collected:
     own = settings.generate
     data_dir = own.data_dir if settings.stage is Stage.RUN else own.given_data_dir or recorded
     if not (data_dir / MANIFEST).exists():
-        raise ConfigError(f"{why} replays stored states, and {data_dir} holds no dataset; name it with data_dir=DIR")
+        lost = f"{why} replays stored states, and {data_dir} holds no dataset"
+        raise ConfigError(f"{lost}; name it with data_dir=DIR{instead}")
     manifest = load_manifest(data_dir)
     if lacking := [i for i in images if i not in manifest.images]:
         raise CalibError(f"{data_dir}: lacks image {lacking[0]}, which {stats} was collected from")

@@ -8,6 +8,7 @@ from typing import Any
 
 import calib.models.compat  # noqa: F401  (must precede diffusionkit.mlx)
 from calib.models.architecture import Conditioning, Part, Producer, Site
+from calib.models.gelu import with_fast_gelu
 from calib.models.mmdit import resume
 from calib.models.mmdit.modulation import modulated
 from calib.models.mmdit.names import layer_name, module_path, network_order
@@ -43,6 +44,7 @@ class MMDiTArchitecture:
         self.width, self.heads = int(config.hidden_size), int(config.num_heads)
         # FLUX's RoPE keeps its table as an attribute, which MLX takes for a parameter: no gradient is to reach it.
         module.pre_sdpa_rope.freeze(keys=["rope_embeddings"])
+        with_fast_gelu(module)
 
     def velocity(self, x: mx.array, text: Conditioning, timestep: mx.array) -> mx.array:
         return self._forward(x, text, timestep)

@@ -1,17 +1,12 @@
-"""What backward passes found: a table for each, in a file, and what tables say together."""
+"""Backward passes, and what their tables say together."""
 
-import io
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TypeAlias
-from zipfile import BadZipFile
 
 from calib.analysis.sensitivities import Reach
-from calib.base.files import short_hash, write_bytes
-from calib.dataset.arrays import open_npz
+from calib.analysis.tables import KEYS, Table
+from calib.base.files import short_hash
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,12 +27,6 @@ class Pass:
     def name(self) -> str:
         step = "" if self.step is None else f"_step{self.step}"
         return f"{short_hash(list(self.images))}_probe{self.probe}{step}.npz"
-
-
-#: What a pass found: errors by option and by tap (steps, bit-widths), by layer how errors of outputs at each step reach
-#: the picture, and the reach of each state.
-KEYS = ("weights", "inputs", "outputs", "reach")
-Table: TypeAlias = Mapping[str, NDArray[np.float64]]
 
 
 def of_output(tables: Mapping[Pass, Table], steps: Sequence[int]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -80,17 +69,3 @@ def reach_of(found: Sequence[NDArray[np.float64]], sigmas: Sequence[float]) -> R
     with np.errstate(divide="ignore"):
         latent = np.exp(np.log(each).mean(axis=0))
     return Reach(latent, np.diff(np.array(sigmas)) ** 2 * latent[1:])
-
-
-def read_table(path: Path) -> Table | None:
-    """What a pass found; None where there is no sound file."""
-    with suppress(OSError, ValueError, KeyError, BadZipFile), open_npz(path) as file:
-        return {key: file[key] for key in KEYS}
-    return None
-
-
-def write_table(path: Path, table: Table) -> None:
-    """Write what a pass found; there is a whole file or none."""
-    content = io.BytesIO()
-    np.savez(content, **table)  # type: ignore[arg-type]
-    write_bytes(path, content.getvalue())
