@@ -120,7 +120,7 @@ def test_the_default_job(folder: Path, capsys: pytest.CaptureFixture[str]) -> No
     metrics, about = (json.loads((folder / "run" / name).read_text()) for name in ("metrics.json", MODEL_CONFIG))
     assert (about["quantizer"]["name"], about["ranges"]["name"]) == ("gptq", "per_step")
     bits, size, predicted = metrics["average_weight_bits"], metrics["quantized_bytes"] / 1e6, about["predicted_psnr"]
-    assert bits <= 4.5 and f"predicted PSNR = {predicted:.2f}" in outcome.out
+    assert bits <= 4.5 and f"predicted PSNR = {about['predicted_weights_psnr']:.2f}" in outcome.out
     short, last = outcome.out.splitlines()[-2:]
     assert short.startswith(f"In short: {bits:.2f} bits a weight, {size:.1f} MB for ") and last == "Run directory: run"
     assert short.endswith(f"%); 2 held-out pictures at PSNR {metrics['psnr']:.2f} dB, {predicted:.2f} predicted")

@@ -17,6 +17,7 @@ from calib.dataset.settings import SamplerSettings
 from calib.dataset.store import StateDtype, StorageFormat, read_state
 from calib.models import emoji
 from calib.models.model import DiffusionModel
+from calib.models.parallel import parts_for, shared_cores
 
 import h5py
 import mlx.core as mx
@@ -74,7 +75,9 @@ def test_seeds_are_a_function_of_base_seed_and_image_and_rarely_meet() -> None:
 
 def drawn_states(model: DiffusionModel, images: tuple[int, ...], settings: SamplerSettings) -> list[np.ndarray]:
     texts, seeds = [PROMPTS[i] for i in images], [image_seed(0, i) for i in images]
-    return [np.array(state.x) for state in trajectory(model, texts, seeds, settings)]
+    rows = 2 * len(images)
+    with shared_cores(rows):
+        return [np.array(state.x) for state in trajectory(model, texts, seeds, settings, parts_for(rows))]
 
 
 def test_hdf5_samples_hold_every_state(data_dir: Path, model: DiffusionModel, manifest: Manifest) -> None:

@@ -90,7 +90,7 @@ def test_uncorrelated_inputs(bits: int, dtype: str, act_order: bool) -> None:
     wrong, wrong_nearest = (np.abs(weight - values_of(p)) for p in (packed, nearest))
     assert np.all(wrong <= wrong_nearest + 1e-4 * np.abs(scales))
     inside = (integers_of(packed) > 0) & (integers_of(packed) < 2**bits - 1)
-    assert np.all(wrong[inside] <= np.abs(scales[inside]) / 2 + 1e-9)
+    assert np.all(wrong[inside] <= 0.5001 * np.abs(scales[inside]))
     # mx.quantize rounds by scales that it then stores to 16 bits: at 8 bits bfloat16's are too coarse for that.
     if bits <= 4:
         assert np.mean(integers_of(packed) == integers_of(nearest)) > 0.98

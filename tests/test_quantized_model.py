@@ -18,6 +18,7 @@ from calib.base.files import checksum
 from calib.dataset.timesteps import phase_bounds
 from calib.models.architecture import Conditioning
 from calib.models.clock import Clock
+from calib.models.grids import searched
 from calib.models.mmdit.architecture import MMDiTArchitecture
 from calib.models.model import DiffusionModel, weights, weights_fingerprint
 from calib.models.packed import Packed
@@ -388,10 +389,8 @@ def test_copies_where_bits_differ(own: DiffusionModel, quantized: QuantizedModel
         found = quantized.copies.get(phase, {})
         assert {name: layer.bits for name, layer in found.items()} == other
         for name, layer in found.items():
-            nearest = Packed.nearest(
-                own.architecture.layers()[name].weight, layer.bits, quantized.layers[name].group_size, mx.float16
-            )
-            check_same_packed(layer, nearest)
+            weight = own.architecture.layers()[name].weight
+            check_same_packed(layer, searched(weight, layer.bits, quantized.layers[name].group_size, mx.float16))
     one_copy = replace(quantized, copies={})
     extra = sum(layer.nbytes for copies in quantized.copies.values() for layer in copies.values())
     assert extra > 0

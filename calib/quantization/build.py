@@ -141,7 +141,9 @@ def _check_finite(quantized: QuantizedModel, half: mx.Dtype) -> None:
     """Raise where the 16-bit type cannot represent a weight."""
     arrays = dict(quantized.weights)
     for name, layer in quantized.layers.items():
-        arrays[name] = mx.concatenate([layer.scales, layer.biases])
+        # Both ends of every grid.
+        ends = [layer.biases, layer.biases + layer.scales * (2**layer.bits - 1)]
+        arrays[name] = mx.concatenate([layer.scales, *ends])
     finite = {name: mx.isfinite(array).all() for name, array in arrays.items()}
     mx.eval(finite)
     for name, holds in finite.items():
