@@ -14,6 +14,7 @@ from typing import Any
 
 from calib.base.errors import ConfigError, suggest
 from calib.models.architecture import Architecture, parent_of
+from calib.models.wrapper import Wrapper
 
 import mlx.core as mx
 from mlx import nn
@@ -97,26 +98,15 @@ def tap_points(architecture: Architecture, selection: TapSelection) -> list[TapP
     return points + [TapPoint(name, "block") for name in blocks if name in chosen]
 
 
-class InputTap(nn.Module):
-    """Records the input of ``inner`` and calls it; all other attributes are those of ``inner``."""
+class InputTap(Wrapper):
+    """Records the input of ``inner`` and calls it."""
 
     def __init__(self, inner: nn.Module, name: str, record: Recorder):
-        super().__init__()
-        self["inner"] = inner
+        super().__init__(inner)
         self.observe = partial(record, name)
 
     def __call__(self, x: mx.array) -> Any:
         return self["inner"](self.observe(x))
-
-    def __getattr__(self, key: str) -> Any:
-        return super().__getattr__(key) if key in self else getattr(self["inner"], key)
-
-    def __setattr__(self, key: str, value: Any) -> None:
-        # FLUX's unified blocks set mlp.fc2.bias in every forward: it must reach the layer itself.
-        if "inner" in self and key in self["inner"]:
-            setattr(self["inner"], key, value)
-        else:
-            super().__setattr__(key, value)
 
 
 class BlockTap(nn.Module):

@@ -10,6 +10,7 @@ from calib.analysis.grid import Grid
 from calib.analysis.sensitivities import INPUT_BITS
 from calib.models.architecture import parent_of
 from calib.models.model import DiffusionModel, weights
+from calib.models.wrapper import Wrapper
 
 import mlx.core as mx
 from mlx import nn
@@ -29,26 +30,15 @@ def in_float32(model: DiffusionModel, chosen: Callable[[str], bool] = lambda pat
         model.transformer.update(tree_unflatten(list(own.items())))
 
 
-class _Watched(nn.Module):
+class _Watched(Wrapper):
     """A layer whose input and output ``watch`` sees, and may change."""
 
     def __init__(self, inner: nn.Module, name: str, watch: "Watch"):
-        super().__init__()
-        self["inner"] = inner
+        super().__init__(inner)
         self._name, self._watch = name, watch
 
     def __call__(self, x: mx.array) -> mx.array:
         return self._watch.see_output(self._name, self["inner"](self._watch.see_input(self._name, x)))
-
-    def __getattr__(self, key: str) -> Any:
-        return super().__getattr__(key) if key in self else getattr(self["inner"], key)
-
-    def __setattr__(self, key: str, value: Any) -> None:
-        # FLUX's unified blocks set mlp.fc2.bias in every forward: it must reach the layer itself.
-        if "inner" in self and key in self["inner"]:
-            setattr(self["inner"], key, value)
-        else:
-            super().__setattr__(key, value)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from calib.models.architecture import Architecture, parent_of
 from calib.models.clock import Clock
 from calib.models.model import DiffusionModel, weights
 from calib.models.packed import Packed
+from calib.models.wrapper import Wrapper
 from calib.quantization.model import InputRule, QuantizedModel
 
 import mlx.core as mx
@@ -41,28 +42,17 @@ class PhasedLinear(nn.Module):
             super().__setattr__(key, value)
 
 
-class Unpacked(nn.Module):
+class Unpacked(Wrapper):
     """A linear layer with packed weights in place of its own, dequantized anew in each forward so as not to stay."""
 
     def __init__(self, inner: nn.Linear, packed: Packed):
-        super().__init__()
-        self["inner"] = inner
+        super().__init__(inner)
         self._packed = packed
 
     def __call__(self, x: mx.array) -> mx.array:
         inner = self["inner"]
         y = x @ self._packed.dequantize(inner.weight.dtype).T
         return y + inner.bias if "bias" in inner else y
-
-    def __getattr__(self, key: str) -> Any:
-        return super().__getattr__(key) if key in self else getattr(self["inner"], key)
-
-    def __setattr__(self, key: str, value: Any) -> None:
-        # FLUX's unified blocks set mlp.fc2.bias in every forward.
-        if "inner" in self and key in self["inner"]:
-            setattr(self["inner"], key, value)
-        else:
-            super().__setattr__(key, value)
 
 
 @contextmanager
