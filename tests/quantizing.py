@@ -168,7 +168,12 @@ class States:
     ) -> None:
         with unpacked(self.architecture, replaced):
             for step, state in enumerate(self.arguments):
-                with tapped(self.architecture, points, lambda n, x, at=step: record(n, x, [at] * len(x))):  # type: ignore[misc]
+
+                def seen(name: str, x: mx.array, step: int = step) -> mx.array:
+                    found: mx.array = record(name, x, [step] * len(x))
+                    return found
+
+                with tapped(self.architecture, points, seen):
                     self.architecture.velocity(*state)
                     mx.eval(pending())
 

@@ -8,7 +8,7 @@ from calib.activations.taps import TapPoint
 from calib.base.affine import GROUP_SIZES, WEIGHT_BITS
 from calib.models.packed import Packed
 from calib.quantization import gptq, rtn
-from calib.quantization.curvature import prepare
+from calib.quantization.curvature import Curvature, prepared
 from calib.quantization.quantizer import Quantized, QuantizerInput
 
 import mlx.core as mx
@@ -30,6 +30,11 @@ def random_layer(columns: int, seed: int = 0, rows: int = 7) -> tuple[NDArray[np
     x = random.randn(3 * columns, columns) @ random.randn(columns, columns) + 3 * random.randn(3 * columns, columns)
     x *= np.exp(random.randn(columns))
     return 0.1 * random.randn(rows, columns).astype(np.float32), 2 / len(x) * x.T @ x
+
+
+def prepare(hessian: mx.array, damping: float, act_order: bool) -> Curvature:
+    ((_, curvature),) = prepared([("", lambda: hessian)], damping, act_order)
+    return curvature
 
 
 def solved(

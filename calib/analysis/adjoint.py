@@ -82,7 +82,7 @@ class _Carried:
     def __init__(
         self, images: Sequence[int], text: Conditioning, adjoint: mx.array, total: dict[str, mx.array], num_steps: int
     ):
-        self.images, self.text, self.adjoint, self.total, self._num_steps = images, text, adjoint, total, num_steps
+        self.images, self.text, self.adjoint, self.total = images, text, adjoint, total
         self._inputs: dict[str, NDArray[np.float64]] = defaultdict(lambda: np.zeros((num_steps, len(INPUT_BITS))))
         self._outputs: dict[str, NDArray[np.float64]] = defaultdict(lambda: np.zeros(num_steps))
         self._reach = np.zeros(num_steps + 1)
@@ -131,7 +131,7 @@ class Adjoint:
         (found,) = self.carried(Of.PICTURE, [Probe(images, key)])
         return found
 
-    def carried(self, of: Of, probes: Sequence["Probe"], advance: Callable[[], None] = lambda: None) -> list[Gradients]:
+    def carried(self, of: Of, probes: Sequence[Probe], advance: Callable[[], None] = lambda: None) -> list[Gradients]:
         """Carry random directions in pictures, or finished latents z, back to the first step; ``probes`` side by side.
 
         Of latents E⟨G, ΔW⟩² is ‖Δz‖² / ‖z‖². All states must be stored: see :func:`check_complete`. Several probes are
@@ -157,7 +157,7 @@ class Adjoint:
         return [each.gradients(self._points) for each in passes]
 
     def _step_back(
-        self, backward: Backward, passes: Sequence["_Carried"], step: int, what: str, advance: Callable[[], None]
+        self, backward: Backward, passes: Sequence[_Carried], step: int, what: str, advance: Callable[[], None]
     ) -> None:
         """Carry λ of ``passes`` over one step."""
         sigmas, founds = self._states.manifest.sigmas, []

@@ -56,20 +56,16 @@ def prepared(
             yield done, _curvature(*result.result())
 
 
-def prepare(hessian: mx.array, damping: float, act_order: bool) -> Curvature:
-    """Factorise H + λI, in float64 on the host.
-
-    λ is ``damping`` times the mean of H's diagonal, increased tenfold until H + λI is positive definite. An H that is
-    not finite is replaced by zero.
-    """
-    return _curvature(*_factorised(np.array(hessian, np.float64), damping, act_order))
-
-
 def _curvature(hessian: NDArray[np.float32], order: NDArray[np.intp], factor: NDArray[np.float32]) -> Curvature:
     return Curvature(mx.array(hessian), order, mx.array(factor))
 
 
 def _factorised(full: NDArray[np.float64], damping: float, act_order: bool) -> _Factorised:
+    """Factorise H + λI in float64.
+
+    λ is ``damping`` times the mean of H's diagonal, increased tenfold until H + λI is positive definite. An H that is
+    not finite is replaced by zero.
+    """
     from scipy.linalg import LinAlgError, cholesky, lapack  # slow to import: checking a configuration would wait for it
 
     if not np.isfinite(full).all():
