@@ -2,18 +2,21 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, TypeAlias
 
 from calib.activations.taps import TapPoint
 from calib.base.affine import GROUP_SIZES, WEIGHT_BITS
 from calib.models.packed import Packed
-from calib.quantization import gptq, rtn
+from calib.quantization import cuda_columns, gptq, rtn
 from calib.quantization.curvature import Curvature, prepared
 from calib.quantization.quantizer import Quantized, QuantizerInput
 
+import cuda_emulator
 import mlx.core as mx
 import numpy as np
 import pytest
+from cuda_emulator import Emulator
 from helpers import float64
 from hypothesis import given
 from hypothesis import strategies as st
@@ -79,6 +82,25 @@ def test_layers_with_the_same_inputs_at_once() -> None:
     np.testing.assert_allclose(
         np.array(curvature.loss(mx.array(difference))), np.sum((difference @ relative) * difference, axis=1), rtol=1e-4
     )
+
+
+@pytest.mark.skipif(cuda_emulator.COMPILER is None, reason="no g++ to compile the CUDA source for the CPU with")
+@pytest.mark.parametrize(("rows", "columns"), [(1, 128), (33, 64), (96, 5)])
+def test_the_cuda_kernel(rows: int, columns: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled for the CPU, it rounds as plain operations do, where a scale is zero too."""
+    random = np.random.RandomState(rows)
+    own = np.triu(0.1 * random.randn(columns, columns), 1) + np.diag(1 + random.rand(columns))
+    scales = 0.3 * (random.rand(2, rows) > 0.2)
+    values = (random.randn(columns, rows), own, scales, -0.1 * random.rand(2, rows), 15.0 * np.ones(rows))
+    *arrays, most = (mx.array(x.astype(np.float32)) for x in values)
+    monkeypatch.setattr(mx.fast, "cuda_kernel", Emulator(tmp_path))
+    cuda_columns._kernel.cache_clear()
+    groups = random.randint(0, 2, columns)
+    found = cuda_columns.round_block(*arrays, groups, most)
+    cuda_columns._kernel.cache_clear()
+    expected = gptq.round_block(*arrays, groups, most)
+    assert mx.array_equal(found[0], expected[0])
+    np.testing.assert_allclose(np.array(found[1]), np.array(expected[1]), rtol=1e-4, atol=1e-4)
 
 
 @both_orders

@@ -24,6 +24,7 @@ GROUPS: Mapping[str, Callable[[], Iterator[Check]]] = {
     "scatter add": kernels.check_scatter,
     "reductions": kernels.check_reductions,
     "quantize": kernels.check_quantize,
+    "columns": kernels.check_columns,
     "products": kernels.check_products,
     "quantized products": kernels.check_quantized_products,
     "collection": collection.check_collection,

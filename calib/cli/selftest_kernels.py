@@ -8,6 +8,7 @@ from calib.activations.histogram import BINS, ordered_keys
 from calib.analysis.grid import Grid
 from calib.cli.selftest_check import Check, differing, normal, relative
 from calib.models.packed import Packed
+from calib.quantization.gptq import round_block
 
 import mlx.core as mx
 import numpy as np
@@ -120,6 +121,41 @@ def check_quantize() -> Iterator[Check]:
             # rms in units of the scale: a value midway between two grid points may round either way
             worst = max(worst, float(np.sqrt(np.mean(((restored - expected) / steps) ** 2))))
         yield Check(f"quantize {bits} bits, groups of 32, 64, 128 (steps)", worst, 5e-2)
+
+
+def rounded_by_numpy(
+    block: NDArray[np.float32],
+    own: NDArray[np.float32],
+    scale: NDArray[np.float32],
+    bias: NDArray[np.float32],
+    most: int,
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Integers and errors of GPTQ's inner loop in float64, (columns, rows)."""
+    left, integers, errors = block.astype(np.float64), [], []
+    for i in range(len(left)):
+        q = np.clip(np.rint((left[i] - bias) / scale), 0, most)
+        errors.append((left[i] - (scale * q + bias)) / own[i, i])
+        integers.append(q.astype(np.int64))
+        left -= own[i].astype(np.float64)[:, None] * errors[-1]
+    return np.array(integers), np.array(errors)
+
+
+def check_columns() -> Iterator[Check]:
+    """Check the rounding of columns in order, in which every error moves on to the columns that follow."""
+    columns, rows = 64, 200
+    block = normal(columns, rows)
+    own = np.triu(0.1 * normal(columns, columns, seed=1), 1) + np.diag(np.full(columns, 1, np.float32))
+    scale, bias = np.full(rows, 0.3, np.float32), np.full(rows, -2.2, np.float32)
+    most = mx.full((rows,), 15.0)
+    groups = np.zeros(columns, np.intp)
+    weights, factor, scales, biases = (mx.array(x) for x in (block, own, scale[None], bias[None]))
+    integers, errors = round_block(weights, factor, scales, biases, groups, most)
+    expected, wrong = rounded_by_numpy(block, own, scale, bias, 15)
+    # A value midway between two grid points may round either way, and moves what follows in its row.
+    same = np.array(integers).astype(np.int64) == expected
+    yield Check("columns rounded in order: integers that differ", float(np.mean(~same)), 5e-2)
+    alike = same.all(axis=0)
+    yield Check("columns rounded in order: errors", relative(np.array(errors)[:, alike], wrong[:, alike]), 1e-3)
 
 
 def check_quantized_products() -> Iterator[Check]:

@@ -3,18 +3,17 @@
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TypeAlias, TypeVar
+from typing import TypeVar
 
 import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
 Name = TypeVar("Name")
-#: H, the order of columns and the factor.
-_Factorised: TypeAlias = tuple[NDArray[np.float32], NDArray[np.intp], NDArray[np.float32]]
-
 #: Factorisations that run ahead of the rounding.
 AHEAD = 2
+#: Largest condition number of H + λI for which float32 is enough; it bounds the factor's relative error at 10⁻³.
+MOST_CONDITION = 1e4
 
 
 @dataclass(frozen=True)
@@ -44,49 +43,59 @@ def prepared(
     No device that MLX has but the CPU factorises. A Hessian is released once it was taken.
     """
     with ThreadPoolExecutor(AHEAD) as pool:
-        waiting: list[tuple[Name, Future[_Factorised]]] = []
+        waiting: list[tuple[Name, mx.array, NDArray[np.intp], Future[NDArray[np.float32]]]] = []
         for name, take in hessians:
             # MLX's arrays are made and read in this thread alone.
-            waiting.append((name, pool.submit(_factorised, np.array(take(), np.float64), damping, act_order)))
+            hessian, order, backwards = _scaled(take(), act_order)
+            waiting.append((name, hessian, order, pool.submit(_inverse_factor, backwards, damping)))
             if len(waiting) > AHEAD:
-                done, result = waiting.pop(0)
-                yield done, _curvature(*result.result())
+                yield _curvature(*waiting.pop(0))
         while waiting:
-            done, result = waiting.pop(0)
-            yield done, _curvature(*result.result())
+            yield _curvature(*waiting.pop(0))
 
 
-def _curvature(hessian: NDArray[np.float32], order: NDArray[np.intp], factor: NDArray[np.float32]) -> Curvature:
-    return Curvature(mx.array(hessian), order, mx.array(factor))
+def _scaled(full: mx.array, act_order: bool) -> tuple[mx.array, NDArray[np.intp], NDArray[np.float32]]:
+    """H of a mean diagonal of one, the order of columns, and H in the reverse of that order, on the host.
+
+    An H that is not finite is replaced by zero.
+    """
+    full = mx.where(mx.isfinite(full).all(), full, 0)
+    diagonal = np.array(mx.diag(full), np.float64)
+    order = np.argsort(-diagonal, kind="stable") if act_order else np.arange(len(diagonal))
+    # float32 holds neither the square nor the inverse of what a tiny input has.
+    full = full / (float(diagonal.mean()) or 1.0)
+    reverse = mx.array(order[::-1].astype(np.int32))
+    backwards = np.array(full[reverse][:, reverse])
+    # A column whose input is always 0 does not interact with others; it is rounded, as other inputs may use it.
+    backwards[np.diag_indices_from(backwards)] += np.where(backwards.diagonal() > 0, 0, 1)
+    return full, order, backwards
 
 
-def _factorised(full: NDArray[np.float64], damping: float, act_order: bool) -> _Factorised:
-    """Factorise H + λI in float64.
+def _curvature(
+    name: Name, hessian: mx.array, order: NDArray[np.intp], inverse: Future[NDArray[np.float32]]
+) -> tuple[Name, Curvature]:
+    return name, Curvature(hessian, order, mx.array(inverse.result().T).T[::-1, ::-1])
 
-    λ is ``damping`` times the mean of H's diagonal, increased tenfold until H + λI is positive definite. An H that is
-    not finite is replaced by zero.
+
+def _inverse_factor(backwards: NDArray[np.float32], damping: float) -> NDArray[np.float32]:
+    """The lower triangular R⁻¹ of H + λI = R Rᵀ, all in reverse order, so that U is R⁻¹ from its last column on.
+
+    Half the work of inverting H, and no second factorisation that may fail. λ is ``damping`` times the mean of H's
+    diagonal, increased tenfold until H + λI is positive definite. No eigenvalue is larger than the trace, which bounds
+    the condition number by columns / damping + 1.
     """
     from scipy.linalg import LinAlgError, cholesky, lapack  # slow to import: checking a configuration would wait for it
 
-    if not np.isfinite(full).all():
-        full[:] = 0
-    diagonal = full.diagonal()
-    order = np.argsort(-diagonal, kind="stable") if act_order else np.arange(len(full))
-    mean = diagonal.mean() or 1.0
-    # With H = R Rᵀ, R upper triangular (Cholesky's factorisation from the last column on), U is the inverse of R: half
-    # the work of inverting H, and no second factorisation that may fail.
-    backwards = full[np.ix_(order[::-1], order[::-1])]
-    # A column whose input is always 0 does not interact with others; it is rounded, as other inputs may use it.
-    backwards[np.diag_indices_from(backwards)] += np.where(backwards.diagonal() > 0, 0, mean)
+    dtype = np.float32 if len(backwards) < MOST_CONDITION * damping else np.float64
     while True:
-        damped = backwards.copy()
-        damped[np.diag_indices_from(damped)] += damping * mean
+        # LAPACK's order of elements; H is symmetric.
+        damped: NDArray[np.floating] = backwards.T.astype(dtype, order="F")
+        damped[np.diag_indices_from(damped)] += damping
         try:
-            lower = cholesky(damped, lower=True, overwrite_a=True)
+            lower = cholesky(damped, lower=True, overwrite_a=True, check_finite=False)
             break
         except LinAlgError:
-            damping = max(10 * damping, 1e-6)
-    inverse, _ = lapack.dtrtri(lower, lower=1, overwrite_c=1)
-    # Relative to the mean: float32 holds neither the square nor the inverse of what a tiny input has.
-    factor = np.ascontiguousarray(inverse[::-1, ::-1]) * np.sqrt(mean)
-    return (full / mean).astype(np.float32), order, factor.astype(np.float32)
+            damping, dtype = max(10 * damping, 1e-6), np.float64
+    inverse, _ = (lapack.dtrtri if dtype == np.float64 else lapack.strtri)(lower, lower=1, overwrite_c=1)
+    found: NDArray[np.float32] = inverse.astype(np.float32, copy=False)
+    return found

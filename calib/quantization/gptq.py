@@ -11,16 +11,18 @@ from functools import partial
 from itertools import groupby
 
 from calib.activations.taps import TapPoint, TapSelection, tap_points
-from calib.base.device import compiled
+from calib.base.device import compiled, on_cuda
 from calib.base.errors import ConfigError
 from calib.base.progress import Progress
 from calib.models.grids import searched
 from calib.models.packed import Packed
+from calib.quantization import cuda_columns
 from calib.quantization.curvature import Curvature, prepared
 from calib.quantization.quantizer import Quantized, QuantizerInput
 
 import mlx.core as mx
 import numpy as np
+from numpy.typing import NDArray
 
 #: Number of columns whose errors are applied to later columns in one product: B of Algorithm 1.
 BLOCK = 128
@@ -175,29 +177,47 @@ def gptq_layers(weights: Sequence[mx.array], grids: Sequence[Packed], curvature:
     sizes = [len(weight) for weight in weights]
     left = mx.concatenate([weight.astype(mx.float32) for weight in weights]).T[mx.array(curvature.order)]
     scales, biases = (
-        mx.concatenate([getattr(grid, part).astype(mx.float32) for grid in grids]).T for part in ("scales", "biases")
+        mx.contiguous(mx.concatenate([getattr(grid, part).astype(mx.float32) for grid in grids]).T)
+        for part in ("scales", "biases")
     )
     most = mx.concatenate([mx.full((n,), float(2**grid.bits - 1)) for n, grid in zip(sizes, grids, strict=True)])
     factor, groups = curvature.factor, curvature.order // group_size
-    pivots, columns = 1 / mx.diag(factor), len(left)
-    integers: list[mx.array] = []
+    columns, rounded = len(left), []
     for first in range(0, columns, BLOCK):
         last = min(first + BLOCK, columns)
-        block, own, errors = left[:BLOCK], factor[first:last, first:last], []
-        for i in range(last - first):
-            g = int(groups[first + i])
-            q, error, block = _column(block, own[i], block[i], scales[g], biases[g], pivots[first + i], most)
-            integers.append(q)
-            errors.append(error)
-        left = left[BLOCK:] - factor[first:last, last:].T @ mx.stack(errors)
-        mx.async_eval(left, integers[first:last])
+        own = factor[first:last, first:last]
+        integers, errors = round_block(left[:BLOCK], own, scales, biases, groups[first:last], most)
+        left = left[BLOCK:] - factor[first:last, last:].T @ errors
+        rounded.append(integers)
+        mx.async_eval(left, integers)
     back = np.argsort(curvature.order)
-    rounded = mx.stack(integers)[mx.array(back)].T
-    parts = mx.split(rounded, np.cumsum(sizes)[:-1].tolist()) if len(sizes) > 1 else [rounded]
+    parts = mx.split(mx.concatenate(rounded)[mx.array(back)].T, np.cumsum(sizes)[:-1].tolist())
     return [
-        Packed.of_integers(q.astype(mx.uint32), grid.scales, grid.biases, grid.bits, group_size)
+        Packed.of_integers(q, grid.scales, grid.biases, grid.bits, group_size)
         for q, grid in zip(parts, grids, strict=True)
     ]
+
+
+def round_block(
+    block: mx.array, own: mx.array, scales: mx.array, biases: mx.array, groups: NDArray[np.intp], most: mx.array
+) -> tuple[mx.array, mx.array]:
+    """Round the columns of a block in order: their integers, uint32, and errors, both (columns, rows).
+
+    Args:
+        block: transposed weights, (columns, rows).
+        own: the block's own part of the factor, (columns, columns).
+        scales: of all groups, (groups, rows); so are biases.
+        groups: the group of each column.
+        most: each row's largest integer, (rows,).
+    """
+    if on_cuda():
+        return cuda_columns.round_block(block, own, scales, biases, groups, most)
+    pivots, integers, errors = 1 / mx.diag(own), [], []
+    for i, g in enumerate(groups.tolist()):
+        q, error, block = _column(block, own[i], block[i], scales[g], biases[g], pivots[i], most)
+        integers.append(q)
+        errors.append(error)
+    return mx.stack(integers).astype(mx.uint32), mx.stack(errors)
 
 
 @compiled
