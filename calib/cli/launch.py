@@ -1,5 +1,6 @@
 """Compose and check the jobs of a command line, then start them through Hydra."""
 
+import faulthandler
 import os
 import sys
 import traceback
@@ -27,6 +28,7 @@ from omegaconf import DictConfig, OmegaConf
 def task(config: DictConfig) -> None:
     """Run one job in the directory that Hydra made; in a sweep a failure is recorded, and the next job follows."""
     print_any_text()  # in a launcher's worker, too
+    faulthandler.enable()  # a crash in a library says in which call
     hydra_config = HydraConfig.get()
     path = Path(hydra_config.runtime.output_dir)
     if hydra_config.mode != RunMode.MULTIRUN:
