@@ -16,7 +16,7 @@ from calib.activations.batches import StoredStates
 from calib.activations.states import read_states
 from calib.activations.step import prompt_of
 from calib.activations.taps import TapPoint
-from calib.analysis.backward import Backward, Found, Rows
+from calib.analysis.backward import Backward, Found, Rows, along
 from calib.analysis.sensitivities import INPUT_BITS, Of
 from calib.base.errors import CalibError, ConfigError, reason_of
 from calib.dataset.manifest import Manifest
@@ -164,8 +164,9 @@ class Adjoint:
         given = [self._rows(each.images, step, each.text) for each in passes]
         for each, rows, stream in zip(passes, given, streams_of(len(passes)), strict=True):
             with mx.stream(stream):
-                along = partial(self._along, each.adjoint * (sigmas[step + 1] - sigmas[step]))
-                founds.append(backward.run(rows, along, self._range_at(step), each.total))
+                ahead = each.adjoint * (sigmas[step + 1] - sigmas[step])
+                loss = partial(along, ahead, self._states.manifest.cfg_weight)
+                founds.append(backward.run(rows, loss, self._range_at(step), each.total))
         # MLX hands out the work of arrays in their order: in turn of all passes, which are computed side by side so.
         mx.eval(list(zip(*(found.order for found in founds), strict=True)), [each.total for each in passes])
         for each, rows, found in zip(passes, given, founds, strict=True):
@@ -203,14 +204,6 @@ class Adjoint:
         inputs = {point.name: np.array(found.inputs[point.name])[None] for point in self._points}
         outputs = {name: np.array(g)[None] for name, g in found.outputs.items()}
         return Gradients(total, inputs, outputs, np.zeros(1))
-
-    def _along(self, carried: mx.array, v: mx.array) -> mx.array:
-        """⟨carried, v⟩, with guidance."""
-        weight = self._states.manifest.cfg_weight
-        if weight > 0:
-            conditional, unconditional = mx.split(v, 2)
-            v = unconditional + weight * (conditional - unconditional)
-        return (v * carried).sum()
 
     def _range_at(self, step: int) -> Callable[[str], tuple[float, float]]:
         return lambda tap: self._ranges(tap, step)

@@ -60,6 +60,14 @@ class Found:
         return cls(rows, inputs, outputs, finite, [*order, rows, *inputs.values(), *outputs.values(), finite])
 
 
+def along(carried: mx.array, guidance: float, v: mx.array) -> mx.array:
+    """⟨``carried``, v_g⟩ of an output v, whose second half is unconditional where there is guidance."""
+    if guidance > 0:
+        conditional, unconditional = mx.split(v, 2)
+        v = unconditional + guidance * (conditional - unconditional)
+    return (v * carried).sum()
+
+
 class Backward:
     """Backward passes of a model; enter the context first.
 
@@ -227,4 +235,7 @@ class Backward:
             for name in names[tap]:
                 if name in total and not mx.isfinite(total[name]).all().item():
                     return f"in {name}"
+        for name, gradient in total.items():  # of layers in no tap
+            if not mx.isfinite(gradient).all().item():
+                return f"in {name}"
         return "in the state"

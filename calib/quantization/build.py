@@ -118,7 +118,7 @@ def quantize_layers(
     linear = {name: layer for name, layer in layers.items() if name in chosen and isinstance(layer, nn.Linear)}
     replay, batches = _replay(model, source)
     given = (replay, batches, *_statistics(plan, source, steps), steps.importance.get)
-    work = QuantizerInput(model.architecture, linear, {**plan, **chosen}, half, *given)
+    work = QuantizerInput(model.architecture, linear, {**plan, **chosen}, half, *given, None, model, source.states)
     with model_kept(model) as changed:
         made = checked_quantizer(quantizer)(work)
         copies = _copies(linear, chosen, steps, made.layers, quantizer, work)

@@ -2,13 +2,15 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol, TypeAlias
 
-from calib.activations.batches import Batch
+from calib.activations.batches import Batch, StoredStates
 from calib.activations.taps import TapPoint
 from calib.analysis.plan import LayerPlan
 from calib.analysis.ranges import StepRanges
 from calib.models.architecture import Architecture
+from calib.models.model import DiffusionModel
 from calib.models.packed import Packed
 
 import mlx.core as mx
@@ -68,6 +70,10 @@ class QuantizerInput:
             step counts by ``importance``.
         importance: how much an error of a layer's output at each step reaches the picture, (num_steps,), in units of
             its own; None where the plan was not made by gradients of the picture.
+        scratch: a folder for what long work has done so far, to go on there after an interruption; it stands for the
+            model's weights, the states, the statistics and the device. None: nothing is kept.
+        model: the model of ``architecture``, to draw with; None where there is none.
+        states: returns the calibration set, with its dataset; None where no run is known.
     """
 
     architecture: Architecture
@@ -80,6 +86,9 @@ class QuantizerInput:
     ranges: Callable[[str, tuple[float, float] | None, NDArray[np.float64] | None], StepRanges | None]
     channel_power: Callable[[str], NDArray[np.float64] | None] = lambda _: None
     importance: Callable[[str], NDArray[np.float64] | None] = lambda _: None
+    scratch: Path | None = None
+    model: DiffusionModel | None = None
+    states: Callable[[], StoredStates] | None = None
 
     @classmethod
     def without_layers(cls, architecture: Architecture, dtype: mx.Dtype) -> "QuantizerInput":

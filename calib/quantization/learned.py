@@ -1,0 +1,234 @@
+"""Quantizer ``learned``: the integers and grids of ``gptq`` trained against the pictures they draw.
+
+End to end, through the sampler: the loss of :mod:`calib.quantization.pictures` for calibration prompts and fresh noise,
+in fewer steps than the user's sampler has. Roundings are trained as by AutoRound (arXiv 2309.05516), scales and biases
+as by DWQ (mlx-lm); size and format stay those of the plan. Of some calibration images, held out, the best is kept.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from calib.activations.batches import StoredStates
+from calib.activations.states import read_states
+from calib.analysis.backward import Backward
+from calib.base.device import cores, on_gpu
+from calib.base.errors import CalibError, ConfigError
+from calib.base.files import short_hash
+from calib.base.progress import Progress
+from calib.base.seeds import generator
+from calib.models.memory import plan_backward
+from calib.models.model import DiffusionModel
+from calib.models.packed import Packed
+from calib.models.parallel import shared_cores
+from calib.quantization import gptq
+from calib.quantization.pictures import Drawn, PictureLoss, psnr_of
+from calib.quantization.quantizer import Quantized, QuantizerInput
+from calib.quantization.trainable import Parameters, Trainable
+from calib.quantization.trained import Trained, adam
+
+import mlx.core as mx
+import numpy as np
+
+#: How often a training is compared with its best, and saved.
+CHECKS = 6
+
+
+@dataclass(frozen=True)
+class Training:
+    """How the layers are trained; see :func:`quantize`."""
+
+    updates: int
+    batch_size: int
+    num_steps: int
+    rate: float
+    rounding: bool
+    held_out: int
+    seed: int
+
+    def check(self) -> None:
+        """Raise where a value is out of range."""
+        for key, holds, allowed in (
+            ("updates", self.updates >= 0, "must be 0 (gptq alone) or more"),
+            ("batch_size", self.batch_size >= 1, "must be 1 or more"),
+            ("num_steps", self.num_steps >= 2, "must be 2 or more"),
+            ("rate", 0 < self.rate <= 1, "must be more than 0, and 1 at most"),
+            ("held_out", self.held_out >= 1, "must be 1 or more"),
+            ("seed", self.seed >= 0, "must be 0 or more"),
+        ):
+            if not holds:
+                raise ConfigError.bad_value(f"quantizer.{key}", getattr(self, key), allowed)
+
+
+def quantize(
+    work: QuantizerInput,
+    updates: int = 60,
+    batch_size: int = 4,
+    num_steps: int = 10,
+    rate: float = 3e-3,
+    rounding: bool = True,
+    held_out: int = 8,
+    seed: int = 0,
+) -> Quantized:
+    """Train what ``gptq`` makes until its pictures are nearest those of full precision; never worse than its start.
+
+    Where ``work.scratch`` is a folder, an interrupted training goes on there to the same bits; other parameters are
+    another training.
+
+    Args:
+        updates: of the parameters, each by ``batch_size`` new pictures.
+        num_steps: steps of the sampler in training, a fifth more or less: as many as pictures need to look alike.
+        rate: the largest change of an integer before rounding, and of a bias in units of its scale, at an update; of
+            a scale a tenth of that, relative to itself.
+        rounding: train integers too, not scales and biases alone.
+        held_out: calibration images, the last ones, by which the best is chosen; they are not trained on.
+        seed: of the pictures drawn in training.
+
+    Raises:
+        ConfigError: an argument is out of range.
+        CalibError: there is no dataset to draw from, it has too few images to hold some out, or a gradient is not
+            finite at the start.
+    """
+    training = Training(updates, batch_size, num_steps, rate, rounding, held_out, seed)
+    training.check()
+    if not work.layers:
+        return Quantized({})
+    if work.model is None or work.states is None:
+        raise CalibError("this quantizer draws pictures: name the run whose dataset is to be drawn from, stats=DIR")
+    states = work.states()
+    if len(states.images) <= held_out:
+        raise CalibError(
+            f"quantizer.held_out={held_out}: of {len(states.images)} calibration images none is left to train on; "
+            "collect more (num_images, calibration.images), or hold out fewer"
+        )
+    start = gptq.quantize(work)
+    if not updates:
+        return start
+    made, notes = _Trainer(work, work.model, states, start.layers, training).train()
+    return replace(start, layers=made, notes=[*start.notes, *notes])
+
+
+class _Trainer:
+    """Trains ``start``, packed layers by name."""
+
+    def __init__(
+        self,
+        work: QuantizerInput,
+        model: DiffusionModel,
+        states: StoredStates,
+        start: dict[str, Packed],
+        training: Training,
+    ):
+        self._work, self._model, self._training, self._states = work, model, training, states
+        self._held, self._seen = states.images[-training.held_out :], states.images[: -training.held_out]
+        self._layers = {name: Trainable.of(packed, training.rounding) for name, packed in start.items()}
+        self._start = start
+        self._guidance = states.manifest.cfg_weight
+
+    def train(self) -> tuple[dict[str, Packed], list[str]]:
+        """The layers with the best held-out pictures, and notes."""
+        training, path = self._training, self._path()
+        every, notes = max(1, training.updates // CHECKS), []
+        trained = path and Trained.load(path)
+        left = training.updates - (trained.updates if trained else 0)
+        with self._loss() as loss, Progress("learn", left, "update", delay=2) as progress:
+            trained = trained or self._begin(loss)
+            optimizer = adam(training.rate, training.updates)
+            optimizer.state = trained.optimizer or optimizer.state
+            while trained.updates < training.updates:
+                gradients = self._gradients(loss, trained)
+                if gradients is None:
+                    notes.append(f"the loss of update {trained.updates + 1} is not finite: the best before it is kept")
+                    break
+                trained.now = optimizer.apply_gradients(gradients, trained.now)
+                trained.optimizer, trained.updates = optimizer.state, trained.updates + 1
+                mx.eval(trained.now, trained.optimizer)
+                progress.advance()
+                if trained.updates % every == 0 or trained.updates == training.updates:
+                    trained.measured(self._held_out(loss, trained.now))
+                    if path is not None:
+                        trained.save(path)
+                    before, best = trained.psnr[0], trained.psnr[trained.best_updates]
+                    progress.describe(f"{before:.2f} dB at the start, {best:.2f} at best")
+        return self._finished(trained), [*notes, self._summary(trained)]
+
+    def _begin(self, loss: PictureLoss) -> Trained:
+        own = self._work.layers
+        parameters = {name: layer.start(own[name].weight) for name, layer in self._layers.items()}
+        mx.eval(parameters)
+        trained = Trained(parameters, parameters)
+        trained.measured(self._held_out(loss, parameters))
+        return trained
+
+    @contextmanager
+    def _loss(self) -> Iterator[PictureLoss]:
+        """The loss of pictures, on as many passes at once as this device runs best."""
+        size, guided = self._training.batch_size, self._guidance > 0
+        plan = plan_backward(self._model.architecture, self._model.latent_shape, guided, size)
+        at_once, side_by_side = (plan.batch_size, 1) if on_gpu() or plan.by_parts else (1, min(cores(), size))
+        backward = Backward(self._model, self._work.layers, [], plan.by_parts)
+        with backward.running(), shared_cores(side_by_side, side_by_side):
+            loss = PictureLoss(self._model, backward, self._work.layers, self._guidance, at_once, side_by_side)
+            try:
+                yield loss
+            finally:
+                loss.restore()
+
+    def _gradients(self, loss: PictureLoss, trained: Trained) -> dict[str, Parameters] | None:
+        """Gradients by the parameters of the next update; None where they are not finite."""
+        weights = {name: layer.weight(trained.now[name]) for name, layer in self._layers.items()}
+        mx.eval(weights)
+        try:
+            _, found = loss.gradients(self._chosen(trained.updates), weights)
+        except CalibError:
+            if not trained.updates:
+                raise
+            return None
+        gradients = {name: layer.gradients(trained.now[name], found[name]) for name, layer in self._layers.items()}
+        return gradients
+
+    def _chosen(self, update: int) -> Drawn:
+        """The pictures of an update: prompts of calibration images, fresh noise, and a number of steps."""
+        training, random = self._training, generator("quantizer.seed", self._training.seed, update)
+        images = random.choice(self._seen, training.batch_size, replace=len(self._seen) < training.batch_size)
+        fifth = training.num_steps // 5
+        return Drawn(
+            [str(self._states.manifest.images[int(i)].prompt) for i in images],
+            random.randint(1 << 31, size=training.batch_size).tolist(),
+            int(random.randint(training.num_steps - fifth, training.num_steps + fifth + 1)),
+        )
+
+    def _held_out(self, loss: PictureLoss, parameters: dict[str, Parameters]) -> float:
+        """Mean PSNR of the held-out pictures, in the dataset's number of steps, dB."""
+        weights = {name: layer.weight(parameters[name]) for name, layer in self._layers.items()}
+        mx.eval(weights)
+        manifest, size, errors = self._states.manifest, self._training.batch_size, []
+        for first in range(0, len(self._held), size):
+            images = self._held[first : first + size]
+            exact = mx.array(read_states(self._states.data_dir, manifest, images, manifest.num_steps))
+            entries = [manifest.images[i] for i in images]
+            seeds = [entry.seed or 0 for entry in entries]
+            drawn = loss.draw(Drawn([str(entry.prompt) for entry in entries], seeds, manifest.num_steps), weights)
+            errors += loss.errors(exact.astype(mx.float32), drawn[-1])
+        return float(np.mean([psnr_of(error) for error in errors]))
+
+    def _finished(self, trained: Trained) -> dict[str, Packed]:
+        if not trained.best_updates:
+            return self._start
+        return {name: layer.finished(trained.best[name]) for name, layer in self._layers.items()}
+
+    def _summary(self, trained: Trained) -> str:
+        count, start = f"{len(self._held)} held-out calibration pictures", trained.psnr[0]
+        if not trained.best_updates:
+            return f"learned: no update made the {count} better than gptq's ({start:.2f} dB), which stays"
+        best = trained.psnr[trained.best_updates]
+        return f"learned: {count} from {start:.2f} to {best:.2f} dB, after {trained.best_updates} of {trained.updates}"
+
+    def _path(self) -> Path | None:
+        """The file of what is done, by what that depends on beside weights, states and statistics."""
+        if self._work.scratch is None:
+            return None
+        plan = {name: asdict(self._work.plan[name]) for name in self._work.layers}
+        key = short_hash(["learned", asdict(self._training), sorted(self._work.layers), plan], digits=16)
+        return self._work.scratch / f"{key}.safetensors"

@@ -1,0 +1,172 @@
+"""The loss of a changed transformer's pictures, and its gradient by weights through the sampler's own trajectory.
+
+With the same noise and prompts the full-precision weights draw a picture y and the changed ones y'. The loss of a
+picture is log(mean (y' - y)²), so that the mean over pictures is their mean PSNR. Its gradient goes back over the
+states that the changed weights drew (the adjoint of docs/METHODS.md, there of the full-precision ones).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from calib.analysis.backward import Backward, Rows, along
+from calib.base.errors import CalibError
+from calib.dataset.generate import trajectory_from
+from calib.dataset.sampling import as_floats, noise_levels, timesteps_of
+from calib.models.architecture import Conditioning
+from calib.models.model import DiffusionModel
+from calib.models.parallel import streams_of
+
+import mlx.core as mx
+import numpy as np
+from mlx import nn
+from numpy.typing import NDArray
+
+#: Mean squared errors below this, 90 dB, are rounding.
+LEAST_ERROR = 1e-9
+
+
+def psnr_of(error: float) -> float:
+    """Of a mean squared error, dB."""
+    return float(-10 * np.log10(error + LEAST_ERROR))
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Pictures to draw: prompts, a seed each, in how many steps."""
+
+    prompts: Sequence[str]
+    seeds: Sequence[int]
+    num_steps: int
+
+
+@dataclass
+class _Pass:
+    """A backward pass over some pictures: ``adjoint`` is the gradient by their states of the step reached."""
+
+    text: Conditioning
+    states: list[mx.array]
+    adjoint: mx.array
+    total: dict[str, mx.array]
+
+
+class PictureLoss:
+    """Draws pictures of a model with given weights in place of those of ``layers``, and differentiates their loss.
+
+    To be used within :meth:`Backward.running` of ``backward``, which is of the same layers, in a
+    :func:`calib.models.parallel.shared_cores` context.
+
+    Args:
+        guidance: the weight of guidance.
+        at_once: pictures of a pass; side_by_side: passes at once, more than one on a CPU alone.
+    """
+
+    def __init__(
+        self,
+        model: DiffusionModel,
+        backward: Backward,
+        layers: Mapping[str, nn.Linear],
+        guidance: float,
+        at_once: int,
+        side_by_side: int,
+    ):
+        self._model, self._backward, self._layers, self._guidance = model, backward, layers, guidance
+        self._at_once, self._side_by_side = at_once, side_by_side
+        self._exact = {name: layer.weight for name, layer in layers.items()}
+
+    def draw(self, wanted: Drawn, weights: Mapping[str, mx.array] | None = None) -> list[mx.array]:
+        """States 0 … num_steps, each (pictures, height, width, channels); None: at full precision."""
+        self._set(self._exact if weights is None else weights)
+        text = self._model.encode(wanted.prompts, self._guidance)
+        drawn = trajectory_from(
+            *(self._model, text, wanted.seeds, wanted.num_steps, self._guidance), parts=self._side_by_side
+        )
+        return [state.x.astype(mx.float32) for state in drawn]
+
+    def gradients(
+        self, wanted: Drawn, weights: Mapping[str, mx.array]
+    ) -> tuple[NDArray[np.float64], dict[str, mx.array]]:
+        """Mean squared errors of the pictures, (pictures,), and the mean gradient of their loss by weights, by layer.
+
+        Raises:
+            CalibError: a gradient is not finite; the message names the step and a layer, or the decoder.
+        """
+        each, size = self._at_once, len(wanted.prompts)
+        groups = [slice(first, first + each) for first in range(0, size, each)]
+        errors: list[float] = []
+        total: dict[str, mx.array] = {}
+        exact, changed = self.draw(wanted)[-1], self.draw(wanted, weights)
+        for first in range(0, len(groups), self._side_by_side):
+            passes = []
+            for part in groups[first : first + self._side_by_side]:
+                own, adjoint = self._of_pictures(exact[part], changed[-1][part])
+                errors += own
+                text = self._model.encode(wanted.prompts[part], self._guidance).astype(mx.float32)
+                passes.append(_Pass(text, [x[part] for x in changed], adjoint, self._backward.no_gradients()))
+            self._back(passes, wanted.num_steps)
+            for one in passes:
+                total = {name: total.get(name, 0) + g for name, g in one.total.items()}
+                mx.eval(total)
+        return np.array(errors), {name: g / size for name, g in total.items()}
+
+    def errors(self, exact: mx.array, changed: mx.array) -> list[float]:
+        """Mean squared errors of the pictures of two batches of latents."""
+        pairs = [(self._picture(exact[i : i + 1]), self._picture(changed[i : i + 1])) for i in range(len(exact))]
+        return [float(np.array(mx.square(a - b).mean())) for a, b in pairs]
+
+    def _back(self, passes: Sequence[_Pass], num_steps: int) -> None:
+        """Carry the passes over all steps."""
+        levels = noise_levels(self._model.sampler, num_steps)
+        sigmas, times = as_floats(levels), as_floats(timesteps_of(levels, self._model.dtype))
+        for step in reversed(range(num_steps)):
+            founds, given = [], []
+            for one, stream in zip(passes, streams_of(len(passes)), strict=True):
+                with mx.stream(stream):
+                    x = one.states[step]
+                    x = mx.concatenate([x, x]) if self._guidance > 0 else x
+                    rows = Rows(x, one.text, mx.array([times[step]]))
+                    loss = partial(along, one.adjoint * (sigmas[step + 1] - sigmas[step]), self._guidance)
+                    founds.append(self._backward.run(rows, loss, _no_range, one.total))
+                    given.append(rows)
+            # In turn of all passes, from the last layer on: MLX hands out the work of arrays in their order.
+            order = [[*reversed(one.total.values()), f.rows, f.finite] for one, f in zip(passes, founds, strict=True)]
+            mx.eval(list(zip(*order, strict=True)))
+            for one, rows, found in zip(passes, given, founds, strict=True):
+                self._backward.check(found, one.total, rows, f"the pictures at step {step} of {num_steps}")
+                one.adjoint = one.adjoint + found.rows.reshape(-1, *one.adjoint.shape).sum(axis=0)
+
+    def _of_pictures(self, exact: mx.array, changed: mx.array) -> tuple[list[float], mx.array]:
+        """Mean squared errors of pictures of two batches of latents, and the loss's gradient by the second's."""
+        errors, gradients = [], []
+        for i in range(len(exact)):  # one at a time, as they are decoded: activations of a picture's size are kept
+            y = self._picture(exact[i : i + 1])
+
+            def loss(z: mx.array, y: mx.array = y) -> tuple[mx.array, mx.array]:
+                error = mx.square(self._picture(z) - y).mean()
+                return mx.log(error + LEAST_ERROR), error
+
+            (_, error), gradient = mx.value_and_grad(loss)(changed[i : i + 1])
+            mx.eval(error, gradient)
+            errors.append(float(np.array(error)))
+            gradients.append(gradient)
+        found = mx.concatenate(gradients)
+        if not mx.isfinite(found).all().item():
+            raise CalibError("the gradient of the picture is not finite, first in the decoder")
+        return errors, found
+
+    def _picture(self, z: mx.array) -> mx.array:
+        # Not clipped: a value beyond white is moved back into the picture by an error as large.
+        decoded: mx.array = self._model.decode_latents(self._model.latent_format.process_out(z))
+        return decoded.astype(mx.float32) / 2
+
+    def restore(self) -> None:
+        """Put the layers' own weights back."""
+        self._set(self._exact)
+
+    def _set(self, weights: Mapping[str, mx.array]) -> None:
+        for name, weight in weights.items():
+            self._layers[name].weight = weight
+
+
+def _no_range(tap: str) -> tuple[float, float]:
+    raise AssertionError(f"no tap is watched, not {tap}")
