@@ -35,7 +35,7 @@ from calib.evaluation.metrics import Fidelity, bootstrap, bootstrap_difference
 from calib.evaluation.paired import Paired
 from calib.evaluation.reference import control_of, draw_reference
 from calib.models.model import DiffusionModel
-from calib.quantization import fit, gptq, percentile, rtn, smooth
+from calib.quantization import fit, gptq, learned, percentile, rtn, smooth
 from calib.quantization.apply import applied
 from calib.quantization.build import Calibration, quantize_layers
 from calib.quantization.quantizer import Quantizer
@@ -169,7 +169,7 @@ WEIGHTS = [
     *(
         Row(f"allocate {bits}, {name}", whole(allocate.plan_layers, average_bits=bits), function, activation_bits=A16)
         for bits in (4.5, 3.5, 3.0)
-        for name, function in (("fit", fit.quantize), ("gptq", gptq.quantize))
+        for name, function in (("fit", fit.quantize), ("gptq", gptq.quantize), ("learned", learned.quantize))
     ),
     *(
         Row(
@@ -243,6 +243,7 @@ CLAIMS = [
     ("smooth W3", "uniform W3"),
     *((f"allocate {b}, {q}", f"allocate {b}") for b in (4.5, 3.5, 3.0) for q in ("fit", "gptq")),
     *((f"allocate {b}, gptq", f"allocate {b}, fit") for b in (4.5, 3.5, 3.0)),
+    *((f"allocate {b}, learned", f"allocate {b}, gptq") for b in (4.5, 3.5, 3.0)),
     *((f"allocate {b}, gptq", f"allocate {b} of the output by {m}, gptq") for b in (4.5, 3.5) for m in Method),
     *((row, f"MLX's rounding W{b}") for b in (4, 3) for row in (f"uniform W{b}", f"fit W{b}", f"gptq W{b}")),
     ("allocate 4.5, gptq, A8 per_step", "allocate 4.5, gptq"),

@@ -311,9 +311,9 @@ def test_trials(case_of_trials: Case, tmp_path: Path) -> None:
     """One backward pass for each batch and step tells of every layer and option what trials do."""
     case = case_of_trials
     ranges = {point.name: (LOW, HIGH) for point in case.points}
-    trials = measure(lambda: case.model, case.layers, case.points, case.states, ranges, tmp_path, [32, 64])
+    trials = measure(lambda: case.model, case.layers, case.points, case.states, ranges, tmp_path, [64])
     given = (lambda: case.model, case.model.architecture, summaries(case), case.states, tmp_path)
-    found = gradient_sensitivities(*given, Of.OUTPUT, [32, 64], probes=4)
+    found = gradient_sensitivities(*given, Of.OUTPUT, [64], probes=4)
     assert found.weights.keys() == trials.weights.keys() and found.steps == trials.steps
     pairs = [
         (found.weights[name][option].mean(), trials.weights[name][option].mean())
