@@ -18,6 +18,7 @@ from calib.models.grids import searched
 from calib.models.packed import Packed
 from calib.quantization import cuda_columns
 from calib.quantization.curvature import Curvature, prepared
+from calib.quantization.output_side import loss_of, output_hessians, rounded_in_turn
 from calib.quantization.quantizer import Quantized, QuantizerInput
 
 import mlx.core as mx
@@ -35,7 +36,12 @@ ROUNDS = 4
 
 
 def quantize(
-    work: QuantizerInput, damping: float = 1.0, act_order: bool = True, search: bool = True, memory_gb: float = 2.0
+    work: QuantizerInput,
+    damping: float = 1.0,
+    act_order: bool = True,
+    search: bool = True,
+    memory_gb: float = 2.0,
+    pictures: int = 0,
 ) -> Quantized:
     """Quantize layers in network order, each on the inputs that result from the quantized layers before it.
 
@@ -48,6 +54,9 @@ def quantize(
         search: search and fit each group's grid; else MLX's.
         memory_gb: memory for the Hessians of one replay, 10⁹ bytes; less means more replays. In addition three Hessians
             are factorised at once, each in four times its size.
+        pictures: pictures drawn for what errors of a layer's outputs do to them together; rows are then rounded in
+            turn too, and make up for those before. 0: each by itself. Not for layers after a SiLU, which read one
+            vector a picture.
 
     Raises:
         ConfigError: an argument is out of range.
@@ -57,6 +66,9 @@ def quantize(
         raise ConfigError.bad_value("quantizer.damping", damping, allowed)
     if memory_gb <= 0:
         raise ConfigError.bad_value("quantizer.memory_gb", memory_gb, "must be more than 0")
+    if pictures < 0:
+        raise ConfigError.bad_value("quantizer.pictures", pictures, "must be 0 or more")
+    outputs = output_hessians(work, pictures) if pictures and work.layers else {}
     done: dict[str, Packed] = {}
     ratios: list[float] = []
     with Progress("gptq", len(work.layers), "layer", delay=2) as progress:
@@ -65,7 +77,7 @@ def quantize(
             waiting = [(point, partial(hessians.pop, point.name)) for point in points]
             for point, curvature in prepared(waiting, damping, act_order):
                 for names in _together(work, [name for name in point.names if name in work.layers]):
-                    found, better = _rounded(work, names, curvature, search)
+                    found, better = _rounded(work, names, curvature, search, outputs)
                     done.update(found)
                     ratios += better
                     progress.advance(len(names))
@@ -148,26 +160,43 @@ def _together(work: QuantizerInput, names: Sequence[str]) -> Iterator[list[str]]
 
 
 def _rounded(
-    work: QuantizerInput, names: Sequence[str], curvature: Curvature, search: bool
+    work: QuantizerInput,
+    names: Sequence[str],
+    curvature: Curvature,
+    search: bool,
+    outputs: Mapping[str, Curvature],
 ) -> tuple[dict[str, Packed], list[float]]:
-    """Quantize layers with the same inputs; also each one's loss relative to rounding to nearest, 1 where that wins."""
+    """Quantize layers with the same inputs; also each one's loss relative to rounding to nearest, 1 where that wins.
+
+    Those of ``outputs`` row after row.
+    """
     diagonal = mx.diag(curvature.hessian)
     columns = mx.maximum(diagonal, 1e-3 * diagonal.mean()) + 1e-20
-    nearest = {}
-    for name in names:
-        plan, weight = work.plan[name], work.layers[name].weight
+
+    def nearest(name: str, weight: mx.array) -> Packed:
+        plan = work.plan[name]
         if search:
-            nearest[name] = searched(weight, plan.weight_bits, plan.group_size, work.dtype, columns, ROUNDS)
-        else:
-            nearest[name] = Packed.nearest(weight, plan.weight_bits, plan.group_size, work.dtype)
-    made = gptq_layers([work.layers[name].weight for name in names], list(nearest.values()), curvature)
+            return searched(weight, plan.weight_bits, plan.group_size, work.dtype, columns, ROUNDS)
+        return Packed.nearest(weight, plan.weight_bits, plan.group_size, work.dtype)
+
+    def rounded(name: str, rows: mx.array) -> Packed:
+        return gptq_layers([rows], [nearest(name, rows)], curvature)[0]
+
+    weights = {name: work.layers[name].weight for name in names}
+    plain = {name: nearest(name, weight) for name, weight in weights.items()}
+    alone = [name for name in names if name not in outputs]
+    made = {n: rounded_in_turn(weights[n], outputs[n], partial(rounded, n)) for n in names if n in outputs}
+    if alone:
+        made |= zip(alone, gptq_layers([weights[n] for n in alone], [plain[n] for n in alone], curvature), strict=True)
     found, ratios = {}, []
-    for name, packed in zip(names, made, strict=True):
-        weight = work.layers[name].weight.astype(mx.float32)
-        error, plain = (float(np.array(curvature.loss(weight - p.dequantize()).sum())) for p in (packed, nearest[name]))
-        better = error < plain
-        found[name] = packed if better else nearest[name]
-        ratios.append(error / plain if better else 1.0)
+    for name in names:
+        wrong = [weights[name].astype(mx.float32) - p.dequantize() for p in (made[name], plain[name])]
+        both = outputs.get(name)
+        losses = [curvature.loss(w).sum() if both is None else loss_of(w, curvature, both) for w in wrong]
+        error, before = np.array(mx.stack(losses)).tolist()
+        better = error < before
+        found[name] = made[name] if better else plain[name]
+        ratios.append(error / before if better else 1.0)
     return found, ratios
 
 

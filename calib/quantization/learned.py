@@ -5,25 +5,20 @@ in fewer steps than the user's sampler has. Roundings are trained as by AutoRoun
 as by DWQ (mlx-lm); size and format stay those of the plan. Of some calibration images, held out, the best is kept.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from calib.activations.batches import StoredStates
 from calib.activations.states import read_states
-from calib.analysis.backward import Backward
-from calib.base.device import cores, on_gpu
 from calib.base.errors import CalibError, ConfigError
 from calib.base.files import short_hash
 from calib.base.progress import Progress
 from calib.base.seeds import generator
-from calib.models.memory import plan_backward
 from calib.models.model import DiffusionModel
 from calib.models.packed import Packed
-from calib.models.parallel import shared_cores
 from calib.quantization import gptq
-from calib.quantization.pictures import Drawn, PictureLoss, psnr_of
+from calib.quantization.pictures import Drawn, PictureLoss, picture_loss, psnr_of
 from calib.quantization.quantizer import Quantized, QuantizerInput
 from calib.quantization.trainable import Parameters, Trainable
 from calib.quantization.trained import Trained, adam
@@ -132,7 +127,7 @@ class _Trainer:
         every, notes = max(1, training.updates // CHECKS), []
         trained = path and Trained.load(path)
         left = training.updates - (trained.updates if trained else 0)
-        with self._loss() as loss, Progress("learn", left, "update", delay=2) as progress:
+        with self._pictures() as loss, Progress("learn", left, "update", delay=2) as progress:
             trained = trained or self._begin(loss)
             optimizer = adam(training.rate, training.updates)
             optimizer.state = trained.optimizer or optimizer.state
@@ -153,6 +148,9 @@ class _Trainer:
                     progress.describe(f"{before:.2f} dB at the start, {best:.2f} at best")
         return self._finished(trained), [*notes, self._summary(trained)]
 
+    def _pictures(self) -> AbstractContextManager[PictureLoss]:
+        return picture_loss(self._model, self._work.layers, self._guidance, self._training.batch_size)
+
     def _begin(self, loss: PictureLoss) -> Trained:
         own = self._work.layers
         parameters = {name: layer.start(own[name].weight) for name, layer in self._layers.items()}
@@ -160,20 +158,6 @@ class _Trainer:
         trained = Trained(parameters, parameters)
         trained.measured(self._held_out(loss, parameters))
         return trained
-
-    @contextmanager
-    def _loss(self) -> Iterator[PictureLoss]:
-        """The loss of pictures, on as many passes at once as this device runs best."""
-        size, guided = self._training.batch_size, self._guidance > 0
-        plan = plan_backward(self._model.architecture, self._model.latent_shape, guided, size)
-        at_once, side_by_side = (plan.batch_size, 1) if on_gpu() or plan.by_parts else (1, min(cores(), size))
-        backward = Backward(self._model, self._work.layers, [], plan.by_parts)
-        with backward.running(), shared_cores(side_by_side, side_by_side):
-            loss = PictureLoss(self._model, backward, self._work.layers, self._guidance, at_once, side_by_side)
-            try:
-                yield loss
-            finally:
-                loss.restore()
 
     def _gradients(self, loss: PictureLoss, trained: Trained) -> dict[str, Parameters] | None:
         """Gradients by the parameters of the next update; None where they are not finite."""

@@ -5,17 +5,20 @@ picture is log(mean (y' - y)²), so that the mean over pictures is their mean PS
 states that the changed weights drew (the adjoint of docs/METHODS.md, there of the full-precision ones).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
 from calib.analysis.backward import Backward, Rows, along
+from calib.base.device import cores, on_gpu
 from calib.base.errors import CalibError
 from calib.dataset.generate import trajectory_from
 from calib.dataset.sampling import as_floats, noise_levels, timesteps_of
 from calib.models.architecture import Conditioning
+from calib.models.memory import plan_backward
 from calib.models.model import DiffusionModel
-from calib.models.parallel import streams_of
+from calib.models.parallel import shared_cores, streams_of
 
 import mlx.core as mx
 import numpy as np
@@ -24,6 +27,22 @@ from numpy.typing import NDArray
 
 #: Mean squared errors below this, 90 dB, are rounding.
 LEAST_ERROR = 1e-9
+
+
+@contextmanager
+def picture_loss(
+    model: DiffusionModel, layers: Mapping[str, nn.Linear], guidance: float, size: int
+) -> Iterator["PictureLoss"]:
+    """The loss of up to ``size`` pictures, on as many passes at once as this device runs best, for the context."""
+    plan = plan_backward(model.architecture, model.latent_shape, guidance > 0, size)
+    at_once, side_by_side = (plan.batch_size, 1) if on_gpu() or plan.by_parts else (1, min(cores(), size))
+    backward = Backward(model, layers, [], plan.by_parts)
+    with backward.running(), shared_cores(side_by_side, side_by_side):
+        loss = PictureLoss(model, backward, layers, guidance, at_once, side_by_side)
+        try:
+            yield loss
+        finally:
+            loss.restore()
 
 
 def psnr_of(error: float) -> float:
@@ -54,7 +73,7 @@ class PictureLoss:
     """Draws pictures of a model with given weights in place of those of ``layers``, and differentiates their loss.
 
     To be used within :meth:`Backward.running` of ``backward``, which is of the same layers, in a
-    :func:`calib.models.parallel.shared_cores` context.
+    :func:`calib.models.parallel.shared_cores` context: see :func:`picture_loss`.
 
     Args:
         guidance: the weight of guidance.
@@ -108,6 +127,19 @@ class PictureLoss:
                 total = {name: total.get(name, 0) + g for name, g in one.total.items()}
                 mx.eval(total)
         return np.array(errors), {name: g / size for name, g in total.items()}
+
+    def directions(self, wanted: Drawn, seed: int) -> Iterator[dict[str, mx.array]]:
+        """Yield, for each picture at full precision, the gradient of a random direction in it by weights, by layer."""
+        states = self.draw(wanted)
+        for first in range(0, len(wanted.prompts), self._side_by_side):
+            passes = []
+            for i in range(first, min(first + self._side_by_side, len(wanted.prompts))):
+                direction = mx.random.normal(self._picture(states[-1][i : i + 1]).shape, key=mx.random.key(seed + i))
+                _, (adjoint,) = mx.vjp(lambda z: [self._picture(z)], [states[-1][i : i + 1]], [direction])
+                text = self._model.encode(wanted.prompts[i : i + 1], self._guidance).astype(mx.float32)
+                passes.append(_Pass(text, [x[i : i + 1] for x in states], adjoint, self._backward.no_gradients()))
+            self._back(passes, wanted.num_steps)
+            yield from (one.total for one in passes)
 
     def errors(self, exact: mx.array, changed: mx.array) -> list[float]:
         """Mean squared errors of the pictures of two batches of latents."""

@@ -1,0 +1,91 @@
+"""What errors of a layer's outputs do to pictures together, and rounding of rows in turn, which makes use of it.
+
+With the Hessian of a layer's weights taken as A ⊗ B, A of its inputs as in GPTQ and B of its outputs, the error of rows
+that are rounded already is made up for by those to come, as GPTQ does for columns (YAQA, Tseng et al. 2025,
+arXiv 2505.22988). B = Σ G Gᵀ over pictures, G the gradient of a random direction in the picture by the weights.
+"""
+
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+
+from calib.base.errors import CalibError
+from calib.base.progress import Progress
+from calib.base.seeds import generator
+from calib.models.packed import Packed
+from calib.quantization.curvature import Curvature, prepared
+from calib.quantization.pictures import Drawn, picture_loss
+from calib.quantization.quantizer import QuantizerInput
+
+import mlx.core as mx
+import numpy as np
+
+#: Steps of the sampler in which the pictures are drawn.
+NUM_STEPS = 10
+#: λ relative to the mean of B's diagonal.
+DAMPING = 0.3
+#: Groups of rows that are rounded in turn, the most sensitive first.
+GROUPS = 8
+#: Layers whose input is of this kind are left out: they read one vector a picture, so that B tells little of others.
+LEFT_OUT = "post-silu"
+
+
+def output_hessians(work: QuantizerInput, pictures: int) -> dict[str, Curvature]:
+    """B + λI and its factor by layer, of ``pictures`` drawn from calibration prompts.
+
+    Raises:
+        CalibError: there is no dataset to draw from, or a gradient is not finite.
+    """
+    if work.model is None or work.states is None:
+        raise CalibError("this quantizer draws pictures: name the run whose dataset is to be drawn from, stats=DIR")
+    states, random = work.states(), generator("quantizer.pictures", 0)
+    prompts = [str(states.manifest.images[i].prompt) for i in states.images]
+    wanted = Drawn(
+        [prompts[i % len(prompts)] for i in range(pictures)], random.randint(1 << 31, size=pictures).tolist(), NUM_STEPS
+    )
+    kind = work.architecture.kind
+    layers = {n: x for n, x in work.layers.items() if kind(n) != LEFT_OUT and len(x.weight) >= 2 * GROUPS}
+    sums: dict[str, mx.array] = {}
+    guidance = states.manifest.cfg_weight
+    with picture_loss(work.model, layers, guidance, 1) as loss, Progress("outputs", pictures, "picture", 2) as progress:
+        for gradients in loss.directions(wanted, seed=0):
+            # Each picture counts alike.
+            share = 1 / sum(mx.square(g).sum() for g in gradients.values())
+            sums = {name: sums.get(name, 0) + share * (g @ g.T) for name, g in gradients.items()}
+            mx.eval(sums)
+            progress.advance()
+    waiting = [(name, lambda total=total: total) for name, total in sums.items() if total.any().item()]
+    return dict(prepared(waiting, DAMPING, act_order=True))
+
+
+def rounded_in_turn(weight: mx.array, outputs: Curvature, round_rows: Callable[[mx.array], Packed]) -> Packed:
+    """Round groups of rows of ``weight`` (rows, columns), each as the rows before leave it; evaluated.
+
+    Args:
+        round_rows: rounds some rows, (n, columns).
+    """
+    left, factor = weight.astype(mx.float32)[mx.array(outputs.order)], outputs.factor
+    made: list[Packed] = []
+    for first, last in _groups(len(outputs.order)):
+        packed = round_rows(left[: last - first])
+        wrong = left[: last - first] - packed.dequantize()
+        # E = U₁₁⁻ᵀ ΔW: what one row's error is to GPTQ's columns.
+        own = mx.linalg.solve_triangular(factor[first:last, first:last].T, wrong, upper=False, stream=mx.cpu)
+        left = left[last - first :] - factor[first:last, last:].T @ own
+        made.append(packed)
+        mx.eval(left)
+    back = mx.array(np.argsort(outputs.order))
+    packed, scales, biases = (
+        mx.concatenate([getattr(p, part) for p in made])[back] for part in ("weight", "scales", "biases")
+    )
+    mx.eval(packed, scales, biases)
+    return Packed(packed, scales, biases, made[0].bits, made[0].group_size)
+
+
+def loss_of(wrong: mx.array, inputs: Curvature, outputs: Curvature) -> mx.array:
+    """tr(ΔW A ΔWᵀ (B + λI)) of ``wrong``, ΔW (rows, columns); lazy."""
+    by_outputs = outputs.hessian @ wrong + DAMPING * wrong
+    return ((wrong @ inputs.hessian) * by_outputs).sum()
+
+
+def _groups(rows: int) -> Iterator[tuple[int, int]]:
+    yield from pairwise(rows * i // GROUPS for i in range(GROUPS + 1))
