@@ -4,6 +4,7 @@ import faulthandler
 import os
 import sys
 import traceback
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,7 +29,8 @@ from omegaconf import DictConfig, OmegaConf
 def task(config: DictConfig) -> None:
     """Run one job in the directory that Hydra made; in a sweep a failure is recorded, and the next job follows."""
     print_any_text()  # in a launcher's worker, too
-    faulthandler.enable()  # a crash in a library says in which call
+    with suppress(OSError, ValueError, AttributeError):  # a standard error without a file, in a notebook
+        faulthandler.enable()  # a crash in a library says in which call
     hydra_config = HydraConfig.get()
     path = Path(hydra_config.runtime.output_dir)
     if hydra_config.mode != RunMode.MULTIRUN:

@@ -66,12 +66,12 @@ def rounded_in_turn(weight: mx.array, outputs: Curvature, round_rows: Callable[[
     left, factor = weight.astype(mx.float32)[mx.array(outputs.order)], outputs.factor
     made: list[Packed] = []
     for first, last in _groups(len(outputs.order)):
-        packed = round_rows(left[: last - first])
-        wrong = left[: last - first] - packed.dequantize()
+        rounded = round_rows(left[: last - first])
+        wrong = left[: last - first] - rounded.dequantize()
         # E = U₁₁⁻ᵀ ΔW: what one row's error is to GPTQ's columns.
         own = mx.linalg.solve_triangular(factor[first:last, first:last].T, wrong, upper=False, stream=mx.cpu)
         left = left[last - first :] - factor[first:last, last:].T @ own
-        made.append(packed)
+        made.append(rounded)
         mx.eval(left)
     back = mx.array(np.argsort(outputs.order))
     packed, scales, biases = (
