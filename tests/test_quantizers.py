@@ -260,7 +260,7 @@ def test_missing_statistics(sd3: States, quantizer: Any, lacking: str) -> None:
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("option", ["rtn", "percentile", "gptq", "smooth"])
+@pytest.mark.parametrize("option", ["rtn", "percentile", "gptq", "smooth", "taqdit"])
 def test_options_name_every_default(option: str) -> None:
     node = OmegaConf.to_container(OmegaConf.load(CHECKOUT / "conf" / "quantizer" / f"{option}.yaml"))
     assert isinstance(node, dict)

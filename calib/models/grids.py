@@ -24,32 +24,38 @@ def searched(
     columns: mx.array | None = None,
     rounds: int = 0,
     each_end: bool = True,
+    whole_rows: bool = False,
 ) -> Packed:
     """Quantize ``weight`` (rows, columns) with the least Σ columns · (w − ŵ)² found in each group; evaluated.
 
-    Never more than MLX's own rounding loses, whose grid is among those tried.
+    Never more than MLX's own rounding loses, whose grid is among those tried, but for ``whole_rows``.
 
     Args:
         dtype: 16-bit type of scales and biases.
         columns: weights of the columns' errors, (columns,), all positive; None: all alike.
         rounds: regressions of the best grid.
         each_end: after both ends at once try each end by itself; a third of the time without.
+        whole_rows: the groups of a row have one grid, that of the whole row.
     """
     rows, width = weight.shape
-    h = mx.ones((width // group_size, group_size)) if columns is None else columns.reshape(-1, group_size)
+    size = width if whole_rows else group_size
+    h = mx.ones((width // size, size)) if columns is None else columns.reshape(-1, size)
     at_once = max(1, PART // width)
     parts = []
     for first in range(0, rows, at_once):
         part = weight[first : first + at_once]
-        _, *grids = mx.quantize(part.astype(dtype), group_size=group_size, bits=bits)
-        w = part.astype(mx.float32).reshape(-1, width // group_size, group_size)
+        w = part.astype(mx.float32).reshape(-1, width // size, size)
         search = _Search(w, h, mx.array(float(2**bits - 1)), dtype)
-        search.grid(grids[0], grids[1])
+        if not whole_rows:
+            _, *grids = mx.quantize(part.astype(dtype), group_size=group_size, bits=bits)
+            search.grid(grids[0], grids[1])
         search.ranges(each_end)
         search.regressions(rounds)
         parts.append(search.result())
         mx.eval(parts[-1])
     integers, scales, biases = (mx.concatenate(list(arrays)) for arrays in zip(*parts, strict=True))
+    if whole_rows:
+        scales, biases = (mx.repeat(array, width // group_size, axis=1) for array in (scales, biases))
     packed = Packed.of_integers(integers.reshape(rows, width), scales, biases, bits, group_size)
     mx.eval(packed.weight)
     return packed

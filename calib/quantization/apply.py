@@ -116,8 +116,7 @@ def applied(model: DiffusionModel, quantized: QuantizedModel, dequantize: bool |
 
 def _recorder(inputs: Mapping[str, InputRule], clock: Clock) -> Callable[[str, mx.array], mx.array]:
     def record(name: str, x: mx.array) -> mx.array:
-        grid = inputs[name].grid(clock.step)
-        return x if grid is None else grid.apply_mx(x)
+        return inputs[name].apply(x, clock.step)
 
     return record
 

@@ -27,7 +27,15 @@ from calib.quantization.apply import unpacked
 from calib.quantization.check import checked_quantizer, model_kept
 from calib.quantization.checkpoint import origin_of
 from calib.quantization.model import InputRule, QuantizedModel
-from calib.quantization.quantizer import Batches, ChannelRange, Quantizer, QuantizerInput, Replay, StepRecorder
+from calib.quantization.quantizer import (
+    Batches,
+    ChannelRange,
+    Quantized,
+    Quantizer,
+    QuantizerInput,
+    Replay,
+    StepRecorder,
+)
 
 import mlx.core as mx
 import numpy as np
@@ -72,11 +80,13 @@ class Calibration:
         statistics: path of an ``activations.h5``, if there is one.
         rule: rule for ranges that vary with the step.
         states: returns the calibration set, called where a quantizer replays it; None where no run is known.
+        scratch: see :class:`QuantizerInput`.
     """
 
     statistics: Path | None
     rule: RangeRule
     states: Callable[[], StoredStates] | None
+    scratch: Path | None = None
 
 
 def quantize(
@@ -118,14 +128,20 @@ def quantize_layers(
     linear = {name: layer for name, layer in layers.items() if name in chosen and isinstance(layer, nn.Linear)}
     replay, batches = _replay(model, source)
     given = (replay, batches, *_statistics(plan, source, steps), steps.importance.get)
-    work = QuantizerInput(model.architecture, linear, {**plan, **chosen}, half, *given, None, model, source.states)
+
+    def input_bits(name: str) -> tuple[int, ...]:
+        return steps.bits_by_step(name, plan[name].activation_bits)
+
+    work = QuantizerInput(
+        model.architecture, linear, {**plan, **chosen}, half, *given, input_bits, source.scratch, model, source.states
+    )
     with model_kept(model) as changed:
         made = checked_quantizer(quantizer)(work)
         copies = _copies(linear, chosen, steps, made.layers, quantizer, work)
     if changed:
         notes.append(f"the quantizer changed weights of the model itself ({changed[0]}, …); they were put back")
     # A plan may also name blocks, where their outputs were observed: they have no input to quantize.
-    inputs, more = _inputs({name: layer for name, layer in plan.items() if name in layers}, steps, made.ranges)
+    inputs, more = _inputs({name: layer for name, layer in plan.items() if name in layers}, steps, made)
     paths = {name: model.architecture.path(name) for name in made.layers}
     packed = {f"{path}.weight" for path in paths.values()}
     own = weights(model.transformer)
@@ -153,23 +169,22 @@ def _check_finite(quantized: QuantizedModel, half: mx.Dtype) -> None:
             raise CalibError(f"{name}: holds weights that {kind} cannot; {remedy}")
 
 
-def _inputs(
-    plan: Mapping[str, LayerPlan], steps: StepPlan, own: Mapping[str, StepRanges]
-) -> tuple[dict[str, InputRule], list[str]]:
-    """Rules for layers whose input is quantized at some step, with the quantizer's ranges ``own``, else the plan's."""
+def _inputs(plan: Mapping[str, LayerPlan], steps: StepPlan, made: Quantized) -> tuple[dict[str, InputRule], list[str]]:
+    """Rules for layers whose input is quantized at some step, with the quantizer's ranges, else the plan's."""
     rules, missing, constant = {}, [], []
     for name, layer in plan.items():
         # Without steps the bits are those of the plan, whatever the step.
         bits = steps.bits_by_step(name, layer.activation_bits) or (layer.activation_bits,)
-        if all(b >= UNQUANTIZED for b in bits):
+        divisors, shifts = made.divisors.get(name, ()), made.shifts.get(name, ())
+        if all(b >= UNQUANTIZED for b in bits) and not divisors:
             continue
-        ranges = own.get(name, steps.ranges.get(name))
+        ranges = made.ranges.get(name, steps.ranges.get(name))
         if ranges is None:
             missing.append(name)
         elif not any(ranges.low) and not any(ranges.high):
             constant.append(name)
         else:
-            rules[name] = InputRule(ranges, bits)
+            rules[name] = InputRule(ranges, bits, divisors, shifts)
     notes = []
     if missing:
         notes.append(f"{len(missing)} layers have no activation ranges (no {STEPS}): inputs stay as they are")

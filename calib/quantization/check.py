@@ -9,7 +9,7 @@ from calib.base.errors import CalibError, suggest
 from calib.base.option import Option, Unfit, kind_of, several, whole_number
 from calib.models.model import DiffusionModel, weights
 from calib.models.packed import Packed
-from calib.quantization.model import QuantizedModel
+from calib.quantization.model import InputRule, QuantizedModel
 from calib.quantization.quantizer import Quantized, QuantizerInput
 
 import mlx.core as mx
@@ -45,7 +45,22 @@ def _quantized(found: Any, work: QuantizerInput) -> Quantized:
         others,
         {name: step_ranges(ranges) for name, ranges in made.ranges.items()},
         [made.notes] if isinstance(made.notes, str) else list(map(str, several(made.notes))),
+        _of_channels(made.divisors, made, work, "divisors"),
+        _of_channels(made.shifts, made, work, "shifts"),
     )
+
+
+def _of_channels(found: Any, made: Quantized, work: QuantizerInput, what: str) -> dict[str, tuple[float, ...]]:
+    """Numbers of an input's channels, by layer."""
+    checked = {}
+    for name, values in dict(found).items():
+        own = tuple(map(float, several(values)))
+        if name not in work.layers or name not in made.ranges:
+            raise Unfit(f"returned {what} of {name!r}, of which it returned no layer with ranges")
+        if len(own) != work.layers[name].weight.shape[1] or not np.isfinite(own).all() or (what[0] == "d" and 0 in own):
+            raise Unfit(f"returned {what} of {name} that are not a finite number for each channel")
+        checked[name] = own
+    return checked
 
 
 def _packed(name: str, found: Any, work: QuantizerInput) -> Packed:
@@ -83,7 +98,7 @@ def check_fits(quantized: QuantizedModel, model: DiffusionModel) -> None:
     """Raise where a quantized model that was read from a file is none of ``model``, whatever the file says."""
     layers, own = model.architecture.layers(), weights(model.transformer)
     packed = [(name, layer) for kept in (quantized.layers, *quantized.copies.values()) for name, layer in kept.items()]
-    fits = {name: name in layers for name in quantized.inputs} | {
+    fits = {name: name in layers and _has_channels(layers[name], rule) for name, rule in quantized.inputs.items()} | {
         path: path in own and own[path].shape == array.shape for path, array in quantized.weights.items()
     }
     for name, layer in packed:
@@ -93,6 +108,12 @@ def check_fits(quantized: QuantizedModel, model: DiffusionModel) -> None:
         raise CalibError(
             f"the quantized model has a {strange[0]} that {model.name} has not; calib quantize makes another"
         )
+
+
+def _has_channels(layer: nn.Module, rule: InputRule) -> bool:
+    """Whether a rule's divisors and shifts, if it has any, are of as many channels as a layer reads."""
+    lengths = {len(values) for values in (rule.divisors, rule.shifts) if values}
+    return not lengths or (isinstance(layer, nn.Linear) and lengths == {layer.weight.shape[1]})
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import os
 import shutil
 from collections.abc import Container, Mapping
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -27,9 +28,12 @@ from calib.quantization.model import InputRule, QuantizedModel
 
 import mlx.core as mx
 
-FORMAT, FORMAT_VERSION = "calib-quantized-model", 1
+#: Version 2 has inputs that are divided or shifted: their model is another without that.
+FORMAT, FORMAT_VERSIONS = "calib-quantized-model", (1, 2)
 CHECKPOINT, WEIGHTS, COPIES = "config.json", "model.safetensors", "phases.safetensors"
 _PARTS = ("weight", "scales", "biases")
+#: Attributes of an :class:`InputRule` for each channel.
+MOVED = ("divisors", "shifts")
 _AGAIN = "run calib quantize again"
 
 
@@ -86,9 +90,14 @@ def _copies_of(quantized: QuantizedModel) -> dict[str, mx.array]:
 
 def _document(quantized: QuantizedModel) -> dict[str, Any]:
     paths = quantized.paths
+    moved = {
+        name: {key: list(values) for key in MOVED if (values := getattr(rule, key))}
+        for name, rule in quantized.inputs.items()
+        if rule.divisors or rule.shifts
+    }
     return {
         "format": FORMAT,
-        "format_version": FORMAT_VERSION,
+        "format_version": FORMAT_VERSIONS[bool(moved)],
         **quantized.about,
         "layers": {paths[name]: _shape(layer) for name, layer in quantized.layers.items()},
         "names": {path: name for name, path in paths.items()},
@@ -100,6 +109,7 @@ def _document(quantized: QuantizedModel) -> dict[str, Any]:
         "timesteps": list(quantized.timesteps),
         "activation_ranges": ranges_to_json({name: rule.ranges for name, rule in quantized.inputs.items()}),
         "activation_bits": {name: list(rule.bits) for name, rule in quantized.inputs.items()},
+        **({"activation_channels": moved} if moved else {}),
     }
 
 
@@ -125,7 +135,7 @@ def describe(folder: Path, thorough: bool = False) -> Description:
     The weights are not read, or only for their checksums where ``thorough``.
     """
     document = read_json(folder / CHECKPOINT)
-    check_format(folder / CHECKPOINT, document, FORMAT, (FORMAT_VERSION,), _AGAIN)
+    check_format(folder / CHECKPOINT, document, FORMAT, FORMAT_VERSIONS, _AGAIN)
     try:
         if thorough:
             _check_files(folder, document)
@@ -152,7 +162,7 @@ def load(folder: Path) -> QuantizedModel:
     if not path.exists():
         raise CalibError(f"{folder}: no quantized model there (no {CHECKPOINT}); calib quantize makes one")
     document = read_json(path)
-    check_format(path, document, FORMAT, (FORMAT_VERSION,), _AGAIN)
+    check_format(path, document, FORMAT, FORMAT_VERSIONS, _AGAIN)
     try:
         _check_files(folder, document)
         return _quantized(path, document, _arrays(folder / WEIGHTS), _arrays(folder / COPIES))
@@ -169,6 +179,15 @@ def _whole(value: Any, allowed: Container[int]) -> int:
     if type(value) is not int or value not in allowed:
         raise ValueError(f"{value!r}, where an integer must be")
     return value
+
+
+def _of_channels(entry: Mapping[str, Any]) -> dict[str, tuple[float, ...]]:
+    """Divisors and shifts of an input's channels, finite numbers, divisors not 0; raises a ValueError for others."""
+    found = {key: tuple(map(float, values)) for key, values in entry.items()}
+    for key, values in found.items():
+        if key not in MOVED or not all(map(isfinite, values)) or (key == MOVED[0] and 0 in values):
+            raise ValueError(f"{key} of channels that are no finite numbers")
+    return found
 
 
 def _quantized(
@@ -192,12 +211,16 @@ def _quantized(
     timesteps = tuple(float(t) for t in document["timesteps"])
     ranges = ranges_from_json(document["activation_ranges"], path, len(timesteps))
     bits_of = {name: tuple(_whole(b, range(2, 17)) for b in document["activation_bits"][name]) for name in ranges}
-    inputs = {name: InputRule(own, bits_of[name] or (UNQUANTIZED,)) for name, own in ranges.items()}
+    moved = document.get("activation_channels", {})
+    inputs = {
+        name: InputRule(own, bits_of[name] or (UNQUANTIZED,), **_of_channels(moved.get(name, {})))
+        for name, own in ranges.items()
+    }
     phases = {phase: (int(first), int(last)) for phase, (first, last) in document["phases"].items()}
     if lacking := held.keys() - phases.keys():
         raise ValueError(f"the steps of phase {lacking.pop()!r}")
     made = {"format", "format_version", "layers", "names", "copies", "phases", "timesteps", "files"}
-    made |= {"activation_ranges", "activation_bits"}
+    made |= {"activation_ranges", "activation_bits", "activation_channels"}
     about = {key: value for key, value in document.items() if key not in made}
     paths = {names[path]: path for path in document["layers"]}
     return QuantizedModel(layers, arrays, inputs, timesteps, paths, held, phases, about)

@@ -16,17 +16,36 @@ import mlx.core as mx
 class InputRule:
     """Quantization of a layer's input, with a range and bits that may vary with the denoising step.
 
+    The layer reads Q(x / m - z) + z, with a divisor m and a shift z of each channel: its weights were multiplied by m.
+
     Attributes:
+        ranges: of x / m - z.
         bits: bit-width at each step, (num_steps,); 16: not quantized.
+        divisors: m, (channels,); empty: 1.
+        shifts: z, (channels,); empty: 0.
     """
 
     ranges: StepRanges
     bits: tuple[int, ...]
+    divisors: tuple[float, ...] = ()
+    shifts: tuple[float, ...] = ()
 
     def grid(self, step: int) -> Grid | None:
         """The grid at a step; None where the input is not quantized."""
         bits = self.bits[min(step, len(self.bits) - 1)]
         return None if bits >= UNQUANTIZED else Grid.over(*self.ranges.at(step), bits)
+
+    def apply(self, x: mx.array, step: int) -> mx.array:
+        """What the layer reads in place of ``x`` (…, channels) at a step, in the type of ``x``; lazy."""
+        grid, y = self.grid(step), x
+        if self.divisors:
+            y = y.astype(mx.float32) / mx.array(self.divisors)
+        if grid is not None and self.shifts:
+            shifts = mx.array(self.shifts)
+            y = grid.apply_mx(y.astype(mx.float32) - shifts) + shifts
+        elif grid is not None:
+            y = grid.apply_mx(y)
+        return y.astype(x.dtype)
 
 
 @dataclass

@@ -70,6 +70,7 @@ class QuantizerInput:
             step counts by ``importance``.
         importance: how much an error of a layer's output at each step reaches the picture, (num_steps,), in units of
             its own; None where the plan was not made by gradients of the picture.
+        input_bits: bits of a layer's input at each step, (num_steps,); empty: those of the plan at all steps.
         scratch: a folder for what long work has done so far, to go on there after an interruption; it stands for the
             model's weights, the states, the statistics and the device. None: nothing is kept.
         model: the model of ``architecture``, to draw with; None where there is none.
@@ -86,6 +87,7 @@ class QuantizerInput:
     ranges: Callable[[str, tuple[float, float] | None, NDArray[np.float64] | None], StepRanges | None]
     channel_power: Callable[[str], NDArray[np.float64] | None] = lambda _: None
     importance: Callable[[str], NDArray[np.float64] | None] = lambda _: None
+    input_bits: Callable[[str], tuple[int, ...]] = lambda _: ()
     scratch: Path | None = None
     model: DiffusionModel | None = None
     states: Callable[[], StoredStates] | None = None
@@ -114,12 +116,16 @@ class Quantized:
         weights: other changed parameters, by the transformer's parameter path.
         ranges: activation ranges by layer name, where they replace the plan's.
         notes: notes for people, a line each.
+        divisors, shifts: what each channel of an input is divided by, and is shifted by before it is rounded, by layer
+            name, (channels,); see :class:`~calib.quantization.model.InputRule`. Such a layer's ``ranges`` are of that.
     """
 
     layers: dict[str, Packed]
     weights: dict[str, mx.array] = field(default_factory=dict)
     ranges: dict[str, StepRanges] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    divisors: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    shifts: dict[str, tuple[float, ...]] = field(default_factory=dict)
 
 
 #: A quantizer, its parameters bound.

@@ -6,7 +6,7 @@ Main keys: plan (a run directory or a quantization_config.json), quantizer, cali
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,13 @@ from calib.analysis.plan import UNQUANTIZED, LayerPlan, Plan, plan_hash
 from calib.analysis.plan_file import read_plan
 from calib.analysis.rules import rule_of
 from calib.analysis.steps import StepPlan, applied_hash, read_steps
+from calib.base.device import device_kind
 from calib.base.errors import CalibError, ConfigError, suggest
-from calib.base.files import content_of, read_json, write_json
+from calib.base.files import content_of, read_json, short_hash, write_json
 from calib.base.layout import ACTIVATIONS, MODEL, PLAN, STEPS
 from calib.base.progress import note, readable_bytes
 from calib.base.targets import described
+from calib.base.versions import versions
 from calib.models.architecture import Architecture
 from calib.models.model import DiffusionModel
 from calib.quantization.build import Calibration, check_names, quantize_layers
@@ -94,6 +96,7 @@ def run(settings: Settings, run: RunDirectory, model: Callable[[], DiffusionMode
     }
     if source.states is not None:
         made_from["calibration"] = asdict(settings.quantize.calibration)
+    source = replace(source, scratch=_scratch(settings, [made_from, own, steps.rule]))
     about: dict[str, Any] = {"quantizer": described(quantizer), "ranges": steps.rule, "made_from": made_from}
     about |= steps.predictions(plan)
     mx.reset_peak_memory()
@@ -148,6 +151,12 @@ def _source(settings: Settings, run: RunDirectory, plan: Path, steps: StepPlan) 
         return collected(settings, stats, "this quantizer").states(wanted.images, wanted.steps)
 
     return Calibration(activations_of(stats), rule, states)
+
+
+def _scratch(settings: Settings, given: Sequence[Any]) -> Path:
+    """The folder for what a quantizer has done so far, by all that it is ``given`` but its own parameters."""
+    key = short_hash([*given, device_kind(), versions()["mlx"]], digits=16)
+    return settings.job.cache_dir / "reconstruction" / key
 
 
 def size_text(quantized: QuantizedModel, folder: Path, on_disk: int) -> str:
