@@ -1,6 +1,6 @@
 """GPTQ beside the oracle of test_quantizers: odd inputs of one layer, and whole transformers block after block."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 from calib.activations.taps import TapPoint
 from calib.base.affine import GROUP_SIZES, WEIGHT_BITS
 from calib.models.packed import Packed
-from calib.quantization import cuda_columns, gptq, rtn
+from calib.quantization import cuda_columns, gptq, output_side, rtn
 from calib.quantization.curvature import Curvature, prepared
 from calib.quantization.quantizer import Quantized, QuantizerInput
 
@@ -145,6 +145,50 @@ def test_a_singular_hessian_is_damped(damping: float) -> None:
         wrong = np.abs(weight - np.array(packed.dequantize()))
         assert np.isfinite(wrong).all()
         assert wrong.max() < 1
+
+
+def both_sides(seed: int) -> tuple[NDArray[np.float32], Curvature, Curvature, Array]:
+    """A weight, curvatures of correlated inputs and outputs, and B + λI in float64."""
+    weight, of_inputs = random_layer(64, seed, rows=48)
+    _, of_outputs = random_layer(48, seed + 1)
+    inputs = prepare(mx.array(of_inputs.astype(np.float32)), 1.0, act_order=True)
+    outputs = prepare(mx.array(of_outputs.astype(np.float32)), output_side.DAMPING, act_order=True)
+    relative = of_outputs / of_outputs.diagonal().mean() + output_side.DAMPING * np.eye(48)
+    return weight, inputs, outputs, relative
+
+
+def by_gptq(inputs: Curvature, bits: int = 3) -> Callable[[mx.array], Packed]:
+    return lambda rows: gptq.gptq_layers([rows], [Packed.nearest(rows, bits, 32, mx.float16)], inputs)[0]
+
+
+def test_rows_in_turn() -> None:
+    """Each group of rows is rounded where B leaves the least of the errors before: w - B_rr⁻¹ B_r1 ΔW₁."""
+    weight, inputs, outputs, b = both_sides(3)
+    found = output_side.rounded_in_turn(mx.array(weight), outputs, by_gptq(inputs))
+    wrong, rounded = np.zeros(weight.shape), np.zeros(weight.shape)
+    groups = np.array_split(outputs.order, output_side.GROUPS)
+    for i, group in enumerate(groups):
+        target = weight[group].astype(np.float64)
+        if i:
+            before, rest = np.concatenate(groups[:i]), np.concatenate(groups[i:])
+            target -= np.linalg.solve(b[np.ix_(rest, rest)], b[np.ix_(rest, before)] @ wrong[before])[: len(group)]
+        rounded[group] = float64(by_gptq(inputs)(mx.array(target.astype(np.float32))).dequantize())
+        wrong[group] = rounded[group] - weight[group]
+    # A weight midway between two numbers may go either way.
+    assert np.mean(np.abs(float64(found.dequantize()) - rounded) < 1e-3 * np.abs(weight).max()) > 0.99
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_rows_in_turn_lose_less(seed: int) -> None:
+    weight, inputs, outputs, b = both_sides(seed)
+    losses = []
+    w = mx.array(weight)
+    for packed in (output_side.rounded_in_turn(w, outputs, by_gptq(inputs)), by_gptq(inputs)(w)):
+        difference = packed.dequantize() - mx.array(weight)
+        wide = float64(difference)
+        losses.append(np.sum((wide @ float64(inputs.hessian)) * (b @ wide)))
+        assert output_side.loss_of(difference, inputs, outputs).item() == pytest.approx(losses[-1], rel=1e-3)
+    assert losses[0] < 0.9 * losses[1]
 
 
 def fed(x: Array, bits: int = 4, group_size: int = 64) -> QuantizerInput:

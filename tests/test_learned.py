@@ -18,9 +18,9 @@ from calib.models.packed import Packed
 from calib.models.parallel import shared_cores
 from calib.quantization import gptq, learned
 from calib.quantization.build import Calibration, quantize_layers
-from calib.quantization.pictures import Drawn, PictureLoss
 from calib.quantization.quantizer import Quantized, QuantizerInput
-from calib.quantization.trainable import BIAS, INTEGER, SCALE, Trainable
+from calib.quantization.training.pictures import Drawn, PictureLoss
+from calib.quantization.training.trainable import BIAS, INTEGER, SCALE, Trainable
 
 import mlx.core as mx
 import numpy as np
@@ -210,6 +210,26 @@ def test_it_goes_on(drawn: tuple[DiffusionModel, StoredStates], tmp_path: Path) 
     assert alike(made_by(drawn, tmp_path)[0], whole)
     made_by(drawn, tmp_path, seed=1)
     assert len(list(tmp_path.glob("*.safetensors"))) == 2
+
+
+def test_rows_by_pictures(drawn: tuple[DiffusionModel, StoredStates]) -> None:
+    """gptq draws pictures for its outputs where it is told to, and leaves out what reads one vector a picture."""
+    made: list[Quantized] = []
+
+    def quantizer(work: QuantizerInput) -> Quantized:
+        made.extend(gptq.quantize(work, pictures=pictures) for pictures in (0, 2, 2))
+        return made[0]
+
+    plan = {
+        name: LayerPlan(3, 16, group_size=32) for name in linear_layers(drawn[0]) if name.startswith("mm_block_1.text")
+    }
+    quantize_layers(drawn[0], plan, StepPlan(), quantizer, Calibration(None, static, lambda: drawn[1]), {})
+    plain, one, two = made
+    assert alike(one, two)
+    for name, packed in plain.layers.items():
+        assert same(packed, one.layers[name]) == name.endswith("adaln"), name
+    nothing = QuantizerInput.without_layers(drawn[0].architecture, mx.float16)
+    check_config_error(lambda: gptq.quantize(nothing, pictures=-1), ["quantizer.pictures", "-1"])
 
 
 def test_bad_input(drawn: tuple[DiffusionModel, StoredStates]) -> None:

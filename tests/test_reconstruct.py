@@ -22,13 +22,13 @@ from calib.models.grids import searched
 from calib.models.mmdit.architecture import MMDiTArchitecture
 from calib.models.model import ModelDtype
 from calib.quantization import taqdit
-from calib.quantization.adaround import Roundings, rounding, undecided
 from calib.quantization.checkpoint import load, save
-from calib.quantization.lsq import InputSteps, stepped
 from calib.quantization.model import InputRule, QuantizedModel
 from calib.quantization.quantizer import ChannelRange, Quantized, QuantizerInput
-from calib.quantization.reconstruct import Draw, Parameters, See, Training, reconstruct
-from calib.quantization.rounded import Rounded, applied_by_rows, linear
+from calib.quantization.reconstruction.adaround import Roundings, rounding, undecided
+from calib.quantization.reconstruction.lsq import InputSteps, stepped
+from calib.quantization.reconstruction.reconstruct import Draw, Parameters, See, Training, reconstruct
+from calib.quantization.reconstruction.rounded import Rounded, applied_by_rows, linear
 
 import mlx.core as mx
 import numpy as np
@@ -421,7 +421,7 @@ def test_impossible_parameters(parameters: Any, words: Sequence[str]) -> None:
 
 
 def lacking_room(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr("calib.quantization.rows.free_bytes", lambda _: 1000)
+    patch.setattr("calib.quantization.reconstruction.rows.free_bytes", lambda _: 1000)
 
 
 @pytest.mark.parametrize(

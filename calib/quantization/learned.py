@@ -1,7 +1,7 @@
 """Quantizer ``learned``: the integers and grids of ``gptq`` trained against the pictures they draw.
 
-End to end, through the sampler: the loss of :mod:`calib.quantization.pictures` for calibration prompts and fresh noise,
-in fewer steps than the user's sampler has. Roundings are trained as by AutoRound (arXiv 2309.05516), scales and biases
+End to end, through the sampler: the loss of :mod:`calib.quantization.training.pictures` for calibration prompts and
+fresh noise, in fewer steps than the user's sampler has. Roundings are trained as by AutoRound (arXiv 2309.05516), scales and biases
 as by DWQ (mlx-lm); size and format stay those of the plan. Of some calibration images, held out, the best is kept.
 """
 
@@ -18,10 +18,10 @@ from calib.base.seeds import generator
 from calib.models.model import DiffusionModel
 from calib.models.packed import Packed
 from calib.quantization import gptq
-from calib.quantization.pictures import Drawn, PictureLoss, picture_loss, psnr_of
 from calib.quantization.quantizer import Quantized, QuantizerInput
-from calib.quantization.trainable import Parameters, Trainable
-from calib.quantization.trained import Trained, adam
+from calib.quantization.training.pictures import Drawn, PictureLoss, picture_loss, psnr_of
+from calib.quantization.training.trainable import Parameters, Trainable
+from calib.quantization.training.trained import Trained, adam
 
 import mlx.core as mx
 import numpy as np

@@ -13,8 +13,8 @@ from calib.base.progress import Progress
 from calib.base.seeds import generator
 from calib.models.packed import Packed
 from calib.quantization.curvature import Curvature, prepared
-from calib.quantization.pictures import Drawn, picture_loss
 from calib.quantization.quantizer import QuantizerInput
+from calib.quantization.training.pictures import Drawn, picture_loss
 
 import mlx.core as mx
 import numpy as np

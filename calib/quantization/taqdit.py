@@ -14,13 +14,13 @@ from calib.analysis.plan import UNQUANTIZED
 from calib.base.errors import CalibError, ConfigError
 from calib.base.layout import ACTIVATIONS
 from calib.models.grids import searched
-from calib.quantization.adaround import Roundings, decided, rounding, undecided
 from calib.quantization.fit import column_weights
-from calib.quantization.lsq import Extremes, InputSteps
 from calib.quantization.model import InputRule
 from calib.quantization.quantizer import Quantized, QuantizerInput
-from calib.quantization.reconstruct import Draw, Parameters, See, Training, reconstruct
-from calib.quantization.rounded import Rounded, linear
+from calib.quantization.reconstruction.adaround import Roundings, decided, rounding, undecided
+from calib.quantization.reconstruction.lsq import Extremes, InputSteps
+from calib.quantization.reconstruction.reconstruct import Draw, Parameters, See, Training, reconstruct
+from calib.quantization.reconstruction.rounded import Rounded, linear
 
 import mlx.core as mx
 import numpy as np
@@ -129,7 +129,7 @@ def quantize(
 
 
 class TaQDiT:
-    """The :class:`~calib.quantization.reconstruct.Method`; it holds the grids of one part at a time."""
+    """The :class:`~calib.quantization.reconstruction.reconstruct.Method`; it holds the grids of one part at a time."""
 
     def __init__(self, work: QuantizerInput, own: Parts):
         self._work, self._own = work, own

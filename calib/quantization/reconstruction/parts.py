@@ -8,8 +8,8 @@ from typing import TypeAlias
 from calib.models.architecture import Architecture, Divisible, parent_of
 from calib.models.model import weights
 from calib.models.wrapper import Wrapper
-from calib.quantization.kept import Kept
-from calib.quantization.rows import Rows, States
+from calib.quantization.reconstruction.kept import Kept
+from calib.quantization.reconstruction.rows import Rows, States
 
 import mlx.core as mx
 from mlx import nn

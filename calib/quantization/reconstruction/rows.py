@@ -10,8 +10,8 @@ from calib.base.errors import CalibError
 from calib.base.files import free_bytes
 from calib.base.progress import counted, note, readable_bytes
 from calib.models.architecture import Conditioning, Divisible
-from calib.quantization.kept import Kept, bytes_of
 from calib.quantization.quantizer import QuantizerInput
+from calib.quantization.reconstruction.kept import Kept, bytes_of
 
 import mlx.core as mx
 import numpy as np

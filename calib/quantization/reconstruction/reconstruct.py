@@ -17,11 +17,11 @@ from calib.base.files import short_hash
 from calib.base.progress import Progress
 from calib.base.seeds import generator
 from calib.models.architecture import Divisible
-from calib.quantization.kept import Kept
-from calib.quantization.parts import PlannedPart, in_float32, planned_parts
 from calib.quantization.quantizer import QuantizerInput
-from calib.quantization.rounded import Rounded, by_row
-from calib.quantization.rows import Rows, States
+from calib.quantization.reconstruction.kept import Kept
+from calib.quantization.reconstruction.parts import PlannedPart, in_float32, planned_parts
+from calib.quantization.reconstruction.rounded import Rounded, by_row
+from calib.quantization.reconstruction.rows import Rows, States
 
 import mlx.core as mx
 import numpy as np

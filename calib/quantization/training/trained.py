@@ -10,7 +10,7 @@ from typing import Any
 from calib.base.errors import CalibError
 from calib.base.files import replacing
 from calib.models.tensors import read_weights
-from calib.quantization.trainable import Parameters
+from calib.quantization.training.trainable import Parameters
 
 import mlx.core as mx
 import numpy as np

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 from calib.analysis.ranges import StepRanges
 from calib.quantization.model import InputRule
-from calib.quantization.rounded import by_row
+from calib.quantization.reconstruction.rounded import by_row
 
 import mlx.core as mx
 import numpy as np

@@ -1,0 +1,1 @@
+"""Training of packed layers, end to end, against the pictures they draw."""
