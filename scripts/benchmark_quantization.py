@@ -35,7 +35,7 @@ from calib.evaluation.metrics import Fidelity, bootstrap, bootstrap_difference
 from calib.evaluation.paired import Paired
 from calib.evaluation.reference import control_of, draw_reference
 from calib.models.model import DiffusionModel
-from calib.quantization import fit, gptq, learned, percentile, rtn, smooth
+from calib.quantization import fit, gptq, learned, percentile, rtn, smooth, taqdit
 from calib.quantization.apply import applied
 from calib.quantization.build import Calibration, quantize_layers
 from calib.quantization.quantizer import Quantizer
@@ -228,7 +228,29 @@ PLANS = [
         for how, average, groups in (("everywhere", None, None), ("by layer", bits, 1), ("by step", bits, None))
     ),
 ]
-ROWS = {"Weights alone": WEIGHTS, "Activations, weights at 8 bits": INPUTS, "Whole plans": PLANS}
+W4A8 = {
+    "rtn": rtn.quantize,
+    "gptq": gptq.quantize,
+    "taqdit": taqdit.quantize,
+    "taqdit, roundings and steps apart": partial(taqdit.quantize, joint=False),
+    "taqdit, no QDrop": partial(taqdit.quantize, qdrop=0),
+    "taqdit, shift": partial(taqdit.quantize, shift=True),
+    "taqdit, migration": partial(taqdit.quantize, migrate=0.125),
+    "taqdit, by channel": partial(taqdit.quantize, granularity=taqdit.Granularity.CHANNEL),
+}
+RECONSTRUCTED = [
+    *(Row(f"W4 A8, {name}", uniformly(4), function, activation_bits=8) for name, function in W4A8.items()),
+    *(
+        Row(f"W4 A8 per_step, {name}", uniformly(4), W4A8[name], ranges.per_step, activation_bits=8)
+        for name in ("gptq", "taqdit")
+    ),
+]
+ROWS = {
+    "Weights alone": WEIGHTS,
+    "Activations, weights at 8 bits": INPUTS,
+    "Reconstruction": RECONSTRUCTED,
+    "Whole plans": PLANS,
+}
 
 #: Claims to test: is the first better than the second?
 CLAIMS = [
@@ -243,6 +265,7 @@ CLAIMS = [
     ("smooth W3", "uniform W3"),
     *((f"allocate {b}, {q}", f"allocate {b}") for b in (4.5, 3.5, 3.0) for q in ("fit", "gptq")),
     *((f"allocate {b}, gptq", f"allocate {b}, fit") for b in (4.5, 3.5, 3.0)),
+    *(("W4 A8, taqdit", f"W4 A8, {name}") for name in W4A8 if name != "taqdit"),
     *((f"allocate {b}, learned", f"allocate {b}, gptq") for b in (4.5, 3.5, 3.0)),
     *((f"allocate {b}, gptq", f"allocate {b} of the output by {m}, gptq") for b in (4.5, 3.5) for m in Method),
     *((row, f"MLX's rounding W{b}") for b in (4, 3) for row in (f"uniform W{b}", f"fit W{b}", f"gptq W{b}")),

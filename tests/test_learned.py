@@ -116,7 +116,7 @@ def test_what_is_trained(bits: int, rounding: bool) -> None:
     moved = {name: value + 0.3 * mx.array(random.randn(*value.shape), mx.float32) for name, value in own.items()}
     s = (scales + SCALE * np.abs(scales) * float64(moved["scale"])).astype(np.float16).astype(np.float64)
     b = (float64(packed.biases) + BIAS * np.abs(scales) * float64(moved["bias"])).astype(np.float16).astype(np.float64)
-    integers = np.clip(np.rint(float64(moved["integer"])), 0, 2**bits - 1) if rounding else q
+    integers = np.clip(np.rint(INTEGER * float64(moved["integer"])), 0, 2**bits - 1) if rounding else q
     values = (s[..., None] * integers + b[..., None]).reshape(6, 128)
     for made in (layer.weight(moved), layer.finished(moved).dequantize()):
         np.testing.assert_allclose(np.array(made), values, rtol=2e-3, atol=2e-3 * np.abs(scales).max())
@@ -129,7 +129,7 @@ def drawn(model: DiffusionModel, tmp_path_factory: pytest.TempPathFactory) -> tu
     return own, StoredStates(folder, manifest, sorted(manifest.images), range(manifest.num_steps))
 
 
-FEW = {"updates": 6, "batch_size": 2, "num_steps": 2, "held_out": 1, "rate": 0.02}
+FEW = {"updates": 6, "batch_size": 2, "num_steps": 2, "held_out": 1, "rate": 0.02, "pictures": 0}
 
 
 def made_by(

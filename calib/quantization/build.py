@@ -181,7 +181,7 @@ def _inputs(plan: Mapping[str, LayerPlan], steps: StepPlan, made: Quantized) -> 
         ranges = made.ranges.get(name, steps.ranges.get(name))
         if ranges is None:
             missing.append(name)
-        elif not any(ranges.low) and not any(ranges.high):
+        elif not any(ranges.low) and not any(ranges.high) and not divisors:  # weights were multiplied by them
             constant.append(name)
         else:
             rules[name] = InputRule(ranges, bits, divisors, shifts)

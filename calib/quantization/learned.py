@@ -1,18 +1,21 @@
 """Quantizer ``learned``: the integers and grids of ``gptq`` trained against the pictures they draw.
 
 End to end, through the sampler: the loss of :mod:`calib.quantization.training.pictures` for calibration prompts and
-fresh noise, in fewer steps than the user's sampler has. Roundings are trained as by AutoRound (arXiv 2309.05516), scales and biases
-as by DWQ (mlx-lm); size and format stay those of the plan. Of some calibration images, held out, the best is kept.
+fresh noise, in fewer steps than the user's sampler has. Roundings are trained as by AutoRound (arXiv 2309.05516),
+scales and biases as by DWQ (mlx-lm); size and format stay those of the plan. Of some calibration images, held out, the
+best is kept.
 """
 
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from calib.activations.batches import StoredStates
 from calib.activations.states import read_states
+from calib.activations.step import prompt_of
 from calib.base.errors import CalibError, ConfigError
-from calib.base.files import short_hash
+from calib.base.files import remove_abandoned, short_hash
 from calib.base.progress import Progress
 from calib.base.seeds import generator
 from calib.models.model import DiffusionModel
@@ -28,6 +31,8 @@ import numpy as np
 
 #: How often a training is compared with its best, and saved.
 CHECKS = 6
+#: Of the procedure; to be raised where it makes something else of the same work.
+VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,7 @@ class Training:
     rate: float
     rounding: bool
     held_out: int
+    pictures: int
     seed: int
 
     def check(self) -> None:
@@ -61,9 +67,10 @@ def quantize(
     updates: int = 60,
     batch_size: int = 4,
     num_steps: int = 10,
-    rate: float = 3e-3,
+    rate: float = 2e-3,
     rounding: bool = True,
     held_out: int = 8,
+    pictures: int = 16,
     seed: int = 0,
 ) -> Quantized:
     """Train what ``gptq`` makes until its pictures are nearest those of full precision; never worse than its start.
@@ -73,11 +80,13 @@ def quantize(
 
     Args:
         updates: of the parameters, each by ``batch_size`` new pictures.
-        num_steps: steps of the sampler in training, a fifth more or less: as many as pictures need to look alike.
-        rate: the largest change of an integer before rounding, and of a bias in units of its scale, at an update; of
-            a scale a tenth of that, relative to itself.
+        num_steps: steps of the sampler in training, those of the dataset at most; a fifth more or less. As many as
+            pictures need to look alike.
+        rate: the largest change of a bias in units of its scale at an update; of an integer before rounding eight times
+            that, of a scale a tenth of it, relative to itself.
         rounding: train integers too, not scales and biases alone.
         held_out: calibration images, the last ones, by which the best is chosen; they are not trained on.
+        pictures: of ``gptq``, with which it starts.
         seed: of the pictures drawn in training.
 
     Raises:
@@ -85,7 +94,7 @@ def quantize(
         CalibError: there is no dataset to draw from, it has too few images to hold some out, or a gradient is not
             finite at the start.
     """
-    training = Training(updates, batch_size, num_steps, rate, rounding, held_out, seed)
+    training = Training(updates, batch_size, num_steps, rate, rounding, held_out, pictures, seed)
     training.check()
     if not work.layers:
         return Quantized({})
@@ -97,7 +106,10 @@ def quantize(
             f"quantizer.held_out={held_out}: of {len(states.images)} calibration images none is left to train on; "
             "collect more (num_images, calibration.images), or hold out fewer"
         )
-    start = gptq.quantize(work)
+    if lacking := [i for i in states.images[-held_out:] if states.manifest.images[i].seed is None]:
+        raise CalibError(f"{states.data_dir}: the seed of image {lacking[0]}, which is to be drawn again, is unknown")
+    states.manifest.row(states.manifest.num_steps)  # finished latents are compared
+    start = gptq.quantize(work, pictures=pictures)
     if not updates:
         return start
     made, notes = _Trainer(work, work.model, states, start.layers, training).train()
@@ -176,12 +188,16 @@ class _Trainer:
         """The pictures of an update: prompts of calibration images, fresh noise, and a number of steps."""
         training, random = self._training, generator("quantizer.seed", self._training.seed, update)
         images = random.choice(self._seen, training.batch_size, replace=len(self._seen) < training.batch_size)
-        fifth = training.num_steps // 5
+        num_steps = min(training.num_steps, self._states.manifest.num_steps)  # some models draw in four
+        fifth = num_steps // 5
         return Drawn(
-            [str(self._states.manifest.images[int(i)].prompt) for i in images],
+            self._prompts(images),
             random.randint(1 << 31, size=training.batch_size).tolist(),
-            int(random.randint(training.num_steps - fifth, training.num_steps + fifth + 1)),
+            int(random.randint(num_steps - fifth, num_steps + fifth + 1)),
         )
+
+    def _prompts(self, images: Iterable[int]) -> list[str]:
+        return [prompt_of(self._states.data_dir, self._states.manifest.images[int(i)]) for i in images]
 
     def _held_out(self, loss: PictureLoss, parameters: dict[str, Parameters]) -> float:
         """Mean PSNR of the held-out pictures, in the dataset's number of steps, dB."""
@@ -191,9 +207,8 @@ class _Trainer:
         for first in range(0, len(self._held), size):
             images = self._held[first : first + size]
             exact = mx.array(read_states(self._states.data_dir, manifest, images, manifest.num_steps))
-            entries = [manifest.images[i] for i in images]
-            seeds = [entry.seed or 0 for entry in entries]
-            drawn = loss.draw(Drawn([str(entry.prompt) for entry in entries], seeds, manifest.num_steps), weights)
+            seeds = [manifest.images[i].seed or 0 for i in images]
+            drawn = loss.draw(Drawn(self._prompts(images), seeds, manifest.num_steps), weights)
             errors += loss.errors(exact.astype(mx.float32), drawn[-1])
         return float(np.mean([psnr_of(error) for error in errors]))
 
@@ -214,5 +229,6 @@ class _Trainer:
         if self._work.scratch is None:
             return None
         plan = {name: asdict(self._work.plan[name]) for name in self._work.layers}
-        key = short_hash(["learned", asdict(self._training), sorted(self._work.layers), plan], digits=16)
+        remove_abandoned(self._work.scratch)  # what a killed process was writing
+        key = short_hash(["learned", VERSION, asdict(self._training), sorted(self._work.layers), plan], digits=16)
         return self._work.scratch / f"{key}.safetensors"

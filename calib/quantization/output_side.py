@@ -8,6 +8,7 @@ arXiv 2505.22988). B = Σ G Gᵀ over pictures, G the gradient of a random direc
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 
+from calib.activations.step import prompt_of
 from calib.base.errors import CalibError
 from calib.base.progress import Progress
 from calib.base.seeds import generator
@@ -19,7 +20,7 @@ from calib.quantization.training.pictures import Drawn, picture_loss
 import mlx.core as mx
 import numpy as np
 
-#: Steps of the sampler in which the pictures are drawn.
+#: Steps of the sampler in which the pictures are drawn, where the user's has no fewer.
 NUM_STEPS = 10
 #: λ relative to the mean of B's diagonal.
 DAMPING = 0.3
@@ -38,10 +39,10 @@ def output_hessians(work: QuantizerInput, pictures: int) -> dict[str, Curvature]
     if work.model is None or work.states is None:
         raise CalibError("this quantizer draws pictures: name the run whose dataset is to be drawn from, stats=DIR")
     states, random = work.states(), generator("quantizer.pictures", 0)
-    prompts = [str(states.manifest.images[i].prompt) for i in states.images]
-    wanted = Drawn(
-        [prompts[i % len(prompts)] for i in range(pictures)], random.randint(1 << 31, size=pictures).tolist(), NUM_STEPS
-    )
+    prompts = [prompt_of(states.data_dir, states.manifest.images[i]) for i in states.images]
+    seeds = random.randint(1 << 31, size=pictures).tolist()
+    num_steps = min(NUM_STEPS, states.manifest.num_steps)  # some models draw in four
+    wanted = Drawn([prompts[i % len(prompts)] for i in range(pictures)], seeds, num_steps)
     kind = work.architecture.kind
     layers = {n: x for n, x in work.layers.items() if kind(n) != LEFT_OUT and len(x.weight) >= 2 * GROUPS}
     sums: dict[str, mx.array] = {}

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
 from calib.base.errors import ConfigError
-from calib.base.files import short_hash
+from calib.base.files import remove_abandoned, short_hash
 from calib.base.progress import Progress
 from calib.base.seeds import generator
 from calib.models.architecture import Divisible
@@ -34,6 +34,8 @@ Parameters: TypeAlias = dict[str, dict[str, mx.array]]
 See: TypeAlias = Callable[[str, mx.array, NDArray[np.intp]], None]
 #: A training is compared with its best so far as often as this.
 CHECKS = 8
+#: Of the procedure; to be raised where it makes something else of the same work.
+VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -146,12 +148,13 @@ def reconstruct(work: QuantizerInput, method: Method, training: Training, made_b
                 targets = part.passed(full, lambda steps, n, layer, x: layer(x))
                 rounded = Rounded() if not layers else None if path is None else Rounded.load(path)
                 if rounded is None:
-                    trainer = _Trainer(part, method, training, given, full, targets, _shares(work, layers, states))
-                    rounded = trainer.train(progress)
+                    shares = _shares(work, layers, states)
+                    rounded = _Trainer(part, method, training, given, full, targets, shares).train(progress)
                     if path is not None:
                         rounded.save(path)
+                full = targets  # before the next: what this part read of the full model is let go (rows.COPIES)
                 if number + 1 < len(parts):
-                    given, full = part.passed(given, rounded.run), targets
+                    given = part.passed(given, rounded.run)
             found = found.joined(rounded)
     return found
 
@@ -161,7 +164,9 @@ def _folder(work: QuantizerInput, training: Training, made_by: Mapping[str, Any]
     if work.scratch is None:
         return None
     plan = {name: [asdict(layer), work.input_bits(name)] for name, layer in work.plan.items()}
-    return work.scratch / short_hash([dict(made_by), asdict(training), sorted(work.layers), plan], digits=16)
+    folder = work.scratch / short_hash([VERSION, dict(made_by), asdict(training), sorted(work.layers), plan], digits=16)
+    remove_abandoned(folder)  # what a killed process was writing
+    return folder
 
 
 def _shares(work: QuantizerInput, layers: Mapping[str, nn.Module], states: States) -> NDArray[np.float64]:

@@ -36,7 +36,7 @@ class States:
         text: the conditioning: tokens, and pooled text where the family has it.
         seen, held: the rows of the images to train on, and of those held out.
         dtype: the 16-bit type in which rows are kept.
-        folder: where they are kept; None: in memory.
+        folder: where they and what parts pass on are kept; None: in memory.
         at_once: rows that are run at once where nothing is trained.
     """
 
@@ -71,7 +71,7 @@ class States:
         out = np.isin(images, known[-count:])
         folder = _folder(work, [batches[0].x, *batches[0].text.arrays()], times[0], len(images), memory)
         x = Kept([batches[0].x.shape[1:]], len(images), work.dtype, folder)
-        text = Kept([array.shape[1:] for array in batches[0].text.arrays()], len(images), work.dtype)
+        text = Kept([array.shape[1:] for array in batches[0].text.arrays()], len(images), work.dtype, folder)
         first = 0
         for batch in batches:
             rows = slice(first, first := first + len(batch.x))
@@ -108,15 +108,15 @@ def _folder(
     """None where what parts read and pass on stays within ``memory``, else a folder that has the room."""
     assert isinstance(work.architecture, Divisible)
     x, *text = (array[:1] for array in given)
-    passed, most = [x], 0
+    passed, most, read = [x], 0, bytes_of([array.shape[1:] for array in given], rows)
     for part in work.architecture.parts(Conditioning(*text), mx.array(times[:1]), x.shape):
         passed = part(passed)  # nothing is computed: for the shapes
         most = max(most, bytes_of([array.shape[1:] for array in passed], rows))
-    if COPIES * most <= memory:
+    if (total := COPIES * most + read) <= memory:
         return None
     folder = Path(gettempdir()) if work.scratch is None else work.scratch
-    size = f"{readable_bytes(COPIES * most)} of what blocks read and pass on"
-    if (free := free_bytes(folder)) < COPIES * most:
+    size = f"{readable_bytes(total)} of what blocks read and pass on"
+    if (free := free_bytes(folder)) < total:
         remedy = "choose another cache_dir, or fewer calibration.images or calibration.steps"
         raise CalibError(f"{folder}: {size} are to be kept there, and {readable_bytes(free)} are free; {remedy}")
     note(f"{size} are kept in {folder}, more than quantizer.memory_gb={memory / 1e9:g}")

@@ -130,14 +130,17 @@ class PictureLoss:
 
     def directions(self, wanted: Drawn, seed: int) -> Iterator[dict[str, mx.array]]:
         """Yield, for each picture at full precision, the gradient of a random direction in it by weights, by layer."""
-        states = self.draw(wanted)
         for first in range(0, len(wanted.prompts), self._side_by_side):
+            part = slice(first, first + self._side_by_side)
+            # No more at once than go back at once: memory does not grow with the number of pictures.
+            states = self.draw(Drawn(wanted.prompts[part], wanted.seeds[part], wanted.num_steps))
             passes = []
-            for i in range(first, min(first + self._side_by_side, len(wanted.prompts))):
-                direction = mx.random.normal(self._picture(states[-1][i : i + 1]).shape, key=mx.random.key(seed + i))
-                _, (adjoint,) = mx.vjp(lambda z: [self._picture(z)], [states[-1][i : i + 1]], [direction])
-                text = self._model.encode(wanted.prompts[i : i + 1], self._guidance).astype(mx.float32)
-                passes.append(_Pass(text, [x[i : i + 1] for x in states], adjoint, self._backward.no_gradients()))
+            for i, prompt in enumerate(wanted.prompts[part]):
+                own, key = [x[i : i + 1] for x in states], mx.random.key(seed + first + i)
+                direction = mx.random.normal(self._picture(own[-1]).shape, key=key)
+                _, (adjoint,) = mx.vjp(lambda z: [self._picture(z)], own[-1:], [direction])
+                text = self._model.encode([prompt], self._guidance).astype(mx.float32)
+                passes.append(_Pass(text, own, adjoint, self._backward.no_gradients()))
             self._back(passes, wanted.num_steps)
             yield from (one.total for one in passes)
 

@@ -12,7 +12,7 @@ import mlx.core as mx
 Parameters: TypeAlias = dict[str, mx.array]
 
 #: Share of a scale, share of a scale's width for a bias, and integers, that a change by one stands for.
-SCALE, BIAS, INTEGER = 0.1, 1.0, 4.0
+SCALE, BIAS, INTEGER = 0.1, 1.0, 8.0
 #: How far from the middle of an integer a training begins, of the distance of the weight itself.
 SPREAD = 0.6
 
@@ -48,7 +48,7 @@ class Trainable:
             scales, biases = self._stored(found)
             real = (weight.astype(mx.float32).reshape(self.integers.shape) - biases[..., None]) / _divisor(scales)
             # No weight begins at the very edge, where GPTQ leaves those that make up for others.
-            found["integer"] = self.integers + SPREAD * mx.clip(real - self.integers, -0.5, 0.5)
+            found["integer"] = (self.integers + SPREAD * mx.clip(real - self.integers, -0.5, 0.5)) / INTEGER
         return found
 
     def weight(self, parameters: Mapping[str, mx.array]) -> mx.array:
@@ -91,7 +91,7 @@ class Trainable:
     def _rounded(self, parameters: Mapping[str, mx.array]) -> mx.array:
         if not self.rounding:
             return self.integers
-        return mx.clip(mx.round(parameters["integer"]), 0, 2**self.packed.bits - 1)
+        return mx.clip(mx.round(INTEGER * parameters["integer"]), 0, 2**self.packed.bits - 1)
 
 
 def _divisor(scales: mx.array) -> mx.array:
