@@ -12,6 +12,7 @@ from calib.activations.step import prompt_of
 from calib.base.errors import CalibError
 from calib.base.progress import Progress
 from calib.base.seeds import generator
+from calib.models.memory import device_memory
 from calib.models.packed import Packed
 from calib.quantization.curvature import Curvature, prepared
 from calib.quantization.quantizer import QuantizerInput
@@ -19,6 +20,7 @@ from calib.quantization.training.pictures import Drawn, picture_loss
 
 import mlx.core as mx
 import numpy as np
+from mlx import nn
 
 #: Steps of the sampler in which the pictures are drawn, where the user's has no fewer.
 NUM_STEPS = 10
@@ -31,7 +33,7 @@ LEFT_OUT = "post-silu"
 
 
 def output_hessians(work: QuantizerInput, pictures: int) -> dict[str, Curvature]:
-    """B + λI and its factor by layer, of ``pictures`` drawn from calibration prompts.
+    """B + λI and its factor by layer, of ``pictures`` drawn from calibration prompts; of layers that memory allows.
 
     Raises:
         CalibError: there is no dataset to draw from, or a gradient is not finite.
@@ -41,10 +43,9 @@ def output_hessians(work: QuantizerInput, pictures: int) -> dict[str, Curvature]
     states, random = work.states(), generator("quantizer.pictures", 0)
     prompts = [prompt_of(states.data_dir, states.manifest.images[i]) for i in states.images]
     seeds = random.randint(1 << 31, size=pictures).tolist()
-    num_steps = min(NUM_STEPS, states.manifest.num_steps)  # some models draw in four
-    wanted = Drawn([prompts[i % len(prompts)] for i in range(pictures)], seeds, num_steps)
-    kind = work.architecture.kind
-    layers = {n: x for n, x in work.layers.items() if kind(n) != LEFT_OUT and len(x.weight) >= 2 * GROUPS}
+    # Fewer steps than the user's tell next to nothing (docs/LOG.md).
+    wanted = Drawn([prompts[i % len(prompts)] for i in range(pictures)], seeds, states.manifest.num_steps)
+    layers = _chosen(work)
     sums: dict[str, mx.array] = {}
     guidance = states.manifest.cfg_weight
     with picture_loss(work.model, layers, guidance, 1) as loss, Progress("outputs", pictures, "picture", 2) as progress:
@@ -56,6 +57,18 @@ def output_hessians(work: QuantizerInput, pictures: int) -> dict[str, Curvature]
             progress.advance()
     waiting = [(name, lambda total=total: total) for name, total in sums.items() if total.any().item()]
     return dict(prepared(waiting, DAMPING, act_order=True))
+
+
+def _chosen(work: QuantizerInput) -> dict[str, nn.Linear]:
+    """The layers that are rounded so: the narrowest first, as far as memory allows, in network order."""
+    kind, left = work.architecture.kind, MEMORY_SHARE * device_memory()
+    fit = {n: x for n, x in work.layers.items() if kind(n) != LEFT_OUT and len(x.weight) >= 2 * GROUPS}
+    found = set()
+    for name, layer in sorted(fit.items(), key=lambda item: len(item[1].weight)):
+        left -= 3 * 4 * len(layer.weight) ** 2  # the sum, then H and the factor, in float32
+        if left >= 0:
+            found.add(name)
+    return {name: layer for name, layer in fit.items() if name in found}
 
 
 def rounded_in_turn(weight: mx.array, outputs: Curvature, round_rows: Callable[[mx.array], Packed]) -> Packed:

@@ -96,11 +96,13 @@ class PictureLoss:
     def draw(self, wanted: Drawn, weights: Mapping[str, mx.array] | None = None) -> list[mx.array]:
         """States 0 … num_steps, each (pictures, height, width, channels); None: at full precision."""
         self._set(self._exact if weights is None else weights)
-        text = self._model.encode(wanted.prompts, self._guidance)
-        drawn = trajectory_from(
-            *(self._model, text, wanted.seeds, wanted.num_steps, self._guidance), parts=self._side_by_side
-        )
-        return [state.x.astype(mx.float32) for state in drawn]
+        each, drawn = self._at_once * self._side_by_side, []
+        for first in range(0, len(wanted.prompts), each):
+            text = self._model.encode(wanted.prompts[first : first + each], self._guidance)
+            given = (self._model, text, wanted.seeds[first : first + each], wanted.num_steps, self._guidance)
+            states = trajectory_from(*given, parts=self._side_by_side)
+            drawn.append([state.x.astype(mx.float32) for state in states])
+        return [mx.concatenate(list(parts)) for parts in zip(*drawn, strict=True)]
 
     def gradients(
         self, wanted: Drawn, weights: Mapping[str, mx.array]
