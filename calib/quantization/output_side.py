@@ -22,8 +22,8 @@ import mlx.core as mx
 import numpy as np
 from mlx import nn
 
-#: Steps of the sampler in which the pictures are drawn, where the user's has no fewer.
-NUM_STEPS = 10
+#: Share of the device's memory for B and its factors, of all layers at once.
+MEMORY_SHARE = 0.25
 #: λ relative to the mean of B's diagonal.
 DAMPING = 0.3
 #: Groups of rows that are rounded in turn, the most sensitive first.
