@@ -16,7 +16,7 @@ from calib.models.grids import searched
 from calib.models.model import DiffusionModel, weights
 from calib.models.packed import Packed
 from calib.models.parallel import shared_cores
-from calib.quantization import gptq, learned
+from calib.quantization import gptq, learned, output_side
 from calib.quantization.build import Calibration, quantize_layers
 from calib.quantization.quantizer import Quantized, QuantizerInput
 from calib.quantization.training.pictures import Drawn, PictureLoss
@@ -212,19 +212,25 @@ def test_it_goes_on(drawn: tuple[DiffusionModel, StoredStates], tmp_path: Path) 
     assert len(list(tmp_path.glob("*.safetensors"))) == 2
 
 
-def test_rows_by_pictures(drawn: tuple[DiffusionModel, StoredStates]) -> None:
-    """gptq draws pictures for its outputs where it is told to, and leaves out what reads one vector a picture."""
+def test_rows_by_pictures(drawn: tuple[DiffusionModel, StoredStates], monkeypatch: pytest.MonkeyPatch) -> None:
+    """gptq draws pictures for its outputs where it is told to, and leaves out what reads one vector a picture.
+
+    And what memory has no room for.
+    """
     made: list[Quantized] = []
 
     def quantizer(work: QuantizerInput) -> Quantized:
         made.extend(gptq.quantize(work, pictures=pictures) for pictures in (0, 2, 2))
+        monkeypatch.setattr(output_side, "MEMORY_SHARE", 0.0)
+        made.append(gptq.quantize(work, pictures=2))
         return made[0]
 
     plan = {
         name: LayerPlan(3, 16, group_size=32) for name in linear_layers(drawn[0]) if name.startswith("mm_block_1.text")
     }
     quantize_layers(drawn[0], plan, StepPlan(), quantizer, Calibration(None, static, lambda: drawn[1]), {})
-    plain, one, two = made
+    plain, one, two, none = made
+    assert alike(none, plain)
     assert alike(one, two)
     for name, packed in plain.layers.items():
         assert same(packed, one.layers[name]) == name.endswith("adaln"), name

@@ -45,7 +45,8 @@ def output_hessians(work: QuantizerInput, pictures: int) -> dict[str, Curvature]
     seeds = random.randint(1 << 31, size=pictures).tolist()
     # Fewer steps than the user's tell next to nothing (docs/LOG.md).
     wanted = Drawn([prompts[i % len(prompts)] for i in range(pictures)], seeds, states.manifest.num_steps)
-    layers = _chosen(work)
+    if not (layers := _chosen(work)):
+        return {}
     sums: dict[str, mx.array] = {}
     guidance = states.manifest.cfg_weight
     with picture_loss(work.model, layers, guidance, 1) as loss, Progress("outputs", pictures, "picture", 2) as progress:
