@@ -232,7 +232,8 @@ def write_standin(cache: Path, name: str, use_t5: bool, text: TextShapes) -> Non
 def flux_code(blocks: tuple[int, int]) -> str:
     """Python that starts calib with ``blocks`` in place of FLUX's number of multimodal and unified blocks."""
     return (
-        "from calib.cli.main import main; from diffusionkit.mlx.config import FLUX_SCHNELL; "
+        "import calib.models.compat; from calib.cli.main import main; "
+        "from diffusionkit.mlx.config import FLUX_SCHNELL; "
         f"FLUX_SCHNELL.depth_multimodal, FLUX_SCHNELL.depth_unified = {blocks[0]}, {blocks[1]}; main()"
     )
 

@@ -177,6 +177,12 @@ def test_a_transformer_that_exceeds_the_memory_is_noted_before_it_is_read(
     )
 
 
+def test_the_program_for_fewer_blocks_starts() -> None:
+    program = [sys.executable, "-c", standin.flux_code((1, 2)), "--version"]
+    done = subprocess.run(program, env=environment(), capture_output=True, text=True)
+    assert done.stdout == f"calib {calib.__version__}\n", done.stderr
+
+
 def test_diffusionkits_own_vae_encoder_reads_the_standin(cache: Path) -> None:
     encoder = model_io.load_vae_encoder(key=SD3)
     assert encoder(mx.zeros((1, 32, 32, 3))).shape == (1, 4, 4, 32)
