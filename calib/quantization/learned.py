@@ -1,4 +1,4 @@
-"""Quantizer ``learned``: the integers and grids of ``gptq`` trained against the pictures they draw.
+"""Quantizer ``learned``: the grids of ``gptq``, and integers if wished, trained against the pictures they draw.
 
 End to end, through the sampler: the loss of :mod:`calib.quantization.training.pictures` for calibration prompts and
 fresh noise, in fewer steps than the user's sampler has. Roundings are trained as by AutoRound (arXiv 2309.05516),
@@ -68,7 +68,7 @@ def quantize(
     batch_size: int = 4,
     num_steps: int = 10,
     rate: float = 2e-3,
-    rounding: bool = True,
+    rounding: bool = False,
     held_out: int = 8,
     pictures: int = 16,
     seed: int = 0,
@@ -84,7 +84,7 @@ def quantize(
             pictures need to look alike.
         rate: the largest change of a bias in units of its scale at an update; of an integer before rounding eight times
             that, of a scale a tenth of it, relative to itself.
-        rounding: train integers too, not scales and biases alone.
+        rounding: train integers too, not scales and biases alone; it has not paid in some 60 updates (docs/LOG.md).
         held_out: calibration images, the last ones, by which the best is chosen; they are not trained on.
         pictures: of ``gptq``, with which it starts.
         seed: of the pictures drawn in training.
