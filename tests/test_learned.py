@@ -210,6 +210,10 @@ def test_it_goes_on(drawn: tuple[DiffusionModel, StoredStates], tmp_path: Path) 
     assert alike(made_by(drawn, tmp_path)[0], whole)
     made_by(drawn, tmp_path, seed=1)
     assert len(list(tmp_path.glob("*.safetensors"))) == 2
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gptq, "ROUNDS", 0)  # of another procedure
+        made_by(drawn, tmp_path)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 3, "and from another start"
 
 
 def test_rows_by_pictures(drawn: tuple[DiffusionModel, StoredStates], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ scales and biases as by DWQ (mlx-lm); size and format stay those of the plan. Of
 best is kept.
 """
 
+import hashlib
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
@@ -84,7 +85,7 @@ def quantize(
             pictures need to look alike.
         rate: the largest change of a bias in units of its scale at an update; of an integer before rounding eight times
             that, of a scale a tenth of it, relative to itself.
-        rounding: train integers too, not scales and biases alone; it has not paid in some 60 updates (docs/LOG.md).
+        rounding: train integers too, not scales and biases alone; what that gains is not known (docs/LOG.md).
         held_out: calibration images, the last ones, by which the best is chosen; they are not trained on.
         pictures: of ``gptq``, with which it starts.
         seed: of the pictures drawn in training.
@@ -225,10 +226,14 @@ class _Trainer:
         return f"learned: {count} from {start:.2f} to {best:.2f} dB, after {trained.best_updates} of {trained.updates}"
 
     def _path(self) -> Path | None:
-        """The file of what is done, by what that depends on beside weights, states and statistics."""
+        """The file of what is done, by what that depends on beside weights, states and statistics: its start, too."""
         if self._work.scratch is None:
             return None
         plan = {name: asdict(self._work.plan[name]) for name in self._work.layers}
         remove_abandoned(self._work.scratch)  # what a killed process was writing
-        key = short_hash(["learned", VERSION, asdict(self._training), sorted(self._work.layers), plan], digits=16)
+        start = hashlib.sha256()
+        for packed in self._start.values():
+            for array in (packed.weight, packed.scales.view(mx.uint16), packed.biases.view(mx.uint16)):
+                start.update(np.ascontiguousarray(np.array(array)).data)
+        key = short_hash(["learned", VERSION, asdict(self._training), start.hexdigest(), plan], digits=16)
         return self._work.scratch / f"{key}.safetensors"
