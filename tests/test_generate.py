@@ -437,7 +437,8 @@ def test_memory_does_not_grow_with_the_number_of_images(
         mx.clear_cache()
         mx.reset_peak_memory()
         before = mx.get_active_memory()
-        make(model, tmp_path / str(num_images), num_images, BRIEF)
+        # One picture at a time: parts of a batch run side by side, and their peaks may meet or not.
+        make(model, tmp_path / str(num_images), num_images, replace(BRIEF, batch_size=1))
         return mx.get_peak_memory() - before
 
     few = peak(4)
@@ -445,7 +446,7 @@ def test_memory_does_not_grow_with_the_number_of_images(
     many = peak(10)
     assert len(drawn) == 10
     assert max(alive) <= 4
-    assert many <= 1.3 * few, "parts of a batch run side by side, and their peaks may meet or not"
+    assert many <= 1.05 * few
 
 
 # What got lost, or cannot be
