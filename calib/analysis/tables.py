@@ -78,5 +78,6 @@ def read_table(path: Path) -> Table | None:
 def write_table(path: Path, table: Table) -> None:
     """Write what a pass found, whole or not at all."""
     content = io.BytesIO()
+    # NumPy's types let any keyword be its allow_pickle, which no key of a table is.
     np.savez(content, **table)  # type: ignore[arg-type]
     write_bytes(path, content.getvalue())

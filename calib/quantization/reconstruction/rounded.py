@@ -1,6 +1,5 @@
 """A rounded part of a transformer: packed weights and rules for inputs, run on rows of any steps, and kept on disk."""
 
-import json
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -8,9 +7,8 @@ from typing import Any
 
 from calib.analysis.ranges import StepRanges
 from calib.base.errors import CalibError
-from calib.base.files import replacing
 from calib.models.packed import Packed
-from calib.models.tensors import read_weights
+from calib.quantization import saved
 from calib.quantization.model import InputRule
 
 import mlx.core as mx
@@ -19,8 +17,6 @@ from mlx import nn
 from numpy.typing import NDArray
 
 _PARTS = ("weight", "scales", "biases")
-#: The tensor that holds all that is no tensor, as JSON.
-_REST = "rest"
 
 
 @dataclass
@@ -56,24 +52,20 @@ class Rounded:
             "errors": self.errors,
         }
         arrays = {f"{name}.{part}": getattr(layer, part) for name, layer in self.layers.items() for part in _PARTS}
-        arrays[_REST] = mx.array(np.frombuffer(json.dumps(rest).encode(), np.uint8))
-        with replacing(path) as temporary, open(temporary, "wb") as file:
-            mx.save_safetensors(file, arrays)
+        saved.save(path, arrays, rest)
 
     @classmethod
     def load(cls, path: Path) -> "Rounded | None":
         """Read what :meth:`save` wrote; None where it is missing or damaged."""
         with suppress(CalibError, KeyError, TypeError, ValueError, RuntimeError):
             if path.is_file():
-                arrays = read_weights(str(path))
-                rest: dict[str, Any] = json.loads(bytes(np.array(arrays.pop(_REST))))
+                arrays, rest = saved.load(path)
                 layers = {
                     name: Packed(
                         arrays[f"{name}.weight"], arrays[f"{name}.scales"], arrays[f"{name}.biases"], bits, size
                     )
                     for name, (bits, size) in rest["shapes"].items()
                 }
-                mx.eval(arrays)
                 inputs = {name: _rule(**own) for name, own in rest["inputs"].items()}
                 errors = {name: (start, least) for name, (start, least) in rest["errors"].items()}
                 return cls(layers, inputs, rest["notes"], errors)

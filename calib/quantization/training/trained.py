@@ -1,6 +1,5 @@
 """The state of a training, saved so that an interrupted one goes on to the same bits."""
 
-import json
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -8,15 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from calib.base.errors import CalibError
-from calib.base.files import replacing
-from calib.models.tensors import read_weights
+from calib.quantization import saved
 from calib.quantization.training.trainable import Parameters
 
 import mlx.core as mx
-import numpy as np
 from mlx import optimizers
 
-_REST = "rest"
 #: Updates over which the rate rises to its own.
 WARM_UP = 10
 
@@ -58,9 +54,7 @@ class Trained:
         """Write all of it to a file, whole or not at all."""
         arrays = {f"{which}/{path}": array for which, tree in self._trees().items() for path, array in _flat(tree)}
         rest = {"updates": self.updates, "best_updates": self.best_updates, "psnr": self.psnr}
-        arrays[_REST] = mx.array(np.frombuffer(json.dumps(rest).encode(), np.uint8))
-        with replacing(path) as temporary, open(temporary, "wb") as file:
-            mx.save_safetensors(file, arrays)
+        saved.save(path, arrays, rest)
 
     def _trees(self) -> dict[str, Any]:
         return {"now": self.now, "best": self.best, "optimizer": self.optimizer}
@@ -70,9 +64,7 @@ class Trained:
         """Read what :meth:`save` wrote; None where it is missing or damaged."""
         with suppress(CalibError, KeyError, TypeError, ValueError, RuntimeError):
             if path.is_file():
-                arrays = read_weights(str(path))
-                rest: dict[str, Any] = json.loads(bytes(np.array(arrays.pop(_REST))))
-                mx.eval(arrays)
+                arrays, rest = saved.load(path)
                 parts: dict[str, Any] = {}
                 for place, array in arrays.items():
                     *folders, last = place.split("/")
