@@ -1,6 +1,7 @@
 """quantizer=learned: gradients of pictures by the unrolled sampler, what is trained by hand; it never loses."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,11 @@ from calib.models.packed import Packed
 from calib.models.parallel import shared_cores
 from calib.quantization import gptq, learned, output_side
 from calib.quantization.build import Calibration, quantize_layers
+from calib.quantization.model import QuantizedModel
 from calib.quantization.quantizer import Quantized, QuantizerInput
 from calib.quantization.training.pictures import Drawn, PictureLoss
 from calib.quantization.training.trainable import BIAS, INTEGER, SCALE, Trainable
+from calib.stages.evaluate import drawn_before
 
 import mlx.core as mx
 import numpy as np
@@ -216,6 +219,34 @@ def test_it_goes_on(drawn: tuple[DiffusionModel, StoredStates], tmp_path: Path) 
     assert len(list(tmp_path.glob("*.safetensors"))) == 3, "and from another start"
 
 
+def test_texts(drawn: tuple[DiffusionModel, StoredStates], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those given are drawn beside the dataset's that are not held out; the model says which, and a comparison warns."""
+    model, states = drawn
+    own = [states.manifest.images[image].prompt for image in states.images]
+    given, seen = [own[-1], "a red fish", "a green dog", "a blue cup"], set[str]()
+
+    def record(self: PictureLoss, wanted: Drawn, weights: Any) -> Any:
+        seen.update(wanted.prompts)
+        return gradients(self, wanted, weights)
+
+    gradients = PictureLoss.gradients
+    monkeypatch.setattr(PictureLoss, "gradients", record)
+    plan = {"final_layer.linear": LayerPlan(3, 16, group_size=32)}
+
+    def quantized(quantizer: Any, **parameters: Any) -> QuantizedModel:
+        source = Calibration(None, static, lambda: states, prompts=given)
+        return quantize_layers(model, plan, StepPlan(), partial(quantizer, **parameters), source, {})[0]
+
+    for prompts, expected in ((2, given[1:3]), (None, given[1:]), (0, [])):
+        seen.clear()
+        made = quantized(learned.quantize, **{**FEW, "updates": 8, "prompts": prompts})
+        assert seen == {*own[:-1], *expected}
+        assert [text for text in given if drawn_before(made, [text])] == expected
+    made = quantized(gptq.quantize, pictures=len(own) + 2)
+    assert "2 of 5 prompts were drawn when the model was made" in drawn_before(made, [*given, "another"])
+    assert drawn_before(quantized(gptq.quantize, pictures=len(own)), given) == ""
+
+
 def test_rows_by_pictures(drawn: tuple[DiffusionModel, StoredStates], monkeypatch: pytest.MonkeyPatch) -> None:
     """gptq draws pictures for its outputs where it is told to, and leaves out what reads one vector a picture.
 
@@ -243,11 +274,12 @@ def test_rows_by_pictures(drawn: tuple[DiffusionModel, StoredStates], monkeypatc
 
 
 def test_bad_input(drawn: tuple[DiffusionModel, StoredStates]) -> None:
-    for key, value in {"updates": -1, "batch_size": 0, "num_steps": 1, "rate": 0.0, "held_out": 0, "seed": -1}.items():
+    lowest = {"updates": 0, "batch_size": 1, "num_steps": 2, "held_out": 1, "pictures": 0, "prompts": 0, "seed": 0}
+    for key, value in {"rate": 0.0, **{key: value - 1 for key, value in lowest.items()}}.items():
         check_config_error(
             lambda key=key, value=value: made_by(drawn, **{key: value}), [f"quantizer.{key}", str(value)]
         )
-    with pytest.raises(CalibError, match="held_out=3: of 3 calibration images none is left to train on"):
+    with pytest.raises(CalibError, match="held_out=3: of 3 collected images none is left to train on"):
         made_by(drawn, held_out=3)
     model, _ = drawn
     with pytest.raises(CalibError, match="stats=DIR"):

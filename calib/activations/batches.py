@@ -42,12 +42,17 @@ class Batch:
 
 @dataclass(frozen=True)
 class StoredStates:
-    """States ``steps`` of ``images`` of a dataset."""
+    """States ``steps`` of ``images`` of a dataset.
+
+    Attributes:
+        others: further images that the run collected, whose states are not replayed.
+    """
 
     data_dir: Path
     manifest: Manifest
     images: Sequence[int]
     steps: Sequence[int]
+    others: Sequence[int] = ()
 
     def check(self) -> None:
         """Raise where a state is missing or damaged."""

@@ -16,6 +16,7 @@ from calib.analysis.rules import checked_rule
 from calib.analysis.steps import StepPlan
 from calib.base.affine import GROUP_SIZES
 from calib.base.errors import CalibError, suggest
+from calib.base.files import short_hash
 from calib.base.layout import STEPS
 from calib.base.targets import described
 from calib.models.memory import plan_memory
@@ -41,6 +42,9 @@ import mlx.core as mx
 import numpy as np
 from mlx import nn
 from numpy.typing import NDArray
+
+#: Of a quantized model's ``about``: hashes of texts that its making drew and that are of no calibration image.
+DRAWN = "drawn_prompts"
 
 
 def check_names(plan: Mapping[str, LayerPlan], known: Sequence[str], source: str) -> None:
@@ -80,13 +84,14 @@ class Calibration:
         statistics: path of an ``activations.h5``, if there is one.
         rule: rule for ranges that vary with the step.
         states: returns the calibration set, called where a quantizer replays it; None where no run is known.
-        scratch: see :class:`QuantizerInput`.
+        scratch, prompts: see :class:`QuantizerInput`.
     """
 
     statistics: Path | None
     rule: RangeRule
     states: Callable[[], StoredStates] | None
     scratch: Path | None = None
+    prompts: Sequence[str] = ()
 
 
 def quantize(
@@ -132,9 +137,8 @@ def quantize_layers(
     def input_bits(name: str) -> tuple[int, ...]:
         return steps.bits_by_step(name, plan[name].activation_bits)
 
-    work = QuantizerInput(
-        model.architecture, linear, {**plan, **chosen}, half, *given, input_bits, source.scratch, model, source.states
-    )
+    own = (input_bits, source.scratch, model, source.states, source.prompts)
+    work = QuantizerInput(model.architecture, linear, {**plan, **chosen}, half, *given, *own)
     with model_kept(model) as changed:
         made = checked_quantizer(quantizer)(work)
         copies = _copies(linear, chosen, steps, made.layers, quantizer, work)
@@ -144,9 +148,10 @@ def quantize_layers(
     inputs, more = _inputs({name: layer for name, layer in plan.items() if name in layers}, steps, made)
     paths = {name: model.architecture.path(name) for name in made.layers}
     packed = {f"{path}.weight" for path in paths.values()}
-    own = weights(model.transformer)
-    rest = {path: made.weights.get(path, array).astype(half) for path, array in own.items() if path not in packed}
-    about = {**origin_of(model), **made_by}
+    parameters = weights(model.transformer).items()
+    rest = {path: made.weights.get(path, array).astype(half) for path, array in parameters if path not in packed}
+    drawn = {DRAWN: [short_hash(text) for text in made.drawn]} if made.drawn else {}
+    about = {**origin_of(model), **made_by, **drawn}
     quantized = QuantizedModel(made.layers, rest, inputs, steps.timesteps, paths, copies, steps.phases, about)
     mx.eval(rest, [[p.weight, p.scales, p.biases] for p in made.layers.values()])
     _check_finite(quantized, half)

@@ -44,10 +44,15 @@ def _quantized(found: Any, work: QuantizerInput) -> Quantized:
         {name: _packed(name, made.layers[name], work) for name in work.layers},
         others,
         {name: step_ranges(ranges) for name, ranges in made.ranges.items()},
-        [made.notes] if isinstance(made.notes, str) else list(map(str, several(made.notes))),
+        _texts(made.notes),
         _of_channels(made.divisors, made, work, "divisors"),
         _of_channels(made.shifts, made, work, "shifts"),
+        _texts(made.drawn),
     )
+
+
+def _texts(found: Any) -> list[str]:
+    return [found] if isinstance(found, str) else list(map(str, several(found)))
 
 
 def _of_channels(found: Any, made: Quantized, work: QuantizerInput, what: str) -> dict[str, tuple[float, ...]]:

@@ -68,7 +68,7 @@ def quantize(
         raise ConfigError.bad_value("quantizer.memory_gb", memory_gb, "must be more than 0")
     if pictures < 0:
         raise ConfigError.bad_value("quantizer.pictures", pictures, "must be 0 or more")
-    outputs = output_hessians(work, pictures) if pictures and work.layers else {}
+    outputs, drawn = output_hessians(work, pictures) if pictures and work.layers else ({}, [])
     done: dict[str, Packed] = {}
     ratios: list[float] = []
     with Progress("gptq", len(work.layers), "layer", delay=2) as progress:
@@ -81,7 +81,7 @@ def quantize(
                     done.update(found)
                     ratios += better
                     progress.advance(len(names))
-    return Quantized({name: done[name] for name in work.layers}, notes=[_summary(ratios)])
+    return Quantized({name: done[name] for name in work.layers}, notes=[_summary(ratios)], drawn=drawn)
 
 
 def tap_groups(work: QuantizerInput, memory: float) -> Iterator[list[TapPoint]]:

@@ -1,20 +1,17 @@
 """Quantizer ``learned``: the grids of ``gptq``, and integers if wished, trained against the pictures they draw.
 
-End to end, through the sampler: the loss of :mod:`calib.quantization.training.pictures` for calibration prompts and
-fresh noise, in fewer steps than the user's sampler has. Roundings are trained as by AutoRound (arXiv 2309.05516),
-scales and biases as by DWQ (mlx-lm); size and format stay those of the plan. Of some calibration images, held out, the
-best is kept.
+End to end, through the sampler: the loss of :mod:`calib.quantization.training.pictures` for prompts and fresh noise, in
+fewer steps than the user's sampler has. Roundings are trained as by AutoRound (arXiv 2309.05516), scales and biases as
+by DWQ (mlx-lm); size and format stay those of the plan. Of some calibration images, held out, the best is kept.
 """
 
 import hashlib
-from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from calib.activations.batches import StoredStates
 from calib.activations.states import read_states
-from calib.activations.step import prompt_of
 from calib.base.errors import CalibError, ConfigError
 from calib.base.files import remove_abandoned, short_hash
 from calib.base.progress import Progress
@@ -23,6 +20,7 @@ from calib.models.model import DiffusionModel
 from calib.models.packed import Packed
 from calib.quantization import gptq
 from calib.quantization.quantizer import Quantized, QuantizerInput
+from calib.quantization.texts import drawn_from, others, prompts_of
 from calib.quantization.training.pictures import Drawn, PictureLoss, picture_loss, psnr_of
 from calib.quantization.training.trainable import Parameters, Trainable
 from calib.quantization.training.trained import Trained, adam
@@ -33,7 +31,7 @@ import numpy as np
 #: How often a training is compared with its best, and saved.
 CHECKS = 6
 #: Of the procedure; to be raised where it makes something else of the same work.
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -47,6 +45,7 @@ class Training:
     rounding: bool
     held_out: int
     pictures: int
+    prompts: int | None
     seed: int
 
     def check(self) -> None:
@@ -57,6 +56,7 @@ class Training:
             ("num_steps", self.num_steps >= 2, "must be 2 or more"),
             ("rate", 0 < self.rate <= 1, "must be more than 0, and 1 at most"),
             ("held_out", self.held_out >= 1, "must be 1 or more"),
+            ("prompts", self.prompts is None or self.prompts >= 0, "must be 0 or more, or null"),
             ("seed", self.seed >= 0, "must be 0 or more"),
         ):
             if not holds:
@@ -72,6 +72,7 @@ def quantize(
     rounding: bool = False,
     held_out: int = 8,
     pictures: int = 16,
+    prompts: int | None = None,
     seed: int = 0,
 ) -> Quantized:
     """Train what ``gptq`` makes until its pictures are nearest those of full precision; never worse than its start.
@@ -86,8 +87,10 @@ def quantize(
         rate: the largest change of a bias in units of its scale at an update; of an integer before rounding eight times
             that, of a scale a tenth of it, relative to itself.
         rounding: train integers too, not scales and biases alone; what that gains is not known (docs/LOG.md).
-        held_out: calibration images, the last ones, by which the best is chosen; they are not trained on.
+        held_out: collected images, the last ones, by which the best is chosen; they are not trained on.
         pictures: of ``gptq``, with which it starts.
+        prompts: further texts to draw beside those of the images, of ``work.prompts``; None: all. With few the training
+            learns their pictures by heart.
         seed: of the pictures drawn in training.
 
     Raises:
@@ -95,26 +98,26 @@ def quantize(
         CalibError: there is no dataset to draw from, it has too few images to hold some out, or a gradient is not
             finite at the start.
     """
-    training = Training(updates, batch_size, num_steps, rate, rounding, held_out, pictures, seed)
+    training = Training(updates, batch_size, num_steps, rate, rounding, held_out, pictures, prompts, seed)
     training.check()
     if not work.layers:
         return Quantized({})
-    if work.model is None or work.states is None:
-        raise CalibError("this quantizer draws pictures: name the run whose dataset is to be drawn from, stats=DIR")
-    states = work.states()
-    if len(states.images) <= held_out:
+    model, states = drawn_from(work)
+    images = [*states.images, *states.others]
+    if len(images) <= held_out:
         raise CalibError(
-            f"quantizer.held_out={held_out}: of {len(states.images)} calibration images none is left to train on; "
-            "collect more (num_images, calibration.images), or hold out fewer"
+            f"quantizer.held_out={held_out}: of {len(images)} collected images none is left to train on; "
+            "collect more (num_images), or hold out fewer"
         )
-    if lacking := [i for i in states.images[-held_out:] if states.manifest.images[i].seed is None]:
+    if lacking := [i for i in images[-held_out:] if states.manifest.images[i].seed is None]:
         raise CalibError(f"{states.data_dir}: the seed of image {lacking[0]}, which is to be drawn again, is unknown")
     states.manifest.row(states.manifest.num_steps)  # finished latents are compared
     start = gptq.quantize(work, pictures=pictures)
     if not updates:
         return start
-    made, notes = _Trainer(work, work.model, states, start.layers, training).train()
-    return replace(start, layers=made, notes=[*start.notes, *notes])
+    trainer = _Trainer(work, model, states, start.layers, training)
+    made, notes = trainer.train()
+    return replace(start, layers=made, notes=[*start.notes, *notes], drawn=sorted({*start.drawn, *trainer.more}))
 
 
 class _Trainer:
@@ -129,7 +132,10 @@ class _Trainer:
         training: Training,
     ):
         self._work, self._model, self._training, self._states = work, model, training, states
-        self._held, self._seen = states.images[-training.held_out :], states.images[: -training.held_out]
+        images = [*states.images, *states.others]
+        self._held = images[-training.held_out :]
+        self.more = others(work, states)[: training.prompts]
+        self._texts = [*prompts_of(states, images[: -training.held_out]), *self.more]
         self._layers = {name: Trainable.of(packed, training.rounding) for name, packed in start.items()}
         self._start = start
         self._guidance = states.manifest.cfg_weight
@@ -186,19 +192,16 @@ class _Trainer:
         return gradients
 
     def _chosen(self, update: int) -> Drawn:
-        """The pictures of an update: prompts of calibration images, fresh noise, and a number of steps."""
+        """The pictures of an update: texts, fresh noise, and a number of steps."""
         training, random = self._training, generator("quantizer.seed", self._training.seed, update)
-        images = random.choice(self._seen, training.batch_size, replace=len(self._seen) < training.batch_size)
+        chosen = random.choice(len(self._texts), training.batch_size, replace=len(self._texts) < training.batch_size)
         num_steps = min(training.num_steps, self._states.manifest.num_steps)  # some models draw in four
         fifth = num_steps // 5
         return Drawn(
-            self._prompts(images),
+            [self._texts[i] for i in chosen],
             random.randint(1 << 31, size=training.batch_size).tolist(),
             int(random.randint(num_steps - fifth, num_steps + fifth + 1)),
         )
-
-    def _prompts(self, images: Iterable[int]) -> list[str]:
-        return [prompt_of(self._states.data_dir, self._states.manifest.images[int(i)]) for i in images]
 
     def _held_out(self, loss: PictureLoss, parameters: dict[str, Parameters]) -> float:
         """Mean PSNR of the held-out pictures, in the dataset's number of steps, dB."""
@@ -209,7 +212,7 @@ class _Trainer:
             images = self._held[first : first + size]
             exact = mx.array(read_states(self._states.data_dir, manifest, images, manifest.num_steps))
             seeds = [manifest.images[i].seed or 0 for i in images]
-            drawn = loss.draw(Drawn(self._prompts(images), seeds, manifest.num_steps), weights)
+            drawn = loss.draw(Drawn(prompts_of(self._states, images), seeds, manifest.num_steps), weights)
             errors += loss.errors(exact.astype(mx.float32), drawn[-1])
         return float(np.mean([psnr_of(error) for error in errors]))
 
@@ -235,5 +238,6 @@ class _Trainer:
         for packed in self._start.values():
             for array in (packed.weight, packed.scales.view(mx.uint16), packed.biases.view(mx.uint16)):
                 start.update(np.ascontiguousarray(np.array(array)).data)
-        key = short_hash(["learned", VERSION, asdict(self._training), start.hexdigest(), plan], digits=16)
+        own = [asdict(self._training), self._texts]
+        key = short_hash(["learned", VERSION, own, start.hexdigest(), plan], digits=16)
         return self._work.scratch / f"{key}.safetensors"

@@ -8,14 +8,13 @@ arXiv 2505.22988). B = Σ G Gᵀ over pictures, G the gradient of a random direc
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 
-from calib.activations.step import prompt_of
-from calib.base.errors import CalibError
 from calib.base.progress import Progress
 from calib.base.seeds import generator
 from calib.models.memory import device_memory
 from calib.models.packed import Packed
 from calib.quantization.curvature import Curvature, prepared
 from calib.quantization.quantizer import QuantizerInput
+from calib.quantization.texts import drawn_from, others, prompts_of
 from calib.quantization.training.pictures import Drawn, picture_loss
 
 import mlx.core as mx
@@ -32,24 +31,25 @@ GROUPS = 8
 LEFT_OUT = "post-silu"
 
 
-def output_hessians(work: QuantizerInput, pictures: int) -> dict[str, Curvature]:
-    """B + λI and its factor by layer, of ``pictures`` drawn from calibration prompts; of layers that memory allows.
+def output_hessians(work: QuantizerInput, pictures: int) -> tuple[dict[str, Curvature], list[str]]:
+    """B + λI and its factor by layer, of layers that memory allows, and the texts drawn that no image has.
+
+    The first of ``pictures`` are of calibration prompts.
 
     Raises:
         CalibError: there is no dataset to draw from, or a gradient is not finite.
     """
-    if work.model is None or work.states is None:
-        raise CalibError("this quantizer draws pictures: name the run whose dataset is to be drawn from, stats=DIR")
-    states, random = work.states(), generator("quantizer.pictures", 0)
-    prompts = [prompt_of(states.data_dir, states.manifest.images[i]) for i in states.images]
-    seeds = random.randint(1 << 31, size=pictures).tolist()
+    (model, states), random = drawn_from(work), generator("quantizer.pictures", 0)
+    own = prompts_of(states, states.images)
+    more = others(work, states)[: max(0, pictures - len(own))]
+    prompts, seeds = [*own, *more], random.randint(1 << 31, size=pictures).tolist()
     # Fewer steps than the user's tell next to nothing (docs/LOG.md).
     wanted = Drawn([prompts[i % len(prompts)] for i in range(pictures)], seeds, states.manifest.num_steps)
     if not (layers := _chosen(work)):
-        return {}
+        return {}, []
     sums: dict[str, mx.array] = {}
     guidance = states.manifest.cfg_weight
-    with picture_loss(work.model, layers, guidance, 1) as loss, Progress("outputs", pictures, "picture", 2) as progress:
+    with picture_loss(model, layers, guidance, 1) as loss, Progress("outputs", pictures, "picture", 2) as progress:
         for gradients in loss.directions(wanted, seed=0):
             # Each picture counts alike.
             share = 1 / sum(mx.square(g).sum() for g in gradients.values())
@@ -57,7 +57,7 @@ def output_hessians(work: QuantizerInput, pictures: int) -> dict[str, Curvature]
             mx.eval(sums)
             progress.advance()
     waiting = [(name, lambda total=total: total) for name, total in sums.items() if total.any().item()]
-    return dict(prepared(waiting, DAMPING, act_order=True))
+    return dict(prepared(waiting, DAMPING, act_order=True)), more
 
 
 def _chosen(work: QuantizerInput) -> dict[str, nn.Linear]:

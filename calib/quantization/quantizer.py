@@ -75,6 +75,8 @@ class QuantizerInput:
             model's weights, the states, the statistics and the device. None: nothing is kept.
         model: the model of ``architecture``, to draw with; None where there is none.
         states: returns the calibration set, with its dataset; None where no run is known.
+        prompts: texts of the configured list that may be drawn beside those of the dataset; none that an evaluation by
+            the same configuration draws.
     """
 
     architecture: Architecture
@@ -91,6 +93,7 @@ class QuantizerInput:
     scratch: Path | None = None
     model: DiffusionModel | None = None
     states: Callable[[], StoredStates] | None = None
+    prompts: Sequence[str] = ()
 
     @classmethod
     def without_layers(cls, architecture: Architecture, dtype: mx.Dtype) -> "QuantizerInput":
@@ -118,6 +121,7 @@ class Quantized:
         notes: notes for people, a line each.
         divisors, shifts: what each channel of an input is divided by, and is shifted by before it is rounded, by layer
             name, (channels,); see :class:`~calib.quantization.model.InputRule`. Such a layer's ``ranges`` are of that.
+        drawn: texts of :attr:`QuantizerInput.prompts` that were drawn: pictures of these tell nothing about others.
     """
 
     layers: dict[str, Packed]
@@ -126,6 +130,7 @@ class Quantized:
     notes: list[str] = field(default_factory=list)
     divisors: dict[str, tuple[float, ...]] = field(default_factory=dict)
     shifts: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    drawn: Sequence[str] = ()
 
 
 #: A quantizer, its parameters bound.

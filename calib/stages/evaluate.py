@@ -5,13 +5,13 @@ Main keys: plan (the run directory of calib quantize), evaluation.num_images, ev
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 from calib.analysis.sensitivities import trust_note
 from calib.base.errors import CalibError
-from calib.base.files import content_of, write_json, write_text
+from calib.base.files import content_of, short_hash, write_json, write_text
 from calib.base.layout import (
     DETAILS,
     ERROR_PLOT,
@@ -30,6 +30,7 @@ from calib.evaluation.reference import control_of, draw_reference
 from calib.evaluation.report import fidelity_text, picture_grid, plot_error, save_pictures
 from calib.models.model import DiffusionModel
 from calib.quantization.apply import applied, runs_dense
+from calib.quantization.build import DRAWN
 from calib.quantization.check import check_fits
 from calib.quantization.checkpoint import CHECKPOINT, load
 from calib.quantization.model import QuantizedModel
@@ -86,7 +87,7 @@ def run(settings: Settings, run: RunDirectory, model: Callable[[], DiffusionMode
     control = control_of(model(), reference, paired, settings.job.cache_dir, found)
     about = {key: quantized.about[key] for key in CARRIED if key in quantized.about}
     text = fidelity_text(found, control, drawn.sampler.num_steps)
-    text += _planned(quantized, about)
+    text += _planned(quantized, about) + drawn_before(quantized, reference.prompts)
     text += f"peak memory while drawing quantized: {readable_bytes(peak)}{_counted(wanted.dequantize)}\n"
     write_text(run.path / FIDELITY, text)
     made_from = {"quantized": content_of(folder / CHECKPOINT), "model": model().fingerprint}
@@ -103,6 +104,16 @@ def run(settings: Settings, run: RunDirectory, model: Callable[[], DiffusionMode
     run.add_metrics(Stage.EVALUATE, {"evaluate_seconds": seconds, "evaluate_peak_bytes": peak})
     logger.info("evaluated %d images in %.1f s", len(reference.images), seconds)
     print(f"\n{text}")
+
+
+def drawn_before(quantized: QuantizedModel, prompts: Sequence[str]) -> str:
+    """A warning where the making of the quantized model drew some of ``prompts``."""
+    before = set(quantized.about.get(DRAWN, ()))
+    count = sum(short_hash(prompt) in before for prompt in prompts)
+    if not count:
+        return ""
+    known = f"{count} of {len(prompts)} prompts were drawn when the model was made, and say nothing of others"
+    return f"note: {known}; evaluate fewer (evaluation.num_images), or other prompts\n"
 
 
 def _planned(quantized: QuantizedModel, about: Mapping[str, float]) -> str:

@@ -49,7 +49,7 @@ class Collected:
     def states(self, images: int, steps: int) -> StoredStates:
         """States of the first ``images`` images at ``steps`` evenly spaced steps, the first and last among them."""
         chosen = [self.steps[i] for i in evenly(len(self.steps) - 1, steps)]
-        return StoredStates(self.data_dir, self.manifest, self.images[:images], chosen)
+        return StoredStates(self.data_dir, self.manifest, self.images[:images], chosen, self.images[images:])
 
     def model(self, load: Callable[[], DiffusionModel]) -> Callable[[], DiffusionModel]:
         """A loader that calls ``load`` once and raises where the model cannot have drawn the dataset."""

@@ -36,6 +36,8 @@ from calib.stages.settings import Settings
 
 import mlx.core as mx
 
+#: Of how many prompts one is left for evaluations, beside those of this configuration's.
+SPARED = 8
 logger = logging.getLogger("calib")
 
 
@@ -150,7 +152,13 @@ def _source(settings: Settings, run: RunDirectory, plan: Path, steps: StepPlan) 
     def states() -> StoredStates:
         return collected(settings, stats, "this quantizer").states(wanted.images, wanted.steps)
 
-    return Calibration(activations_of(stats), rule, states)
+    return Calibration(activations_of(stats), rule, states, prompts=_spare(settings))
+
+
+def _spare(settings: Settings) -> Sequence[str]:
+    """Prompts that a quantizer may draw: not the last ones, with which an evaluation begins."""
+    prompts, evaluated = settings.generate.prompts, settings.evaluate.evaluation.num_images
+    return prompts[: max(0, len(prompts) - max(evaluated, len(prompts) // SPARED))]
 
 
 def _scratch(settings: Settings, given: Sequence[Any]) -> Path:
