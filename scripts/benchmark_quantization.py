@@ -44,6 +44,7 @@ from calib.stages import collect
 from calib.stages.analyze import importance_of, sensitivities_of
 from calib.stages.build import build
 from calib.stages.origin import collected
+from calib.stages.quantize import spare_prompts
 from calib.stages.settings import Method, Settings
 
 import numpy as np
@@ -169,7 +170,12 @@ WEIGHTS = [
     *(
         Row(f"allocate {bits}, {name}", whole(allocate.plan_layers, average_bits=bits), function, activation_bits=A16)
         for bits in (4.5, 3.5, 3.0)
-        for name, function in (("fit", fit.quantize), ("gptq", gptq.quantize), ("learned", learned.quantize))
+        for name, function in (
+            ("fit", fit.quantize),
+            ("gptq", gptq.quantize),
+            ("gptq for both sides", partial(gptq.quantize, pictures=128)),
+            ("learned", learned.quantize),
+        )
     ),
     *(
         Row(
@@ -266,7 +272,11 @@ CLAIMS = [
     *((f"allocate {b}, {q}", f"allocate {b}") for b in (4.5, 3.5, 3.0) for q in ("fit", "gptq")),
     *((f"allocate {b}, gptq", f"allocate {b}, fit") for b in (4.5, 3.5, 3.0)),
     *(("W4 A8, taqdit", f"W4 A8, {name}") for name in W4A8 if name != "taqdit"),
-    *((f"allocate {b}, learned", f"allocate {b}, gptq") for b in (4.5, 3.5, 3.0)),
+    *(
+        (f"allocate {b}, {better}", f"allocate {b}, {other}")
+        for b in (4.5, 3.5, 3.0)
+        for better, other in (("gptq for both sides", "gptq"), ("learned", "gptq"), ("learned", "gptq for both sides"))
+    ),
     *((f"allocate {b}, gptq", f"allocate {b} of the output by {m}, gptq") for b in (4.5, 3.5) for m in Method),
     *((row, f"MLX's rounding W{b}") for b in (4, 3) for row in (f"uniform W{b}", f"fit W{b}", f"gptq W{b}")),
     ("allocate 4.5, gptq, A8 per_step", "allocate 4.5, gptq"),
@@ -284,7 +294,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", help="rows whose label holds one of these")
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
     parser.add_argument("--images", type=int, default=16, help="held-out images a seed")
-    parser.add_argument("--calibration", type=int, default=32, help="images calibrated on")
+    parser.add_argument("--calibration", type=int, default=100, help="images calibrated on")
     arguments, overrides = parser.parse_known_args()
     setup = prepared(arguments, overrides)
     print(device_name(), *(f"{key}={value}" for key, value in vars(arguments).items()), sep="; ")
@@ -343,7 +353,7 @@ def measure(setup: Setup, row: Row, references, results) -> None:
     steps = replace(plan_steps(plan, observed, path, row.rule, bits), importance=known[0] if known else {})
     wanted = setup.settings.quantize.calibration
     states = collected(setup.settings, setup.run, "").states(wanted.images, wanted.steps)
-    source = Calibration(path, row.rule, lambda: states)
+    source = Calibration(path, row.rule, lambda: states, prompts=spare_prompts(setup.settings))
     quantized, _ = quantize_layers(setup.model, plan.layers, steps, row.quantizer, source, {})
     size, made = quantized.size(), time.monotonic() - start
     about = {

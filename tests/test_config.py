@@ -165,7 +165,7 @@ def test_the_defaults_are_those_of_the_design() -> None:
     assert settings.quantize.quantizer.function.func is gptq.quantize
     assert settings.quantize.plan is None
     assert settings.analyze.sensitivity == SensitivitySettings(images=4, steps=8, group_sizes=(32, 64, 128))
-    assert settings.quantize.calibration == CalibrationSettings(images=32, steps=8)
+    assert settings.quantize.calibration == CalibrationSettings(images=128, steps=8)
     assert settings.evaluate.evaluation == EvaluationSettings(num_images=10, seed=0, steps=10)
     assert settings.evaluate.data_dir.parent == settings.generate.data_dir.parent
     assert settings.evaluate.data_dir.name.startswith("emoji-evaluation-50steps-")

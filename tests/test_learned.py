@@ -220,7 +220,7 @@ def test_it_goes_on(drawn: tuple[DiffusionModel, StoredStates], tmp_path: Path) 
 
 
 def test_texts(drawn: tuple[DiffusionModel, StoredStates], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those given are drawn beside the dataset's that are not held out; the model says which, and a comparison warns."""
+    """Those given are drawn beside the dataset's that are not held out; the model says which, so does a comparison."""
     model, states = drawn
     own = [states.manifest.images[image].prompt for image in states.images]
     given, seen = [own[-1], "a red fish", "a green dog", "a blue cup"], set[str]()
@@ -271,6 +271,20 @@ def test_rows_by_pictures(drawn: tuple[DiffusionModel, StoredStates], monkeypatc
         assert same(packed, one.layers[name]) == name.endswith("adaln"), name
     nothing = QuantizerInput.without_layers(drawn[0].architecture, mx.float16)
     check_config_error(lambda: gptq.quantize(nothing, pictures=-1), ["quantizer.pictures", "-1"])
+
+
+@pytest.mark.parametrize(("images", "damping"), [(1, 1.0), (40, 0.8), (120, 0.3)])
+def test_damping_by_images(drawn: tuple[DiffusionModel, StoredStates], images: int, damping: float) -> None:
+    model, states = drawn
+    many, made = replace(states, images=states.images[:1] * images, steps=[1]), list[Quantized]()
+
+    def quantizer(work: QuantizerInput) -> Quantized:
+        made.extend(gptq.quantize(work, damping=own) for own in (None, damping, 2 * damping))
+        return made[0]
+
+    plan = {"mm_block_1.image.mlp.fc1": LayerPlan(3, 16, group_size=32)}
+    quantize_layers(model, plan, StepPlan(), quantizer, Calibration(None, static, lambda: many), {})
+    assert alike(made[0], made[1]) and not alike(made[0], made[2])
 
 
 def test_bad_input(drawn: tuple[DiffusionModel, StoredStates]) -> None:

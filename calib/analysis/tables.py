@@ -9,6 +9,7 @@ from zipfile import BadZipFile
 
 from calib.analysis.adjoint import Gradients
 from calib.base.files import write_bytes
+from calib.base.progress import Progress
 from calib.dataset.arrays import open_npz
 from calib.models.grids import left_by_search
 from calib.models.packed import Packed, half_of
@@ -23,19 +24,31 @@ from numpy.typing import NDArray
 KEYS = ("weights", "inputs", "outputs", "reach")
 #: Rows of a layer on which searched grids are compared with MLX's.
 SAMPLED_ROWS = 32
+#: About how many weights are searched together: few launches on a GPU, and what a CPU's cache holds.
+SEARCHED = 1 << 19
 
 Table: TypeAlias = Mapping[str, NDArray[np.float64]]
 
 
 def shares_of(layers: Mapping[str, nn.Module], options: Sequence[tuple[str, int, int]]) -> list[mx.array]:
     """By option the share of MLX's rounding error that searched grids leave, on some rows."""
-    shares = []
+    some: dict[str, mx.array] = {}
+    alike: dict[tuple[int, int, mx.Dtype, int], list[str]] = {}
     for name, bits, group_size in options:
         weight = layers[name].weight
-        some = weight[:: max(1, len(weight) // SAMPLED_ROWS)]
-        shares.append(left_by_search(some, bits, group_size, half_of(weight.dtype)))
-    mx.eval(shares)
-    return shares
+        some[name] = weight[:: max(1, len(weight) // SAMPLED_ROWS)]
+        alike.setdefault((bits, group_size, weight.dtype, weight.shape[1]), []).append(name)
+    shares = {}
+    with Progress("rounding errors", len(options), "option", delay=2) as progress:
+        for (bits, group_size, dtype, columns), names in alike.items():
+            at_once = max(1, SEARCHED // (SAMPLED_ROWS * columns))
+            for first in range(0, len(names), at_once):
+                part = names[first : first + at_once]
+                found = left_by_search([some[name] for name in part], bits, group_size, half_of(dtype))
+                shares.update({(name, bits, group_size): share for name, share in zip(part, found, strict=True)})
+                progress.advance(len(part))
+            mx.eval(shares)
+    return [shares[option] for option in options]
 
 
 def tables_of(

@@ -5,10 +5,13 @@ the nearest ones. The best of many shrunken ranges is found first, then the two 
 biases are rounded to 16 bits before integers are chosen for them.
 """
 
+from collections.abc import Sequence
+
 from calib.base.device import compiled
 from calib.models.packed import Packed
 
 import mlx.core as mx
+import numpy as np
 
 #: Shares of a group's range that are tried.
 SHARES = (1.0, 0.95, 0.9, 0.83, 0.75, 0.65, 0.5)
@@ -61,15 +64,22 @@ def searched(
     return packed
 
 
-def left_by_search(weight: mx.array, bits: int, group_size: int, dtype: mx.Dtype) -> mx.array:
-    """The share of MLX's squared rounding error of ``weight`` (rows, columns) that a quick search leaves; lazy."""
-    w = weight.astype(mx.float32).reshape(len(weight), -1, group_size)
+def left_by_search(weights: Sequence[mx.array], bits: int, group_size: int, dtype: mx.Dtype) -> mx.array:
+    """The share of MLX's squared rounding error that a quick search leaves of each of ``weights``, (weights,); lazy.
+
+    All are (rows, columns) of as many columns, and searched together, as many small searches are slow on a GPU.
+    """
+    together = mx.concatenate(list(weights))
+    w = together.astype(mx.float32).reshape(len(together), -1, group_size)
     search = _Search(w, mx.ones(w.shape[1:]), mx.array(float(2**bits - 1)), dtype)
-    search.grid(*mx.quantize(weight.astype(dtype), group_size=group_size, bits=bits)[1:])
-    before = search.error()
+    search.grid(*mx.quantize(together.astype(dtype), group_size=group_size, bits=bits)[1:])
+    before = search.errors()
     search.ranges(each_end=False)
     search.regressions(2)
-    return mx.where(before > 0, search.error() / before, 1.0)
+    ends = np.cumsum([len(weight) for weight in weights])[:-1].tolist()
+    parts = [[part.sum() for part in mx.split(errors, ends)] for errors in (before, search.errors())]
+    first, last = map(mx.stack, parts)
+    return mx.where(first > 0, last / first, 1.0)
 
 
 class _Search:
@@ -105,9 +115,9 @@ class _Search:
         for _ in range(rounds):
             self.grid(*_regression(self._w, self._integers(), self._h, self._scale))
 
-    def error(self) -> mx.array:
-        """The weighted squared error of all groups; lazy."""
-        return self._error.sum()
+    def errors(self) -> mx.array:
+        """The weighted squared error of each group, (rows, groups)."""
+        return self._error
 
     def result(self) -> tuple[mx.array, mx.array, mx.array]:
         """Integers (rows, groups, size), scales and biases (rows, groups)."""

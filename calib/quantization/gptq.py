@@ -29,6 +29,8 @@ from numpy.typing import NDArray
 BLOCK = 128
 #: Rows of layers with the same inputs that are rounded at once.
 MOST_ROWS = 1 << 14
+#: Of a calibration by itself: images of which it is 1 at most, and the least.
+DAMPED_IMAGES, LEAST_DAMPING = 32, 0.3
 #: Largest damping. Long before, columns no longer interact and the result is rounding to nearest.
 MOST_DAMPING = 1000
 #: Regressions of the searched grids, of columns weighted by H's diagonal.
@@ -37,7 +39,7 @@ ROUNDS = 4
 
 def quantize(
     work: QuantizerInput,
-    damping: float = 1.0,
+    damping: float | None = None,
     act_order: bool = True,
     search: bool = True,
     memory_gb: float = 2.0,
@@ -49,7 +51,8 @@ def quantize(
 
     Args:
         damping: λ relative to the mean of H's diagonal. The authors' code has 0.01, which overfits a calibration: with
-            more, errors of other inputs are smaller, and those of pictures.
+            more, errors of other inputs are smaller, and those of pictures. None: the fewer images the more, 32 by
+            their number, but 0.3 at least and 1 at most.
         act_order: round columns with the largest inputs first, an option of the authors' code.
         search: search and fit each group's grid; else MLX's.
         memory_gb: memory for the Hessians of one replay, 10⁹ bytes; less means more replays. In addition three Hessians
@@ -61,6 +64,9 @@ def quantize(
     Raises:
         ConfigError: an argument is out of range.
     """
+    if damping is None:
+        images = len(work.states().images) if work.states is not None and work.layers else 1
+        damping = float(np.clip(DAMPED_IMAGES / images, LEAST_DAMPING, 1))
     if not 0 <= damping <= MOST_DAMPING:
         allowed = f"must be 0 or more, and {MOST_DAMPING} at most"
         raise ConfigError.bad_value("quantizer.damping", damping, allowed)

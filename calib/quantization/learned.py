@@ -71,7 +71,7 @@ def quantize(
     rate: float = 2e-3,
     rounding: bool = False,
     held_out: int = 8,
-    pictures: int = 16,
+    pictures: int = 64,
     prompts: int | None = None,
     seed: int = 0,
 ) -> Quantized:
@@ -86,7 +86,7 @@ def quantize(
             pictures need to look alike.
         rate: the largest change of a bias in units of its scale at an update; of an integer before rounding eight times
             that, of a scale a tenth of it, relative to itself.
-        rounding: train integers too, not scales and biases alone; what that gains is not known (docs/LOG.md).
+        rounding: train integers too, not scales and biases alone; no better so far (docs/LOG.md).
         held_out: collected images, the last ones, by which the best is chosen; they are not trained on.
         pictures: of ``gptq``, with which it starts.
         prompts: further texts to draw beside those of the images, of ``work.prompts``; None: all. With few the training

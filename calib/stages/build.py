@@ -50,6 +50,9 @@ from calib.stages.settings import (
 
 T = TypeVar("T")
 
+#: Images that calib 0.2.0 calibrated on at most where nothing was said.
+FEWER = 32
+
 
 def _marked(kind: type, name: str, mark: str) -> bool:
     return mark in get_args(get_type_hints(kind, include_extras=True)[name])
@@ -109,14 +112,15 @@ def build(config: Mapping[str, Any], multirun: bool = False) -> Settings:
     ranges = ranges_of(config["ranges"], steps, sampler.num_steps, stage is Stage.RUN)
     analyze = _filled(Analyze, config, analysis=heuristic_of(config["analysis"]), ranges=ranges)
     _check_sensitivity(analyze.sensitivity)
+    quantize = _filled(Quantize, config, quantizer=quantizer_of(config["quantizer"], model))
     return Settings(
         job,
         generate,
         collect,
         analyze,
-        _filled(Quantize, config, quantizer=quantizer_of(config["quantizer"], model)),
+        quantize,
         Evaluate(evaluation, beside),
-        fingerprint(config, prompts, analyze.analysis.measures),
+        fingerprint(config, prompts, analyze.analysis.measures, quantize.calibration.images),
     )
 
 
@@ -126,12 +130,12 @@ def _filled(kind: type[T], config: Mapping[str, Any], **made: Any) -> T:
     return kind(**made, **{name: check(name, config[name], hints[name]) for name in hints if name not in made})
 
 
-def fingerprint(config: Mapping[str, Any], prompts: Sequence[str], measures: bool) -> str:
+def fingerprint(config: Mapping[str, Any], prompts: Sequence[str], measures: bool, calibrated: int) -> str:
     """Hash of everything in the configuration that results depend on (16 hex digits).
 
     Options of calib's own count under their import paths of calib 0.1.0, so that what was finished stays finished;
     of a function of the user's own its code counts, too: the file in which it is. ``measures``: whether sensitivities
-    are measured.
+    are measured; ``calibrated``: images calibrated on at most.
     """
 
     def stable(node: Any) -> Any:
@@ -146,6 +150,8 @@ def fingerprint(config: Mapping[str, Any], prompts: Sequence[str], measures: boo
         counted["sensitivity"] = {
             k: v for k, v in counted["sensitivity"].items() if k not in ("method", "of", "probes")
         }
+    if config["stage"] == Stage.RUN and config["num_images"] <= min(calibrated, FEWER):
+        counted["calibration"] = {**counted["calibration"], "images": FEWER}  # all images, whatever the number
     if not counted["quantizer"].get("search", True):  # grids as calib 0.2.0 had them
         counted["quantizer"] = {k: v for k, v in counted["quantizer"].items() if k != "search"}
     return short_hash([counted, prompts], digits=16)

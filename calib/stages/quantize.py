@@ -152,10 +152,10 @@ def _source(settings: Settings, run: RunDirectory, plan: Path, steps: StepPlan) 
     def states() -> StoredStates:
         return collected(settings, stats, "this quantizer").states(wanted.images, wanted.steps)
 
-    return Calibration(activations_of(stats), rule, states, prompts=_spare(settings))
+    return Calibration(activations_of(stats), rule, states, prompts=spare_prompts(settings))
 
 
-def _spare(settings: Settings) -> Sequence[str]:
+def spare_prompts(settings: Settings) -> Sequence[str]:
     """Prompts that a quantizer may draw: not the last ones, with which an evaluation begins."""
     prompts, evaluated = settings.generate.prompts, settings.evaluate.evaluation.num_images
     return prompts[: max(0, len(prompts) - max(evaluated, len(prompts) // SPARED))]

@@ -89,7 +89,7 @@ class SensitivitySettings:
 class CalibrationSettings:
     """Numbers of collected images and steps in the calibration set that quantizers replay."""
 
-    images: Annotated[int, AtLeast(1)] = 32
+    images: Annotated[int, AtLeast(1)] = 128
     steps: Annotated[int, AtLeast(1)] = 8
 
 
