@@ -1,4 +1,4 @@
-"""Build an offline stand-in of the Hugging Face repositories that calib reads SD3 or FLUX from.
+"""Build an offline stand-in of the Hugging Face repositories that calib reads SD3, FLUX or Z-Image from.
 
 Names, shapes and types of the tensors are the originals', their values random: pictures are noise, but all that lies
 between the hub and the picture really runs.
@@ -8,7 +8,8 @@ between the hub and the picture really runs.
 
 SD3-medium has its full size, 6 GB with the CLIPs. T5 (--t5, and always with FLUX) has 1 of its 24 layers, as its
 config.json says. FLUX has fewer blocks (--blocks); DiffusionKit keeps their number in its code, so that calib must be
-started with another one: the command is printed at the end.
+started with another one: the command is printed at the end. Z-Image has its full size, 21 GB with its text encoder, or
+with --layers and --heads that of its config.json, which calib reads and mflux, with the sizes in its code, does not.
 """
 
 import argparse
@@ -50,6 +51,7 @@ MODELS = {
     "flux_schnell": "argmaxinc/mlx-FLUX.1-schnell",
     "flux_dev": "argmaxinc/mlx-FLUX.1-dev",
 }
+ZIMAGE = "Tongyi-MAI/Z-Image-Turbo"
 MERGES = 49152 - 256 - 2  # lines of CLIP's merges.txt that are read
 T5_PIECES = 600
 T5 = {  # its config.json, but for the number of layers: 24
@@ -87,9 +89,9 @@ class TextShapes:
 class Repository:
     """A folder in the layout of the hub's cache: ``snapshots/<commit>/…``, and ``refs/main`` that names the commit."""
 
-    def __init__(self, cache: Path, name: str):
+    def __init__(self, cache: Path, name: str, commit: str | None = None):
         root = cache / f"models--{name.replace('/', '--')}"
-        commit = hashlib.sha1(name.encode()).hexdigest()
+        commit = commit or hashlib.sha1(name.encode()).hexdigest()
         main = root / "refs" / "main"
         if main.exists() and main.read_text() != commit:
             sys.exit(f"{root}: holds files of the hub; name an empty folder")
@@ -229,6 +231,16 @@ def write_standin(cache: Path, name: str, use_t5: bool, text: TextShapes) -> Non
         write_t5(cache, text.t5)
 
 
+def write_zimage_standin(cache: Path, layers: int | None, heads: int | None) -> None:
+    """All that loading Z-Image-Turbo reads from the hub, at the commit that mflux asks for."""
+    from mflux.models.common.resolution.model_revisions import ModelRevisions  # mflux need not be installed
+    from standin_mflux import ZImageSizes, write_zimage
+
+    repository = Repository(cache, ZIMAGE, ModelRevisions.get(ZIMAGE))
+    small = layers is not None or heads is not None
+    write_zimage(repository.path(""), ZImageSizes.small(layers or 30, heads or 30) if small else ZImageSizes())
+
+
 def flux_code(blocks: tuple[int, int]) -> str:
     """Python that starts calib with ``blocks`` in place of FLUX's number of multimodal and unified blocks."""
     return (
@@ -243,19 +255,26 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("folder", type=Path, metavar="DIR", help="where the cache goes")
-    parser.add_argument("--model", choices=MODELS, default="sd3_medium")
+    parser.add_argument("--model", choices=(*MODELS, "zimage_turbo"), default="sd3_medium")
     parser.add_argument("--t5", action="store_true", help="with T5, which FLUX has always")
     parser.add_argument(
         "--blocks", type=int, nargs=2, metavar=("M", "U"), default=(1, 2), help="FLUX's multimodal and unified blocks"
     )
+    parser.add_argument("--layers", type=int, metavar="N", help="Z-Image's blocks after its refiners, of 30")
+    parser.add_argument("--heads", type=int, metavar="H", help="Z-Image's heads, of 30, each 128 channels wide")
     given = parser.parse_args()
+    cache = f"HF_HUB_CACHE={shlex.quote(str(given.folder.absolute()))} HF_HUB_OFFLINE=1"
+    if given.model == "zimage_turbo":
+        write_zimage_standin(given.folder, given.layers, given.heads)
+        print(f"{cache} calib generate model=zimage_turbo num_images=1")
+        return
     flux = given.model.startswith("flux")
     if flux:
         shapes.FLUX_SCHNELL.depth_multimodal, shapes.FLUX_SCHNELL.depth_unified = given.blocks
     write_standin(given.folder, MODELS[given.model], given.t5 or flux, TextShapes())
     program = f"python -c {shlex.quote(flux_code(given.blocks))}" if flux else "calib"
     without_t5 = "" if given.t5 or flux else " model.use_t5=false"
-    print(f"HF_HUB_CACHE={shlex.quote(str(given.folder.absolute()))} HF_HUB_OFFLINE=1 {program} \\")
+    print(f"{cache} {program} \\")
     print(f"    generate model={given.model}{without_t5} num_images=1")
 
 

@@ -30,7 +30,7 @@ from helpers import PROMPTS, check_config_error, float64
 from mlx import nn
 from mlx.utils import tree_map
 from numpy.typing import NDArray
-from tiny_models import STRUCTURES, draw, enlarged, tiny_model
+from tiny_models import MFLUX, STRUCTURES, draw, enlarged, tiny_model
 
 KEY = mx.random.key(3)
 LOW, HIGH = -3.0, 5.0
@@ -72,7 +72,7 @@ class Case:
 
 
 #: The smallest family is always tried.
-TRIED = ("sd3", *(pytest.param(structure, marks=pytest.mark.slow) for structure in STRUCTURES if structure != "sd3"))
+TRIED = ("sd3", *MFLUX, *(pytest.param(s, marks=pytest.mark.slow) for s in STRUCTURES if s != "sd3"))
 
 
 @pytest.fixture(scope="module", params=TRIED)
@@ -145,6 +145,7 @@ EXACT = [
     ("sd3", 3.0),
     ("sd3", 0.0),
     ("flux", 0.0),
+    ("zimage", 0.0),
     pytest.param("serial", 0.0, marks=pytest.mark.slow),
     pytest.param("emoji", 3.0, marks=pytest.mark.slow),
 ]

@@ -90,9 +90,9 @@ def check_cycles(root: Path, modules: Mapping[str, Path]) -> Iterator[str]:
         yield f"a cycle of imports: {' <- '.join(error.args[1])}"
 
 
-def check_diffusionkit(root: Path, modules: Mapping[str, Path]) -> Iterator[str]:
+def check_families(root: Path, modules: Mapping[str, Path]) -> Iterator[str]:
     for name, path in modules.items():
-        for package in ("diffusionkit", "calib.models.mmdit"):
+        for package in ("diffusionkit", "mflux", "calib.models.mmdit", "calib.models.mflux"):
             if room_of(name) != "models" and any(f"{target}.".startswith(f"{package}.") for target in imported(path)):
                 yield f"{name} imports {package}, which only calib.models may"
 
@@ -139,7 +139,7 @@ def literals(path: Path) -> Iterator[tuple[int, str]]:
 def faults(root: Path) -> list[str]:
     """All that is wrong with the package in ``root``, a line each."""
     modules = modules_of(root)
-    checks = (check_entries, check_lengths, check_order, check_cycles, check_diffusionkit, check_hdf5, check_file_names)
+    checks = (check_entries, check_lengths, check_order, check_cycles, check_families, check_hdf5, check_file_names)
     return [fault for check in checks for fault in check(root, modules)]
 
 
@@ -188,6 +188,7 @@ def test_a_package_of_this_layout_has_no_fault(package: Path) -> None:
         (LAYOUT, "import calib.base.files", "a cycle of imports: calib.base."),
         ("stages/kit.py", "from diffusionkit.mlx import mmdit", "calib.stages.kit imports diffusionkit"),
         ("stages/dit.py", "import calib.models.mmdit.names", "calib.stages.dit imports calib.models.mmdit"),
+        ("stages/kit.py", "import mflux.callbacks", "calib.stages.kit imports mflux"),
         (
             "runs/open.py",
             "import h5py\n\n\ndef f(path) -> h5py.File:\n    return h5py.File(path)",

@@ -19,7 +19,7 @@ import calib
 from calib.base import progress
 from calib.base.errors import CalibError
 from calib.dataset.load import load_manifest
-from calib.models import diffusionkit
+from calib.models import memory
 from calib.models.diffusionkit import (
     flux_config,
     load_flux,
@@ -168,7 +168,7 @@ def test_a_transformer_that_exceeds_the_memory_is_noted_before_it_is_read(
     cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     progress.note.cache_clear()
-    monkeypatch.setattr(diffusionkit, "device_memory", lambda: 10**6)
+    monkeypatch.setattr(memory, "device_memory", lambda: 10**6)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", "/nowhere")
     with pytest.raises(CalibError, match="not in the cache /nowhere"):
         load("flux")

@@ -14,12 +14,15 @@ from calib.models.small import config_of
 
 import mlx.core as mx
 import numpy as np
+import pytest
 from diffusionkit.mlx.mmdit import MMDiT
 from diffusionkit.mlx.sampler import FluxSampler
 from helpers import PROMPTS
 
 #: SD3's; FLUX's, with an MLP beside the attention in unified blocks; and that with the MLP after the attention.
 STRUCTURES = ("sd3", "flux", "serial")
+#: Those of mflux's families, in blocks that are no MMDiT's.
+MFLUX = ("zimage",)
 
 
 def tiny_transformer(structure: str, dtype: mx.Dtype = mx.float32, spread: float = 0.5, **widths: int) -> MMDiT:
@@ -45,6 +48,11 @@ def enlarged(latents: mx.array) -> mx.array:
 
 def tiny_model(model: DiffusionModel, structure: str, dtype: mx.Dtype = mx.float32) -> DiffusionModel:
     """The emoji ``model`` with such a transformer, and next to no decoder: it draws noise, but it draws."""
+    if structure == "zimage":
+        pytest.importorskip("mflux", reason="mflux is not installed")
+        from tiny_zimage import tiny_zimage
+
+        return replace(tiny_zimage(model, dtype), decode_latents=enlarged)
     tiny = replace(
         model,
         name=f"tiny_{structure}",

@@ -78,7 +78,7 @@ class StoredStates:
         x = mx.array(np.concatenate([read_states(self.data_dir, manifest, [i], step) for i, step in pairs]))
         rows = (mx.concatenate([x, x]) if guidance else x).astype(model.dtype)
         times = [manifest.timesteps[step] for step in steps] * (2 if guidance else 1)
-        timesteps = mx.array(times[:1] if len(set(steps)) == 1 else times).astype(model.dtype)
+        timesteps = mx.array(times[:1] if len(set(steps)) == 1 else times).astype(model.time_dtype)
         mx.eval(rows, timesteps)
         return Batch(images, steps, rows, text, timesteps)
 

@@ -18,7 +18,7 @@ from calib.activations.record import StepRecord
 from calib.activations.replay import traced_shapes
 from calib.activations.samples import Samples, SampleSettings, read_rows
 from calib.activations.states import check_states, identity_of
-from calib.activations.step import CollectionSetup, CollectSettings, replayed
+from calib.activations.step import CollectionSetup, CollectSettings, prompt_of, replayed
 from calib.activations.store import Records
 from calib.activations.taps import Halves, TapPoint
 from calib.base.errors import CalibError
@@ -76,7 +76,9 @@ class Collection:
         self.images = [i for block in self.blocks for i in block.images]
         self.cache = StepCache(cache_dir, self._identity(architecture))
         streams = {point.name: architecture.streams(point.name) for point in points if point.kind == "block"}
-        more = (self.batch_size, self.stride, self.cache.samples_path)
+        kept = settings.samples.kind is not Samples.NONE
+        beside = [prompt_of(data_dir, manifest.images[i]) for i in image_ids] if kept else ()
+        more = (self.batch_size, self.stride, self.cache.samples_path, beside)
         self._setup = CollectionSetup(data_dir, manifest, points, streams, settings, *more)
 
     def _identity(self, architecture: Architecture) -> dict[str, Any]:

@@ -56,6 +56,8 @@ class CollectionSetup:
         streams: names of the arrays of blocks that return several, by block.
         stride: stride of the rows that are counted in histograms.
         samples_path: path of the stored activations of a step and, optionally, of a part of its images.
+        beside: texts that every batch has room for, where texts differ in length: of stored activations all images have
+            as many tokens.
     """
 
     data_dir: Path
@@ -66,6 +68,7 @@ class CollectionSetup:
     batch_size: int
     stride: int
     samples_path: Callable[[int, int | None], Path]
+    beside: Sequence[str] = ()
 
 
 def replayed(
@@ -85,7 +88,8 @@ def replayed(
     data_dir, manifest = setup.data_dir, setup.manifest
     memory = plan_memory(model, manifest.cfg_weight > 0, setup.batch_size)
     prompts = [[prompt_of(data_dir, manifest.images[i]) for i in block.images] for block in blocks]
-    texts = list(model.encode_batches(prompts, manifest.cfg_weight, memory.keep_text))
+    beside = [setup.beside] * len(prompts)
+    texts = list(model.encode_batches(prompts, manifest.cfg_weight, memory.keep_text, beside))
     replay = Replay(model, setup.points, setup.settings.cfg_halves is Halves.APART)
     rows = len(blocks[0].images) * (2 if manifest.cfg_weight > 0 else 1)
     finished: ObservedStep | None = None

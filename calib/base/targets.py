@@ -48,6 +48,8 @@ def target_of(key: str, node: Mapping[str, Any]) -> Callable[..., Any]:
         inspect.signature(function), get_type_hints(function, include_extras=True)
         if inspect.isbuiltin(function):
             raise TypeError("it is built in")
+    except ConfigError:  # of a package that is missing
+        raise
     except (Exception, SystemExit) as error:  # its module may raise anything while it is imported
         raise ConfigError.bad_value(f"{key}._target_", target, f"names no function ({said(error)})") from error
     return function

@@ -3,18 +3,21 @@
 import importlib.metadata
 import platform
 import subprocess
+import sys
 from pathlib import Path
 
 from calib.base import VERSION
 
 BACKENDS = ("mlx-cpu", "mlx-cuda-12", "mlx-cuda-13", "mlx-metal")
+#: Counted where it is used: other models' results do not depend on it.
+MFLUX = "mflux"
 PACKAGES = ("mlx", *BACKENDS, "diffusionkit", "numpy", "h5py", "hydra-core", "omegaconf", "pillow", "transformers")
 
 
 def versions() -> dict[str, str]:
     """Versions of Python, calib and its dependencies; 'absent' if not installed, absent backends of MLX left out."""
     found = {"python": platform.python_version(), "calib": VERSION}
-    for package in PACKAGES:
+    for package in (*PACKAGES, MFLUX) if MFLUX in sys.modules else PACKAGES:
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

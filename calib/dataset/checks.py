@@ -224,7 +224,7 @@ class _Check:
         sigma = self.manifest.sigmas[step]
         if not self._is_plausible(name, x, f"state {step}: ", sigma if step == 0 else None):
             return
-        if step == 0 and self._seed is not None and not is_first_state(x, self._seed, sigma):
+        if step == 0 and self._seed is not None and not is_first_state(x, self._seed, sigma, self.manifest.noise):
             self._add(Kind.SEED, name, f"state 0 is not the noise of seed {self._seed}")
         twin, level = self._digests.setdefault(hash(stored.tobytes()), (step, sigma))
         if abs(level - sigma) > DISTINCT_SIGMAS:

@@ -20,7 +20,7 @@ from calib.dataset.images import DrawnImage
 from calib.dataset.load import load_manifest
 from calib.dataset.manifest import MANIFEST, ImageEntry, Manifest
 from calib.dataset.preflight import check_disk, note_long_prompts, numbers, time_left
-from calib.dataset.sampling import State, euler, initial_noise, initial_state, noise_levels
+from calib.dataset.sampling import State, as_floats, euler, initial_noise, initial_state, noise_levels
 from calib.dataset.settings import SamplerSettings, check_prompts, open_dataset, planned_dataset
 from calib.dataset.shards import Shard, shard_lock
 from calib.dataset.store import StateDtype, StorageFormat
@@ -28,6 +28,7 @@ from calib.dataset.writer import writing
 from calib.models.architecture import Conditioning
 from calib.models.memory import MemoryPlan, plan_memory
 from calib.models.model import DiffusionModel
+from calib.models.noise import Flow
 from calib.models.parallel import shared_cores
 
 import mlx.core as mx
@@ -96,12 +97,26 @@ def trajectory_from(
     context.
     """
     sigmas = noise_levels(model.sampler, num_steps)
+    times, flow = as_floats(model.timesteps(sigmas)), model.flow
+
+    def after(i: int, x: mx.array) -> mx.array:
+        sigma = sigmas[i]
+        if flow is not None:
+            return flow.step(x, model.guided_velocity(x, times[i], text, cfg_weight, parts), sigma, sigmas[i + 1])
+        derivative = (x - model.denoise(x, times[i], sigma, text, cfg_weight, parts)) / sigma
+        following: mx.array = x + derivative * (sigmas[i + 1] - sigma)
+        return following
+
+    return euler(after, _first_states(model, seeds, sigmas), as_floats(sigmas), times)
+
+
+def _first_states(model: DiffusionModel, seeds: Sequence[int], sigmas: mx.array) -> mx.array:
+    """State 0 of each seed."""
+    sampler = model.sampler
+    if isinstance(sampler, Flow):
+        return mx.stack([sampler.noise(seed, model.latent_shape) for seed in seeds])
     noise = mx.stack([initial_noise(seed, model.latent_shape) for seed in seeds])
-
-    def denoise(x: mx.array, timestep: float, sigma: mx.array) -> mx.array:
-        return model.denoise(x, timestep, sigma, text, cfg_weight, parts)
-
-    return euler(denoise, initial_state(noise, model.sampler, sigmas), sigmas, model.dtype)
+    return initial_state(noise, sampler, sigmas)
 
 
 def generate(
@@ -175,6 +190,7 @@ class _Block:
     Rows of images that are not wanted repeat a wanted one: they only pad the batch and do not affect other rows.
     """
 
+    ids: range
     wanted: list[int]
     positions: list[int]
     rows: list[int]
@@ -183,7 +199,7 @@ class _Block:
     def of(cls, number: int, size: int, todo: set[int]) -> "_Block":
         ids = range(number * size, (number + 1) * size)
         wanted = [i for i in ids if i in todo]
-        return cls(wanted, [i - ids.start for i in wanted], [i if i in todo else wanted[0] for i in ids])
+        return cls(ids, wanted, [i - ids.start for i in wanted], [i if i in todo else wanted[0] for i in ids])
 
 
 def _draw_missing(
@@ -198,12 +214,13 @@ def _draw_missing(
     size, wanted = manifest.batch_size, set(todo)
     blocks = [_Block.of(number, size, wanted) for number in sorted({i // size for i in todo})]
     shown = [[prompts[i % len(prompts)] for i in block.rows] for block in blocks]
+    beside = [[prompts[i % len(prompts)] for i in block.ids] for block in blocks]
     start = time.monotonic()
     with (
         Progress("generate", len(blocks) * manifest.num_steps, "step") as progress,
         writing(data_dir, manifest, len(todo), model) as writer,
     ):
-        texts = model.encode_batches(shown, manifest.cfg_weight, memory.keep_text)
+        texts = model.encode_batches(shown, manifest.cfg_weight, memory.keep_text, beside)
         for block, text in zip(blocks, texts, strict=True):
             done = writer.submitted
             progress.describe(f"image {numbers(done + 1, done + len(block.wanted))} of {len(todo)}")

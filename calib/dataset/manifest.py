@@ -17,6 +17,11 @@ FORMAT, FORMAT_VERSION = "calib-dataset", 2
 MANIFEST = "manifest.json"
 #: Limits of what a manifest may ask for: its own bytes (a million images), steps of a trajectory, images per batch.
 MOST_BYTES, MOST_STEPS, MOST_BATCH = 1 << 30, 100_000, 1 << 16
+#: How the noise of a seed is drawn (:mod:`calib.dataset.plausible`): by NumPy as in DiffusionKit, by MLX as in mflux.
+DEFAULT_NOISE = "numpy"
+NOISES = (DEFAULT_NOISE, "mlx")
+#: Fields that are left out where they have these values, which calib 0.3.0 and earlier knew alone.
+LEFT_OUT = {"parts": 1, "noise": DEFAULT_NOISE}
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,7 @@ class Manifest:
         sigmas, timesteps: of all states 0 … num_steps; NaN where an older dataset does not record them.
         steps: indices of the stored states, ascending.
         storage, dtype: layout and type of the stored states.
+        noise: how the noise of a seed is drawn, one of :data:`NOISES`.
     """
 
     model: str
@@ -74,6 +80,7 @@ class Manifest:
     dtype: str
     versions: dict[str, str]
     parts: int = 1
+    noise: str = DEFAULT_NOISE
     images: dict[int, ImageEntry] = field(default_factory=dict)
 
     @property
@@ -84,15 +91,15 @@ class Manifest:
     def settings(self) -> dict[str, Any]:
         """All fields but the images; stored in each file of an image, so that a lost manifest can be restored.
 
-        A single part is left out, as by calib 0.3.0 and earlier, which drew all rows at once.
+        A single part is left out, as by calib 0.3.0 and earlier, which drew all rows at once; and NumPy's noise.
         """
-        left_out = ("images",) if self.parts != 1 else ("images", "parts")
+        left_out = {"images", *(name for name, value in LEFT_OUT.items() if getattr(self, name) == value)}
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in left_out}
 
     @classmethod
     def from_settings(cls, settings: dict[str, Any]) -> Self:
         """The inverse of :meth:`settings`, without images; malformed settings raise KeyError or TypeError."""
-        whole = {"parts": 1, **settings}
+        whole = {**LEFT_OUT, **settings}
         known = {f.name: whole[f.name] for f in fields(cls) if f.name != "images"}
         height, width, channels = known["latent_shape"]
         return cls(**{**known, "latent_shape": (height, width, channels)})
@@ -134,6 +141,8 @@ def parse_manifest(path: Path, document: Any) -> Manifest:
         for name in ("num_steps", "seed", "batch_size", "parts"):
             if not isinstance(getattr(manifest, name), int):
                 raise ValueError(f"{name} is {getattr(manifest, name)!r}")
+        if manifest.noise not in NOISES:
+            raise ValueError(f"noise is {manifest.noise!r}")
         if not isinstance(manifest.fingerprint, str):
             raise ValueError(f"fingerprint is {manifest.fingerprint!r}")
     except (KeyError, TypeError, ValueError) as error:

@@ -8,6 +8,8 @@ import math
 from enum import StrEnum
 from typing import Any
 
+from calib.dataset.manifest import DEFAULT_NOISE
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -57,16 +59,23 @@ def latent_fault(x: NDArray[Any], sigma: float | None = None) -> tuple[Fault, st
     return None
 
 
-def is_first_state(x: NDArray[Any], seed: int, sigma: float) -> bool:
+def is_first_state(x: NDArray[Any], seed: int, sigma: float, drawn: str = DEFAULT_NOISE) -> bool:
     """Whether ``x`` (height, width, channels) is the first state, at ``sigma``, of the image of ``seed``.
 
-    Computed as in :mod:`calib.dataset.sampling`, but in NumPy, as MLX arrays belong to the thread that made them. The
-    tolerance of 1% covers the rounding of every stored type.
+    Computed as in :mod:`calib.dataset.sampling`, but in NumPy where noise is ``drawn`` by it, as MLX arrays belong to
+    the thread that made them. The tolerance of 1% covers the rounding of every stored type.
     """
     height, width, channels = x.shape
-    noise = np.random.RandomState(seed).randn(channels, height, width).transpose(1, 2, 0)
-    expected = sigma * noise + (1 - sigma) * EMPTY_LATENT
+    shape = (channels, height, width)
+    noise = np.random.RandomState(seed).randn(*shape) if drawn == DEFAULT_NOISE else _by_mlx(seed, shape)
+    expected = sigma * noise.transpose(1, 2, 0) + (1 - sigma) * EMPTY_LATENT
     return bool(np.allclose(x, expected, rtol=0.01, atol=0.01))
+
+
+def _by_mlx(seed: int, shape: tuple[int, ...]) -> NDArray[Any]:
+    import mlx.core as mx  # as most datasets are checked without it
+
+    return np.array(mx.random.normal(shape, key=mx.random.key(seed), stream=mx.new_stream(mx.cpu)))
 
 
 def is_affine_of(latent: NDArray[Any], state: NDArray[Any]) -> bool:

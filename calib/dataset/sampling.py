@@ -2,22 +2,20 @@
 
 Sigma is the noise level in [0, 1], timestep is 1000 sigma. State i is the one before the i-th model call; state
 ``num_steps`` is the finished latent. Results equal those of DiffusionKit's ``sample_euler`` (Algorithm 2 of Karras
-et al. 2022, arXiv 2206.00364, without churn), with explicit arguments in place of global random state.
+et al. 2022, arXiv 2206.00364, without churn), with explicit arguments in place of global random state. A model with a
+:class:`~calib.models.noise.Flow` has noise, levels, timesteps and steps of its own.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import cast
 
 from calib.base.device import on_gpu
 from calib.dataset.plausible import EMPTY_LATENT
-from calib.models.noise import Sampler
+from calib.models.noise import Flow, Sampler
 
 import mlx.core as mx
 import numpy as np
-
-#: (x, timestep, sigma) -> denoised latent, batched as NHWC as x is.
-Denoiser = Callable[[mx.array, float, mx.array], mx.array]
 
 
 @dataclass(frozen=True)
@@ -30,11 +28,13 @@ class State:
     x: mx.array
 
 
-def noise_levels(sampler: Sampler, num_steps: int) -> mx.array:
+def noise_levels(sampler: Sampler | Flow, num_steps: int) -> mx.array:
     """Sigmas of the states, (num_steps + 1,) float32, from the sampler's largest to 0.
 
     Timesteps are evenly spaced, then shifted; 0 is appended unless the sampler's levels end there, as FLUX's do.
     """
+    if isinstance(sampler, Flow):
+        return sampler.levels(num_steps)
     start, end = sampler.timestep(sampler.sigma_max).item(), sampler.timestep(sampler.sigma_min).item()
     if end == 0:
         return mx.stack([sampler.sigma(t) for t in mx.linspace(start, end, num_steps + 1)])
@@ -45,11 +45,6 @@ def noise_levels(sampler: Sampler, num_steps: int) -> mx.array:
 def as_floats(values: mx.array) -> list[float]:
     """A one-dimensional array as Python floats."""
     return cast(list[float], values.astype(mx.float32).tolist())
-
-
-def timesteps_of(sigmas: mx.array, dtype: mx.Dtype) -> mx.array:
-    """1000 sigma, rounded to the model's activation type ``dtype``, as in DiffusionKit."""
-    return (sigmas * 1000).astype(dtype)
 
 
 def initial_noise(seed: int, latent_shape: tuple[int, int, int]) -> mx.array:
@@ -66,20 +61,16 @@ def initial_state(noise: mx.array, sampler: Sampler, sigmas: mx.array) -> mx.arr
     return x
 
 
-def euler(denoise: Denoiser, x: mx.array, sigmas: mx.array, dtype: mx.Dtype) -> Iterator[State]:
-    """Yield states 0 … num_steps of ``x`` (batch, height, width, channels), evaluated one by one.
+def euler(
+    after: Callable[[int, mx.array], mx.array], x: mx.array, levels: Sequence[float], times: Sequence[float]
+) -> Iterator[State]:
+    """Yield states 0 … num_steps from ``x`` (batch, height, width, channels) on, evaluated one by one.
 
-    ``dtype`` is the model's activation type, to which timesteps are rounded.
+    Args:
+        after: the state after state i, which it is given; lazy.
+        levels, times: noise level and timestep of each state.
     """
-    levels, times = as_floats(sigmas), as_floats(timesteps_of(sigmas, dtype))
     last = len(levels) - 1
-
-    def after(i: int, x: mx.array) -> mx.array:
-        sigma = sigmas[i]
-        derivative = (x - denoise(x, times[i], sigma)) / sigma
-        following: mx.array = x + derivative * (sigmas[i + 1] - sigma)
-        return following
-
     ready: mx.array | None = None
     for i in range(last):
         yield State(i, levels[i], times[i], x)

@@ -11,8 +11,8 @@ from calib.base.values import AtLeast, AtMost
 from calib.base.versions import versions
 from calib.dataset.images import image_ids
 from calib.dataset.load import load_manifest
-from calib.dataset.manifest import MANIFEST, Manifest
-from calib.dataset.sampling import as_floats, noise_levels, timesteps_of
+from calib.dataset.manifest import DEFAULT_NOISE, MANIFEST, Manifest
+from calib.dataset.sampling import as_floats, noise_levels
 from calib.dataset.shards import Shard, being_written, manifest_lock
 from calib.dataset.store import StateDtype, StorageFormat
 from calib.models.model import DiffusionModel
@@ -73,12 +73,13 @@ def planned_dataset(
         batch_size=batch_size,
         latent_shape=model.latent_shape,
         sigmas=as_floats(sigmas),
-        timesteps=as_floats(timesteps_of(sigmas, model.dtype)),
+        timesteps=as_floats(model.timesteps(sigmas)),
         steps=list(range(settings.num_steps + 1)) if steps is None else sorted(steps),
         storage=storage.value,
         dtype=dtype.value,
         versions=versions(),
         parts=parts_for(batch_size * (2 if settings.cfg_weight > 0 else 1)),
+        noise=DEFAULT_NOISE if model.flow is None else model.flow.noise_kind,
     )
 
 

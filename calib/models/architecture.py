@@ -9,7 +9,7 @@ third ``quantizer=smooth`` is not available.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeAlias, cast, runtime_checkable
 
 from calib.base.errors import ConfigError
@@ -20,27 +20,56 @@ from mlx import nn
 
 @dataclass(frozen=True)
 class Conditioning:
-    """Encoded text of a batch: ``tokens`` (rows, length, width), ``pooled`` (rows, width) where the family has it."""
+    """Encoded text of a batch.
+
+    Attributes:
+        tokens: (rows, length, width).
+        pooled: (rows, width), where the family has it.
+        lengths: number of tokens of each row, where texts differ in it; behind those, a row of ``tokens`` has zeros.
+            They are numbers, as a forward pass that read them from the device would wait for it.
+    """
 
     tokens: mx.array
     pooled: mx.array | None = None
+    lengths: tuple[int, ...] | None = None
 
     @classmethod
     def batch(cls, parts: Sequence["Conditioning"]) -> "Conditioning":
-        """Concatenate the rows of all ``parts``."""
-        pooled = [p.pooled for p in parts if p.pooled is not None]
-        return cls(mx.concatenate([p.tokens for p in parts]), mx.concatenate(pooled) if pooled else None)
+        """Concatenate the rows of all ``parts``, as long as the longest of them."""
+        longest = max(part.tokens.shape[1] for part in parts)
+        parts = [part.padded(longest) for part in parts]
+        pooled = [part.pooled for part in parts if part.pooled is not None]
+        lengths = [part.lengths for part in parts if part.lengths is not None]
+        return cls(
+            mx.concatenate([part.tokens for part in parts]),
+            mx.concatenate(pooled) if pooled else None,
+            tuple(length for own in lengths for length in own) if lengths else None,
+        )
+
+    def padded(self, length: int) -> "Conditioning":
+        """The same with room for ``length`` tokens in a row; itself where it has as much."""
+        more = length - self.tokens.shape[1]
+        return self if more <= 0 else replace(self, tokens=mx.pad(self.tokens, [(0, 0), (0, more), (0, 0)]))
 
     def __getitem__(self, rows: slice) -> "Conditioning":
-        return Conditioning(self.tokens[rows], None if self.pooled is None else self.pooled[rows])
+        return Conditioning(
+            self.tokens[rows],
+            None if self.pooled is None else self.pooled[rows],
+            None if self.lengths is None else self.lengths[rows],
+        )
 
     def astype(self, dtype: mx.Dtype) -> "Conditioning":
         """The same conditioning cast to ``dtype``; lazy."""
-        return Conditioning(self.tokens.astype(dtype), None if self.pooled is None else self.pooled.astype(dtype))
+        pooled = None if self.pooled is None else self.pooled.astype(dtype)
+        return replace(self, tokens=self.tokens.astype(dtype), pooled=pooled)
 
     def arrays(self) -> list[mx.array]:
         """The arrays to evaluate."""
         return [self.tokens] if self.pooled is None else [self.tokens, self.pooled]
+
+    def of_arrays(self, arrays: Sequence[mx.array], lengths: tuple[int, ...] | None) -> "Conditioning":
+        """Other rows, whose :meth:`arrays` and lengths are these."""
+        return Conditioning(arrays[0], arrays[1] if self.pooled is not None else None, lengths)
 
 
 class Architecture(Protocol):
@@ -69,8 +98,9 @@ class Architecture(Protocol):
     def velocity(self, x: mx.array, text: Conditioning, timestep: mx.array) -> mx.array:
         """The output v for ``x`` (rows, height, width, channels), of the same shape: ``x - sigma * v`` is denoised.
 
-        ``timestep`` is 1000 sigma, evaluated, of size 1 or (rows,). The first axis of every layer's input must be that
-        of the rows: an input that all rows share, such as the embedding of one timestep, must be repeated.
+        ``timestep`` is 1000 sigma, or what the model's :class:`~calib.models.noise.Flow` says; evaluated, of size 1 or
+        (rows,). The first axis of every layer's input must be that of the rows: an input that all rows share, such as
+        the embedding of one timestep, must be repeated.
         """
 
     def layers(self) -> dict[str, nn.Module]:

@@ -11,12 +11,10 @@ from pathlib import Path
 
 import calib.models.compat  # noqa: F401  (must precede diffusionkit.mlx)
 from calib.base.errors import CalibError, ConfigError, suggest
-from calib.base.progress import note
 from calib.models.hub import fetch, load_checked, renamed
-from calib.models.memory import device_memory
+from calib.models.memory import preflight
 from calib.models.mmdit.architecture import MMDiTArchitecture
 from calib.models.model import DiffusionModel, ModelDtype
-from calib.models.model import weights as parameters
 from calib.models.tensors import read_weights
 from calib.models.text import CLIP_TOKENS, TextEncoders
 
@@ -178,16 +176,6 @@ def load_vae_decoder(path: str, prefix: str, dtype: mx.Dtype) -> VAEDecoder:
     return decoder
 
 
-def _preflight(name: str, config: MMDiTConfig, dtype: ModelDtype) -> None:
-    """Note what will be slow or too large, before anything is downloaded or read."""
-    if dtype is not ModelDtype.FLOAT32 and mx.default_device().type == mx.DeviceType.cpu:
-        note(f"model.dtype={dtype}: 16-bit products are some 40 times slower on a CPU; use model.dtype=float32")
-    size, memory = sum(weight.size for weight in parameters(MMDiT(config)).values()) * dtype.mlx.size, device_memory()
-    if size > memory:
-        needed = f"{size / 1e9:.1f} of {memory / 1e9:.1f} GB"
-        note(f"memory: the transformer of {name} alone takes {needed}; it may swap or fail")
-
-
 def load_sd3(
     name: str,
     repository: str,
@@ -205,7 +193,7 @@ def load_sd3(
         image_size: height and width, pixels.
     """
     config = sd3_config(repository)
-    _preflight(name, config, dtype)
+    preflight(name, MMDiT(config), dtype)
     path = checkpoint or fetch(repository, model_io._MMDIT[repository]["vae"], "model.checkpoint")
     # First, so that a file that the hub does not provide is reported before gigabytes are read.
     text = TextEncoders(DiffusionPipeline, repository, dtype.mlx, clip_g=True, use_t5=use_t5)
@@ -246,7 +234,7 @@ def load_flux(
     Parameters as for :func:`load_sd3`. Guidance is distilled into the weights: ``sampler.cfg_weight`` must be 0.
     """
     config = flux_config()
-    _preflight(name, config, dtype)
+    preflight(name, MMDiT(config), dtype)
     files = model_io._MMDIT[repository]
     path = checkpoint or fetch(repository, files[repository], "model.checkpoint")
     vae = vae_checkpoint or fetch(repository, files["vae"], "model.vae_checkpoint")

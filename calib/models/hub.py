@@ -31,10 +31,10 @@ def fetch(repository: str, file: str, key: str | None = None) -> str:
         return hf_hub_download(repository, file)
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         instead = f"; or give {key}=FILE" if key else ""
-        raise CalibError(f"{repository}/{file}: {_what_to_do(repository, error)}{instead}") from None
+        raise CalibError(f"{repository}/{file}: {what_to_do(repository, error)}{instead}") from None
 
 
-def _what_to_do(repository: str, error: Exception) -> str:
+def what_to_do(repository: str, error: Exception) -> str:
     """Why a download failed, and the remedy; narrower error classes come first."""
     page = f"{constants.ENDPOINT}/{repository}"
     if isinstance(error, GatedRepoError):

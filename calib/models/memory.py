@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from calib.base.device import on_cuda, on_gpu, on_metal
-from calib.base.progress import readable_bytes
+from calib.base.progress import note, readable_bytes
 from calib.models.architecture import Architecture, Divisible
-from calib.models.model import DiffusionModel, weights
+from calib.models.model import DiffusionModel, ModelDtype, weights
 from calib.models.parallel import parts_of
 
 import mlx.core as mx
@@ -84,6 +84,16 @@ def device_memory() -> int:
 def nbytes(module: nn.Module) -> int:
     """Bytes of a network's weights, from their shapes; nothing is evaluated."""
     return sum(weight.nbytes for weight in weights(module).values())
+
+
+def preflight(name: str, transformer: nn.Module, dtype: ModelDtype) -> None:
+    """Note what will be slow or too large, by the shapes of ``transformer``, before anything is downloaded or read."""
+    if dtype is not ModelDtype.FLOAT32 and mx.default_device().type == mx.DeviceType.cpu:
+        note(f"model.dtype={dtype}: 16-bit products are some 40 times slower on a CPU; use model.dtype=float32")
+    size, memory = sum(weight.size for weight in weights(transformer).values()) * dtype.mlx.size, device_memory()
+    if size > memory:
+        needed = f"{size / 1e9:.1f} of {memory / 1e9:.1f} GB"
+        note(f"memory: the transformer of {name} alone takes {needed}; it may swap or fail")
 
 
 def useful_batch(tokens: int, guidance: bool) -> int:

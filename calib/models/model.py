@@ -16,7 +16,7 @@ from calib.base.device import on_gpu
 from calib.base.progress import note
 from calib.models.architecture import Architecture, Conditioning
 from calib.models.clock import Clock
-from calib.models.noise import LatentFormat, Sampler, UnscaledLatents
+from calib.models.noise import Flow, LatentFormat, Sampler, UnscaledLatents
 from calib.models.parallel import by_parts, streams_of
 
 import mlx.core as mx
@@ -50,12 +50,14 @@ class DiffusionModel:
     Attributes:
         name: the option of the ``model`` config group.
         architecture: the transformer whose layers are tapped and quantized.
+        sampler: DiffusionKit's or one with its members, or a :class:`~calib.models.noise.Flow`.
         encode_text: a text -> its conditioning, one row. Loads the text encoders unless they are loaded.
         decoder: the VAE's decoder, which ``decode_latents`` calls.
         decode_latents: latents (batch, height, width, channels) after ``process_out`` -> images in about [-1, 1].
+        draw_latents: the same in less memory, through which no gradient can pass; None: ``decode_latents`` draws.
         dtype: activation type of the transformer.
         latent_shape: (height, width, channels) of one latent.
-        text_length: tokens in a row of conditioning.
+        text_length: tokens in a row of conditioning, at most where texts differ in it.
         token_count: a text -> its number of tokens, begin and end included, before truncation.
         max_prompt_tokens: number of tokens beyond which the text encoder truncates.
         text_encoders: names of the text encoders, e.g. 'clip_l+clip_g+t5'; conditioning depends on them.
@@ -71,7 +73,7 @@ class DiffusionModel:
 
     name: str
     architecture: Architecture
-    sampler: Sampler
+    sampler: Sampler | Flow
     encode_text: Callable[[str], Conditioning]
     decoder: nn.Module
     decode_latents: Callable[[mx.array], mx.array]
@@ -87,6 +89,7 @@ class DiffusionModel:
     text_bytes: int = 0
     smaller_text: str = ""
     decoding_bytes: int | None = None
+    draw_latents: Callable[[mx.array], mx.array] | None = None
     clock: Clock | None = None
     _fingerprint: str = field(default="", init=False, repr=False)
     _rows: dict[str, Conditioning] = field(default_factory=dict, init=False, repr=False)
@@ -103,6 +106,20 @@ class DiffusionModel:
         """The transformer's network."""
         return self.architecture.module
 
+    @property
+    def flow(self) -> Flow | None:
+        """The sampler where it is a :class:`~calib.models.noise.Flow`; None where it is of DiffusionKit's kind."""
+        return self.sampler if isinstance(self.sampler, Flow) else None
+
+    @property
+    def time_dtype(self) -> mx.Dtype:
+        """The type in which the transformer is given timesteps."""
+        return self.dtype if self.flow is None else mx.float32
+
+    def timesteps(self, levels: mx.array) -> mx.array:
+        """What the transformer takes for noise levels: 1000 sigma in its own type, as in DiffusionKit, or a flow's."""
+        return (levels * 1000).astype(self.dtype) if self.flow is None else self.flow.timesteps(levels)
+
     def encode(self, prompts: Sequence[str], cfg_weight: float) -> Conditioning:
         """Conditioning of a batch: all conditional rows, then with guidance as many unconditional rows.
 
@@ -115,18 +132,32 @@ class DiffusionModel:
         return Conditioning.batch(parts)
 
     def encode_batches(
-        self, batches: Sequence[Sequence[str]], cfg_weight: float, keep_text: bool
+        self,
+        batches: Sequence[Sequence[str]],
+        cfg_weight: float,
+        keep_text: bool,
+        beside: Sequence[Sequence[str]] | None = None,
     ) -> Iterator[Conditioning]:
         """Yield the conditioning of each batch, as :meth:`encode` returns it.
 
         Unless ``keep_text``, batches are encoded in advance and the text encoders unloaded before the first is yielded.
+
+        Args:
+            beside: for each batch, texts that it has room for, too, where texts differ in length: matrix products of
+                another shape differ in the last bits.
         """
         ahead = 1 if keep_text or not batches else max(1, ENCODE_AHEAD // len(batches[0]))
         for first in range(0, len(batches), ahead):
-            texts = [self.encode(prompts, cfg_weight) for prompts in batches[first : first + ahead]]
+            chosen = range(first, min(first + ahead, len(batches)))
+            texts = [self._with_room(self.encode(batches[i], cfg_weight), beside[i] if beside else ()) for i in chosen]
             if not keep_text:
                 self.unload_text()
             yield from texts
+
+    def _with_room(self, text: Conditioning, beside: Sequence[str]) -> Conditioning:
+        if not beside or text.lengths is None:
+            return text
+        return text.padded(min(max(map(self.token_count, beside)), self.max_prompt_tokens))
 
     def _row(self, prompt: str) -> Conditioning:
         """Conditioning of one prompt, one row in the transformer's type, evaluated."""
@@ -146,7 +177,7 @@ class DiffusionModel:
         ``timestep`` is a number; or evaluated and of size 1; or one for each row, (rows,).
         """
         self.set_clock(timestep)
-        times = timestep if isinstance(timestep, mx.array) else mx.array(timestep, self.dtype)
+        times = timestep if isinstance(timestep, mx.array) else mx.array(timestep, self.time_dtype)
         return self.architecture.velocity(x, text, times)
 
     def set_clock(self, timestep: float | mx.array) -> None:
@@ -173,24 +204,34 @@ class DiffusionModel:
 
         On a CPU ``parts`` of the rows are computed side by side, and started at once.
         """
+        assert not isinstance(self.sampler, Flow)
+        rows, v = self._outputs(x, timestep, text, cfg_weight, parts)
+        return _guided(self.sampler.calculate_denoised(sigma, v, rows), cfg_weight)
+
+    def guided_velocity(
+        self, x: mx.array, timestep: float, text: Conditioning, cfg_weight: float, parts: int = 1
+    ) -> mx.array:
+        """The guided output for ``x`` (batch, height, width, channels); arguments are those of :meth:`denoise`."""
+        return _guided(self._outputs(x, timestep, text, cfg_weight, parts)[1], cfg_weight)
+
+    def _outputs(
+        self, x: mx.array, timestep: float | mx.array, text: Conditioning, cfg_weight: float, parts: int
+    ) -> tuple[mx.array, mx.array]:
+        """The rows that the transformer gets for ``x``, with guidance twice as many, and its output for them."""
         rows = (mx.concatenate([x, x]) if cfg_weight > 0 else x).astype(self.dtype)
 
         def compute(part: slice) -> mx.array:
             return self.velocity(rows[part], text[part], timestep)
 
-        v = self.velocity(rows, text, timestep) if parts == 1 else by_parts(len(rows), compute, parts=parts)
-        denoised: mx.array = self.sampler.calculate_denoised(sigma, v, rows)
-        if cfg_weight <= 0:
-            return denoised
-        conditional, unconditional = mx.split(denoised, 2)
-        return unconditional + cfg_weight * (conditional - unconditional)
+        return rows, self.velocity(rows, text, timestep) if parts == 1 else by_parts(len(rows), compute, parts=parts)
 
     def decode(self, x: mx.array) -> mx.array:
         """Images (batch, height, width, 3) in [0, 1] of the sampler's final latents ``x``, in float32.
 
         NumPy has no bfloat16, whose steps near 1 are also as wide as those of 8-bit pixels.
         """
-        image = self.decode_latents(self.latent_format.process_out(x).astype(self.dtype))
+        draw = self.draw_latents or self.decode_latents
+        image = draw(self.latent_format.process_out(x).astype(self.dtype))
         return mx.clip(image.astype(mx.float32) / 2 + 0.5, 0, 1)
 
     def decode_each(self, x: mx.array, at_once: int = 1) -> NDArray[np.float32]:
@@ -214,6 +255,14 @@ class DiffusionModel:
         if not self._fingerprint:
             self._fingerprint = weights_fingerprint(self.transformer)
         return self._fingerprint
+
+
+def _guided(rows: mx.array, cfg_weight: float) -> mx.array:
+    """Classifier-free guidance over ``rows``, conditional ones first; without it, ``rows`` themselves."""
+    if cfg_weight <= 0:
+        return rows
+    conditional, unconditional = mx.split(rows, 2)
+    return unconditional + cfg_weight * (conditional - unconditional)
 
 
 def weights(module: nn.Module) -> dict[str, mx.array]:

@@ -1,9 +1,10 @@
 """Noise levels of a rectified flow, and the scale of a model's latents.
 
-DiffusionKit's samplers and latent formats have these members. A model of another kind uses the classes here.
+DiffusionKit's samplers and latent formats have these members. A model of another kind uses the classes here, or has a
+:class:`Flow` of its own.
 """
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import mlx.core as mx
 
@@ -30,6 +31,30 @@ class Sampler(Protocol):
 
     def calculate_denoised(self, sigma: mx.array, model_output: mx.array, model_input: mx.array) -> mx.array:
         """The denoised latent by the transformer's output at ``sigma``."""
+
+
+@runtime_checkable
+class Flow(Protocol):
+    """A sampler that is not of DiffusionKit's kind: it says itself where it begins and how it goes on.
+
+    A trajectory is still one of noise levels sigma, from 1 to 0, along which x' = x + (sigma' - sigma) v.
+    """
+
+    @property
+    def noise_kind(self) -> str:
+        """How :meth:`noise` is drawn, one of :data:`calib.dataset.manifest.NOISES`; recorded in datasets."""
+
+    def noise(self, seed: int, latent_shape: tuple[int, int, int]) -> mx.array:
+        """State 0 of an image of ``seed``, (height, width, channels) in float32."""
+
+    def levels(self, num_steps: int) -> mx.array:
+        """Levels of states 0 … num_steps, (num_steps + 1,) in float32, falling to 0."""
+
+    def timesteps(self, levels: mx.array) -> mx.array:
+        """What the transformer takes for each of ``levels``, in float32."""
+
+    def step(self, x: mx.array, v: mx.array, level: mx.array, following: mx.array) -> mx.array:
+        """The state at ``following`` after ``x`` at ``level``, where the transformer's output is ``v``; in float32."""
 
 
 class LatentFormat(Protocol):

@@ -52,7 +52,9 @@ def model_choice(node: Any, sampler: SamplerSettings) -> ModelChoice:
     if SKELETON not in node:
         return ModelChoice(name, load, None)
     named, given = f"model.{SKELETON}={node[SKELETON]}", ("image_size", "cfg_weight")
-    build = bind_target("model", {**parameters, "_target_": node[SKELETON]}, given)
+    build = bind_target("model", {**parameters, "_target_": node[SKELETON]}, given, ("shift",))
+    if "shift" in inspect.signature(build).parameters:
+        build = partial(build, shift=sampler.shift)
     skeleton = Option(named, build, given, "an Architecture", partial(_architecture, named=named))
     return ModelChoice(name, load, cache(partial(skeleton, sampler.image_size, sampler.cfg_weight)))
 

@@ -33,7 +33,8 @@ class States:
         steps: the step index of each row, (rows,).
         times: its timestep, (rows,).
         x: the latents.
-        text: the conditioning: tokens, and pooled text where the family has it.
+        text: the arrays of the conditioning, one of which is ``like``, and the number of tokens of each row, (rows,),
+            where texts differ in it.
         seen, held: the rows of the images to train on, and of those held out.
         dtype: the 16-bit type in which rows are kept.
         folder: where they and what parts pass on are kept; None: in memory.
@@ -44,6 +45,8 @@ class States:
     times: NDArray[np.float32]
     x: Kept
     text: Kept
+    like: Conditioning
+    lengths: NDArray[np.intp] | None
     seen: Rows
     held: Rows
     dtype: mx.Dtype
@@ -69,17 +72,22 @@ class States:
             given = f"of {counted(len(known), 'calibration image')} {count} would be held out, and none be left"
             raise CalibError(f"{given}: the best iterate is chosen by them; raise calibration.images and num_images")
         out = np.isin(images, known[-count:])
-        folder = _folder(work, [batches[0].x, *batches[0].text.arrays()], times[0], len(images), memory)
+        longest = max(b.text.tokens.shape[1] for b in batches)
+        texts = [b.text.padded(longest) for b in batches]
+        folder = _folder(work, batches[0].x, texts[0], times[0], len(images), memory)
         x = Kept([batches[0].x.shape[1:]], len(images), work.dtype, folder)
-        text = Kept([array.shape[1:] for array in batches[0].text.arrays()], len(images), work.dtype, folder)
+        text = Kept([array.shape[1:] for array in texts[0].arrays()], len(images), work.dtype, folder)
+        lengths = [length for own in texts for length in own.lengths or ()]
         first = 0
-        for batch in batches:
+        for batch, own in zip(batches, texts, strict=True):
             rows = slice(first, first := first + len(batch.x))
             x.put(rows, [batch.x], "the states")
-            text.put(rows, batch.text.arrays(), "the encoded prompts")
+            text.put(rows, own.arrays(), "the encoded prompts")
         seen, held = np.flatnonzero(~out), np.flatnonzero(out)
         at_once = min(AT_ONCE, len(batches[0].x))
-        return cls(steps, np.concatenate(times), x, text, seen, held, work.dtype, folder, at_once)
+        of_rows = np.array(lengths, np.intp) if lengths else None
+        more = (seen, held, work.dtype, folder, at_once)
+        return cls(steps, np.concatenate(times), x, text, texts[0], of_rows, *more)
 
     @property
     def all(self) -> Rows:
@@ -92,10 +100,11 @@ class States:
 
     def arguments(self, rows: Rows) -> tuple[Conditioning, mx.array, tuple[int, ...]]:
         """The arguments of :meth:`Divisible.parts` for ``rows``."""
-        (x,), text = self.x.get(rows), self.text.get(rows)
+        (x,), arrays = self.x.get(rows), self.text.get(rows)
         times = mx.array(self.times[rows])
         mx.eval(times)
-        return Conditioning(*text), times, x.shape
+        lengths = None if self.lengths is None else tuple(self.lengths[rows].tolist())
+        return self.like.of_arrays(arrays, lengths), times, x.shape
 
     def kept(self, arrays: Sequence[mx.array]) -> Kept:
         """Room for arrays like these, whatever their number of rows, of all rows."""
@@ -103,13 +112,13 @@ class States:
 
 
 def _folder(
-    work: QuantizerInput, given: Sequence[mx.array], times: NDArray[np.float32], rows: int, memory: float
+    work: QuantizerInput, x: mx.array, text: Conditioning, times: NDArray[np.float32], rows: int, memory: float
 ) -> Path | None:
     """None where what parts read and pass on stays within ``memory``, else a folder that has the room."""
     assert isinstance(work.architecture, Divisible)
-    x, *text = (array[:1] for array in given)
-    passed, most, read = [x], 0, bytes_of([array.shape[1:] for array in given], rows)
-    for part in work.architecture.parts(Conditioning(*text), mx.array(times[:1]), x.shape):
+    read = bytes_of([array.shape[1:] for array in (x, *text.arrays())], rows)
+    passed, most = [x[:1]], 0
+    for part in work.architecture.parts(text[:1], mx.array(times[:1]), passed[0].shape):
         passed = part(passed)  # nothing is computed: for the shapes
         most = max(most, bytes_of([array.shape[1:] for array in passed], rows))
     if (total := COPIES * most + read) <= memory:

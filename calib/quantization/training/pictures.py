@@ -14,7 +14,7 @@ from calib.analysis.backward import Backward, Rows, along
 from calib.base.device import cores, on_gpu
 from calib.base.errors import CalibError
 from calib.dataset.generate import trajectory_from
-from calib.dataset.sampling import as_floats, noise_levels, timesteps_of
+from calib.dataset.sampling import as_floats, noise_levels
 from calib.models.architecture import Conditioning
 from calib.models.memory import plan_backward
 from calib.models.model import DiffusionModel
@@ -154,7 +154,7 @@ class PictureLoss:
     def _back(self, passes: Sequence[_Pass], num_steps: int) -> None:
         """Carry the passes over all steps."""
         levels = noise_levels(self._model.sampler, num_steps)
-        sigmas, times = as_floats(levels), as_floats(timesteps_of(levels, self._model.dtype))
+        sigmas, times = as_floats(levels), as_floats(self._model.timesteps(levels))
         for step in reversed(range(num_steps)):
             founds, given = [], []
             for one, stream in zip(passes, streams_of(len(passes)), strict=True):

@@ -1,0 +1,28 @@
+"""mflux's transformers, with its own layers, sampler, text encoder and decoder.
+
+What is common to its families is here: ``precision``, ``flow`` (the sampler), ``files`` (folders and repositories),
+``text``, ``decoder``. A family has a module for its options (``zimage``) and one for its transformer.
+
+mflux is not among calib's dependencies, as it asks for torch; it is used unmodified.
+"""
+
+import importlib.metadata
+from importlib.util import find_spec
+
+from calib.base.errors import ConfigError
+from calib.base.progress import note
+
+#: The version that is tested.
+TESTED = "0.24.0"
+
+if find_spec("mflux") is None:
+    raise ConfigError(
+        "model: this one is mflux's, which is not installed; uv run --group mflux calib …, or "
+        f"pip install --no-deps mflux=={TESTED} && pip install piexif platformdirs toml"
+    )
+
+
+def note_version() -> None:
+    """Note where another version of mflux is installed than was tested: its layers may be others."""
+    if (found := importlib.metadata.version("mflux")) != TESTED:
+        note(f"mflux is {found}, tested is {TESTED}: pip install --no-deps mflux=={TESTED}")

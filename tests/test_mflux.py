@@ -1,0 +1,412 @@
+"""mflux's models through calib: drawn as mflux draws them, tapped and rounded without a trace, and the whole job."""
+
+import shutil
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("mflux", reason="mflux is not installed: uv sync --group mflux")
+
+from calib.activations.reader import ActivationFile
+from calib.activations.taps import TapKind, TapPoint, TapSelection, tap_points, tapped
+from calib.base.device import on_gpu
+from calib.base.errors import CalibError
+from calib.base.files import read_json
+from calib.dataset.generate import trajectory, trajectory_from
+from calib.dataset.load import load_manifest
+from calib.dataset.settings import SamplerSettings
+from calib.dataset.store import read_state
+from calib.models.architecture import Conditioning, check_architecture
+from calib.models.mflux import zimage
+from calib.models.mflux.precision import in_precision
+from calib.models.model import DiffusionModel, ModelDtype, weights
+from calib.quantization.apply import applied
+from calib.quantization.checkpoint import load
+
+import make_standin_checkpoint as standin
+import mlx.core as mx
+import numpy as np
+from helpers import is_one_clear_line, run_in, run_process, well
+from huggingface_hub import constants
+from mflux.models.common.config.model_config import ModelConfig
+from mflux.models.common.resolution import path_resolution
+from mflux.models.common.resolution.model_revisions import ModelRevisions
+from mflux.models.common.vae.vae_util import VAEUtil
+from mflux.models.common.weights.saving.model_saver import ModelSaver
+from mflux.models.z_image.variants.z_image import ZImage
+from mflux.models.z_image.weights.z_image_weight_definition import ZImageWeightDefinition
+from tiny_zimage import SIZES, small_zimage
+from watching import keep
+
+#: Texts of 1, 2 and 5 times 32 tokens, once padded.
+TEXTS = ("red apple", "a lighthouse on a rocky coast at dusk, painted in oil", "one fox, two foxes, " * 12)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    with small_zimage(tmp_path_factory.mktemp("zimage")) as folder:
+        yield folder
+
+
+def loaded(files: Path, size: tuple[int, int] = (64, 64), dtype: ModelDtype = ModelDtype.FLOAT32) -> DiffusionModel:
+    return zimage.load("zimage_turbo", "nowhere/nothing", str(files), dtype, image_size=size)
+
+
+@pytest.fixture(scope="module")
+def model(files: Path) -> DiffusionModel:
+    return loaded(files)
+
+
+class Watcher:
+    """What mflux's callbacks show: the latents of every step."""
+
+    def __init__(self) -> None:
+        self.latents: list[mx.array] = []
+
+    def call_before_loop(self, latents: mx.array, **more: object) -> None:
+        self.latents = [latents]
+
+    def call_in_loop(self, t: int, latents: mx.array, **more: object) -> None:
+        self.latents.append(latents)
+
+
+class Mfluxs:
+    """mflux's own model of the same files, drawing by ``generate_image``."""
+
+    def __init__(self, files: Path, dtype: mx.Dtype):
+        self._dtype, self._watcher = dtype, Watcher()
+        with in_precision(dtype):
+            self.model = ZImage(model_path=str(files), model_config=ModelConfig.z_image_turbo())
+        self.model.callbacks.register(self._watcher)
+
+    def draw(
+        self, text: str, seed: int, steps: int, size: tuple[int, int]
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """States (steps + 1, height, width, channels), the picture before it is cut to [0, 1], and the 8-bit one."""
+        height, width = size
+        with in_precision(self._dtype):
+            image = self.model.generate_image(seed, text, steps, height, width)
+            decoded = VAEUtil.decode(self.model.vae, self._watcher.latents[-1].transpose(1, 0, 2, 3))
+        states = np.stack([np.array(x[:, 0].transpose(1, 2, 0).astype(mx.float32)) for x in self._watcher.latents])
+        return states, np.array(decoded.astype(mx.float32))[0].transpose(1, 2, 0), np.array(image.image)
+
+
+@pytest.fixture(scope="module")
+def mfluxs(files: Path) -> Mfluxs:
+    return Mfluxs(files, mx.float32)
+
+
+@pytest.mark.parametrize(
+    ("text", "seed", "steps", "size"),
+    [
+        (TEXTS[0], 7, 4, (64, 64)),  # 16 tokens of the picture, padded to 32
+        (TEXTS[1], 2**32 - 1, 9, (64, 128)),
+        (TEXTS[2], 0, 1, (112, 80)),
+        ("", 3, 2, (64, 64)),
+    ],
+)
+def test_latents_and_pictures_are_mfluxs(
+    files: Path, mfluxs: Mfluxs, text: str, seed: int, steps: int, size: tuple[int, int]
+) -> None:
+    own = loaded(files, size)
+    settings = SamplerSettings(num_steps=steps, cfg_weight=0, image_size=size)
+    states, decoded, picture = mfluxs.draw(text or " ", seed, steps, size)
+    drawn = list(trajectory(own, [text], [seed], settings))
+    assert states.std() > 0.5 and len(drawn) == steps + 1
+    np.testing.assert_allclose(np.stack([np.array(state.x[0]) for state in drawn]), states, atol=1e-5)
+    for decode in (own.decode_latents, own.draw_latents):
+        assert decode is not None
+        np.testing.assert_allclose(np.array(decode(drawn[-1].x))[0], decoded, atol=1e-5)
+    pixels = np.array(own.decode(drawn[-1].x))[0] * 255
+    np.testing.assert_array_equal(np.round(pixels), picture)
+    assert picture.std() > 10
+
+
+def test_16_bits_are_mfluxs(files: Path) -> None:
+    """States, which mflux rounds at each step, too; of the picture it rounds the shades, which calib does not."""
+    states, _, picture = Mfluxs(files, mx.bfloat16).draw(TEXTS[0], 7, 3, (64, 64))
+    own = loaded(files, dtype=ModelDtype.BFLOAT16)
+    drawn = list(trajectory(own, [TEXTS[0]], [7], SamplerSettings(num_steps=3, cfg_weight=0)))
+    found = np.stack([np.array(state.x[0]) for state in drawn])
+    np.testing.assert_allclose(found, states, atol=0.05 if on_gpu() else 1e-5)
+    assert np.abs(np.array(own.decode(drawn[-1].x))[0] * 255 - picture).max() < (8 if on_gpu() else 2)
+
+
+def test_a_batch_gives_what_each_gives_alone(model: DiffusionModel) -> None:
+    """Of texts of other lengths, beside one another, and with more room than they need."""
+    settings, seeds = SamplerSettings(num_steps=3, cfg_weight=0), [5, 6, 7]
+    alone = [list(trajectory(model, [text], [seed], settings))[-1].x for text, seed in zip(TEXTS, seeds, strict=True)]
+    text = model.encode(TEXTS, 0)
+    assert text.lengths is not None and len({-(-length // 32) for length in text.lengths}) == 3
+    for given in (text, text.padded(200)):
+        *_, together = trajectory_from(model, given, seeds, 3, 0)
+        np.testing.assert_allclose(np.array(together.x), np.array(mx.concatenate(alone)), atol=1e-5)
+
+
+def test_names_and_taps(model: DiffusionModel) -> None:
+    architecture, before = model.architecture, weights(model.transformer)
+    check_architecture(architecture, "zimage")
+    layers = architecture.layers()
+    assert len(layers) == sum(isinstance(m, type(layers["x_embedder"])) for m in model.transformer.modules())
+    shared = {p.name: set(p.aliases) for p in tap_points(architecture, TapSelection()) if p.aliases}
+    assert shared["unified_block_1.attn.q_proj"] == {f"unified_block_1.attn.{x}_proj" for x in "kv"}
+    assert shared["noise_refiner_0.adaln"] == {f"unified_block_{i}.adaln" for i in range(2)}
+    x, text, seen = mx.random.normal((3, 8, 8, 16), key=mx.random.key(0)), model.encode(TEXTS, 0), {}
+    plain = np.array(model.velocity(x, text, 0.25))
+    with tapped(architecture, tap_points(architecture, TapSelection(TapKind.ALL)), keep(seen)):
+        np.testing.assert_array_equal(np.array(model.velocity(x, text, 0.25)), plain)
+    assert {array.shape[0] for array in seen.values()} == {3}
+    for name, tap in ((n, architecture.shared_input(n)) for n in layers):
+        assert seen[tap].shape[-1] == layers[name].weight.shape[1], name
+    after = weights(model.transformer)
+    assert after.keys() == before.keys() and all(after[path] is before[path] for path in before)
+
+
+def test_taps_in_a_batch_see_the_numbers_of_each_alone(model: DiffusionModel) -> None:
+    """Some of them more than once, where texts differ in length; so each channel's extremes are the same."""
+    points, x = tap_points(model.architecture, TapSelection(TapKind.ALL)), mx.random.normal((4, 8, 8, 16))
+    lengths = (5, 32, 90, 31)  # with padding and without
+    texts = [Conditioning(mx.random.normal((1, length, 64)), lengths=(length,)) for length in lengths]
+
+    def seen(x: mx.array, text: Conditioning) -> dict[str, np.ndarray]:
+        found: dict[str, mx.array] = {}
+        with tapped(model.architecture, points, keep(found)):
+            mx.eval(model.velocity(x, text, 0.25), found)
+        return {name: np.array(own).reshape(len(own), -1, own.shape[-1]) for name, own in found.items()}
+
+    together = seen(x, Conditioning.batch(texts))
+    for row, text in enumerate(texts):
+        for name, alone in seen(x[row : row + 1], text).items():
+            for extreme in (np.min, np.max):
+                found, expected = extreme(together[name][row], axis=0), extreme(alone[0], axis=0)
+                np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max(), err_msg=name)
+
+
+def test_inputs_of_layers_that_share_a_tap_are_one_array(model: DiffusionModel) -> None:
+    architecture, seen = model.architecture, {}
+    points = [TapPoint(name, "") for name in architecture.layers()]
+    with tapped(architecture, points, keep(seen)):
+        mx.eval(model.velocity(mx.ones((1, 8, 8, 16)), model.encode(TEXTS[:1], 0), 0.5))
+    for name in architecture.layers():
+        assert mx.array_equal(seen[name], seen[architecture.shared_input(name)]).item(), name
+
+
+JOB = (
+    *("model=zimage_turbo", "model.dtype=float32", "prompts=file", "prompts.path=texts.txt", "num_images=3"),
+    *("sampler.image_size=[64,64]", "sampler.num_steps=3", "sampler.batch_size=2"),
+    *("data_dir=dataset", "dataset.dtype=float32"),
+    *("timestep_schedule=all", "taps=all", "sensitivity.images=2", "sensitivity.group_sizes=[32,64]"),
+    *("calibration.images=2", "calibration.steps=2", "evaluation.num_images=2", "evaluation.steps=2"),
+)
+
+
+@pytest.fixture(scope="module")
+def job(files: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A working folder after the whole job at its defaults: gradients, allocate, gptq, pictures, the page."""
+    folder = tmp_path_factory.mktemp("job")
+    (folder / "texts.txt").write_text("\n".join(TEXTS) + "\n")
+    well(run_in(folder, *JOB, f"model.checkpoint={files}", "hydra.run.dir=run"))
+    return folder
+
+
+def test_the_whole_job(job: Path, model: DiffusionModel) -> None:
+    run, layers = job / "run", list(model.architecture.layers())
+    metrics, plan = read_json(run / "metrics.json"), read_json(run / "quantization_config.json")
+    assert set(plan) >= set(layers) and len({own["suggested_weight_bits"] for own in plan.values()}) > 1
+    assert 0 < metrics["output_error"] < 1 and metrics["psnr"] < metrics["control_psnr"]
+    assert read_json(run / "quantized" / "config.json")["z_image"]["dim"] == SIZES.transformer["dim"]
+    assert "unified_block_1.mlp.w2" in (run / "report.html").read_text(encoding="utf-8")
+    with ActivationFile(run / "activations.h5") as file:
+        assert file.kind("unified_block_0.mlp.w2") == "post-swiglu"
+        assert file.same_data("unified_block_0.attn.v_proj") == file.same_data("unified_block_0.attn.q_proj")
+
+
+def test_the_dataset_is_mfluxs_and_sound(job: Path, mfluxs: Mfluxs) -> None:
+    manifest = load_manifest(job / "dataset")
+    assert manifest.noise == "mlx" and "sound" in well(run_in(job, "verify", "dataset")).out
+    for image in (0, 2):
+        entry = manifest.images[image]
+        assert entry.prompt is not None and entry.seed is not None
+        states, *_ = mfluxs.draw(entry.prompt, entry.seed, manifest.num_steps, (64, 64))
+        np.testing.assert_allclose(read_state(job / "dataset", manifest, image, 3), states[-1], atol=1e-5)
+
+
+def test_a_lost_manifest_is_restored(job: Path, tmp_path: Path) -> None:
+    """It says whose noise the states are made of, as the files of the images do."""
+    copy = shutil.copytree(job / "dataset", tmp_path / "dataset")
+    before = (copy / "manifest.json").read_bytes()
+    (copy / "manifest.json").unlink()
+    well(run_in(tmp_path, "rebuild-manifest", "dataset"))
+    assert b'"noise": "mlx"' in before and (copy / "manifest.json").read_bytes() == before
+
+
+def test_states_of_other_noise_are_found(job: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(job / "dataset", tmp_path / "dataset")
+    manifest = load_manifest(copy)
+    manifest.noise = "numpy"
+    manifest.save(copy)
+    outcome = run_in(tmp_path, "verify", "dataset")
+    assert outcome.status == 1 and f"state 0 is not the noise of seed {manifest.images[0].seed}" in outcome.out
+
+
+def test_a_batch_has_room_for_texts_that_are_not_in_it(model: DiffusionModel) -> None:
+    """So that what is drawn again has the shapes that it had."""
+    (text,) = model.encode_batches([TEXTS[:1] * 2], 0, True, [TEXTS])
+    whole = model.encode(TEXTS, 0)
+    assert whole.lengths == tuple(map(model.token_count, TEXTS))
+    assert text.tokens.shape[1] == whole.tokens.shape[1] and text.lengths == (whole.lengths or ())[:1] * 2
+
+
+def test_kept_activations_are_as_many_for_every_image(job: Path, files: Path, tmp_path: Path) -> None:
+    """Though texts differ in length; joined shards have those of the whole."""
+    copy = shutil.copytree(job, tmp_path / "copy")
+    taps = "taps.include=['context_refiner_0.mlp.w1','unified_block_1.attn.q_proj']"
+    given = (*JOB, "storage=full", "report=none", taps, f"model.checkpoint={files}")
+    well(run_in(copy, "collect", *given, "hydra.run.dir=whole"))
+    for index in range(2):
+        well(run_in(copy, "collect", *given, f"shard.index={index}", "shard.count=2", f"hydra.run.dir=part{index}"))
+    well(run_in(copy, "merge", "part0", "part1", "--into", "joined"))
+    with (
+        ActivationFile(copy / "whole" / "activations.h5") as whole,
+        ActivationFile(copy / "joined" / "activations.h5") as joined,
+    ):
+        for name, tokens in (("context_refiner_0.mlp.w1", 5 * 32), ("unified_block_1.attn.q_proj", 6 * 32)):
+            assert whole.samples(name, 1).shape == (3 * tokens, SIZES.transformer["dim"])
+            np.testing.assert_array_equal(joined.samples(name, 1), whole.samples(name, 1))
+
+
+def test_another_version_of_mflux_is_noted(
+    files: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("calib.models.mflux.TESTED", "0.1.0")
+    loaded(files)
+    told = f"mflux is {version('mflux')}, tested is 0.1.0: pip install --no-deps mflux==0.1.0"
+    assert told in capsys.readouterr().err
+
+
+def test_a_lost_image_is_drawn_again_to_the_bit(job: Path, files: Path, tmp_path: Path) -> None:
+    """Though those beside it, whose texts are longer, are not."""
+    copy = shutil.copytree(job, tmp_path / "copy")
+    lost = copy / "dataset" / load_manifest(copy / "dataset").images[0].samples[0]
+    before = lost.read_bytes()
+    lost.unlink()
+    outcome = well(run_in(copy, "generate", *JOB, f"model.checkpoint={files}"))
+    assert "1 new" in outcome.out and lost.read_bytes() == before
+
+
+def test_the_quantized_model_comes_and_goes(job: Path, model: DiffusionModel) -> None:
+    before, quantized = weights(model.transformer), load(job / "run" / "quantized")
+    x, text = mx.ones((1, 8, 8, 16)), model.encode(TEXTS[:1], 0)
+    plain = np.array(model.velocity(x, text, 0.5))
+    with applied(model, quantized):
+        assert np.abs(np.array(model.velocity(x, text, 0.5)) - plain).max() > 1e-3
+    after = weights(model.transformer)
+    assert after.keys() == before.keys() and all(after[path] is before[path] for path in before)
+    np.testing.assert_array_equal(np.array(model.velocity(x, text, 0.5)), plain)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (("sampler.cfg_weight=3",), "sampler.cfg_weight=3.0: zimage_turbo takes only 0"),
+        (("sampler.shift=3",), "sampler.shift=3.0: zimage_turbo takes only 1"),
+        (
+            ("sampler.image_size=[64,72]",),
+            "sampler.image_size=[64, 72]: must be [height, width], each a multiple of 16",
+        ),
+        (("model.dtype=float16",), "model.dtype=float16: must be bfloat16 or float32"),
+        (("model.checkpoint=none",), "model.checkpoint=none: no such folder"),
+        (("model.checkpoint=.",), "model.checkpoint=.: has no vae/*.safetensors"),
+        (("quantizer=smooth", "generate_missing=true"), "quantizer=smooth: this model does not say"),
+    ],
+)
+def test_what_cannot_be_is_one_line(given: tuple[str, ...], words: str, files: Path, tmp_path: Path) -> None:
+    (tmp_path / "texts.txt").write_text("red apple\n")
+    line = is_one_clear_line(run_in(tmp_path, *JOB, f"model.checkpoint={files}", *given))
+    assert line.startswith(words)
+    assert [path.name for path in tmp_path.iterdir()] == ["texts.txt"]
+
+
+def test_without_mflux_it_says_how_to_install_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a process that does not find it."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import importlib.util as u\nfind = u.find_spec\n"
+        "u.find_spec = lambda name, package=None: None if name == 'mflux' else find(name, package)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    line = is_one_clear_line(run_process(tmp_path, "model=zimage_turbo"))
+    assert "uv run --group mflux calib" in line and "pip install --no-deps mflux==" in line
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache of the hub, which cannot be reached."""
+    for module in (constants, path_resolution):
+        monkeypatch.setattr(module, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    return tmp_path / "hub"
+
+
+def test_the_hubs_cache_is_read_at_mfluxs_commit(model: DiffusionModel, files: Path, hub: Path) -> None:
+    with pytest.raises(CalibError) as error:
+        zimage.load("zimage_turbo", standin.ZIMAGE, dtype=ModelDtype.FLOAT32)
+    told = str(error.value)
+    assert told.startswith(f"{standin.ZIMAGE}: not in the cache") and told.endswith("or give model.checkpoint=DIR")
+    assert "\n" not in told
+    commit = standin.Repository(hub, standin.ZIMAGE, ModelRevisions.get(standin.ZIMAGE)).path("")
+    shutil.copytree(files, commit, dirs_exist_ok=True)
+    assert zimage.skeleton("zimage_turbo", standin.ZIMAGE).depth == model.architecture.depth
+    found = zimage.load("zimage_turbo", standin.ZIMAGE, dtype=ModelDtype.FLOAT32, image_size=(64, 64))
+    assert found.fingerprint == model.fingerprint
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+def test_what_mflux_saved(bits: int | None, model: DiffusionModel, files: Path, mfluxs: Mfluxs, tmp_path: Path) -> None:
+    """Read where it is not quantized; it has no sizes beside it, as a model of mflux's own sizes needs none."""
+    ModelSaver.save_model(mfluxs.model, bits, str(tmp_path), ZImageWeightDefinition)
+    for component in ("transformer", "text_encoder"):
+        shutil.copy(files / component / "config.json", tmp_path / component)
+    if bits is None:
+        assert loaded(tmp_path).fingerprint == model.fingerprint
+        text, expected = loaded(tmp_path).encode(TEXTS[:1], 0), model.encode(TEXTS[:1], 0)
+        assert mx.array_equal(text.tokens, expected.tokens).item() and text.lengths == expected.lengths
+        return
+    with pytest.raises(CalibError, match="transformer: its weights have 4 bits already, calib needs those of 16 bits"):
+        loaded(tmp_path)
+
+
+def changed(weights: dict[str, mx.array], change: str) -> dict[str, mx.array]:
+    name = "layers.1.feed_forward.w2.weight"
+    if change == "unknown":
+        return {**weights, "layers.1.feed_forward.w4.weight": mx.zeros((2, 2))}
+    if change == "shape":
+        return {**weights, name: weights[name][:, :64]}
+    return {path: value for path, value in weights.items() if path != name}
+
+
+@pytest.mark.parametrize("change", ["missing", "shape", "unknown", "cut", "config", "tokenizer"])
+def test_a_damaged_folder_is_one_line(
+    change: str, files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = Path(shutil.copytree(files, tmp_path / "copy"))
+    (weights_file,) = (copy / "transformer").glob("*.safetensors")
+    if change == "cut":
+        weights_file.write_bytes(weights_file.read_bytes()[:50_000])
+    elif change == "config":
+        (copy / "transformer" / "config.json").write_text("{")
+    elif change == "tokenizer":
+        (copy / "tokenizer" / "tokenizer.json").write_text("{")
+    else:
+        given = mx.load(str(weights_file))
+        assert isinstance(given, dict)
+        mx.save_safetensors(str(weights_file), changed(given, change), metadata={"format": "pt"})
+    if change == "unknown":
+        loaded(copy)
+        told = "holds 1 tensor that mflux does not read, 'layers.1.feed_forward.w4.weight' first"
+        assert f"{copy / 'transformer'}: {told}" in capsys.readouterr().err
+        return
+    with pytest.raises(CalibError) as error:
+        loaded(copy)
+    assert str(error.value).startswith(str(copy)) and "\n" not in str(error.value)
