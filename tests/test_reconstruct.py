@@ -312,14 +312,14 @@ import sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 from test_reconstruct import *
-taqdit.quantize(replace(work_on(only=SEVERAL), scratch=Path({folder!r})), **QUICK)
+taqdit.quantize(replace(work_on(only=SEVERAL), scratch=Path({folder!r}), owner="run"), **QUICK)
 """
 #: Of three blocks.
 SEVERAL = "image.mlp"
 
 
 def test_killed_and_gone_on_with(tmp_path: Path) -> None:
-    """To the same bits, without doing again what was done; with another rate it is another work."""
+    """To the same bits, without doing again what was done; another rate is refused, but in another run."""
     code = WORKER.format(tests=str(Path(__file__).parent), folder=str(tmp_path))
     process = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "HF_HUB_OFFLINE": "1"})
     while process.poll() is None and not list(tmp_path.glob("*/*.safetensors")):
@@ -328,17 +328,21 @@ def test_killed_and_gone_on_with(tmp_path: Path) -> None:
     process.wait()
     (done,) = tmp_path.glob("*/*.safetensors")
     before = done.stat().st_mtime_ns
-    work = work_on(only=SEVERAL)
-    made, whole = taqdit.quantize(replace(work, scratch=tmp_path), **QUICK), taqdit.quantize(work, **QUICK)
+    work = replace(work_on(only=SEVERAL), scratch=tmp_path, owner="run")
+    other = {**QUICK, "rate": 0.06, "iterations": 1}
+    named = ["quantizer.rate=0.06", "has 0.05", "hydra.run.dir", ".unfinished.json"]
+    check_config_error(lambda: taqdit.quantize(work, **{**QUICK, "rate": 0.06}), named)
+    made, whole = taqdit.quantize(work, **QUICK), taqdit.quantize(replace(work, scratch=None), **QUICK)
     assert all(same(whole.layers[name], packed) for name, packed in made.layers.items())
     assert (made.ranges, made.shifts, made.divisors) == (whole.ranges, whole.shifts, whole.divisors)
     assert made.notes == whole.notes
     assert done.stat().st_mtime_ns == before and len(list(done.parent.iterdir())) == 3
     done.write_bytes(done.read_bytes()[:-1000])
-    again = taqdit.quantize(replace(work, scratch=tmp_path), **QUICK)
+    again = taqdit.quantize(work, **QUICK)
     assert all(same(whole.layers[name], packed) for name, packed in again.layers.items()), "damaged, and done again"
-    taqdit.quantize(replace(work, scratch=tmp_path), **{**QUICK, "rate": 0.06, "iterations": 1})
-    assert len(list(tmp_path.iterdir())) == 2
+    taqdit.quantize(work, **other)
+    assert {path.suffix for path in tmp_path.iterdir() if path.is_file()} == {".lock"}
+    assert sum(path.is_dir() for path in tmp_path.iterdir()) == 2
 
 
 @pytest.mark.parametrize("memory", [0.0, 2.0])
@@ -346,7 +350,7 @@ def test_rows_in_files_are_the_same(memory: float, tmp_path: Path, capsys: pytes
     made = taqdit.quantize(replace(work_on(), scratch=tmp_path), **{**QUICK, "memory_gb": memory, "iterations": 3})
     wanted = trained("sd3", iterations=3)
     assert all(same(wanted.layers[name], packed) for name, packed in made.layers.items())
-    assert [path for path in tmp_path.iterdir() if path.is_file()] == []
+    assert all(path.suffix == ".lock" for path in tmp_path.iterdir() if path.is_file())
     assert ("kB of what blocks read" in capsys.readouterr().err) == (memory == 0)
 
 
@@ -451,7 +455,7 @@ def test_what_is_refused(
         taqdit.quantize(replace(change(work_on()), scratch=tmp_path), **{**QUICK, **parameters})
     message = str(error.value)
     assert all(word in message for word in words) and "\n" not in message
-    assert list(tmp_path.iterdir()) == []
+    assert all(path.suffix == ".lock" for path in tmp_path.iterdir())
 
 
 def test_a_model_that_does_not_run_in_parts() -> None:

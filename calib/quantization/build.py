@@ -84,7 +84,7 @@ class Calibration:
         statistics: path of an ``activations.h5``, if there is one.
         rule: rule for ranges that vary with the step.
         states: returns the calibration set, called where a quantizer replays it; None where no run is known.
-        scratch, prompts: see :class:`QuantizerInput`.
+        scratch, prompts, owner: see :class:`QuantizerInput`.
     """
 
     statistics: Path | None
@@ -92,6 +92,7 @@ class Calibration:
     states: Callable[[], StoredStates] | None
     scratch: Path | None = None
     prompts: Sequence[str] = ()
+    owner: str = ""
 
 
 def quantize(
@@ -137,7 +138,7 @@ def quantize_layers(
     def input_bits(name: str) -> tuple[int, ...]:
         return steps.bits_by_step(name, plan[name].activation_bits)
 
-    own = (input_bits, source.scratch, model, source.states, source.prompts)
+    own = (input_bits, source.scratch, model, source.states, source.prompts, source.owner)
     work = QuantizerInput(model.architecture, linear, {**plan, **chosen}, half, *given, *own)
     with model_kept(model) as changed:
         made = checked_quantizer(quantizer)(work)

@@ -24,6 +24,7 @@ from calib.quantization.texts import drawn_from, others, prompts_of
 from calib.quantization.training.pictures import Drawn, PictureLoss, picture_loss, psnr_of
 from calib.quantization.training.trainable import Parameters, Trainable
 from calib.quantization.training.trained import Trained, adam
+from calib.quantization.unfinished import unfinished
 
 import mlx.core as mx
 import numpy as np
@@ -142,9 +143,13 @@ class _Trainer:
 
     def train(self) -> tuple[dict[str, Packed], list[str]]:
         """The layers with the best held-out pictures, and notes."""
-        training, path = self._training, self._path()
-        every, notes = max(1, training.updates // CHECKS), []
-        trained = path and Trained.load(path)
+        path = self._path()
+        with unfinished(self._work, path, asdict(self._training)):
+            return self._train(path)
+
+    def _train(self, path: Path | None) -> tuple[dict[str, Packed], list[str]]:
+        training, notes = self._training, list[str]()
+        every, trained = max(1, training.updates // CHECKS), path and Trained.load(path)
         left = training.updates - (trained.updates if trained else 0)
         with self._pictures() as loss, Progress("learn", left, "update", delay=2) as progress:
             trained = trained or self._begin(loss)

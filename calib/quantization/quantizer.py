@@ -77,6 +77,7 @@ class QuantizerInput:
         states: returns the calibration set, with its dataset; None where no run is known.
         prompts: texts of the configured list that may be drawn beside those of the dataset; none that an evaluation by
             the same configuration draws.
+        owner: names the run that quantizes, among those that share ``scratch``; empty where none does.
     """
 
     architecture: Architecture
@@ -94,6 +95,7 @@ class QuantizerInput:
     model: DiffusionModel | None = None
     states: Callable[[], StoredStates] | None = None
     prompts: Sequence[str] = ()
+    owner: str = ""
 
     @classmethod
     def without_layers(cls, architecture: Architecture, dtype: mx.Dtype) -> "QuantizerInput":

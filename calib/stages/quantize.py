@@ -98,7 +98,8 @@ def run(settings: Settings, run: RunDirectory, model: Callable[[], DiffusionMode
     }
     if source.states is not None:
         made_from["calibration"] = asdict(settings.quantize.calibration)
-    source = replace(source, scratch=_scratch(settings, [made_from, own, model().text_encoders, steps.rule]))
+    scratch = _scratch(settings, [made_from, own, model().text_encoders, steps.rule])
+    source = replace(source, scratch=scratch, owner=str(run.home.absolute()))
     about: dict[str, Any] = {"quantizer": described(quantizer), "ranges": steps.rule, "made_from": made_from}
     about |= steps.predictions(plan)
     mx.reset_peak_memory()

@@ -22,6 +22,7 @@ from calib.quantization.reconstruction.kept import Kept
 from calib.quantization.reconstruction.parts import PlannedPart, in_float32, planned_parts
 from calib.quantization.reconstruction.rounded import Rounded, by_row
 from calib.quantization.reconstruction.rows import Rows, States
+from calib.quantization.unfinished import unfinished
 
 import mlx.core as mx
 import numpy as np
@@ -121,17 +122,22 @@ def reconstruct(work: QuantizerInput, method: Method, training: Training, made_b
         made_by: the method's own parameters.
 
     Raises:
-        ConfigError: the transformer does not run in parts.
+        ConfigError: the transformer does not run in parts, or the run's training was interrupted by other parameters.
         CalibError: too few images to hold some out, too little room on disk, or numbers that 16 bits cannot hold.
     """
-    architecture = work.architecture
-    if not isinstance(architecture, Divisible):
-        kind = type(architecture).__name__
+    if not isinstance(work.architecture, Divisible):
+        kind = type(work.architecture).__name__
         raise ConfigError(f"quantizer: {kind} does not run in parts (Divisible), which are trained; choose another")
-    found, parts = Rounded(), planned_parts(architecture, work.plan)
     if not work.layers:
-        return found
+        return Rounded()
     folder = _folder(work, training, made_by)
+    with unfinished(work, folder, {**made_by, **asdict(training)}):
+        return _reconstructed(work, method, training, folder)
+
+
+def _reconstructed(work: QuantizerInput, method: Method, training: Training, folder: Path | None) -> Rounded:
+    architecture = work.architecture
+    found, parts = Rounded(), planned_parts(architecture, work.plan)
     paths = [None if folder is None else folder / f"{number:03d}.safetensors" for number in range(len(parts))]
     todo = [
         bool(layers) and (path is None or not path.exists()) for (_, layers), path in zip(parts, paths, strict=True)
