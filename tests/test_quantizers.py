@@ -135,17 +135,31 @@ def check_searched(case: Case) -> None:
         assert losses[0].sum() < 0.95 * losses[1].sum()
 
 
-def check_gptq(case: Case, act_order: bool, search: bool = True) -> None:
+def turned(x: Array, block: int) -> Array:
+    """By a regular Hadamard matrix of ±1/√block, written down by its signs."""
+    if not block:
+        return x
+    place = np.arange(block)
+    odd = np.zeros((block, block), int)
+    for digit in range(4):  # of base four; those of row and column that make three give a minus
+        odd += place[:, None] // 4**digit % 4 + place // 4**digit % 4 == 3
+    used = np.where(odd % 2, -1, 1) / np.sqrt(block)
+    return (x.reshape(-1, block) @ used).reshape(x.shape)
+
+
+def check_gptq(case: Case, act_order: bool, search: bool = True, rotation: int = 0) -> None:
     """At inputs of steps that count differently."""
     shares = np.array([1.0, 0.25, 0.0, 0.5])
     work = replace(case.work(), importance=lambda _: shares)
-    made = gptq.quantize(work, damping=0.01, act_order=act_order, search=search)
+    made = gptq.quantize(work, damping=0.01, act_order=act_order, search=search, rotation=rotation)
     x = np.repeat(np.sqrt(shares), len(case.x) // 4)[:, None] * case.x
+    block = max((b for b in (16, 64) if b <= rotation and x.shape[1] % b == 0), default=0)
+    x, weight = turned(x, block), turned(case.weight, block)
     hessian = x.T @ x
     (packed,) = made.layers.values()
     grid = float64(packed.scales), float64(packed.biases)
-    paper = by_the_paper(case.weight, hessian, case.bits, case.group_size, grid, 0.01, act_order)
-    losses = [np.sum((x @ (case.weight - w).T) ** 2) for w in (paper, on_its_grid(case, made))]
+    paper = by_the_paper(weight, hessian, case.bits, case.group_size, grid, 0.01, act_order)
+    losses = [np.sum((x @ (weight - w).T) ** 2) for w in (paper, on_its_grid(case, made, weight))]
     assert losses[0] < losses[1], "which would be taken otherwise"
     check(case, made, paper)
 
@@ -172,6 +186,7 @@ CHECKS: dict[str, Callable[[Case], None]] = {
     "gptq": partial(check_gptq, act_order=False),
     "gptq in act order": partial(check_gptq, act_order=True),
     "gptq on MLX's grids": partial(check_gptq, act_order=True, search=False),
+    "gptq, rotated": partial(check_gptq, act_order=False, rotation=64),
     "smooth": partial(check_smooth, alpha=0.3),
 }
 

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Self
 
+from calib.models.rotation import rotated
+
 import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +22,7 @@ class Packed:
     Attributes:
         weight: (rows, columns · bits / 32) uint32, the integers q as one little-endian bit stream per row.
         scales, biases: (rows, columns / group_size), in a 16-bit type.
+        rotation: the columns are those of W H in blocks of this size (:mod:`calib.models.rotation`); 0: of W.
     """
 
     weight: mx.array
@@ -27,6 +30,7 @@ class Packed:
     biases: mx.array
     bits: int
     group_size: int
+    rotation: int = 0
 
     @classmethod
     def nearest(cls, weight: mx.array, bits: int, group_size: int, dtype: mx.Dtype) -> Self:
@@ -51,10 +55,10 @@ class Packed:
         return cls(mx.stack(words, axis=-1).reshape(rows, -1), scales, biases, bits, group_size)
 
     def dequantize(self, dtype: mx.Dtype = mx.float32) -> mx.array:
-        """The weight that MLX's kernels multiply by, (rows, columns); computed in ``dtype``."""
+        """The weight that inputs are multiplied by, (rows, columns), rotated back; computed in ``dtype``."""
         scales, biases = self.scales.astype(dtype), self.biases.astype(dtype)
         weight: mx.array = mx.dequantize(self.weight, scales, biases, group_size=self.group_size, bits=self.bits)
-        return weight
+        return rotated(weight, self.rotation) if self.rotation else weight
 
     @property
     def nbytes(self) -> int:

@@ -10,6 +10,7 @@ from calib.models.architecture import Architecture, parent_of
 from calib.models.clock import Clock
 from calib.models.model import DiffusionModel, weights
 from calib.models.packed import Packed
+from calib.models.rotation import rotated
 from calib.models.wrapper import Wrapper
 from calib.quantization.model import InputRule, QuantizedModel
 
@@ -40,6 +41,22 @@ class PhasedLinear(nn.Module):
                 setattr(layer, key, value)
         else:
             super().__setattr__(key, value)
+
+
+class Rotated(nn.Module):
+    """A layer that reads its input rotated in blocks, as its packed weights were."""
+
+    def __init__(self, inner: nn.Module, block: int):
+        super().__init__()
+        self["inner"] = inner
+        self._block = block
+
+    def __call__(self, x: mx.array) -> mx.array:
+        y: mx.array = self["inner"](rotated(x, self._block))
+        return y
+
+    def __getattr__(self, key: str) -> Any:
+        return super().__getattr__(key) if key in self else getattr(self["inner"], key)
 
 
 class Unpacked(Wrapper):
@@ -94,7 +111,7 @@ def as_module(layer: Packed, bias: mx.array | None, dtype: mx.Dtype, dequantize:
         module.weight, module.scales, module.biases = layer.weight, layer.scales, layer.biases
     if bias is not None:
         module.bias = bias.astype(dtype)
-    return module
+    return Rotated(module, layer.rotation) if layer.rotation and not dequantize else module
 
 
 @contextmanager

@@ -190,7 +190,7 @@ def _inputs(plan: Mapping[str, LayerPlan], steps: StepPlan, made: Quantized) -> 
         elif not any(ranges.low) and not any(ranges.high) and not divisors:  # weights were multiplied by them
             constant.append(name)
         else:
-            rules[name] = InputRule(ranges, bits, divisors, shifts)
+            rules[name] = InputRule(ranges, bits, divisors, shifts, made.rotations.get(name, 0))
     notes = []
     if missing:
         notes.append(f"{len(missing)} layers have no activation ranges (no {STEPS}): inputs stay as they are")

@@ -9,6 +9,7 @@ from calib.base.errors import CalibError, suggest
 from calib.base.option import Option, Unfit, kind_of, several, whole_number
 from calib.models.model import DiffusionModel, weights
 from calib.models.packed import Packed
+from calib.models.rotation import BLOCKS
 from calib.quantization.model import InputRule, QuantizedModel
 from calib.quantization.quantizer import Quantized, QuantizerInput
 
@@ -47,8 +48,26 @@ def _quantized(found: Any, work: QuantizerInput) -> Quantized:
         _texts(made.notes),
         _of_channels(made.divisors, made, work, "divisors"),
         _of_channels(made.shifts, made, work, "shifts"),
+        _rotations(made, work),
         _texts(made.drawn),
     )
+
+
+def _rotations(made: Quantized, work: QuantizerInput) -> dict[str, int]:
+    """Sizes of the blocks in which inputs are rotated, by layer."""
+    checked = {}
+    for name, size in dict(made.rotations).items():
+        if name not in work.layers or name not in made.ranges:
+            raise Unfit(f"returned a rotation of {name!r}, of which it returned no layer with ranges")
+        checked[name] = _block(size, f"a rotation of {name}", work.layers[name].weight.shape[1])
+    return checked
+
+
+def _block(size: Any, which: str, columns: int) -> int:
+    block = whole_number(size, which)
+    if block not in BLOCKS or columns % block:
+        raise Unfit(f"returned {which} in blocks of {block}; they must be {BLOCKS} and divide its {columns} columns")
+    return block
 
 
 def _texts(found: Any) -> list[str]:
@@ -84,6 +103,7 @@ def _packed(name: str, found: Any, work: QuantizerInput) -> Packed:
         _array(found.scales, f"for {name}", groups, work.dtype),
         _array(found.biases, f"for {name}", groups, work.dtype),
         *shape,
+        _block(found.rotation, f"{name} rotated", columns) if found.rotation else 0,
     )
 
 

@@ -23,13 +23,14 @@ from calib.base.files import checksum, free_bytes, read_json, write_json
 from calib.models.former import former_name
 from calib.models.model import DiffusionModel
 from calib.models.packed import Packed
+from calib.models.rotation import BLOCKS
 from calib.models.tensors import read_weights
 from calib.quantization.model import InputRule, QuantizedModel
 
 import mlx.core as mx
 
-#: Version 2 has inputs that are divided or shifted: their model is another without that.
-FORMAT, FORMAT_VERSIONS = "calib-quantized-model", (1, 2)
+#: Version 2 has inputs that are divided or shifted, 3 has rotated ones: their model is another without that.
+FORMAT, FORMAT_VERSIONS = "calib-quantized-model", (1, 2, 3)
 CHECKPOINT, WEIGHTS, COPIES = "config.json", "model.safetensors", "phases.safetensors"
 _PARTS = ("weight", "scales", "biases")
 #: Attributes of an :class:`InputRule` for each channel.
@@ -76,7 +77,8 @@ def _write(path: Path, arrays: dict[str, mx.array], folder: Path) -> str:
 
 
 def _shape(layer: Packed) -> dict[str, int]:
-    return {"bits": layer.bits, "group_size": layer.group_size}
+    rotation = {"rotation": layer.rotation} if layer.rotation else {}
+    return {"bits": layer.bits, "group_size": layer.group_size} | rotation
 
 
 def _copies_of(quantized: QuantizedModel) -> dict[str, mx.array]:
@@ -95,9 +97,12 @@ def _document(quantized: QuantizedModel) -> dict[str, Any]:
         for name, rule in quantized.inputs.items()
         if rule.divisors or rule.shifts
     }
+    packed = [*quantized.layers.values(), *(p for copies in quantized.copies.values() for p in copies.values())]
+    turned = {name: rule.rotation for name, rule in quantized.inputs.items() if rule.rotation}
+    version = 3 if turned or any(p.rotation for p in packed) else 2 if moved else 1
     return {
         "format": FORMAT,
-        "format_version": FORMAT_VERSIONS[bool(moved)],
+        "format_version": version,
         **quantized.about,
         "layers": {paths[name]: _shape(layer) for name, layer in quantized.layers.items()},
         "names": {path: name for name, path in paths.items()},
@@ -110,6 +115,7 @@ def _document(quantized: QuantizedModel) -> dict[str, Any]:
         "activation_ranges": ranges_to_json({name: rule.ranges for name, rule in quantized.inputs.items()}),
         "activation_bits": {name: list(rule.bits) for name, rule in quantized.inputs.items()},
         **({"activation_channels": moved} if moved else {}),
+        **({"activation_rotation": turned} if turned else {}),
     }
 
 
@@ -200,7 +206,7 @@ def _quantized(
         groups = (weight.shape[0], weight.shape[-1] * 32 // bits // size)
         if weight.ndim != 2 or weight.dtype != mx.uint32 or not scales.shape == biases.shape == groups:
             raise ValueError(f"the shapes of {prefix}")
-        return Packed(weight, scales, biases, bits, size)
+        return Packed(weight, scales, biases, bits, size, _whole(shape.get("rotation", 0), (0, *BLOCKS)))
 
     names = _names(document)
     layers = {names[path]: packed(arrays, path, shape) for path, shape in document["layers"].items()}
@@ -211,16 +217,21 @@ def _quantized(
     timesteps = tuple(float(t) for t in document["timesteps"])
     ranges = ranges_from_json(document["activation_ranges"], path, len(timesteps))
     bits_of = {name: tuple(_whole(b, range(2, 17)) for b in document["activation_bits"][name]) for name in ranges}
-    moved = document.get("activation_channels", {})
+    moved, turned = document.get("activation_channels", {}), document.get("activation_rotation", {})
     inputs = {
-        name: InputRule(own, bits_of[name] or (UNQUANTIZED,), **_of_channels(moved.get(name, {})))
+        name: InputRule(
+            own,
+            bits_of[name] or (UNQUANTIZED,),
+            **_of_channels(moved.get(name, {})),
+            rotation=_whole(turned.get(name, 0), (0, *BLOCKS)),
+        )
         for name, own in ranges.items()
     }
     phases = {phase: (int(first), int(last)) for phase, (first, last) in document["phases"].items()}
     if lacking := held.keys() - phases.keys():
         raise ValueError(f"the steps of phase {lacking.pop()!r}")
     made = {"format", "format_version", "layers", "names", "copies", "phases", "timesteps", "files"}
-    made |= {"activation_ranges", "activation_bits", "activation_channels"}
+    made |= {"activation_ranges", "activation_bits", "activation_channels", "activation_rotation"}
     about = {key: value for key, value in document.items() if key not in made}
     paths = {names[path]: path for path in document["layers"]}
     return QuantizedModel(layers, arrays, inputs, timesteps, paths, held, phases, about)

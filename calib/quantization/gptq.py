@@ -7,6 +7,7 @@ reaches the picture. Everything but the factorisation of H runs on MLX's device.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import groupby
 
@@ -16,10 +17,12 @@ from calib.base.errors import ConfigError
 from calib.base.progress import Progress
 from calib.models.grids import searched
 from calib.models.packed import Packed
+from calib.models.rotation import BLOCKS, block_of, rotated
 from calib.quantization import cuda_columns
 from calib.quantization.curvature import Curvature, prepared
 from calib.quantization.output_side import loss_of, output_hessians, rounded_in_turn
 from calib.quantization.quantizer import Quantized, QuantizerInput
+from calib.quantization.rotation import rotated_ranges
 
 import mlx.core as mx
 import numpy as np
@@ -44,6 +47,7 @@ def quantize(
     search: bool = True,
     memory_gb: float = 2.0,
     pictures: int = 0,
+    rotation: int = 0,
 ) -> Quantized:
     """Quantize layers in network order, each on the inputs that result from the quantized layers before it.
 
@@ -60,6 +64,8 @@ def quantize(
         pictures: pictures drawn for what errors of a layer's outputs do to them together; rows are then rounded in
             turn too, and make up for those before. 0: each by itself. Not for layers after a SiLU, which read one
             vector a picture.
+        rotation: rotate inputs and weights in blocks of at most so many channels, 16, 64 or 256; inputs are rounded
+            rotated, on ranges of the replayed steps. 0: none.
 
     Raises:
         ConfigError: an argument is out of range.
@@ -74,20 +80,33 @@ def quantize(
         raise ConfigError.bad_value("quantizer.memory_gb", memory_gb, "must be more than 0")
     if pictures < 0:
         raise ConfigError.bad_value("quantizer.pictures", pictures, "must be 0 or more")
+    if rotation not in (0, *BLOCKS):
+        raise ConfigError.bad_value("quantizer.rotation", rotation, f"must be 0 (none) or one of {list(BLOCKS)}")
     outputs, drawn = output_hessians(work, pictures) if pictures and work.layers else ({}, [])
     done: dict[str, Packed] = {}
     ratios: list[float] = []
     with Progress("gptq", len(work.layers), "layer", delay=2) as progress:
         for points in tap_groups(work, memory_gb * 1e9):
             hessians = gather_hessians(work, points, done)
-            waiting = [(point, partial(hessians.pop, point.name)) for point in points]
+            blocks = {point.name: block_of(_columns(work, point), rotation) for point in points}
+            waiting = [(point, partial(_turned, hessians, point.name, blocks[point.name])) for point in points]
             for point, curvature in prepared(waiting, damping, act_order):
                 for names in _together(work, [name for name in point.names if name in work.layers]):
-                    found, better = _rounded(work, names, curvature, search, outputs)
+                    found, better = _rounded(work, names, curvature, search, outputs, blocks[point.name])
                     done.update(found)
                     ratios += better
                     progress.advance(len(names))
-    return Quantized({name: done[name] for name in work.layers}, notes=[_summary(ratios)], drawn=drawn)
+    made = {name: done[name] for name in work.layers}
+    turned = {name: packed.rotation for name, packed in made.items() if packed.rotation}
+    ranges = rotated_ranges(work, turned, made)
+    rotations = {name: turned[name] for name in ranges}
+    return Quantized(made, ranges=ranges, rotations=rotations, notes=[_summary(ratios)], drawn=drawn)
+
+
+def _turned(hessians: dict[str, mx.array], name: str, block: int) -> mx.array:
+    """H of the inputs rotated in blocks, taken out of ``hessians``."""
+    hessian = hessians.pop(name)
+    return rotated(rotated(hessian, block).T, block) if block else hessian
 
 
 def tap_groups(work: QuantizerInput, memory: float) -> Iterator[list[TapPoint]]:
@@ -171,10 +190,11 @@ def _rounded(
     curvature: Curvature,
     search: bool,
     outputs: Mapping[str, Curvature],
+    block: int,
 ) -> tuple[dict[str, Packed], list[float]]:
     """Quantize layers with the same inputs; also each one's loss relative to rounding to nearest, 1 where that wins.
 
-    Those of ``outputs`` row after row.
+    Those of ``outputs`` row after row. Weights are rotated in blocks, unless ``block`` is 0, as ``curvature`` is.
     """
     diagonal = mx.diag(curvature.hessian)
     columns = mx.maximum(diagonal, 1e-3 * diagonal.mean()) + 1e-20
@@ -189,6 +209,8 @@ def _rounded(
         return gptq_layers([rows], [nearest(name, rows)], curvature)[0]
 
     weights = {name: work.layers[name].weight for name in names}
+    if block:
+        weights = {name: rotated(weight.astype(mx.float32), block) for name, weight in weights.items()}
     plain = {name: nearest(name, weight) for name, weight in weights.items()}
     alone = [name for name in names if name not in outputs]
     made = {n: rounded_in_turn(weights[n], outputs[n], partial(rounded, n)) for n in names if n in outputs}
@@ -201,7 +223,7 @@ def _rounded(
         losses = [curvature.loss(w).sum() if both is None else loss_of(w, curvature, both) for w in wrong]
         error, before = np.array(mx.stack(losses)).tolist()
         better = error < before
-        found[name] = made[name] if better else plain[name]
+        found[name] = replace(made[name] if better else plain[name], rotation=block)
         ratios.append(error / before if better else 1.0)
     return found, ratios
 

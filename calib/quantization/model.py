@@ -8,6 +8,7 @@ from calib.analysis.grid import Grid
 from calib.analysis.plan import UNQUANTIZED
 from calib.analysis.ranges import StepRanges
 from calib.models.packed import Packed
+from calib.models.rotation import rotated
 
 import mlx.core as mx
 
@@ -16,19 +17,22 @@ import mlx.core as mx
 class InputRule:
     """Quantization of a layer's input, with a range and bits that may vary with the denoising step.
 
-    The layer reads Q(x / m - z) + z, with a divisor m and a shift z of each channel: its weights were multiplied by m.
+    The layer reads Q(x / m - z) + z, with a divisor m and a shift z of each channel: its weights were multiplied by m;
+    or Q(x H) H, rotated in blocks.
 
     Attributes:
-        ranges: of x / m - z.
+        ranges: of x / m - z, or of x H.
         bits: bit-width at each step, (num_steps,); 16: not quantized.
         divisors: m, (channels,); empty: 1.
         shifts: z, (channels,); empty: 0.
+        rotation: size of the blocks of H (:mod:`calib.models.rotation`), with neither divisors nor shifts; 0: none.
     """
 
     ranges: StepRanges
     bits: tuple[int, ...]
     divisors: tuple[float, ...] = ()
     shifts: tuple[float, ...] = ()
+    rotation: int = 0
 
     def grid(self, step: int) -> Grid | None:
         """The grid at a step; None where the input is not quantized."""
@@ -43,6 +47,8 @@ class InputRule:
         if grid is not None and self.shifts:
             shifts = mx.array(self.shifts)
             y = grid.apply_mx(y.astype(mx.float32) - shifts) + shifts
+        elif grid is not None and self.rotation:
+            y = rotated(grid.apply_mx(rotated(y.astype(mx.float32), self.rotation)), self.rotation)
         elif grid is not None:
             y = grid.apply_mx(y)
         return y.astype(x.dtype)

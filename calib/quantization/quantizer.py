@@ -123,6 +123,8 @@ class Quantized:
         notes: notes for people, a line each.
         divisors, shifts: what each channel of an input is divided by, and is shifted by before it is rounded, by layer
             name, (channels,); see :class:`~calib.quantization.model.InputRule`. Such a layer's ``ranges`` are of that.
+        rotations: size of the blocks in which an input is rotated before it is rounded, by layer name; its ``ranges``
+            are of that.
         drawn: texts of :attr:`QuantizerInput.prompts` that were drawn: pictures of these tell nothing about others.
     """
 
@@ -132,6 +134,7 @@ class Quantized:
     notes: list[str] = field(default_factory=list)
     divisors: dict[str, tuple[float, ...]] = field(default_factory=dict)
     shifts: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    rotations: dict[str, int] = field(default_factory=dict)
     drawn: Sequence[str] = ()
 
 

@@ -72,9 +72,11 @@ class Rounded:
         return None
 
 
-def _rule(ranges: dict[str, Any], **more: Any) -> InputRule:
+def _rule(
+    ranges: dict[str, Any], bits: list[int], divisors: list[float], shifts: list[float], rotation: int = 0
+) -> InputRule:
     own = StepRanges(**{key: tuple(values) for key, values in ranges.items()})
-    return InputRule(own, **{key: tuple(values) for key, values in more.items()})
+    return InputRule(own, tuple(bits), tuple(divisors), tuple(shifts), rotation)
 
 
 def linear(layer: nn.Module, weight: mx.array, x: mx.array) -> mx.array:
