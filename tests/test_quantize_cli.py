@@ -423,6 +423,15 @@ def test_a_quantizer_without_statistics_says_what_to_name(
     check_failed_run(folder / "run", line)
 
 
+def test_a_dataset_of_other_texts_is_not_replayed(calib: Calib, few: Path, few_plan: Path, folder: Path) -> None:
+    shutil.copytree(few.parent / "dataset", folder / "copy")
+    manifest = read(folder / "copy" / "manifest.json")
+    (folder / "copy" / "manifest.json").write_text(json.dumps(manifest | {"text_encoders": "clip"}))
+    given = (f"plan={few_plan}", f"stats={few}", "data_dir=copy", "quantizer=gptq", "calibration.images=1")
+    line = is_one_clear_line(calib("quantize", *given), status=1)
+    assert "copy: its prompts were encoded by clip, not " in line
+
+
 QUANTIZERS = [
     ("quantize", ["quantizer=gptq", "quantizer.damping=-1"], "quantizer.damping=-1"),
     ("run", ["quantizer=gptq", "quantizer.memory_gb=0"], "quantizer.memory_gb=0"),

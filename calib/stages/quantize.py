@@ -24,6 +24,7 @@ from calib.base.layout import ACTIVATIONS, MODEL, PLAN, STEPS
 from calib.base.progress import note, readable_bytes
 from calib.base.targets import described
 from calib.base.versions import versions
+from calib.dataset.check_model import check_model
 from calib.models.architecture import Architecture
 from calib.models.model import DiffusionModel
 from calib.quantization.build import Calibration, check_names, quantize_layers
@@ -90,7 +91,7 @@ def run(settings: Settings, run: RunDirectory, model: Callable[[], DiffusionMode
     fingerprint, own = steps.origin.get("fingerprint"), model().fingerprint
     if fingerprint not in (None, own):
         raise CalibError(f"{path}: its statistics are of other weights ({fingerprint}, not {own})")
-    source = _source(settings, run, path, steps)
+    source = _source(settings, run, path, steps, model)
     steps = _own_steps(path, plan, steps, source)
     made_from: dict[str, Any] = {
         "plan": applied_hash(plan, steps),
@@ -140,7 +141,9 @@ def _copy_plan(run: RunDirectory, plan: Path, steps: StepPlan) -> None:
     write_json(run.path / STEPS, steps.to_json())
 
 
-def _source(settings: Settings, run: RunDirectory, plan: Path, steps: StepPlan) -> Calibration:
+def _source(
+    settings: Settings, run: RunDirectory, plan: Path, steps: StepPlan, model: Callable[[], DiffusionModel]
+) -> Calibration:
     """Calibration data for the quantizer: of this run, else given by ``stats=``, else named by the plan."""
     stats = run.path if settings.stage is Stage.RUN else settings.analyze.stats
     stats = stats or statistics_of(plan, steps, settings.generate.given_data_dir)
@@ -151,7 +154,9 @@ def _source(settings: Settings, run: RunDirectory, plan: Path, steps: StepPlan) 
     wanted = settings.quantize.calibration
 
     def states() -> StoredStates:
-        return collected(settings, stats, "this quantizer").states(wanted.images, wanted.steps)
+        found = collected(settings, stats, "this quantizer")
+        check_model(found.data_dir, found.manifest, model())
+        return found.states(wanted.images, wanted.steps)
 
     return Calibration(activations_of(stats), rule, states, prompts=spare_prompts(settings))
 
