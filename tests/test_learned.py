@@ -21,6 +21,7 @@ from calib.quantization import gptq, learned, output_side
 from calib.quantization.build import Calibration, quantize_layers
 from calib.quantization.model import QuantizedModel
 from calib.quantization.quantizer import Quantized, QuantizerInput
+from calib.quantization.training import pictures
 from calib.quantization.training.pictures import Drawn, PictureLoss
 from calib.quantization.training.trainable import BIAS, INTEGER, SCALE, Trainable
 from calib.stages.evaluate import drawn_before
@@ -327,3 +328,13 @@ def test_gradients_that_are_not_finite(drawn: tuple[DiffusionModel, StoredStates
                     made_by(drawn)
             else:
                 assert "is not finite: the best before it is kept" in made_by(drawn)[0].notes[-2]
+
+
+def test_too_little_memory(
+    drawn: tuple[DiffusionModel, StoredStates], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Is noted before anything is computed, and only where it is too little."""
+    for memory, noted in ((10**12, False), (10**6, True)):
+        monkeypatch.setattr(pictures, "device_memory", lambda memory=memory: memory)
+        with pictures.picture_loss(drawn[0], linear_layers(drawn[0]), 3.0, 1):
+            assert ("gradients of pictures take about " in capsys.readouterr().err) == noted

@@ -13,10 +13,11 @@ from functools import partial
 from calib.analysis.backward import Backward, Rows, along
 from calib.base.device import cores, on_gpu
 from calib.base.errors import CalibError
+from calib.base.progress import note, readable_bytes
 from calib.dataset.generate import trajectory_from
 from calib.dataset.sampling import as_floats, noise_levels
 from calib.models.architecture import Conditioning
-from calib.models.memory import plan_backward
+from calib.models.memory import device_memory, plan_backward
 from calib.models.model import DiffusionModel
 from calib.models.parallel import shared_cores, streams_of
 
@@ -35,6 +36,13 @@ def picture_loss(
 ) -> Iterator["PictureLoss"]:
     """The loss of up to ``size`` pictures, on as many passes at once as this device runs best, for the context."""
     plan = plan_backward(model.architecture, model.latent_shape, guidance > 0, size)
+    # Beside the plan's: the changed weights in float32.
+    needed = plan.nbytes + sum(4 * int(layer.weight.size) for layer in layers.values())
+    if needed > device_memory():
+        note(
+            f"gradients of pictures take about {readable_bytes(needed)}, of {readable_bytes(device_memory())}: this "
+            "may be slow or killed; quantizer=gptq without pictures takes less"
+        )
     at_once, side_by_side = (plan.batch_size, 1) if on_gpu() or plan.by_parts else (1, min(cores(), size))
     backward = Backward(model, layers, [], plan.by_parts)
     with backward.running(), shared_cores(side_by_side, side_by_side):
