@@ -13,7 +13,8 @@ from helpers import CHECKOUT, run_here
 from joblib.externals.loky import get_reusable_executor
 
 PAGES = ("README.md", "docs/GUIDE.md")
-POINTERS = ("docs/QUICKSTART_CALIBRATION.md", "docs/README_CALIBRATION.md")
+#: Pages whose commands are run elsewhere, or are those of others.
+POINTERS = ("docs/QUICKSTART_CALIBRATION.md", "docs/README_CALIBRATION.md", "docs/MFLUX.md")
 #: What makes a job of minutes one of seconds; the same for all, as stages must find what earlier ones made.
 SMALL = (
     *("sampler.num_steps=8", "sampler.batch_size=2", "evaluation.num_images=2", "evaluation.steps=2"),

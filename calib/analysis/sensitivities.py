@@ -22,6 +22,8 @@ UNTRUSTED = ((24.0, "4 to 8 dB"), (30.0, "1 to 3 dB"))
 INPUT_BITS = (4, 5, 6, 7, 8)
 #: Bits above the average from which a layer counts as sensitive, and bits up to which it counts as aggressive.
 SENSITIVE_ABOVE, AGGRESSIVE_AT = 1.5, 4
+#: How the figure of a layer begins whose S is of pictures.
+_ALONE = "alone "
 
 
 class Of(StrEnum):
@@ -210,7 +212,13 @@ def figure(error: float, of_picture: bool) -> str:
     """The number behind a layer's bits: S, or the PSNR of pictures with this layer alone quantized."""
     if not of_picture:
         return f"S = {error:.1e}"
-    return f"alone {decibels(error):.1f} dB" if error > 0 else "of no effect on the picture"
+    return f"{_ALONE}{decibels(error):.1f} dB" if error > 0 else "of no effect on the picture"
+
+
+def alone_psnr(layer: LayerPlan) -> float | None:
+    """The PSNR of pictures with this layer alone quantized, in dB; None where S is not of pictures, or not known."""
+    of_picture = layer.figure.startswith(_ALONE) and layer.sensitivity
+    return decibels(layer.sensitivity) if of_picture and layer.sensitivity else None
 
 
 def reach_note(sensitivities: Sensitivities) -> list[str]:

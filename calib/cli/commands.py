@@ -13,6 +13,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "rebuild-manifest": ("calib.cli.files", "rebuild_manifest_command"),
     "merge": ("calib.cli.files", "merge_command"),
     "convergence": ("calib.cli.files", "convergence_command"),
+    "export": ("calib.cli.export", "export_command"),
     "compare": ("calib.cli.compare", "compare_command"),
     "doctor": ("calib.cli.doctor", "doctor_command"),
 }

@@ -26,6 +26,7 @@ on run directories, likewise
   merge DIR… --into DIR  join the run directories of calib collect's shards; as if it had not been split
   convergence DIR        do ranges still move with more images? a table and a plot; --layers, --json, --plot
   compare DIR…           a sweep, or any runs, as one table: what differs, what is best; --html, --layers for two plans
+  export RUN --into DIR  the quantized model for other programs: --format mflux, mlx or recipe; with a model card
 
 on this machine
   doctor     report device, BLAS, versions; `calib doctor --selftest` checks this device's numerics

@@ -2,12 +2,12 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, TypeAlias
 
 from calib.activations.merge import merge_shards
 from calib.base.errors import CalibError, ConfigError, lacks_or_garbles
 from calib.base.files import read_json, write_json
+from calib.base.folders import check_new, new_folder
 from calib.base.layout import ACTIVATIONS, METADATA
 from calib.runs.exchange import settle
 from calib.stages.collect import summarise
@@ -29,12 +29,9 @@ def merge(runs: Sequence[Path], into: Path) -> int:
         settle(run)
         if not run.is_dir():
             raise ConfigError(f"{run}: no such run directory; calib collect with shard.index and shard.count makes one")
-    if into.is_symlink() or (into.exists() and (not into.is_dir() or any(into.iterdir()))):
-        raise ConfigError(f"{into}: is not an empty folder; name a new one")
+    check_new("--into", into)
     documents = sorted((_shard_metadata(run) for run in runs), key=lambda document: document["shard"]["index"])
-    into.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=f".{into.name}.", dir=into.parent, ignore_cleanup_errors=True) as folder:
-        made = Path(folder) / "made"
+    with new_folder(into) as made:
         blocks = merge_shards(runs, made)
         summarise(made)
         joined = {**documents[0], "image_ids": [i for block in blocks for i in block.images]}
@@ -44,7 +41,6 @@ def merge(runs: Sequence[Path], into: Path) -> int:
         joined["non_finite"] = _joined_non_finite([document["non_finite"] for document in documents])
         joined["non_finite_output"] = sorted({step for document in documents for step in document["non_finite_output"]})
         write_json(made / METADATA, joined)
-        made.replace(into)  # whole or not at all
     return len(joined["image_ids"])
 
 

@@ -17,7 +17,7 @@ TESTED = "0.24.0"
 
 if find_spec("mflux") is None:
     raise ConfigError(
-        "model: this one is mflux's, which is not installed; uv run --group mflux calib …, or "
+        "mflux is not installed, whose model this is; uv run --group mflux calib …, or "
         f"pip install --no-deps mflux=={TESTED} && pip install piexif platformdirs toml"
     )
 

@@ -9,6 +9,7 @@ from calib.base.errors import ConfigError
 from calib.models.memory import preflight
 from calib.models.mflux import note_version
 from calib.models.mflux.decoder import Decoder, drawing_bytes
+from calib.models.mflux.family import Family
 from calib.models.mflux.files import component_of, folder_of, known_folder, load_component, sizes, tokenizer_of
 from calib.models.mflux.flow import MfluxFlow
 from calib.models.mflux.precision import check_dtype
@@ -45,6 +46,8 @@ TEXT_SIZES = {
 }
 #: mflux's sampler of a model without guidance.
 SCHEDULER = "linear"
+#: Parts of names of tensors of the text encoder that are no weights of it.
+UNUSED = ("rotary_emb.", "lm_head.")
 
 
 def skeleton(
@@ -120,7 +123,7 @@ def text_encoder(folder: Path, dtype: mx.Dtype) -> TextEncoder:
         module: nn.Module = skeleton()
         component = component_of(Definition, "text_encoder", num_layers=len(module.layers))
         own = module.rotary_emb.pop("inv_freq")  # a constant, which the hub's files lack
-        load_component(module, folder, component, dtype, unused=("rotary_emb.", "lm_head."))
+        load_component(module, folder, component, dtype, unused=UNUSED)
         module.rotary_emb.inv_freq = own
         return module
 
@@ -159,3 +162,15 @@ def model_of(
         text_bytes=text.nbytes,
         decoding_bytes=drawing_bytes(image_size, channels, dtype),
     )
+
+
+FAMILY = Family(
+    definition=Definition,
+    command="mflux-generate-z-image-turbo",
+    transformer=lambda about: ZImageTransformer(**about),
+    others={
+        "vae": lambda folder: VAE(),
+        "text_encoder": lambda folder: Qwen3(**sizes(folder, "text_encoder", TEXT_SIZES)),
+    },
+    unused=UNUSED,
+)
