@@ -4,6 +4,7 @@ import shlex
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -237,6 +238,11 @@ def with_divisors(model: QuantizedModel) -> None:
     with_rules(model, divisors=(2.0,) * 64)
 
 
+def rotated(model: QuantizedModel) -> None:
+    name = next(iter(model.layers))
+    model.layers[name] = replace(model.layers[name], rotation=64)
+
+
 def misspelt(model: QuantizedModel) -> None:
     model.weights["layers.0.attention_norm9.weight"] = mx.zeros(192)
 
@@ -267,6 +273,7 @@ def narrow(model: QuantizedModel) -> None:
         (with_rules, "recipe", "which recipe cannot hold"),
         (with_divisors, "mflux", "divides the inputs of 1 layer channel by channel"),
         (with_divisors, "recipe --weights-only", "which recipe cannot hold"),
+        (rotated, "mflux", "rotates 1 layer (quantizer.rotation), which mflux cannot hold; quantizer.rotation=0"),
         (misspelt, "mflux", "has 'layers.0.attention_norm9.weight', which mflux's transformer does not take"),
         (lacking, "mflux", "lacks 'x_pad_token', which mflux's transformer has"),
         (misshapen, "mflux", "'x_pad_token' has the shape (1, 96), mflux's transformer has (1, 192)"),

@@ -163,6 +163,11 @@ def _refuse(home: Path, form: str, quantized: QuantizedModel, weights_only: bool
             f"{home}: has other weights in phases ({phases}), which {form} cannot hold; analysis.per_phase=false plans "
             "without"
         )
+    if turned := [name for name, packed in quantized.layers.items() if packed.rotation]:
+        raise ConfigError(
+            f"{home}: rotates {counted(len(turned), 'layer')} (quantizer.rotation), which {form} cannot hold; "
+            f"quantizer.rotation=0 does without: calib quantize plan={home} quantizer=gptq quantizer.rotation=0"
+        )
     if divided := [name for name, rule in quantized.inputs.items() if rule.divisors]:
         quantizer = quantized.about.get("quantizer", {}).get("name")
         raise ConfigError(
