@@ -177,6 +177,25 @@ def test_the_defaults_are_those_of_the_design() -> None:
     assert settings.evaluate.data_dir.name.startswith("emoji-evaluation-50steps-")
 
 
+@pytest.mark.parametrize(
+    ("given", "alike"),
+    [
+        (("num_images=10",), True),
+        (("num_images=33",), False),
+        (("num_images=10", "generate_missing=false"), False),
+        (("num_images=33", "quantizer=rtn"), True),
+        (("stage=quantize", "plan=p"), False),
+        (("stage=quantize", "plan=p", "quantizer=fit"), True),
+        (("stage=analyze",), True),
+    ],
+)
+def test_calibration_images_count_where_they_matter(given: tuple[str, ...], alike: bool) -> None:
+    """More than there are is no other job, nor is the number where nothing is calibrated; what was done stays done."""
+    former, now = (built(*given, *more).fingerprint for more in (("calibration.images=32",), ()))
+    assert (former == now) == alike
+    assert built(*given, "calibration.images=5").fingerprint not in (former, now)
+
+
 def test_evaluation_can_be_left_out_and_never_compares_more_steps_than_there_are() -> None:
     assert built("evaluation=none").evaluate.evaluation.num_images == 0
     assert built("sampler.num_steps=4").evaluate.evaluation.steps == 4

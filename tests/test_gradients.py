@@ -14,11 +14,13 @@ from calib.analysis.gradients import gradient_sensitivities
 from calib.analysis.layers import PROBE, LayerSummary
 from calib.analysis.measure import measure, quantizable
 from calib.analysis.sensitivities import Of
+from calib.analysis.tables import SAMPLED_ROWS, shares_of
 from calib.analysis.watch import INPUT_BITS
 from calib.base.device import on_gpu
 from calib.base.errors import CalibError
 from calib.base.progress import note
 from calib.dataset.load import load_manifest
+from calib.models.grids import left_by_search
 from calib.models.model import DiffusionModel, weights
 from calib.models.parallel import shared_cores
 
@@ -430,3 +432,19 @@ def test_decoder_without_gradient(
         for name, own in asked.weights.items():
             for option, errors in own.items():
                 assert np.array_equal(one.weights[name][option], errors)
+
+
+def test_shares_of_searched_grids(model: DiffusionModel) -> None:
+    """Those that a search of each layer by itself finds, for layers of other widths and options in any order."""
+    layers = {
+        n: x for n, x in model.architecture.layers().items() if x.weight.ndim == 2 and x.weight.shape[1] % 64 == 0
+    }
+    names = [*layers][:3] + [*layers][-3:] + [n for n in layers if n.endswith("mlp.fc2")][:2]
+    options = [(name, bits, size) for name in names for bits, size in ((4, 64), (2, 32))][::-1]
+    found = shares_of(layers, options)
+    for (name, bits, size), share in zip(options, found, strict=True):
+        weight = layers[name].weight
+        some = weight[:: max(1, len(weight) // SAMPLED_ROWS)]
+        (alone,) = left_by_search([some], bits, size, mx.float16)
+        assert share.item() == pytest.approx(alone.item(), rel=1e-4)
+    assert len({round(share.item(), 3) for share in found}) > 4

@@ -17,14 +17,14 @@ from calib.models.grids import searched
 from calib.models.model import DiffusionModel, weights
 from calib.models.packed import Packed
 from calib.models.parallel import shared_cores
-from calib.quantization import gptq, learned, output_side
+from calib.quantization import gptq, learned, output_side, rtn
 from calib.quantization.build import Calibration, quantize_layers
 from calib.quantization.model import QuantizedModel
 from calib.quantization.quantizer import Quantized, QuantizerInput
 from calib.quantization.training import pictures
 from calib.quantization.training.pictures import Drawn, PictureLoss
 from calib.quantization.training.trainable import BIAS, INTEGER, SCALE, Trainable
-from calib.stages.evaluate import drawn_before
+from calib.stages.evaluate import prompts_seen
 
 import mlx.core as mx
 import numpy as np
@@ -221,7 +221,7 @@ def test_it_goes_on(drawn: tuple[DiffusionModel, StoredStates], tmp_path: Path) 
 
 
 def test_texts(drawn: tuple[DiffusionModel, StoredStates], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those given are drawn beside the dataset's that are not held out; the model says which, so does a comparison."""
+    """Those given are drawn beside the dataset's that are not held out; the model names what it saw, and no more."""
     model, states = drawn
     own = [states.manifest.images[image].prompt for image in states.images]
     given, seen = [own[-1], "a red fish", "a green dog", "a blue cup"], set[str]()
@@ -235,17 +235,18 @@ def test_texts(drawn: tuple[DiffusionModel, StoredStates], monkeypatch: pytest.M
     plan = {"final_layer.linear": LayerPlan(3, 16, group_size=32)}
 
     def quantized(quantizer: Any, **parameters: Any) -> QuantizedModel:
-        source = Calibration(None, static, lambda: states, prompts=given)
+        source = Calibration(None, static, lambda: states, prompts=lambda: given)
         return quantize_layers(model, plan, StepPlan(), partial(quantizer, **parameters), source, {})[0]
 
-    for prompts, expected in ((2, given[1:3]), (None, given[1:]), (0, [])):
+    for prompts, expected in ((2, 2), (None, 3), (0, 0)):
         seen.clear()
-        made = quantized(learned.quantize, **{**FEW, "updates": 8, "prompts": prompts})
-        assert seen == {*own[:-1], *expected}
-        assert [text for text in given if drawn_before(made, [text])] == expected
+        quantized(learned.quantize, **{**FEW, "updates": 8, "prompts": prompts})
+        assert own[-1] not in seen and len(seen - {*own}) == expected and seen <= {*own, *given}
+    made = quantized(learned.quantize, **{**FEW, "updates": 0})
+    assert prompts_seen(made, given) == 1, "of the calibration alone, as nothing was trained"
     made = quantized(gptq.quantize, pictures=len(own) + 2)
-    assert "2 of 5 prompts were drawn when the model was made" in drawn_before(made, [*given, "another"])
-    assert drawn_before(quantized(gptq.quantize, pictures=len(own)), given) == ""
+    assert prompts_seen(made, [*given, "another"]) == 3, "two drawn, and one of the calibration"
+    assert prompts_seen(quantized(rtn.quantize), [*given, *own]) == 0
 
 
 def test_rows_by_pictures(drawn: tuple[DiffusionModel, StoredStates], monkeypatch: pytest.MonkeyPatch) -> None:

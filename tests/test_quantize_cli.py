@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from calib.activations.batches import StoredStates
 from calib.analysis.plan_file import read_plan
 from calib.analysis.steps import read_steps
 from calib.base.errors import CalibError
@@ -15,6 +16,7 @@ from calib.dataset.load import load_manifest
 from calib.quantization.checkpoint import load
 from calib.runs.pages.run import run_page
 from calib.stages.build import build
+from calib.stages.quantize import spare_prompts
 from calib.stages.settings import Settings
 from calib.stages.stages import check_stage
 
@@ -776,3 +778,21 @@ def test_pictures_of_another_number_of_steps_are_drawn_with_the_nearest_ones_ran
     assert outcome.status == 0, outcome.err
     assert read(folder / "run" / "evaluation.json")["quantized"]["steps"] == [0, 5]
     assert "output error at 2 of 6 steps" in outcome.out
+
+
+def test_spare_prompts(tiny_run: Path, few: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Those of the list that evaluations do not begin with, and none where the dataset is of another list."""
+    states = StoredStates(tiny_run.parent / "dataset", load_manifest(tiny_run.parent / "dataset"), [0], [0])
+    config = [f"plan={tiny_run}", f"stats={few}", "stage=quantize"]
+
+    def settings_of(*more: str) -> Settings:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            return build(plain(compose("config", overrides=[*config, *more])))
+
+    for more, evaluated in (((), 0), (("evaluation.num_images=400",), 400)):
+        settings = settings_of(*more)
+        prompts = settings.generate.prompts
+        spare = spare_prompts(settings, states)
+        assert spare == prompts[: len(prompts) - max(evaluated, len(prompts) // 8)]
+    assert spare_prompts(settings_of("prompts.seed=1"), states) == ()
+    assert "its prompts are not those of this configuration" in capsys.readouterr().err

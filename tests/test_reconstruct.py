@@ -29,6 +29,7 @@ from calib.quantization.reconstruction.adaround import Roundings, rounding, unde
 from calib.quantization.reconstruction.lsq import InputSteps, stepped
 from calib.quantization.reconstruction.reconstruct import Draw, Parameters, See, Training, reconstruct
 from calib.quantization.reconstruction.rounded import Rounded, applied_by_rows, linear
+from calib.quantization.unfinished import MARK, unfinished
 
 import mlx.core as mx
 import numpy as np
@@ -312,26 +313,33 @@ import sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 from test_reconstruct import *
-taqdit.quantize(replace(work_on(only=SEVERAL), scratch=Path({folder!r}), owner="run"), **QUICK)
+taqdit.quantize(replace(work_on(only=SEVERAL), scratch=Path({folder!r}) / "cache", home=Path({folder!r})), **QUICK)
 """
 #: Of three blocks.
 SEVERAL = "image.mlp"
 
 
 def test_killed_and_gone_on_with(tmp_path: Path) -> None:
-    """To the same bits, without doing again what was done; another rate is refused, but in another run."""
+    """To the same bits, without doing again what was done; another rate is refused, but of another method or run."""
     code = WORKER.format(tests=str(Path(__file__).parent), folder=str(tmp_path))
     process = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "HF_HUB_OFFLINE": "1"})
-    while process.poll() is None and not list(tmp_path.glob("*/*.safetensors")):
+    while process.poll() is None and not list(tmp_path.glob("*/*/*.safetensors")):
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    (done,) = tmp_path.glob("*/*.safetensors")
+    (done,) = tmp_path.glob("*/*/*.safetensors")
     before = done.stat().st_mtime_ns
-    work = replace(work_on(only=SEVERAL), scratch=tmp_path, owner="run")
+    work = replace(work_on(only=SEVERAL), scratch=tmp_path / "cache", home=tmp_path)
     other = {**QUICK, "rate": 0.06, "iterations": 1}
-    named = ["quantizer.rate=0.06", "has 0.05", "hydra.run.dir", ".unfinished.json"]
+    named = ["quantizer.rate=0.06", "has 0.05", str(tmp_path / MARK)]
     check_config_error(lambda: taqdit.quantize(work, **{**QUICK, "rate": 0.06}), named)
+    with unfinished(replace(work, home=tmp_path / "cache"), "learned", {"rate": 7}):
+        pass
+    mark = (tmp_path / MARK).read_bytes()
+    for less in ({"method": "learned", "rate": 0.06}, {"method": "TaQDiT", "rate": 0.05, "memory_gb": 4}):
+        with pytest.raises(KeyboardInterrupt), unfinished(work, less.pop("method"), less):
+            raise KeyboardInterrupt
+        (tmp_path / MARK).write_bytes(mark)
     made, whole = taqdit.quantize(work, **QUICK), taqdit.quantize(replace(work, scratch=None), **QUICK)
     assert all(same(whole.layers[name], packed) for name, packed in made.layers.items())
     assert (made.ranges, made.shifts, made.divisors) == (whole.ranges, whole.shifts, whole.divisors)
@@ -341,8 +349,8 @@ def test_killed_and_gone_on_with(tmp_path: Path) -> None:
     again = taqdit.quantize(work, **QUICK)
     assert all(same(whole.layers[name], packed) for name, packed in again.layers.items()), "damaged, and done again"
     taqdit.quantize(work, **other)
-    assert {path.suffix for path in tmp_path.iterdir() if path.is_file()} == {".lock"}
-    assert sum(path.is_dir() for path in tmp_path.iterdir()) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["cache"]
+    assert sum(path.is_dir() for path in (tmp_path / "cache").iterdir()) == 2
 
 
 @pytest.mark.parametrize("memory", [0.0, 2.0])

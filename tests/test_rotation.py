@@ -12,14 +12,18 @@ from calib.analysis.steps import StepPlan
 from calib.base.errors import CalibError
 from calib.base.files import read_json, write_json
 from calib.dataset.load import load_manifest
+from calib.models.grids import searched
 from calib.models.model import DiffusionModel
+from calib.models.packed import Packed
 from calib.models.rotation import BLOCKS, block_of, hadamard, rotated
 from calib.quantization import gptq
 from calib.quantization.apply import applied
 from calib.quantization.build import Calibration, quantize_layers
+from calib.quantization.check import check_fits
 from calib.quantization.checkpoint import load, save
 from calib.quantization.model import InputRule, QuantizedModel
 from calib.quantization.quantizer import Quantized, QuantizerInput
+from calib.quantization.rotation import _places
 
 import mlx.core as mx
 import numpy as np
@@ -150,3 +154,64 @@ def test_an_outlier(drawn: tuple[DiffusionModel, StoredStates]) -> None:
     assert not made(drawn, 16, rotation=64).inputs
     nothing = QuantizerInput.without_layers(drawn[0].architecture, mx.float16)
     check_config_error(lambda: gptq.quantize(nothing, rotation=32), ["quantizer.rotation=32", "16", "64", "256"])
+
+
+@pytest.mark.parametrize(("tokens", "channels"), [(1024, 1536), (64, 64), (77, 2432), (1, 320)])
+def test_every_block_is_sampled(tokens: int, channels: int) -> None:
+    places = _places(tokens, channels)
+    assert places.max() < tokens * channels
+    assert {*(places % channels // 16)} == set(range(channels // 16))
+
+
+@pytest.mark.parametrize("structure", ["sd3", "flux"])
+@pytest.mark.parametrize("dense", [True, False])
+def test_with_copies_and_rules(model: DiffusionModel, structure: str, dense: bool) -> None:
+    """FLUX's unified blocks set a bias in every forward, to reach the layer through all before it."""
+    own = tiny_model(model, structure)
+    names = [name for name, layer in own.architecture.layers().items() if name.endswith("mlp.fc2")]
+    layers = own.architecture.layers()
+
+    def packed(name: str, bits: int) -> Packed:
+        weight = rotated(layers[name].weight.astype(mx.float32), 64)
+        return replace(searched(weight, bits, 32, mx.float16), rotation=64)
+
+    wide = InputRule(StepRanges((0,), (-8.0,), (8.0,)), (8,), rotation=64)
+    bare = QuantizedModel({}, {}, {}, (1000.0, 500.0), {name: own.architecture.path(name) for name in names})
+    made = replace(bare, layers={n: packed(n, 8) for n in names}, inputs=dict.fromkeys(names, wide))
+    made = replace(made, copies={"late": {n: packed(n, 4) for n in names}}, phases={"late": (1, 1)})
+    x, text = mx.random.normal((1, *own.latent_shape), key=mx.random.key(0)), own.encode(["a"], 0)
+    plain, found = [], []
+    for timestep in (1000.0, 500.0):
+        plain.append(np.array(own.velocity(x, text, timestep)))
+        with applied(own, made, dense):
+            found.append(np.array(own.velocity(x, text, timestep)))
+    errors = [np.square(a - b).sum() / np.square(a).sum() for a, b in zip(plain, found, strict=True)]
+    assert 0 < errors[0] < 1e-3 and errors[0] < errors[1] < 0.1
+
+
+@pytest.mark.parametrize("fault", ["width", "both"])
+def test_misfits(drawn: tuple[DiffusionModel, StoredStates], fault: str) -> None:
+    """A rotation by what does not divide the width, or beside a shift, is no model's."""
+    quantized, name = made(drawn, rotation=64), LAYERS[0]
+    rule, columns = quantized.inputs[name], drawn[0].architecture.layers()[name].weight.shape[1]
+    check_fits(quantized, drawn[0])
+    wrong = replace(rule, rotation=256) if fault == "width" else replace(rule, shifts=(0.0,) * columns)
+    with pytest.raises(CalibError, match="that tiny_sd3 has not"):
+        check_fits(replace(quantized, inputs={**quantized.inputs, name: wrong}), drawn[0])
+
+
+def test_ranges_that_are_static(drawn: tuple[DiffusionModel, StoredStates]) -> None:
+    """Stay so."""
+    found = []
+
+    def quantizer(work: QuantizerInput) -> Quantized:
+        for steps in (1, 2):
+            own = StepRanges((0, 1)[:steps], (-1.0,) * steps, (1.0,) * steps)
+            found.append(gptq.quantize(replace(work, ranges=lambda *_, own=own: own), rotation=64).ranges[LAYERS[0]])
+        return gptq.quantize(work)
+
+    plan = {LAYERS[0]: LayerPlan(4, 8, group_size=32)}
+    quantize_layers(drawn[0], plan, StepPlan(), quantizer, Calibration(None, static, lambda: drawn[1]), {})
+    one, many = found
+    assert one.from_step == (0,) and len(many.from_step) > 1
+    assert (one.low, one.high) == ((min(many.low),), (max(many.high),))

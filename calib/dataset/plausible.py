@@ -5,6 +5,7 @@ they catch damage (a flipped exponent, zeros, another tensor), never an unusual 
 """
 
 import math
+import threading
 from enum import StrEnum
 from typing import Any
 
@@ -26,6 +27,8 @@ NOISE_TOLERANCE = 0.05
 SAMPLING_SIGMAS = 6
 #: The finished state and its ``process_out`` differ by a factor, a shift and the rounding to 16 bits.
 SMALLEST_CORRELATION = 0.99
+#: MLX's stream of each thread of ours: every stream has a thread of the system behind it.
+_OWN = threading.local()
 
 
 class Fault(StrEnum):
@@ -75,7 +78,9 @@ def is_first_state(x: NDArray[Any], seed: int, sigma: float, drawn: str = DEFAUL
 def _by_mlx(seed: int, shape: tuple[int, ...]) -> NDArray[Any]:
     import mlx.core as mx  # as most datasets are checked without it
 
-    return np.array(mx.random.normal(shape, key=mx.random.key(seed), stream=mx.new_stream(mx.cpu)))
+    if not hasattr(_OWN, "stream"):
+        _OWN.stream = mx.new_stream(mx.cpu)
+    return np.array(mx.random.normal(shape, key=mx.random.key(seed), stream=_OWN.stream))
 
 
 def is_affine_of(latent: NDArray[Any], state: NDArray[Any]) -> bool:

@@ -17,7 +17,12 @@ class Wrapper(nn.Module):
 
     def __setattr__(self, key: str, value: Any) -> None:
         # FLUX's unified blocks set mlp.fc2.bias in every forward: it must reach the layer itself.
-        if "inner" in self and key in self["inner"]:
+        if "inner" in self and holds(self["inner"], key):
             setattr(self["inner"], key, value)
         else:
             super().__setattr__(key, value)
+
+
+def holds(module: nn.Module, key: str) -> bool:
+    """Whether ``module``, or what it stands for, has a parameter or module ``key``."""
+    return key in module or ("inner" in module and holds(module["inner"], key))

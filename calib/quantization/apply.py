@@ -11,7 +11,7 @@ from calib.models.clock import Clock
 from calib.models.model import DiffusionModel, weights
 from calib.models.packed import Packed
 from calib.models.rotation import rotated
-from calib.models.wrapper import Wrapper
+from calib.models.wrapper import Wrapper, holds
 from calib.quantization.model import InputRule, QuantizedModel
 
 import mlx.core as mx
@@ -36,27 +36,23 @@ class PhasedLinear(nn.Module):
 
     def __setattr__(self, key: str, value: Any) -> None:
         # FLUX's unified blocks set mlp.fc2.bias in every forward: it must reach every copy.
-        if "inner" in self and key in self["inner"]:
+        if "inner" in self and holds(self["inner"], key):
             for layer in (self["inner"], *self._copies.values()):
                 setattr(layer, key, value)
         else:
             super().__setattr__(key, value)
 
 
-class Rotated(nn.Module):
+class Rotated(Wrapper):
     """A layer that reads its input rotated in blocks, as its packed weights were."""
 
     def __init__(self, inner: nn.Module, block: int):
-        super().__init__()
-        self["inner"] = inner
+        super().__init__(inner)
         self._block = block
 
     def __call__(self, x: mx.array) -> mx.array:
         y: mx.array = self["inner"](rotated(x, self._block))
         return y
-
-    def __getattr__(self, key: str) -> Any:
-        return super().__getattr__(key) if key in self else getattr(self["inner"], key)
 
 
 class Unpacked(Wrapper):

@@ -37,14 +37,15 @@ from calib.quantization.quantizer import (
     Replay,
     StepRecorder,
 )
+from calib.quantization.texts import prompts_of
 
 import mlx.core as mx
 import numpy as np
 from mlx import nn
 from numpy.typing import NDArray
 
-#: Of a quantized model's ``about``: hashes of texts that its making drew and that are of no calibration image.
-DRAWN = "drawn_prompts"
+#: Of a quantized model's ``about``: hashes of the texts of images that its quantizer replayed, or drew.
+SEEN = "seen_prompts"
 
 
 def check_names(plan: Mapping[str, LayerPlan], known: Sequence[str], source: str) -> None:
@@ -84,15 +85,15 @@ class Calibration:
         statistics: path of an ``activations.h5``, if there is one.
         rule: rule for ranges that vary with the step.
         states: returns the calibration set, called where a quantizer replays it; None where no run is known.
-        scratch, prompts, owner: see :class:`QuantizerInput`.
+        scratch, prompts, home: see :class:`QuantizerInput`.
     """
 
     statistics: Path | None
     rule: RangeRule
     states: Callable[[], StoredStates] | None
     scratch: Path | None = None
-    prompts: Sequence[str] = ()
-    owner: str = ""
+    prompts: Callable[[], Sequence[str]] = lambda: ()
+    home: Path | None = None
 
 
 def quantize(
@@ -132,13 +133,20 @@ def quantize_layers(
     chosen, notes = fitting(plan, layers)
     half = half_of(model.dtype)
     linear = {name: layer for name, layer in layers.items() if name in chosen and isinstance(layer, nn.Linear)}
-    replay, batches = _replay(model, source)
-    given = (replay, batches, *_statistics(plan, source, steps), steps.importance.get)
 
     def input_bits(name: str) -> tuple[int, ...]:
         return steps.bits_by_step(name, plan[name].activation_bits)
 
-    own = (input_bits, source.scratch, model, source.states, source.prompts, source.owner)
+    replayed: list[StoredStates] = []
+
+    def seen() -> StoredStates:
+        assert source.states is not None
+        replayed.append(source.states())
+        return replayed[-1]
+
+    states = None if source.states is None else seen
+    given = (*_replay(model, states), *_statistics(plan, source, steps), steps.importance.get)
+    own = (input_bits, source.scratch, model, states, source.prompts, source.home)
     work = QuantizerInput(model.architecture, linear, {**plan, **chosen}, half, *given, *own)
     with model_kept(model) as changed:
         made = checked_quantizer(quantizer)(work)
@@ -151,8 +159,8 @@ def quantize_layers(
     packed = {f"{path}.weight" for path in paths.values()}
     parameters = weights(model.transformer).items()
     rest = {path: made.weights.get(path, array).astype(half) for path, array in parameters if path not in packed}
-    drawn = {DRAWN: [short_hash(text) for text in made.drawn]} if made.drawn else {}
-    about = {**origin_of(model), **made_by, **drawn}
+    texts = {*made.drawn, *(text for of in replayed[:1] for text in prompts_of(of, of.images))}
+    about = {**origin_of(model), **made_by, **({SEEN: sorted(map(short_hash, texts))} if texts else {})}
     quantized = QuantizedModel(made.layers, rest, inputs, steps.timesteps, paths, copies, steps.phases, about)
     mx.eval(rest, [[p.weight, p.scales, p.biases] for p in made.layers.values()])
     _check_finite(quantized, half)
@@ -213,7 +221,9 @@ def _copies(
         other = {name: b for name, b in bits.items() if name in made and b != chosen[name].weight_bits}
         if other:
             plan = {**work.plan, **{name: replace(chosen[name], weight_bits=b) for name, b in other.items()}}
-            other_work = replace(work, plan=plan, layers={name: linear[name] for name in other})
+            of_phase = {name: linear[name] for name in other}
+            # Of weights alone: ranges of inputs would be thrown away.
+            other_work = replace(work, plan=plan, layers=of_phase, input_bits=lambda _: (UNQUANTIZED,))
             copies[phase] = checked_quantizer(quantizer)(other_work).layers
     return copies
 
@@ -242,16 +252,16 @@ def _statistics(plan: Mapping[str, LayerPlan], source: Calibration, steps: StepP
     return channel_range, ranges, channel_power
 
 
-def _replay(model: DiffusionModel, source: Calibration) -> tuple[Replay, Batches]:
+def _replay(model: DiffusionModel, states: Callable[[], StoredStates] | None) -> tuple[Replay, Batches]:
     """The functions ``replay`` and ``batches`` of :class:`QuantizerInput`."""
 
     def batches(size: int | None = None) -> Iterator[Batch]:
-        if source.states is None:
+        if states is None:
             lost = "this quantizer replays stored states: name the run that collected them, stats=DIR"
             raise CalibError(f"{lost}; quantizer=rtn takes none")
-        states = source.states()
-        size = size or plan_memory(model, states.manifest.cfg_weight > 0).batch_size
-        for batch in states.batches(model, size, mixed=True):
+        stored = states()
+        size = size or plan_memory(model, stored.manifest.cfg_weight > 0).batch_size
+        for batch in stored.batches(model, size, mixed=True):
             yield batch()
 
     def replay(

@@ -128,7 +128,8 @@ def check_fits(quantized: QuantizedModel, model: DiffusionModel) -> None:
     }
     for name, layer in packed:
         shape = (layer.weight.shape[0], layer.weight.shape[1] * 32 // layer.bits)
-        fits[name] = isinstance(layers.get(name), nn.Linear) and layers[name].weight.shape == shape
+        known = isinstance(layers.get(name), nn.Linear) and layers[name].weight.shape == shape
+        fits[name] = fits.get(name, True) and known and (not layer.rotation or shape[1] % layer.rotation == 0)
     if strange := [name for name, holds in fits.items() if not holds]:
         raise CalibError(
             f"the quantized model has a {strange[0]} that {model.name} has not; calib quantize makes another"
@@ -136,9 +137,14 @@ def check_fits(quantized: QuantizedModel, model: DiffusionModel) -> None:
 
 
 def _has_channels(layer: nn.Module, rule: InputRule) -> bool:
-    """Whether a rule's divisors and shifts, if it has any, are of as many channels as a layer reads."""
+    """Whether a rule's divisors and shifts are of as many channels as a layer reads, or its rotation divides these."""
     lengths = {len(values) for values in (rule.divisors, rule.shifts) if values}
-    return not lengths or (isinstance(layer, nn.Linear) and lengths == {layer.weight.shape[1]})
+    if not lengths and not rule.rotation:
+        return True
+    if not isinstance(layer, nn.Linear) or (lengths and rule.rotation):
+        return False
+    columns = layer.weight.shape[1]
+    return columns % rule.rotation == 0 if rule.rotation else lengths == {columns}
 
 
 @contextmanager

@@ -14,7 +14,8 @@ from calib.activations.batches import StoredStates
 from calib.activations.states import read_states
 from calib.base.errors import CalibError, ConfigError
 from calib.base.files import remove_abandoned, short_hash
-from calib.base.progress import Progress
+from calib.base.locks import locked
+from calib.base.progress import Progress, say
 from calib.base.seeds import generator
 from calib.models.model import DiffusionModel
 from calib.models.packed import Packed
@@ -57,6 +58,7 @@ class Training:
             ("num_steps", self.num_steps >= 2, "must be 2 or more"),
             ("rate", 0 < self.rate <= 1, "must be more than 0, and 1 at most"),
             ("held_out", self.held_out >= 1, "must be 1 or more"),
+            ("pictures", self.pictures >= 0, "must be 0 or more"),
             ("prompts", self.prompts is None or self.prompts >= 0, "must be 0 or more, or null"),
             ("seed", self.seed >= 0, "must be 0 or more"),
         ):
@@ -90,8 +92,8 @@ def quantize(
         rounding: train integers too, not scales and biases alone; no better so far (docs/LOG.md).
         held_out: collected images, the last ones, by which the best is chosen; they are not trained on.
         pictures: of ``gptq``, with which it starts.
-        prompts: further texts to draw beside those of the images, of ``work.prompts``; None: all. With few the training
-            learns their pictures by heart.
+        prompts: further texts to draw beside those of the images, so many of ``work.prompts()``; None: all. With few
+            the training learns their pictures by heart.
         seed: of the pictures drawn in training.
 
     Raises:
@@ -113,12 +115,12 @@ def quantize(
     if lacking := [i for i in images[-held_out:] if states.manifest.images[i].seed is None]:
         raise CalibError(f"{states.data_dir}: the seed of image {lacking[0]}, which is to be drawn again, is unknown")
     states.manifest.row(states.manifest.num_steps)  # finished latents are compared
-    start = gptq.quantize(work, pictures=pictures)
-    if not updates:
-        return start
-    trainer = _Trainer(work, model, states, start.layers, training)
-    made, notes = trainer.train()
-    return replace(start, layers=made, notes=[*start.notes, *notes], drawn=sorted({*start.drawn, *trainer.more}))
+    with unfinished(work, "learned", asdict(training)):
+        start = gptq.quantize(work, pictures=pictures)
+        if not updates:
+            return start
+        made, notes, drawn = _Trainer(work, model, states, start.layers, training).train()
+    return replace(start, layers=made, notes=[*start.notes, *notes], drawn=[*start.drawn, *drawn])
 
 
 class _Trainer:
@@ -135,19 +137,27 @@ class _Trainer:
         self._work, self._model, self._training, self._states = work, model, training, states
         images = [*states.images, *states.others]
         self._held = images[-training.held_out :]
-        self.more = others(work, states)[: training.prompts]
-        self._texts = [*prompts_of(states, images[: -training.held_out]), *self.more]
+        self._texts = [*prompts_of(states, images[: -training.held_out]), *self._others()]
         self._layers = {name: Trainable.of(packed, training.rounding) for name, packed in start.items()}
         self._start = start
         self._guidance = states.manifest.cfg_weight
 
-    def train(self) -> tuple[dict[str, Packed], list[str]]:
-        """The layers with the best held-out pictures, and notes."""
-        path = self._path()
-        with unfinished(self._work, path, asdict(self._training)):
+    def _others(self) -> list[str]:
+        """Texts that no image has, as many as are wanted."""
+        found, wanted = others(self._work, self._states), self._training.prompts
+        if wanted is None or wanted >= len(found):
+            return found
+        chosen = generator("quantizer.seed", self._training.seed).choice(len(found), wanted, replace=False)
+        return [found[i] for i in sorted(chosen)]
+
+    def train(self) -> tuple[dict[str, Packed], list[str], set[str]]:
+        """The layers with the best held-out pictures, notes, and the texts that these were trained on."""
+        if (path := self._path()) is None:
+            return self._train(None)
+        with locked(path.with_suffix(".lock"), lambda: say(f"waiting for the process that trains the same ({path})")):
             return self._train(path)
 
-    def _train(self, path: Path | None) -> tuple[dict[str, Packed], list[str]]:
+    def _train(self, path: Path | None) -> tuple[dict[str, Packed], list[str], set[str]]:
         training, notes = self._training, list[str]()
         every, trained = max(1, training.updates // CHECKS), path and Trained.load(path)
         left = training.updates - (trained.updates if trained else 0)
@@ -170,7 +180,8 @@ class _Trainer:
                         trained.save(path)
                     before, best = trained.psnr[0], trained.psnr[trained.best_updates]
                     progress.describe(f"{before:.2f} dB at the start, {best:.2f} at best")
-        return self._finished(trained), [*notes, self._summary(trained)]
+        drawn = {text for update in range(trained.best_updates) for text in self._chosen(update).prompts}
+        return self._finished(trained), [*notes, self._summary(trained)], drawn
 
     def _pictures(self) -> AbstractContextManager[PictureLoss]:
         return picture_loss(self._model, self._work.layers, self._guidance, self._training.batch_size)

@@ -75,9 +75,9 @@ class QuantizerInput:
             model's weights, the states, the statistics and the device. None: nothing is kept.
         model: the model of ``architecture``, to draw with; None where there is none.
         states: returns the calibration set, with its dataset; None where no run is known.
-        prompts: texts of the configured list that may be drawn beside those of the dataset; none that an evaluation by
-            the same configuration draws.
-        owner: names the run that quantizes, among those that share ``scratch``; empty where none does.
+        prompts: returns texts of the list that the dataset is of that may be drawn beside the dataset's; none that an
+            evaluation by the same configuration draws.
+        home: the run directory, where a training that goes on is marked; None where there is none.
     """
 
     architecture: Architecture
@@ -94,8 +94,8 @@ class QuantizerInput:
     scratch: Path | None = None
     model: DiffusionModel | None = None
     states: Callable[[], StoredStates] | None = None
-    prompts: Sequence[str] = ()
-    owner: str = ""
+    prompts: Callable[[], Sequence[str]] = lambda: ()
+    home: Path | None = None
 
     @classmethod
     def without_layers(cls, architecture: Architecture, dtype: mx.Dtype) -> "QuantizerInput":
@@ -125,7 +125,7 @@ class Quantized:
             name, (channels,); see :class:`~calib.quantization.model.InputRule`. Such a layer's ``ranges`` are of that.
         rotations: size of the blocks in which an input is rotated before it is rounded, by layer name; its ``ranges``
             are of that.
-        drawn: texts of :attr:`QuantizerInput.prompts` that were drawn: pictures of these tell nothing about others.
+        drawn: texts, beside those of the calibration set, that were drawn: their pictures tell nothing about others.
     """
 
     layers: dict[str, Packed]

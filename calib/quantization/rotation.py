@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 #: Shares of the extremes that are tried.
 SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.5)
-#: Numbers of each row that are looked at.
-SAMPLED = 64
+#: Numbers of each row that are looked at: at channels evenly spaced, each of any token.
+SAMPLED = 256
 
 
 @dataclass
@@ -61,8 +61,9 @@ def rotated_ranges(
 
     def record(name: str, activation: mx.array, steps: Sequence[int]) -> mx.array:
         block = blocks[readers[name][0]]
-        x = rotated(activation.astype(mx.float32), block).reshape(len(steps), -1)
-        some = x[:, :: max(1, x.shape[1] // SAMPLED + 1)]
+        x = rotated(activation.astype(mx.float32), block).reshape(len(steps), -1, activation.shape[-1])
+        some = x.reshape(len(steps), -1)[:, mx.array(_places(*x.shape[1:]))]
+        x = x.reshape(len(steps), -1)
         found.append((name, list(steps), x.min(axis=1), x.max(axis=1), some))
         return activation
 
@@ -75,13 +76,28 @@ def rotated_ranges(
             own = seen[name].setdefault(step, _Seen())
             own.low, own.high = min(own.low, float(low)), max(own.high, float(high))
             own.sample.append(sample.astype(np.float64))
-    return {n: _ranges(seen[tap.name], bits[n]) for tap in points for n in readers[tap.name]}
+    names = [(tap.name, n) for tap in points for n in readers[tap.name]]
+    return {n: _ranges(seen[tap], bits[n], _is_static(work, n)) for tap, n in names}
 
 
-def _ranges(seen: Mapping[int, _Seen], bits: Sequence[int]) -> StepRanges:
-    """From each step that was replayed to the next the hull of both."""
+def _places(tokens: int, channels: int) -> NDArray[np.intp]:
+    """Places in a row of (tokens, channels), flat."""
+    chosen = np.arange(SAMPLED) * max(channels, SAMPLED) // SAMPLED % channels
+    return np.random.RandomState(0).randint(tokens, size=SAMPLED) * channels + chosen
+
+
+def _is_static(work: QuantizerInput, name: str) -> bool:
+    """Whether the rule for ranges gives a layer's input one for all steps."""
+    planned = work.ranges(name, None, None)
+    return planned is not None and len(planned.from_step) == 1
+
+
+def _ranges(seen: Mapping[int, _Seen], bits: Sequence[int], static: bool) -> StepRanges:
+    """From each step that was replayed to the next the hull of both; the hull of all where ``static``."""
     steps = sorted(seen)
     found = [seen[step].range_for(bits[min(step, len(bits) - 1)]) for step in steps]
     hulls = [(min(a, c), max(b, d)) for (a, b), (c, d) in zip(found, [*found[1:], found[-1]], strict=True)]
     low, high = map(tuple, zip(*hulls, strict=True))
+    if static:
+        return StepRanges((0,), (min(low),), (max(high),))
     return StepRanges((0, *steps[1:]), low, high)

@@ -26,6 +26,6 @@ def prompts_of(states: StoredStates, images: Sequence[int]) -> list[str]:
 
 
 def others(work: QuantizerInput, states: StoredStates) -> list[str]:
-    """Texts of ``work.prompts`` that no image of the dataset has."""
+    """Texts of ``work.prompts()`` that no image of the dataset has."""
     known = set(prompts_of(states, list(states.manifest.images)))
-    return [text for text in work.prompts if text not in known]
+    return [text for text in work.prompts() if text not in known]

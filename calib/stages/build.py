@@ -34,6 +34,7 @@ from calib.stages.options import (
 from calib.stages.settings import (
     DERIVED,
     Analyze,
+    CalibrationSettings,
     Collect,
     DatasetSettings,
     Evaluate,
@@ -52,6 +53,8 @@ T = TypeVar("T")
 
 #: Images that calib 0.2.0 calibrated on at most where nothing was said.
 FEWER = 32
+#: Quantizers that take no stored states.
+REPLAY_NOTHING = ("rtn.quantize", "fit.quantize", "smooth.quantize", "percentile.quantize")
 
 
 def _marked(kind: type, name: str, mark: str) -> bool:
@@ -150,11 +153,20 @@ def fingerprint(config: Mapping[str, Any], prompts: Sequence[str], measures: boo
         counted["sensitivity"] = {
             k: v for k, v in counted["sensitivity"].items() if k not in ("method", "of", "probes")
         }
-    if config["stage"] == Stage.RUN and config["num_images"] <= min(calibrated, FEWER):
-        counted["calibration"] = {**counted["calibration"], "images": FEWER}  # all images, whatever the number
+    if calibrated == CalibrationSettings.images and _calibrates_alike(config):
+        counted["calibration"] = {**counted["calibration"], "images": FEWER}
     if not counted["quantizer"].get("search", True):  # grids as calib 0.2.0 had them
         counted["quantizer"] = {k: v for k, v in counted["quantizer"].items() if k != "search"}
     return short_hash([counted, prompts], digits=16)
+
+
+def _calibrates_alike(config: Mapping[str, Any]) -> bool:
+    """Whether a quantizer calibrates on the same images as with :data:`FEWER` at most: on none, or on no more."""
+    stage, target = config["stage"], str(config["quantizer"].get("_target_"))
+    if stage not in (Stage.RUN, Stage.QUANTIZE) or target.removeprefix("calib.quantization.") in REPLAY_NOTHING:
+        return True
+    drawn = config["generate_missing"] is not False  # else a run takes what its dataset has
+    return stage == Stage.RUN and drawn and bool(config["num_images"] <= FEWER)
 
 
 def _file_of_user(target: object) -> Path | None:

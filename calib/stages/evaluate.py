@@ -30,7 +30,7 @@ from calib.evaluation.reference import control_of, draw_reference
 from calib.evaluation.report import fidelity_text, picture_grid, plot_error, save_pictures
 from calib.models.model import DiffusionModel
 from calib.quantization.apply import applied, runs_dense
-from calib.quantization.build import DRAWN
+from calib.quantization.build import SEEN
 from calib.quantization.check import check_fits
 from calib.quantization.checkpoint import CHECKPOINT, load
 from calib.quantization.model import QuantizedModel
@@ -87,7 +87,8 @@ def run(settings: Settings, run: RunDirectory, model: Callable[[], DiffusionMode
     control = control_of(model(), reference, paired, settings.job.cache_dir, found)
     about = {key: quantized.about[key] for key in CARRIED if key in quantized.about}
     text = fidelity_text(found, control, drawn.sampler.num_steps)
-    text += _planned(quantized, about) + drawn_before(quantized, reference.prompts)
+    seen = prompts_seen(quantized, reference.prompts)
+    text += _planned(quantized, about) + (f"note: {_known(seen, len(reference.prompts))}\n" if seen else "")
     text += f"peak memory while drawing quantized: {readable_bytes(peak)}{_counted(wanted.dequantize)}\n"
     write_text(run.path / FIDELITY, text)
     made_from = {"quantized": content_of(folder / CHECKPOINT), "model": model().fingerprint}
@@ -100,20 +101,21 @@ def run(settings: Settings, run: RunDirectory, model: Callable[[], DiffusionMode
     save_pictures(run.path / QUANTIZED_PICTURES, outcome.pictures)
     seconds = time.monotonic() - start
     run.add_metrics(Stage.EVALUATE, {**found.summary(), **control.summary("control_")})
-    run.add_metrics(Stage.EVALUATE, about)
+    run.add_metrics(Stage.EVALUATE, about | ({"prompts_seen": seen} if seen else {}))
     run.add_metrics(Stage.EVALUATE, {"evaluate_seconds": seconds, "evaluate_peak_bytes": peak})
     logger.info("evaluated %d images in %.1f s", len(reference.images), seconds)
     print(f"\n{text}")
 
 
-def drawn_before(quantized: QuantizedModel, prompts: Sequence[str]) -> str:
-    """A warning where the making of the quantized model drew some of ``prompts``."""
-    before = set(quantized.about.get(DRAWN, ()))
-    count = sum(short_hash(prompt) in before for prompt in prompts)
-    if not count:
-        return ""
-    known = f"{count} of {len(prompts)} prompts were drawn when the model was made, and say nothing of others"
-    return f"note: {known}; evaluate fewer (evaluation.num_images), or other prompts\n"
+def prompts_seen(quantized: QuantizedModel, prompts: Sequence[str]) -> int:
+    """How many of ``prompts`` the making of the quantized model saw."""
+    before = set(quantized.about.get(SEEN, ()))
+    return sum(short_hash(prompt) in before for prompt in prompts)
+
+
+def _known(seen: int, prompts: int) -> str:
+    what = f"{seen} of {prompts} prompts were calibrated or trained on, and say little of others"
+    return f"{what}; evaluate fewer (evaluation.num_images), or other prompts"
 
 
 def _planned(quantized: QuantizedModel, about: Mapping[str, float]) -> str:

@@ -30,6 +30,8 @@ from calib.models.model import DiffusionModel
 from calib.quantization.build import Calibration, check_names, quantize_layers
 from calib.quantization.checkpoint import save
 from calib.quantization.model import QuantizedModel
+from calib.quantization.texts import prompts_of
+from calib.quantization.unfinished import done
 from calib.runs.directory import RunDirectory
 from calib.stages import Stage
 from calib.stages.origin import activations_of, collected, plan_of, statistics_checksum, statistics_of
@@ -100,7 +102,7 @@ def run(settings: Settings, run: RunDirectory, model: Callable[[], DiffusionMode
     if source.states is not None:
         made_from["calibration"] = asdict(settings.quantize.calibration)
     scratch = _scratch(settings, [made_from, own, model().text_encoders, steps.rule])
-    source = replace(source, scratch=scratch, owner=str(run.home.absolute()))
+    source = replace(source, scratch=scratch, home=run.home)
     about: dict[str, Any] = {"quantizer": described(quantizer), "ranges": steps.rule, "made_from": made_from}
     about |= steps.predictions(plan)
     mx.reset_peak_memory()
@@ -110,6 +112,7 @@ def run(settings: Settings, run: RunDirectory, model: Callable[[], DiffusionMode
         bits = {n: quantized.inputs[n].bits if n in quantized.inputs else (UNQUANTIZED,) for n in plan}
         quantized.about["average_activation_bits"] = average_activation_bits(source.statistics, bits)
     save(quantized, run.path / MODEL)
+    done(run.home)
     if settings.stage is not Stage.RUN:
         _copy_plan(run, path, steps)
     for line in notes:
@@ -158,12 +161,23 @@ def _source(
         check_model(found.data_dir, found.manifest, model())
         return found.states(wanted.images, wanted.steps)
 
-    return Calibration(activations_of(stats), rule, states, prompts=spare_prompts(settings))
+    return Calibration(activations_of(stats), rule, states, prompts=lambda: spare_prompts(settings, states()))
 
 
-def spare_prompts(settings: Settings) -> Sequence[str]:
-    """Prompts that a quantizer may draw: not the last ones, with which an evaluation begins."""
+def spare_prompts(settings: Settings, states: StoredStates) -> Sequence[str]:
+    """Prompts of the list that a quantizer may draw: not the last ones, with which an evaluation begins.
+
+    None, and a note, where the dataset is of another list.
+    """
     prompts, evaluated = settings.generate.prompts, settings.evaluate.evaluation.num_images
+    images = list(states.manifest.images)
+    of_list = [prompts[image % len(prompts)] for image in images]
+    if prompts_of(states, images) != of_list:
+        note(
+            f"{states.data_dir}: its prompts are not those of this configuration: no others are drawn; set prompts as "
+            "they were when it was drawn"
+        )
+        return ()
     return prompts[: max(0, len(prompts) - max(evaluated, len(prompts) // SPARED))]
 
 

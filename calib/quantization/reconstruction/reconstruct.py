@@ -14,7 +14,8 @@ from typing import Any, Protocol, TypeAlias
 
 from calib.base.errors import ConfigError
 from calib.base.files import remove_abandoned, short_hash
-from calib.base.progress import Progress
+from calib.base.locks import locked
+from calib.base.progress import Progress, say
 from calib.base.seeds import generator
 from calib.models.architecture import Divisible
 from calib.quantization.quantizer import QuantizerInput
@@ -131,8 +132,12 @@ def reconstruct(work: QuantizerInput, method: Method, training: Training, made_b
     if not work.layers:
         return Rounded()
     folder = _folder(work, training, made_by)
-    with unfinished(work, folder, {**made_by, **asdict(training)}):
-        return _reconstructed(work, method, training, folder)
+    with unfinished(work, type(method).__name__, {**made_by, **asdict(training)}):
+        if folder is None:
+            return _reconstructed(work, method, training, None)
+        wait = f"waiting for the process that trains the same ({folder})"
+        with locked(folder.with_suffix(".lock"), lambda: say(wait)):
+            return _reconstructed(work, method, training, folder)
 
 
 def _reconstructed(work: QuantizerInput, method: Method, training: Training, folder: Path | None) -> Rounded:
@@ -170,7 +175,8 @@ def _folder(work: QuantizerInput, training: Training, made_by: Mapping[str, Any]
     if work.scratch is None:
         return None
     plan = {name: [asdict(layer), work.input_bits(name)] for name, layer in work.plan.items()}
-    folder = work.scratch / short_hash([VERSION, dict(made_by), asdict(training), sorted(work.layers), plan], digits=16)
+    own = {key: value for key, value in asdict(training).items() if key != "memory_gb"}  # of no effect on results
+    folder = work.scratch / short_hash([VERSION, dict(made_by), own, sorted(work.layers), plan], digits=16)
     remove_abandoned(folder)  # what a killed process was writing
     return folder
 
