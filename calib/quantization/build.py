@@ -129,7 +129,7 @@ def quantize_layers(
     """The quantized model, and notes for people; ``made_by`` is stored with the model."""
     layers = model.architecture.layers()
     chosen, notes = fitting(plan, layers)
-    half = half_of(model.dtype)
+    half = half_of(layers[model.architecture.input_layer].weight.dtype)
     linear = {name: layer for name, layer in layers.items() if name in chosen and isinstance(layer, nn.Linear)}
     replay, batches = _replay(model, source)
     given = (replay, batches, *_statistics(plan, source, steps), steps.importance.get)
