@@ -15,23 +15,21 @@ import time
 from pathlib import Path
 
 from calib.base.progress import readable_bytes
-from calib.models.mflux.zimage_transformer import ZImageArchitecture
+from calib.models.mflux.zimage import FAMILY
 from calib.models.model import weights
 from calib.models.packed import Packed
 from calib.quantization.checkpoint import save
 from calib.quantization.model import QuantizedModel
 
 import mlx.core as mx
-from mflux.models.z_image.model.z_image_transformer.transformer import ZImageTransformer
-from standin_mflux import ZImageSizes, write_zimage
+from standin_mflux import ZIMAGE, small_zimage_sizes, write_zimage
 
 BITS, GROUP_SIZE = 4, 64  # 4.5 bits a weight
 
 
 def random_model() -> QuantizedModel:
     """A model of Z-Image's shapes; its integers, scales and the rest are random."""
-    sizes = ZImageSizes().transformers_own()
-    own = ZImageArchitecture(ZImageTransformer(**sizes), sizes)
+    own = FAMILY.architecture({name: ZIMAGE.transformer[name] for name in FAMILY.sizes.values()})
     layers = {}
     for name, layer in own.layers().items():
         rows, columns = layer.weight.shape
@@ -52,7 +50,7 @@ def build(folder: Path, base: Path) -> None:
     model = random_model()
     print(f"{model.size().quantized_values / 1e9:.2f} billion weights, {readable_bytes(model.size().nbytes)}")
     save(model, folder)
-    write_zimage(base, ZImageSizes.small(1, 1))
+    write_zimage(base, small_zimage_sizes(1, 1))
 
 
 def export(run: Path, base: Path, form: str, into: Path) -> tuple[float, int]:

@@ -1,4 +1,4 @@
-"""Build an offline stand-in of the Hugging Face repositories that calib reads SD3, FLUX or Z-Image from.
+"""Build an offline stand-in of the Hugging Face repositories that calib reads SD3, FLUX and mflux's models from.
 
 Names, shapes and types of the tensors are the originals', their values random: pictures are noise, but all that lies
 between the hub and the picture really runs.
@@ -8,8 +8,9 @@ between the hub and the picture really runs.
 
 SD3-medium has its full size, 6 GB with the CLIPs. T5 (--t5, and always with FLUX) has 1 of its 24 layers, as its
 config.json says. FLUX has fewer blocks (--blocks); DiffusionKit keeps their number in its code, so that calib must be
-started with another one: the command is printed at the end. Z-Image has its full size, 21 GB with its text encoder, or
-with --layers and --heads that of its config.json, which calib reads and mflux, with the sizes in its code, does not.
+started with another one: the command is printed at the end. mflux's models have their full size (Z-Image 21 GB with its
+text encoder, FLUX.2-klein 16, Qwen-Image 56), or with --layers and --heads that of their config.json, which calib reads
+and mflux, with the sizes in its code, does not.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import json
 import math
 import shlex
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,6 +54,12 @@ MODELS = {
     "flux_dev": "argmaxinc/mlx-FLUX.1-dev",
 }
 ZIMAGE = "Tongyi-MAI/Z-Image-Turbo"
+#: mflux's models: the repository, the number of blocks of each kind, and the heads.
+OF_MFLUX = {
+    "zimage_turbo": (ZIMAGE, (30,), 30),
+    "flux2_klein_4b": ("black-forest-labs/FLUX.2-klein-4B", (5, 20), 24),
+    "qwen_image": ("Qwen/Qwen-Image-2512", (60,), 24),
+}
 MERGES = 49152 - 256 - 2  # lines of CLIP's merges.txt that are read
 T5_PIECES = 600
 T5 = {  # its config.json, but for the number of layers: 24
@@ -231,14 +239,20 @@ def write_standin(cache: Path, name: str, use_t5: bool, text: TextShapes) -> Non
         write_t5(cache, text.t5)
 
 
-def write_zimage_standin(cache: Path, layers: int | None, heads: int | None) -> None:
-    """All that loading Z-Image-Turbo reads from the hub, at the commit that mflux asks for."""
-    from mflux.models.common.resolution.model_revisions import ModelRevisions  # mflux need not be installed
-    from standin_mflux import ZImageSizes, write_zimage
+def write_mflux_standin(cache: Path, model: str, layers: Sequence[int] | None, heads: int | None) -> None:
+    """All that loading a model of mflux's reads from the hub, at the commit that mflux asks for."""
+    import standin_mflux as of_mflux  # mflux need not be installed
+    from mflux.models.common.resolution.model_revisions import ModelRevisions
 
-    repository = Repository(cache, ZIMAGE, ModelRevisions.get(ZIMAGE))
-    small = layers is not None or heads is not None
-    write_zimage(repository.path(""), ZImageSizes.small(layers or 30, heads or 30) if small else ZImageSizes())
+    name, all_layers, all_heads = OF_MFLUX[model]
+    folder = Repository(cache, name, ModelRevisions.get(name)).path("")
+    write, small, full = {
+        "zimage_turbo": (of_mflux.write_zimage, of_mflux.small_zimage_sizes, of_mflux.ZIMAGE),
+        "flux2_klein_4b": (of_mflux.write_flux2, of_mflux.small_flux2_sizes, of_mflux.FLUX2),
+        "qwen_image": (of_mflux.write_qwen, of_mflux.small_qwen_sizes, of_mflux.QWEN),
+    }[model]
+    reduced = layers is not None or heads is not None
+    write(folder, small(*(layers or all_layers), heads or all_heads) if reduced else full)
 
 
 def flux_code(blocks: tuple[int, int]) -> str:
@@ -255,18 +269,22 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("folder", type=Path, metavar="DIR", help="where the cache goes")
-    parser.add_argument("--model", choices=(*MODELS, "zimage_turbo"), default="sd3_medium")
+    parser.add_argument("--model", choices=(*MODELS, *OF_MFLUX), default="sd3_medium")
     parser.add_argument("--t5", action="store_true", help="with T5, which FLUX has always")
     parser.add_argument(
         "--blocks", type=int, nargs=2, metavar=("M", "U"), default=(1, 2), help="FLUX's multimodal and unified blocks"
     )
-    parser.add_argument("--layers", type=int, metavar="N", help="Z-Image's blocks after its refiners, of 30")
-    parser.add_argument("--heads", type=int, metavar="H", help="Z-Image's heads, of 30, each 128 channels wide")
+    help_of_layers = "blocks: Z-Image's after its refiners, of 30; FLUX.2's of two kinds, of 5 and 20; Qwen's, of 60"
+    parser.add_argument("--layers", type=int, nargs="+", metavar="N", help=help_of_layers)
+    parser.add_argument("--heads", type=int, metavar="H", help="of 30 or 24 heads, each 128 channels wide")
     given = parser.parse_args()
+    _, kinds, _ = OF_MFLUX.get(given.model, ("", (), 0))
+    if given.layers is not None and len(given.layers) != len(kinds):
+        parser.error(f"--layers: {given.model} takes {len(kinds) or 'none'}")
     cache = f"HF_HUB_CACHE={shlex.quote(str(given.folder.absolute()))} HF_HUB_OFFLINE=1"
-    if given.model == "zimage_turbo":
-        write_zimage_standin(given.folder, given.layers, given.heads)
-        print(f"{cache} calib generate model=zimage_turbo num_images=1")
+    if given.model in OF_MFLUX:
+        write_mflux_standin(given.folder, given.model, given.layers, given.heads)
+        print(f"{cache} calib generate model={given.model} num_images=1")
         return
     flux = given.model.startswith("flux")
     if flux:

@@ -48,7 +48,9 @@ from mflux.models.z_image.weights.z_image_weight_definition import ZImageWeightD
 from mlx import nn
 from PIL import Image
 from test_docs import commands
-from tiny_zimage import SIZES, architecture, small_zimage
+from tiny_mflux import Tiny
+from tiny_models import MFLUX, tiny_of
+from tiny_zimage import SIZES, TINY, small_zimage
 
 Change: TypeAlias = Callable[[QuantizedModel], object]
 
@@ -69,17 +71,18 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
 
 
-def quantized_zimage() -> QuantizedModel:
+def quantized_zimage(tiny: Tiny = TINY) -> QuantizedModel:
     """A small Z-Image of every grid that its layers allow, every seventh layer dense; its rest in bfloat16."""
-    own, layers = architecture(), {}
+    own, layers = tiny.architecture(), {}
     for number, (name, layer) in enumerate(own.layers().items()):
-        if number % 7:
-            bits, size = (2, 3, 4, 5, 6, 8)[number % 6], (32, 64)[number % 2]
+        sizes = [size for size in (32, 64) if layer.weight.shape[1] % size == 0]
+        if number % 7 and sizes:
+            bits, size = (2, 3, 4, 5, 6, 8)[number % 6], sizes[number % len(sizes)]
             layers[name] = Packed.nearest(layer.weight, bits, size, mx.bfloat16)
     paths = {name: own.path(name) for name in layers}
     packed = {f"{path}.weight" for path in paths.values()}
     rest = {path: weight.astype(mx.bfloat16) for path, weight in weights(own.module).items() if path not in packed}
-    about = {"model": "zimage_turbo", "fingerprint": "0" * 16, **own.describe()}
+    about = {"model": tiny.option, "fingerprint": "0" * 16, **own.describe()}
     return QuantizedModel(layers, rest, {}, (), paths, about=about)
 
 
@@ -112,6 +115,23 @@ def base(request: pytest.FixtureRequest, files: Path, tmp_path_factory: pytest.T
     ModelSaver.save_model(model, request.param, str(folder), ZImageWeightDefinition)
     shutil.copy(files / "text_encoder" / "config.json", folder / "text_encoder")
     return folder
+
+
+@pytest.mark.parametrize("structure", MFLUX[1:])
+def test_other_families(structure: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """mflux holds them to the bit, too, and their cards name mflux's command for them."""
+    tiny = tiny_of(structure)
+    tiny.patched(monkeypatch)
+    tiny.write(tmp_path / "base", mx.bfloat16)
+    save(quantized_zimage(tiny), tmp_path / "run" / "quantized")
+    given = ("--format", "mflux", "--into", tmp_path / "out", "--base", tmp_path / "base")
+    well(export(tmp_path, tmp_path / "run", *given))
+    made, expected = tiny.mfluxs(tmp_path / "out"), load(tmp_path / "run" / "quantized").parameters()
+    found = weights(made.transformer)
+    assert found.keys() == expected.keys()
+    for path, array in expected.items():
+        assert mx.array_equal(found[path], array).item(), path
+    assert f"{tiny.family.command} --model ./out" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_mflux_holds_what_the_run_has(base: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

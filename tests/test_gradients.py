@@ -61,8 +61,8 @@ class Case:
         timestep = mx.array([manifest.timesteps[step]])
         if manifest.cfg_weight <= 0:
             return self.model.velocity(x, text, timestep)
-        c, u = mx.split(self.model.velocity(mx.concatenate([x, x]), text, timestep), 2)
-        return u + manifest.cfg_weight * (c - u)
+        halves = mx.split(self.model.velocity(mx.concatenate([x, x]), text, timestep), 2)
+        return self.model.guidance(*halves, manifest.cfg_weight)
 
     def picture(self, first: int = 0, changed: mx.array | None = None) -> mx.array:
         """The picture from the stored state ``first``, or from another state in its place."""
@@ -73,8 +73,9 @@ class Case:
         return self.model.decode_latents(self.model.latent_format.process_out(x)) / 2
 
 
-#: The smallest family is always tried.
-TRIED = ("sd3", *MFLUX, *(pytest.param(s, marks=pytest.mark.slow) for s in STRUCTURES if s != "sd3"))
+#: The smallest family is always tried, and of mflux's those with texts of different lengths, and guidance of its own.
+ALWAYS = ("sd3", "zimage", "qwen")
+TRIED = (*ALWAYS, *(pytest.param(s, marks=pytest.mark.slow) for s in (*STRUCTURES, *MFLUX) if s not in ALWAYS))
 
 
 @pytest.fixture(scope="module", params=TRIED)
@@ -148,6 +149,8 @@ EXACT = [
     ("sd3", 0.0),
     ("flux", 0.0),
     ("zimage", 0.0),
+    ("qwen", 3.0),
+    pytest.param("flux2", 0.0, marks=pytest.mark.slow),
     pytest.param("serial", 0.0, marks=pytest.mark.slow),
     pytest.param("emoji", 3.0, marks=pytest.mark.slow),
 ]

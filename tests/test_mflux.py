@@ -10,17 +10,11 @@ import pytest
 pytest.importorskip("mflux", reason="mflux is not installed: uv sync --group mflux")
 
 from calib.activations.reader import ActivationFile
-from calib.activations.taps import TapKind, TapPoint, TapSelection, tap_points, tapped
-from calib.base.device import on_gpu
 from calib.base.errors import CalibError
 from calib.base.files import read_json
-from calib.dataset.generate import trajectory, trajectory_from
 from calib.dataset.load import load_manifest
-from calib.dataset.settings import SamplerSettings
 from calib.dataset.store import read_state
-from calib.models.architecture import Conditioning, check_architecture
 from calib.models.mflux import zimage
-from calib.models.mflux.precision import in_precision
 from calib.models.model import DiffusionModel, ModelDtype, weights
 from calib.quantization.apply import applied
 from calib.quantization.checkpoint import load
@@ -28,17 +22,14 @@ from calib.quantization.checkpoint import load
 import make_standin_checkpoint as standin
 import mlx.core as mx
 import numpy as np
+from drawn_by_mflux import Mfluxs
 from helpers import is_one_clear_line, run_in, run_process, well
 from huggingface_hub import constants
-from mflux.models.common.config.model_config import ModelConfig
 from mflux.models.common.resolution import path_resolution
 from mflux.models.common.resolution.model_revisions import ModelRevisions
-from mflux.models.common.vae.vae_util import VAEUtil
 from mflux.models.common.weights.saving.model_saver import ModelSaver
-from mflux.models.z_image.variants.z_image import ZImage
 from mflux.models.z_image.weights.z_image_weight_definition import ZImageWeightDefinition
-from tiny_zimage import SIZES, small_zimage
-from watching import keep
+from tiny_zimage import SIZES, TINY, small_zimage
 
 #: Texts of 1, 2 and 5 times 32 tokens, once padded.
 TEXTS = ("red apple", "a lighthouse on a rocky coast at dusk, painted in oil", "one fox, two foxes, " * 12)
@@ -59,138 +50,9 @@ def model(files: Path) -> DiffusionModel:
     return loaded(files)
 
 
-class Watcher:
-    """What mflux's callbacks show: the latents of every step."""
-
-    def __init__(self) -> None:
-        self.latents: list[mx.array] = []
-
-    def call_before_loop(self, latents: mx.array, **more: object) -> None:
-        self.latents = [latents]
-
-    def call_in_loop(self, t: int, latents: mx.array, **more: object) -> None:
-        self.latents.append(latents)
-
-
-class Mfluxs:
-    """mflux's own model of the same files, drawing by ``generate_image``."""
-
-    def __init__(self, files: Path, dtype: mx.Dtype):
-        self._dtype, self._watcher = dtype, Watcher()
-        with in_precision(dtype):
-            self.model = ZImage(model_path=str(files), model_config=ModelConfig.z_image_turbo())
-        self.model.callbacks.register(self._watcher)
-
-    def draw(
-        self, text: str, seed: int, steps: int, size: tuple[int, int]
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """States (steps + 1, height, width, channels), the picture before it is cut to [0, 1], and the 8-bit one."""
-        height, width = size
-        with in_precision(self._dtype):
-            image = self.model.generate_image(seed, text, steps, height, width)
-            decoded = VAEUtil.decode(self.model.vae, self._watcher.latents[-1].transpose(1, 0, 2, 3))
-        states = np.stack([np.array(x[:, 0].transpose(1, 2, 0).astype(mx.float32)) for x in self._watcher.latents])
-        return states, np.array(decoded.astype(mx.float32))[0].transpose(1, 2, 0), np.array(image.image)
-
-
 @pytest.fixture(scope="module")
 def mfluxs(files: Path) -> Mfluxs:
-    return Mfluxs(files, mx.float32)
-
-
-@pytest.mark.parametrize(
-    ("text", "seed", "steps", "size"),
-    [
-        (TEXTS[0], 7, 4, (64, 64)),  # 16 tokens of the picture, padded to 32
-        (TEXTS[1], 2**32 - 1, 9, (64, 128)),
-        (TEXTS[2], 0, 1, (112, 80)),
-        ("", 3, 2, (64, 64)),
-    ],
-)
-def test_latents_and_pictures_are_mfluxs(
-    files: Path, mfluxs: Mfluxs, text: str, seed: int, steps: int, size: tuple[int, int]
-) -> None:
-    own = loaded(files, size)
-    settings = SamplerSettings(num_steps=steps, cfg_weight=0, image_size=size)
-    states, decoded, picture = mfluxs.draw(text or " ", seed, steps, size)
-    drawn = list(trajectory(own, [text], [seed], settings))
-    assert states.std() > 0.5 and len(drawn) == steps + 1
-    np.testing.assert_allclose(np.stack([np.array(state.x[0]) for state in drawn]), states, atol=1e-5)
-    for decode in (own.decode_latents, own.draw_latents):
-        assert decode is not None
-        np.testing.assert_allclose(np.array(decode(drawn[-1].x))[0], decoded, atol=1e-5)
-    pixels = np.array(own.decode(drawn[-1].x))[0] * 255
-    np.testing.assert_array_equal(np.round(pixels), picture)
-    assert picture.std() > 10
-
-
-def test_16_bits_are_mfluxs(files: Path) -> None:
-    """States, which mflux rounds at each step, too; of the picture it rounds the shades, which calib does not."""
-    states, _, picture = Mfluxs(files, mx.bfloat16).draw(TEXTS[0], 7, 3, (64, 64))
-    own = loaded(files, dtype=ModelDtype.BFLOAT16)
-    drawn = list(trajectory(own, [TEXTS[0]], [7], SamplerSettings(num_steps=3, cfg_weight=0)))
-    found = np.stack([np.array(state.x[0]) for state in drawn])
-    np.testing.assert_allclose(found, states, atol=0.05 if on_gpu() else 1e-5)
-    assert np.abs(np.array(own.decode(drawn[-1].x))[0] * 255 - picture).max() < (8 if on_gpu() else 2)
-
-
-def test_a_batch_gives_what_each_gives_alone(model: DiffusionModel) -> None:
-    """Of texts of other lengths, beside one another, and with more room than they need."""
-    settings, seeds = SamplerSettings(num_steps=3, cfg_weight=0), [5, 6, 7]
-    alone = [list(trajectory(model, [text], [seed], settings))[-1].x for text, seed in zip(TEXTS, seeds, strict=True)]
-    text = model.encode(TEXTS, 0)
-    assert text.lengths is not None and len({-(-length // 32) for length in text.lengths}) == 3
-    for given in (text, text.padded(200)):
-        *_, together = trajectory_from(model, given, seeds, 3, 0)
-        np.testing.assert_allclose(np.array(together.x), np.array(mx.concatenate(alone)), atol=1e-5)
-
-
-def test_names_and_taps(model: DiffusionModel) -> None:
-    architecture, before = model.architecture, weights(model.transformer)
-    check_architecture(architecture, "zimage")
-    layers = architecture.layers()
-    assert len(layers) == sum(isinstance(m, type(layers["x_embedder"])) for m in model.transformer.modules())
-    shared = {p.name: set(p.aliases) for p in tap_points(architecture, TapSelection()) if p.aliases}
-    assert shared["unified_block_1.attn.q_proj"] == {f"unified_block_1.attn.{x}_proj" for x in "kv"}
-    assert shared["noise_refiner_0.adaln"] == {f"unified_block_{i}.adaln" for i in range(2)}
-    x, text, seen = mx.random.normal((3, 8, 8, 16), key=mx.random.key(0)), model.encode(TEXTS, 0), {}
-    plain = np.array(model.velocity(x, text, 0.25))
-    with tapped(architecture, tap_points(architecture, TapSelection(TapKind.ALL)), keep(seen)):
-        np.testing.assert_array_equal(np.array(model.velocity(x, text, 0.25)), plain)
-    assert {array.shape[0] for array in seen.values()} == {3}
-    for name, tap in ((n, architecture.shared_input(n)) for n in layers):
-        assert seen[tap].shape[-1] == layers[name].weight.shape[1], name
-    after = weights(model.transformer)
-    assert after.keys() == before.keys() and all(after[path] is before[path] for path in before)
-
-
-def test_taps_in_a_batch_see_the_numbers_of_each_alone(model: DiffusionModel) -> None:
-    """Some of them more than once, where texts differ in length; so each channel's extremes are the same."""
-    points, x = tap_points(model.architecture, TapSelection(TapKind.ALL)), mx.random.normal((4, 8, 8, 16))
-    lengths = (5, 32, 90, 31)  # with padding and without
-    texts = [Conditioning(mx.random.normal((1, length, 64)), lengths=(length,)) for length in lengths]
-
-    def seen(x: mx.array, text: Conditioning) -> dict[str, np.ndarray]:
-        found: dict[str, mx.array] = {}
-        with tapped(model.architecture, points, keep(found)):
-            mx.eval(model.velocity(x, text, 0.25), found)
-        return {name: np.array(own).reshape(len(own), -1, own.shape[-1]) for name, own in found.items()}
-
-    together = seen(x, Conditioning.batch(texts))
-    for row, text in enumerate(texts):
-        for name, alone in seen(x[row : row + 1], text).items():
-            for extreme in (np.min, np.max):
-                found, expected = extreme(together[name][row], axis=0), extreme(alone[0], axis=0)
-                np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max(), err_msg=name)
-
-
-def test_inputs_of_layers_that_share_a_tap_are_one_array(model: DiffusionModel) -> None:
-    architecture, seen = model.architecture, {}
-    points = [TapPoint(name, "") for name in architecture.layers()]
-    with tapped(architecture, points, keep(seen)):
-        mx.eval(model.velocity(mx.ones((1, 8, 8, 16)), model.encode(TEXTS[:1], 0), 0.5))
-    for name in architecture.layers():
-        assert mx.array_equal(seen[name], seen[architecture.shared_input(name)]).item(), name
+    return Mfluxs(TINY, files, mx.float32)
 
 
 JOB = (

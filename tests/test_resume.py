@@ -41,7 +41,7 @@ class Begun:
 def begun(request: pytest.FixtureRequest, model: DiffusionModel) -> Begun:
     tiny = tiny_model(model, request.param)
     text = tiny.encode(["red apple", "rocket"], 0)
-    x, timestep = mx.array(np.random.RandomState(0).randn(2, 16, 16, 16).astype(np.float32)), mx.array(400.0)
+    x, timestep = mx.array(np.random.RandomState(0).randn(2, *tiny.latent_shape).astype(np.float32)), mx.array(400.0)
     mx.eval(timestep)
     return Begun(tiny.architecture, x, text, timestep)
 

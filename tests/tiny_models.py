@@ -2,7 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from calib.dataset.generate import generate
 from calib.dataset.settings import SamplerSettings
@@ -22,7 +24,7 @@ from helpers import PROMPTS
 #: SD3's; FLUX's, with an MLP beside the attention in unified blocks; and that with the MLP after the attention.
 STRUCTURES = ("sd3", "flux", "serial")
 #: Those of mflux's families, in blocks that are no MMDiT's.
-MFLUX = ("zimage",)
+MFLUX = ("zimage", "flux2", "qwen")
 
 
 def tiny_transformer(structure: str, dtype: mx.Dtype = mx.float32, spread: float = 0.5, **widths: int) -> MMDiT:
@@ -48,11 +50,9 @@ def enlarged(latents: mx.array) -> mx.array:
 
 def tiny_model(model: DiffusionModel, structure: str, dtype: mx.Dtype = mx.float32) -> DiffusionModel:
     """The emoji ``model`` with such a transformer, and next to no decoder: it draws noise, but it draws."""
-    if structure == "zimage":
+    if structure in MFLUX:
         pytest.importorskip("mflux", reason="mflux is not installed")
-        from tiny_zimage import tiny_zimage
-
-        return replace(tiny_zimage(model, dtype), decode_latents=enlarged)
+        return replace(tiny_of(structure).model(model, dtype), decode_latents=enlarged)
     tiny = replace(
         model,
         name=f"tiny_{structure}",
@@ -61,6 +61,11 @@ def tiny_model(model: DiffusionModel, structure: str, dtype: mx.Dtype = mx.float
         dtype=dtype,
     )
     return tiny if structure == "sd3" else replace(tiny, sampler=FluxSampler(shift=1.0), supports_guidance=False)
+
+
+def tiny_of(structure: str) -> Any:
+    """The small model of a family of mflux's."""
+    return import_module(f"tiny_{structure}").TINY
 
 
 def load(

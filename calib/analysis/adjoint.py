@@ -165,7 +165,7 @@ class Adjoint:
         for each, rows, stream in zip(passes, given, streams_of(len(passes)), strict=True):
             with mx.stream(stream):
                 ahead = each.adjoint * (sigmas[step + 1] - sigmas[step])
-                loss = partial(along, ahead, self._states.manifest.cfg_weight)
+                loss = partial(along, self._model, ahead, self._states.manifest.cfg_weight)
                 founds.append(backward.run(rows, loss, self._range_at(step), each.total))
         # MLX hands out the work of arrays in their order: in turn of all passes, which are computed side by side so.
         mx.eval(list(zip(*(found.order for found in founds), strict=True)), [each.total for each in passes])

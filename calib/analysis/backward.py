@@ -60,12 +60,9 @@ class Found:
         return cls(rows, inputs, outputs, finite, [*order, rows, *inputs.values(), *outputs.values(), finite])
 
 
-def along(carried: mx.array, guidance: float, v: mx.array) -> mx.array:
+def along(model: DiffusionModel, carried: mx.array, guidance: float, v: mx.array) -> mx.array:
     """⟨``carried``, v_g⟩ of an output v, whose second half is unconditional where there is guidance."""
-    if guidance > 0:
-        conditional, unconditional = mx.split(v, 2)
-        v = unconditional + guidance * (conditional - unconditional)
-    return (v * carried).sum()
+    return (model.guided(v, guidance) * carried).sum()
 
 
 class Backward:

@@ -17,9 +17,10 @@ FORMAT, FORMAT_VERSION = "calib-dataset", 2
 MANIFEST = "manifest.json"
 #: Limits of what a manifest may ask for: its own bytes (a million images), steps of a trajectory, images per batch.
 MOST_BYTES, MOST_STEPS, MOST_BATCH = 1 << 30, 100_000, 1 << 16
-#: How the noise of a seed is drawn (:mod:`calib.dataset.plausible`): by NumPy as in DiffusionKit, by MLX as in mflux.
-DEFAULT_NOISE = "numpy"
-NOISES = (DEFAULT_NOISE, "mlx")
+#: How the noise of a seed is drawn (:mod:`calib.dataset.plausible`): by NumPy as in DiffusionKit, by MLX as in mflux,
+#: there of some models with the channels last.
+DEFAULT_NOISE, CHANNELS_LAST = "numpy", "mlx-channels-last"
+NOISES = (DEFAULT_NOISE, "mlx", CHANNELS_LAST)
 #: Fields that are left out where they have these values, which calib 0.3.0 and earlier knew alone.
 LEFT_OUT = {"parts": 1, "noise": DEFAULT_NOISE}
 

@@ -9,7 +9,7 @@ import threading
 from enum import StrEnum
 from typing import Any
 
-from calib.dataset.manifest import DEFAULT_NOISE
+from calib.dataset.manifest import CHANNELS_LAST, DEFAULT_NOISE
 
 import numpy as np
 from numpy.typing import NDArray
@@ -70,8 +70,13 @@ def is_first_state(x: NDArray[Any], seed: int, sigma: float, drawn: str = DEFAUL
     """
     height, width, channels = x.shape
     shape = (channels, height, width)
-    noise = np.random.RandomState(seed).randn(*shape) if drawn == DEFAULT_NOISE else _by_mlx(seed, shape)
-    expected = sigma * noise.transpose(1, 2, 0) + (1 - sigma) * EMPTY_LATENT
+    if drawn == CHANNELS_LAST:
+        noise = _by_mlx(seed, x.shape)
+    elif drawn == DEFAULT_NOISE:
+        noise = np.random.RandomState(seed).randn(*shape).transpose(1, 2, 0)
+    else:
+        noise = _by_mlx(seed, shape).transpose(1, 2, 0)
+    expected = sigma * noise + (1 - sigma) * EMPTY_LATENT
     return bool(np.allclose(x, expected, rtol=0.01, atol=0.01))
 
 

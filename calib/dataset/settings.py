@@ -60,6 +60,8 @@ def planned_dataset(
     sigmas = noise_levels(model.sampler, settings.num_steps)
     if not mx.isfinite(sigmas).all().item():
         allowed = f"{model.name} makes noise levels of it that are not finite"
+        if model.flow is not None:  # which has no shift of the user's
+            raise ConfigError.bad_value("sampler.num_steps", settings.num_steps, allowed)
         raise ConfigError.bad_value("sampler.shift", settings.shift, allowed)
     batch_size = settings.batch_size or default_batch_size
     return Manifest(

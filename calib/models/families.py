@@ -13,9 +13,13 @@ if TYPE_CHECKING:
     from calib.models.mflux.folder import Folder
 
 #: Whose module paths a family has.
-PATHS_OF = {"mmdit": "DiffusionKit", "z_image": "mflux"}
+PATHS_OF = {"mmdit": "DiffusionKit", "z_image": "mflux", "flux2": "mflux", "qwen_image": "mflux"}
 #: Modules of the families that mflux loads, each with a ``FAMILY``.
-MFLUX = {"z_image": "calib.models.mflux.zimage"}
+MFLUX = {
+    "z_image": "calib.models.mflux.zimage",
+    "flux2": "calib.models.mflux.flux2",
+    "qwen_image": "calib.models.mflux.qwen",
+}
 
 
 def paths_of(about: Mapping[str, Any]) -> str | None:

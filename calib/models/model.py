@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import cast
+from typing import TypeAlias, cast
 
 from calib.base import blas, heap
 from calib.base.device import on_gpu
@@ -43,6 +43,15 @@ class ModelDtype(StrEnum):
         return {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}[self.value]
 
 
+#: Combines outputs for a text and without it, (rows, height, width, channels) each, by the weight of guidance.
+Guidance: TypeAlias = Callable[[mx.array, mx.array, float], mx.array]
+
+
+def guided(conditional: mx.array, unconditional: mx.array, cfg_weight: float) -> mx.array:
+    """Classifier-free guidance."""
+    return unconditional + cfg_weight * (conditional - unconditional)
+
+
 @dataclass
 class DiffusionModel:
     """A loaded text-to-image model.
@@ -63,6 +72,7 @@ class DiffusionModel:
         text_encoders: names of the text encoders, e.g. 'clip_l+clip_g+t5'; conditioning depends on them.
         latent_format: its ``process_out`` scales latents from the transformer's to the decoder's.
         supports_guidance: False for FLUX, whose guidance is distilled: ``cfg_weight`` must be 0.
+        guidance: how the outputs of both halves are combined where there is guidance.
         unload_text: frees the text encoders; the next ``encode_text`` loads them again.
         text_bytes: memory of the loaded text encoders, bytes.
         smaller_text: the setting that makes the text encoders smaller; empty where there is none.
@@ -85,6 +95,7 @@ class DiffusionModel:
     text_encoders: str
     latent_format: LatentFormat = field(default_factory=UnscaledLatents)
     supports_guidance: bool = True
+    guidance: Guidance = guided
     unload_text: Callable[[], None] = lambda: None
     text_bytes: int = 0
     smaller_text: str = ""
@@ -206,13 +217,20 @@ class DiffusionModel:
         """
         assert not isinstance(self.sampler, Flow)
         rows, v = self._outputs(x, timestep, text, cfg_weight, parts)
-        return _guided(self.sampler.calculate_denoised(sigma, v, rows), cfg_weight)
+        return self.guided(self.sampler.calculate_denoised(sigma, v, rows), cfg_weight)
 
     def guided_velocity(
         self, x: mx.array, timestep: float, text: Conditioning, cfg_weight: float, parts: int = 1
     ) -> mx.array:
         """The guided output for ``x`` (batch, height, width, channels); arguments are those of :meth:`denoise`."""
-        return _guided(self._outputs(x, timestep, text, cfg_weight, parts)[1], cfg_weight)
+        return self.guided(self._outputs(x, timestep, text, cfg_weight, parts)[1], cfg_weight)
+
+    def guided(self, rows: mx.array, cfg_weight: float) -> mx.array:
+        """Outputs of ``rows``, conditional ones first, combined; without guidance ``rows`` themselves."""
+        if cfg_weight <= 0:
+            return rows
+        conditional, unconditional = mx.split(rows, 2)
+        return self.guidance(conditional, unconditional, cfg_weight)
 
     def _outputs(
         self, x: mx.array, timestep: float | mx.array, text: Conditioning, cfg_weight: float, parts: int
@@ -255,14 +273,6 @@ class DiffusionModel:
         if not self._fingerprint:
             self._fingerprint = weights_fingerprint(self.transformer)
         return self._fingerprint
-
-
-def _guided(rows: mx.array, cfg_weight: float) -> mx.array:
-    """Classifier-free guidance over ``rows``, conditional ones first; without it, ``rows`` themselves."""
-    if cfg_weight <= 0:
-        return rows
-    conditional, unconditional = mx.split(rows, 2)
-    return unconditional + cfg_weight * (conditional - unconditional)
 
 
 def weights(module: nn.Module) -> dict[str, mx.array]:

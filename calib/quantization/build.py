@@ -131,7 +131,7 @@ def quantize_layers(
     """The quantized model, and notes for people; ``made_by`` is stored with the model."""
     layers = model.architecture.layers()
     chosen, notes = fitting(plan, layers)
-    half = half_of(model.dtype)
+    half = half_of(layers[model.architecture.input_layer].weight.dtype)
     linear = {name: layer for name, layer in layers.items() if name in chosen and isinstance(layer, nn.Linear)}
 
     def input_bits(name: str) -> tuple[int, ...]:

@@ -1,7 +1,8 @@
 """mflux's transformers, with its own layers, sampler, text encoder and decoder.
 
-What is common to its families is here: ``precision``, ``flow`` (the sampler), ``files`` (folders and repositories),
-``text``, ``decoder``. A family has a module for its options (``zimage``) and one for its transformer.
+What is common to its families is here: ``family`` (their options, and how they are loaded), ``parts`` (their forward
+passes), ``precision``, ``flow`` (the sampler), ``files`` (folders and repositories), ``text``, ``decoder``. What a
+family differs in has a folder: ``zimage``, ``flux2``, ``qwen``.
 
 mflux is not among calib's dependencies, as it asks for torch; it is used unmodified.
 """

@@ -1,12 +1,13 @@
 """mflux's VAEs as decoders of latents with the channels last."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from calib.base.device import on_gpu
 from calib.models.mflux.precision import in_precision
 
 import mlx.core as mx
 from mflux.models.common.vae.block_decoder import VAEBlockDecoder
+from mflux.models.common.vae.vae_util import VAEUtil
 from mlx import nn
 
 #: What :meth:`Decoder.draw` holds at once, in units of (width of a picture, its channels at full size): of each row,
@@ -24,12 +25,11 @@ def drawing_bytes(image_size: Sequence[int], channels: int, dtype: mx.Dtype) -> 
 
 
 class Decoder(nn.Module):
-    """The decoder of ``vae``, whose encoder is dropped."""
+    """The decoder of ``vae``, which has no encoder; ``unpacked`` makes its latents of those with the channels last."""
 
-    def __init__(self, vae: nn.Module):
+    def __init__(self, vae: nn.Module, unpacked: Callable[[mx.array], mx.array]):
         super().__init__()
-        vae.pop("encoder", None)
-        self.vae = vae
+        self.vae, self._unpacked = vae, unpacked
 
     def __call__(self, latents: mx.array) -> mx.array:
         """Pictures of ``latents``, in one piece: a gradient can pass."""
@@ -42,5 +42,10 @@ class Decoder(nn.Module):
     def _decoded(self, latents: mx.array, mode: str) -> mx.array:
         self.vae.decode_mode = mode
         with in_precision(latents.dtype):
-            pictures: mx.array = self.vae.decode(latents.transpose(0, 3, 1, 2))
-        return pictures[:, :, 0].transpose(0, 2, 3, 1)
+            pictures: mx.array = VAEUtil.decode(self.vae, self._unpacked(latents))
+        return pictures.transpose(0, 2, 3, 1)
+
+
+def channels_first(latents: mx.array) -> mx.array:
+    """The same latents, (rows, channels, height, width)."""
+    return latents.transpose(0, 3, 1, 2)

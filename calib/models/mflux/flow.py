@@ -15,28 +15,30 @@ class MfluxFlow:
     Args:
         config: mflux's of the model; says whether, and how far, levels are shifted by size.
         scheduler: the name of mflux's scheduler.
-        create_noise: mflux's, by seed, height and width; its array has the axes channels, 1, height and width.
+        noise: mflux's, by seed, height and width, as an array (height, width, channels) of a latent.
+        noise_kind: how that is drawn.
+        times: what the transformer takes for levels.
         dtype: the type of the states, to which mflux rounds them.
     """
-
-    noise_kind = "mlx"
 
     def __init__(
         self,
         config: ModelConfig,
         scheduler: str,
-        create_noise: Callable[[int, int, int], mx.array],
+        noise: Callable[[int, int, int], mx.array],
+        noise_kind: str,
+        times: Callable[[mx.array], mx.array],
         image_size: Sequence[int],
         dtype: mx.Dtype,
     ):
-        self._config, self._scheduler, self._create_noise = config, scheduler, create_noise
+        self._config, self._scheduler = config, scheduler
+        self._noise, self.noise_kind, self._times = noise, noise_kind, times
         self._height, self._width = image_size
         self._dtype = dtype
 
     def noise(self, seed: int, latent_shape: tuple[int, int, int]) -> mx.array:
         with in_precision(self._dtype):
-            noise = self._create_noise(seed, self._height, self._width)
-        return noise[:, 0].transpose(1, 2, 0).astype(mx.float32)
+            return self._noise(seed, self._height, self._width).astype(mx.float32)
 
     def levels(self, num_steps: int) -> mx.array:
         size = {"height": self._height, "width": self._width}
@@ -45,7 +47,7 @@ class MfluxFlow:
         return sigmas
 
     def timesteps(self, levels: mx.array) -> mx.array:
-        return mx.ones_like(levels) - levels
+        return self._times(levels)
 
     def step(self, x: mx.array, v: mx.array, level: mx.array, following: mx.array) -> mx.array:
         dtype = self._dtype

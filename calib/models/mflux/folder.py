@@ -17,7 +17,7 @@ from calib.base.errors import CalibError, ConfigError, reason_of
 from calib.base.files import write_json
 from calib.base.safetensors import copy_file, in_shards, read_header, write
 from calib.models.mflux import TESTED, note_version
-from calib.models.mflux.family import Family
+from calib.models.mflux.family import UNUSED, Family
 from calib.models.mflux.files import component_of, known_folder
 from calib.models.model import weights as weights_of
 
@@ -95,11 +95,11 @@ def folder_for(
     level = min((2, 3, 4, 5, 6, 8), key=lambda known: abs(known - bits))
     definition = family.definition
     transformer = component_of(definition, TRANSFORMER)
-    for fault in faults_of(family, transformer.name, family.transformer(about), arrays, level):
+    for fault in faults_of(family, transformer.name, family.architecture(dict(about)).module, arrays, level):
         raise CalibError(f"{weights}: {fault}")
     others = tuple(_files_of(family, base))
-    for name, skeleton in family.others.items():
-        _check_component(family, base, name, skeleton(base))
+    for name, skeleton in family.components(base).items():
+        _check_component(family, base, name, skeleton)
     for tokenizer in definition.get_tokenizers():
         try:
             TokenizerLoader.load(tokenizer, str(base))
@@ -163,11 +163,11 @@ def _check_component(family: Family, base: Path, name: str, module: nn.Module) -
         raise CalibError(f"{place}: {reason_of(error)}") from None
 
     def own(arrays: Mapping[str, mx.array]) -> dict[str, mx.array]:
-        return {path: array for path, array in arrays.items() if not any(part in path for part in family.unused)}
+        return {path: array for path, array in arrays.items() if not any(part in path for part in UNUSED)}
 
     arrays = own(dict(tree_flatten(loaded.components[name])))
     for fault in faults_of(family, name, module, arrays, loaded.meta_data.quantization_level):
-        if not any(part in fault for part in family.unused):
+        if not any(part in fault for part in UNUSED):
             raise CalibError(f"{place}: {fault}; is it the right model's?")
 
 

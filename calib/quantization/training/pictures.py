@@ -170,7 +170,8 @@ class PictureLoss:
                     x = one.states[step]
                     x = mx.concatenate([x, x]) if self._guidance > 0 else x
                     rows = Rows(x, one.text, mx.array([times[step]]))
-                    loss = partial(along, one.adjoint * (sigmas[step + 1] - sigmas[step]), self._guidance)
+                    ahead = one.adjoint * (sigmas[step + 1] - sigmas[step])
+                    loss = partial(along, self._model, ahead, self._guidance)
                     founds.append(self._backward.run(rows, loss, _no_range, one.total))
                     given.append(rows)
             # In turn of all passes, from the last layer on: MLX hands out the work of arrays in their order.

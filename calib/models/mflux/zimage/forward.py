@@ -8,9 +8,9 @@ taps see no number that mflux would not compute, some more than once.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from calib.models.architecture import Conditioning, Part
+from calib.models.mflux.parts import by_row, repeated, times_of
 from calib.models.mflux.precision import in_precision
 
 import mlx.core as mx
@@ -29,22 +29,7 @@ def padded(tokens: int) -> int:
     return tokens + -tokens % MULTIPLE
 
 
-def _by_row(apply: Any) -> Any:
-    """mflux's ``apply_rotary_emb``, also for tables that differ by row, (rows, tokens, …)."""
-
-    def applied(x: mx.array, freqs_cis: mx.array, keep_float32: bool = False) -> mx.array:
-        if freqs_cis.ndim == 3:
-            rotated: mx.array = apply(x, freqs_cis, keep_float32)
-            return rotated
-        tokens, tables = x.reshape(1, -1, *x.shape[2:]), freqs_cis.reshape(-1, *freqs_cis.shape[2:])
-        turned: mx.array = apply(tokens, tables, keep_float32)
-        return turned.reshape(x.shape)
-
-    return applied
-
-
-# The turn of a token is its own affair: all rows' tokens in one row are turned as each would be.
-ZImageAttention.apply_rotary_emb = staticmethod(_by_row(ZImageAttention.apply_rotary_emb))
+ZImageAttention.apply_rotary_emb = staticmethod(by_row(ZImageAttention.apply_rotary_emb, axes=3))
 
 
 @dataclass(frozen=True)
@@ -114,7 +99,7 @@ def parts_of(module: ZImageTransformer, text: Conditioning, timestep: mx.array, 
     def first(given: list[mx.array]) -> list[mx.array]:
         x = given[0]
         with in_precision(x.dtype):
-            t = mx.broadcast_to(timestep.reshape(-1), (rows,)).astype(mx.float32)
+            t = times_of(timestep, rows, mx.float32)
             embedded = module.stream_t_emb(module.t_embedder(t * module.t_scale), module.float32)
         tokens = x.reshape(rows, patches[0], size, patches[1], size, channels).transpose(0, 1, 3, 2, 4, 5)
         picture = module.all_x_embedder[KEY](tokens.reshape(rows, real, -1))
@@ -158,11 +143,10 @@ def _embedded(module: ZImageTransformer, tokens: mx.array, lengths: Sequence[int
     """The text's tokens (rows, longest, width): its own, then padding, then the last of these again."""
     norm, linear = module.cap_embedder
     places = np.arange(longest)
-    own = np.array([np.minimum(places, length - 1) for length in lengths])
-    words = linear(norm(mx.take_along_axis(tokens, mx.array(own)[..., None], axis=1)))
+    words = linear(norm(mx.take_along_axis(tokens, mx.array(repeated(lengths, longest))[..., None], axis=1)))
     padding = mx.array(places >= np.array(lengths)[:, None])
     words = mx.where(padding[..., None], module.cap_pad_token.astype(words.dtype), words)
-    again = np.array([np.minimum(places, padded(length) - 1) for length in lengths])
+    again = repeated([padded(length) for length in lengths], longest)
     if (again == places).all():
         return words
     return mx.take_along_axis(words, mx.array(again)[..., None], axis=1)
