@@ -24,7 +24,7 @@ from calib.activations.taps import Halves, TapPoint
 from calib.base.errors import CalibError
 from calib.base.files import device_of, free_bytes
 from calib.base.progress import Progress, readable_bytes, say
-from calib.base.versions import versions
+from calib.base.versions import numerics
 from calib.dataset.check_model import checked_model
 from calib.dataset.manifest import Manifest
 from calib.dataset.shards import Shard
@@ -106,7 +106,7 @@ class Collection:
             "depth": list(architecture.depth),
             "settings": {**asdict(self.settings), "batch_size": self.batch_size},
             "device": mx.default_device().type.name,
-            "mlx": versions()["mlx"],
+            "mlx": numerics(),
         }
 
     def missing(self, steps: Sequence[int]) -> list[int]:

@@ -26,6 +26,12 @@ def versions() -> dict[str, str]:
     return found
 
 
+def numerics() -> str:
+    """Versions of what computes: of MLX, and of mflux where a model of its is loaded; for keys of caches."""
+    found = versions()
+    return f"{found['mlx']} {MFLUX} {found[MFLUX]}" if MFLUX in found else found["mlx"]
+
+
 def git_commit() -> str:
     """Commit of the checkout that calib runs from; 'unknown' for an installed wheel."""
     checkout = Path(__file__).parents[2]

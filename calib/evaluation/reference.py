@@ -9,7 +9,7 @@ from calib.base.errors import CalibError
 from calib.base.files import read_json, short_hash, write_json
 from calib.base.locks import locked
 from calib.base.progress import say
-from calib.base.versions import versions
+from calib.base.versions import numerics
 from calib.dataset.generate import generate, missing_images
 from calib.dataset.load import load_manifest
 from calib.dataset.settings import SamplerSettings
@@ -75,7 +75,7 @@ def _control_of(
 ) -> Fidelity:
     images = [[e.prompt, *e.checksums.values()] for e in (reference.manifest.images[i] for i in chosen)]
     drawn_in = [reference.manifest.batch_size, reference.manifest.parts]
-    device = [mx.default_device().type.name, versions()["mlx"]]
+    device = [mx.default_device().type.name, numerics()]
     made_by = [CONTROL_VERSION, model.fingerprint, images, list(reference.steps), *drawn_in, *device]
     path = cache_dir / "evaluation" / f"control_{short_hash(made_by, digits=16)}.json"
     with locked(path.with_suffix(".lock"), lambda: say(f"waiting for the process that measures the control ({path})")):

@@ -23,7 +23,7 @@ from calib.base.files import content_of, read_json, short_hash, write_json
 from calib.base.layout import ACTIVATIONS, MODEL, PLAN, STEPS
 from calib.base.progress import note, readable_bytes
 from calib.base.targets import described
-from calib.base.versions import versions
+from calib.base.versions import numerics
 from calib.dataset.check_model import check_model
 from calib.models.architecture import Architecture
 from calib.models.model import DiffusionModel
@@ -183,7 +183,7 @@ def spare_prompts(settings: Settings, states: StoredStates) -> Sequence[str]:
 
 def _scratch(settings: Settings, given: Sequence[Any]) -> Path:
     """The folder for what a quantizer has done so far, by all that it is ``given`` but its own parameters."""
-    key = short_hash([*given, device_kind(), versions()["mlx"]], digits=16)
+    key = short_hash([*given, device_kind(), numerics()], digits=16)
     return settings.job.cache_dir / "reconstruction" / key
 
 

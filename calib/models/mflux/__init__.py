@@ -4,7 +4,8 @@ What is common to its families is here: ``family`` (their options, and how they 
 passes), ``precision``, ``flow`` (the sampler), ``files`` (folders and repositories), ``text``, ``decoder``. What a
 family differs in has a folder: ``zimage``, ``flux2``, ``qwen``.
 
-mflux is not among calib's dependencies, as it asks for torch; it is used unmodified.
+mflux is not among calib's dependencies, as it asks for torch. It is used as installed, but that static methods of its
+attention, which take one picture, are replaced at import by ones that take a batch too and do the same for one.
 """
 
 import importlib.metadata
