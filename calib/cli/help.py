@@ -27,6 +27,9 @@ on run directories, likewise
   convergence DIR        do ranges still move with more images? a table and a plot; --layers, --json, --plot
   compare DIR…           a sweep, or any runs, as one table: what differs, what is best; --html, --layers for two plans
 
+on pictures, likewise
+  evaluate DIR_A DIR_B   two folders of pictures that anything drew, matched by name; --metrics, --json, --html
+
 on this machine
   doctor     report device, BLAS, versions; `calib doctor --selftest` checks this device's numerics
 
