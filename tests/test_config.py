@@ -201,6 +201,14 @@ def test_evaluation_can_be_left_out_and_never_compares_more_steps_than_there_are
     assert built("sampler.num_steps=4").evaluate.evaluation.steps == 4
 
 
+def test_keys_that_calib_0_3_0_did_not_have_change_no_fingerprint_unless_they_are_set() -> None:
+    before = composed()
+    del before["evaluation"]["metrics"], before["evaluation"]["reference"]
+    assert build(before).fingerprint == built().fingerprint == built("evaluation.metrics=[psnr,ssim]").fingerprint
+    set_otherwise = built("evaluation.metrics=[psnr,ssim,kid_effnet]"), built("evaluation=distribution")
+    assert len({built().fingerprint, *(own.fingerprint for own in set_otherwise)}) == 3
+
+
 def test_seeds_of_evaluation_are_none_of_calibration() -> None:
     settings = built("evaluation.seed=7")
     of_evaluation = {image_seed(settings.evaluate.evaluation.base_seed, i) for i in range(500)}

@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
-from calib.cli.commands import COMMANDS
+from calib.cli.commands import command_of
 
 import pytest
 from helpers import CHECKOUT, run_here
@@ -45,7 +45,7 @@ def commands(page: str) -> list[list[str]]:
 
 
 def is_job(words: list[str]) -> bool:
-    return not words or words[0] not in COMMANDS
+    return command_of(words) is None
 
 
 def smaller(words: list[str]) -> list[str]:

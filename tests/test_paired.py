@@ -14,6 +14,7 @@ from calib.activations.taps import TapPoint, tapped
 from calib.base.errors import CalibError
 from calib.dataset.load import load_manifest
 from calib.dataset.settings import SamplerSettings
+from calib.evaluation.measures import NONE
 from calib.evaluation.metrics import Fidelity, ssim
 from calib.evaluation.paired import Outcome, Paired, Reference, rounded_to_bfloat16
 from calib.evaluation.reference import control_of, draw_reference
@@ -217,11 +218,11 @@ def test_reference_and_control(drawn: Drawn, tmp_path: Path, capsys: pytest.Capt
     def never(change: Change, label: str, images: Sequence[int]) -> Outcome:
         raise AssertionError("measured again")
 
-    kept = control_of(drawn.model, reference, cast(Paired, SimpleNamespace(compare=never)), tmp_path)
+    kept = control_of(drawn.model, reference, cast(Paired, SimpleNamespace(compare=never, measures=NONE)), tmp_path)
     assert kept.to_json() == found.to_json()
     with pytest.raises(AssertionError, match="measured again"):
         other = replace(reference, steps=(1,))
-        control_of(drawn.model, other, cast(Paired, SimpleNamespace(compare=never)), tmp_path)
+        control_of(drawn.model, other, cast(Paired, SimpleNamespace(compare=never, measures=NONE)), tmp_path)
     for damage in ('{"psnr": ', "[]", '{"psnr": [1], "ssim": [1], "error": [[1]], "steps": [1, 2]}'):
         path.write_text(damage)
         assert control_of(drawn.model, reference, paired, tmp_path).to_json() == found.to_json()

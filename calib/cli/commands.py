@@ -2,6 +2,7 @@
 
 import shlex
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from calib.base.errors import ConfigError, suggest
 from calib.stages import Stage
@@ -17,8 +18,35 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "compare": ("calib.cli.compare", "compare_command"),
     "doctor": ("calib.cli.doctor", "doctor_command"),
 }
+#: ``calib evaluate`` with two folders for settings: likewise, and flags that only it has.
+FOLDERS = ("calib.cli.evaluate", "folders_command")
+FOLDERS_FLAGS = ("--cache-dir", "--html", "--json", "--metrics", "--worst")
 SETTINGS = "A setting is written key=value, without spaces"
 WORDS = (*(stage.value for stage in Stage), *COMMANDS)
+
+
+def command_of(arguments: Sequence[str]) -> tuple[str, str] | None:
+    """Module and function of the command that ``arguments`` name; None where they name a stage, or nothing known."""
+    word, *rest = arguments or [""]
+    if word == Stage.EVALUATE and names_folders(rest):
+        return FOLDERS
+    return COMMANDS.get(word)
+
+
+def names_folders(arguments: Sequence[str]) -> bool:
+    """Whether what follows ``evaluate`` names folders of pictures: by a flag of that command, or by what comes first.
+
+    That is a folder, or one of two words of which neither is a flag or ``key=value``. A folder's name may have an =,
+    as those of a sweep do: it counts as one where the next is a folder, too.
+    """
+    if any(argument.partition("=")[0] in FOLDERS_FLAGS for argument in arguments):
+        return True
+    first, second = (
+        argument if not argument.startswith(("-", "+", "~")) else "" for argument in [*arguments, "", ""][:2]
+    )
+    if "=" in first:
+        return Path(first).is_dir() and Path(second or ".").is_dir() and bool(second)
+    return bool(first) and (Path(first).is_dir() or (bool(second) and "=" not in second))
 
 
 def misplaced(word: str, others: Sequence[str]) -> ConfigError:

@@ -28,6 +28,9 @@ on run directories, likewise
   compare DIR…           a sweep, or any runs, as one table: what differs, what is best; --html, --layers for two plans
   export RUN --into DIR  the quantized model for other programs: --format mflux, mlx or recipe; with a model card
 
+on pictures, likewise
+  evaluate DIR_A DIR_B   two folders of pictures that anything drew, matched by name; --metrics, --json, --html
+
 on this machine
   doctor     report device, BLAS, versions; `calib doctor --selftest` checks this device's numerics
 

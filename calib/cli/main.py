@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from calib.base import VERSION, interrupts
 from calib.base.encoding import print_any_text
 from calib.base.errors import CalibError, in_a_line
-from calib.cli.commands import COMMANDS, unknown_word
+from calib.cli.commands import FOLDERS, command_of, unknown_word
 from calib.stages import Stage
 
 
@@ -39,21 +39,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(_run(given))
     except BrokenPipeError:  # `calib compare … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0 if given[:1] == ["compare"] else 1)
+        sys.exit(0 if given[:1] == ["compare"] or command_of(given) == FOLDERS else 1)
     except (CalibError, OSError) as error:
         if full and error.__cause__ is not None:  # what a function of the user's own raised
             traceback.print_exception(error.__cause__)
         print(f"calib: {in_a_line(error)}", file=sys.stderr)
         sys.exit(error.exit_status if isinstance(error, CalibError) else 1)
     except KeyboardInterrupt as error:
-        goes_on = "" if given[:1] in (["compare"], ["doctor"]) else "the same command goes on from what is finished"
+        makes_nothing = given[:1] in (["compare"], ["doctor"]) or command_of(given) == FOLDERS
+        goes_on = "" if makes_nothing else "the same command goes on from what is finished"
         print("; ".join(filter(None, ["calib: interrupted", str(error) or goes_on])), file=sys.stderr)
         sys.exit(error.exit_status if isinstance(error, interrupts.Terminated) else 130)
 
 
 def _run(arguments: list[str]) -> int:
-    if arguments and arguments[0] in COMMANDS:
-        module, name = COMMANDS[arguments[0]]
+    if (command := command_of(arguments)) is not None:
+        module, name = command
         status: int = getattr(importlib.import_module(module), name)(arguments[1:])
         return status
     stage, rest = split_arguments(arguments)

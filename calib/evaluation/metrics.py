@@ -5,7 +5,7 @@ Everything is computed in float64. Pictures are (height, width, 3) in [0, 1].
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from calib.base.errors import CalibError
@@ -173,17 +173,21 @@ class Fidelity:
         ssim: (prompts,), 1 where pictures are equal.
         error: (prompts, steps), :func:`relative_error` of the outputs on the full-precision model's states.
         steps: (steps,) step indices, ascending.
+        further: (prompts,) by name, of other measures of pairs.
     """
 
     psnr: NDArray[np.float64]
     ssim: NDArray[np.float64]
     error: NDArray[np.float64]
     steps: NDArray[np.int64]
+    further: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         shape = (len(self.psnr), len(self.steps))
         if self.psnr.ndim != 1 or self.ssim.shape != self.psnr.shape or self.error.shape != shape or 0 in shape:
             raise ValueError(f"shapes {self.psnr.shape}, {self.ssim.shape}, {self.error.shape}, {self.steps.shape}")
+        if any(values.shape != self.psnr.shape for values in self.further.values()):
+            raise ValueError("further measures of another number of prompts")
         for prompt, place in np.argwhere(~np.isfinite(self.error)):
             raise CalibError(
                 f"prompt {prompt}, step {self.steps[place]}: the relative output error is {self.error[prompt, place]}: "
@@ -195,13 +199,16 @@ class Fidelity:
     def to_json(self) -> dict[str, Any]:
         """JSON-able document; null replaces the infinite PSNR of equal pictures."""
         psnr = [None if np.isinf(value) else value for value in self.psnr.tolist()]
-        return {"psnr": psnr, "ssim": self.ssim.tolist(), "steps": self.steps.tolist(), "error": self.error.tolist()}
+        further = {"further": {name: own.tolist() for name, own in self.further.items()}} if self.further else {}
+        own = {"psnr": psnr, "ssim": self.ssim.tolist(), "steps": self.steps.tolist(), "error": self.error.tolist()}
+        return own | further
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> "Fidelity":
         """The inverse of :meth:`to_json`; raises KeyError, TypeError or ValueError for a damaged document."""
         psnr = np.array([np.inf if value is None else value for value in document["psnr"]])
-        return cls(psnr, np.array(document["ssim"]), np.array(document["error"]), np.array(document["steps"]))
+        further = {name: np.array(own, np.float64) for name, own in document.get("further", {}).items()}
+        return cls(psnr, np.array(document["ssim"]), np.array(document["error"]), np.array(document["steps"]), further)
 
     @property
     def prompts(self) -> int:
@@ -209,7 +216,8 @@ class Fidelity:
 
     def values(self) -> dict[str, NDArray[np.float64]]:
         """Values to average over prompts, (prompts,) finite numbers by metric."""
-        return {"psnr": np.minimum(self.psnr, MOST_PSNR), "ssim": self.ssim, "output_error": self.error.mean(axis=1)}
+        pictures = {"psnr": np.minimum(self.psnr, MOST_PSNR), "ssim": self.ssim, **self.further}
+        return pictures | {"output_error": self.error.mean(axis=1)}
 
     def intervals(self) -> dict[str, Interval]:
         """Mean and 95% interval by metric."""

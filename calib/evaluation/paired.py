@@ -14,6 +14,7 @@ from calib.activations.taps import TapPoint, tapped
 from calib.base.progress import Progress
 from calib.dataset.generate import trajectory_from
 from calib.dataset.manifest import Manifest
+from calib.evaluation.measures import NONE, Chosen
 from calib.evaluation.metrics import Fidelity, psnr, relative_error, ssim
 from calib.models.memory import plan_memory
 from calib.models.model import DiffusionModel, weights
@@ -86,12 +87,15 @@ def _rounded(array: mx.array) -> mx.array:
 class Paired:
     """Comparisons of a model in changed forms with the same model at full precision.
 
+    Pairs of pictures are compared by the ``measures`` besides PSNR and SSIM.
+
     Attributes:
         pictures: pictures of the reference, (images, height, width, 3) in [0, 1], not rounded to 8 bits.
+        measures: the further ones, of pairs and of sets.
     """
 
-    def __init__(self, model: DiffusionModel, reference: Reference):
-        self._model, self._reference = model, reference
+    def __init__(self, model: DiffusionModel, reference: Reference, measures: Chosen = NONE):
+        self._model, self._reference, self.measures = model, reference, measures
         manifest = reference.manifest
         final = read_states(reference.data_dir, manifest, reference.images, manifest.num_steps)
         guidance, parts = manifest.cfg_weight > 0, manifest.parts
@@ -112,6 +116,7 @@ class Paired:
             ssim=np.array([ssim(*pair) for pair in pairs]),
             error=self._output_errors(change, label, chosen),
             steps=np.array(self._reference.steps),
+            further=self.measures.of_pairs(pairs),
         )
         return Outcome(pictures, fidelity)
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from calib.base.errors import CalibError
 from calib.base.files import replacing
 from calib.base.progress import counted
+from calib.evaluation.measures import MEASURES
 from calib.evaluation.metrics import (
     FEW_PROMPTS,
     LEVEL,
@@ -20,6 +21,7 @@ from calib.evaluation.metrics import (
     first_and_last_fifth,
     growth,
 )
+from calib.evaluation.sets import SetDistance
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,12 +32,11 @@ if TYPE_CHECKING:
 
 #: Rows of the table by metric: title, how to read it, format of its numbers.
 ROWS = {
-    "psnr": ("PSNR", "dB, higher is closer", "{:.2f}"),
-    "ssim": ("SSIM", "1: equal", "{:.4f}"),
+    **{name: (own.title, own.how, own.form) for name, own in MEASURES.items() if own.sets is None},
     "output_error": ("relative output error", "0: equal", "{:.2e}"),
 }
 #: Metrics of which lower values are worse.
-CLOSENESS = ("psnr", "ssim")
+CLOSENESS = tuple(name for name, own in MEASURES.items() if own.higher)
 #: Largest ratio between the first and the last fifth of the steps at which an error counts as level.
 LEVEL_GROWTH = 1.1
 
@@ -63,7 +64,8 @@ def fidelity_text(quantized: Fidelity, control: Fidelity, steps: int) -> str:
 def _table(quantized: Fidelity, control: Fidelity) -> list[str]:
     ours, floor = quantized.intervals(), control.intervals()
     rows = [("", f"quantized [{LEVEL:.0%} interval]", f"control, noise floor [{LEVEL:.0%} interval]")]
-    for name, (title, how, form) in ROWS.items():
+    for name in ours:
+        title, how, form = ROWS[name]
         rows.append((f"{title} ({how})", _cell(form, ours[name]), _cell(form, floor[name])))
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     return ["  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
@@ -110,7 +112,7 @@ def _notes(quantized: Fidelity, control: Fidelity) -> list[str]:
         return [*notes, f"only {few}: with fewer than {FEW_PROMPTS} the intervals are too narrow to be trusted"]
     if control.prompts < quantized.prompts:
         return notes
-    alike = "; ".join(ROWS[name][0] for name in ROWS if not _beyond(name, quantized, control))
+    alike = "; ".join(ROWS[name][0] for name in quantized.values() if not _beyond(name, quantized, control))
     if alike:
         notes.append(f"not beyond the noise floor (paired by prompt, {LEVEL:.0%}): {alike}")
     return notes
@@ -122,6 +124,17 @@ def _beyond(name: str, quantized: Fidelity, control: Fidelity) -> bool:
     if name not in CLOSENESS:
         better, worse = worse, better
     return bootstrap_difference(better, worse).high < 0
+
+
+def sets_text(found: Mapping[str, SetDistance], with_what: str) -> str:
+    """Lines on distances of sets, and their notes; '' where there are none."""
+    lines = [f"the whole set of pictures against {with_what} [{LEVEL:.0%} interval]"] if found else []
+    for name, distance in found.items():
+        own = MEASURES[name]
+        value = _cell(own.form, Interval(distance.value, distance.low, distance.high))
+        lines.append(f"{own.title}, {own.how}: {value}; {distance.text}")
+    lines += [f"note: {name}: {note}" for name, distance in found.items() for note in distance.notes]
+    return "".join(f"{line}\n" for line in lines)
 
 
 def plot_error(path: Path, curves: Mapping[str, Fidelity]) -> None:

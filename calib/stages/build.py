@@ -20,6 +20,7 @@ from calib.dataset import timesteps
 from calib.dataset.settings import SamplerSettings
 from calib.dataset.shards import Shard
 from calib.dataset.store import StateDtype
+from calib.evaluation.measures import DEFAULT, MEASURES, check_names
 from calib.runs.record import WITHOUT_EFFECT
 from calib.stages import Stage
 from calib.stages.options import (
@@ -109,7 +110,7 @@ def build(config: Mapping[str, Any], multirun: bool = False) -> Settings:
         tap_points(model.skeleton(), collect.taps)
     if stage in (Stage.RUN, Stage.COLLECT) and collect.generate_missing:
         collect.subset(range(generate.num_images), None)
-    evaluation = build_dataclass("evaluation", config["evaluation"], EvaluationSettings)
+    evaluation = _evaluation(config["evaluation"])
     beside = generate.data_dir.parent / _evaluation_folder(config, prompts, sampler, evaluation)
     evaluation = replace(evaluation, steps=min(evaluation.steps, sampler.num_steps))
     ranges = ranges_of(config["ranges"], steps, sampler.num_steps, stage is Stage.RUN)
@@ -155,6 +156,9 @@ def fingerprint(config: Mapping[str, Any], prompts: Sequence[str], measures: boo
         }
     if calibrated == CalibrationSettings.images and _calibrates_alike(config):
         counted["calibration"] = {**counted["calibration"], "images": FEWER}
+    # Keys that calib 0.3.0 did not have, at what it did.
+    asked = {"metrics": list(DEFAULT), "reference": None}
+    counted["evaluation"] = {k: v for k, v in counted["evaluation"].items() if k not in asked or v != asked[k]}
     if not counted["quantizer"].get("search", True):  # grids as calib 0.2.0 had them
         counted["quantizer"] = {k: v for k, v in counted["quantizer"].items() if k != "search"}
     return short_hash([counted, prompts], digits=16)
@@ -218,6 +222,16 @@ def _collect(
         collect=_collect_settings(config, storage, taps),
         generate_missing=generate_missing,
     )
+
+
+def _evaluation(node: Any) -> EvaluationSettings:
+    found = build_dataclass("evaluation", node, EvaluationSettings)
+    check_names("evaluation.metrics", found.metrics, found.num_images or None)
+    if found.reference is not None and not any(MEASURES[name].sets for name in found.metrics):
+        sets = ", ".join(name for name, measure in MEASURES.items() if measure.sets)
+        allowed = f"it is what {sets} compare with; name one in evaluation.metrics, or leave it out"
+        raise ConfigError.bad_value("evaluation.reference", found.reference, allowed)
+    return found
 
 
 def _dataset_folder(

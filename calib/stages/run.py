@@ -37,8 +37,8 @@ def _check_kept(settings: Settings) -> None:
 
 
 def sources(settings: Settings) -> list[str]:
-    """Checksums of files that the result depends on: none, as the job makes all of them itself."""
-    return []
+    """Checksums of files that the result depends on: of a reference alone, as the job makes all others itself."""
+    return evaluate.reference_sources(settings)
 
 
 def run(settings: Settings, run: RunDirectory, model: Callable[[], DiffusionModel], config: Mapping[str, Any]) -> None:

@@ -22,6 +22,7 @@ from calib.dataset import subsets, timesteps
 from calib.dataset.settings import SamplerSettings
 from calib.dataset.shards import Shard
 from calib.dataset.store import StateDtype, StorageFormat
+from calib.evaluation.measures import DEFAULT
 from calib.models.architecture import Architecture
 from calib.models.model import DiffusionModel
 from calib.quantization.quantizer import Quantizer
@@ -99,12 +100,16 @@ class EvaluationSettings:
 
     Attributes:
         steps: number of steps at which outputs are compared.
+        metrics: measures by name; those of :data:`calib.evaluation.measures.DEFAULT` are always there.
+        reference: a folder of pictures that measures of sets compare with; None: those of the full-precision model.
         dequantize: run dense layers with the dequantized weights; None: everywhere but on Metal.
     """
 
     num_images: Annotated[int, AtLeast(0), AtMost(1_000_000)] = 10
     seed: Annotated[int, AtLeast(0)] = 0
     steps: Annotated[int, AtLeast(1)] = 10
+    metrics: Sequence[str] = DEFAULT
+    reference: Path | None = None
     dequantize: bool | None = None
 
     @property

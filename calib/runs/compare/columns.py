@@ -21,6 +21,9 @@ class Metric:
 METRICS: Mapping[str, Metric] = {
     "psnr": Metric("PSNR", "dB", "higher", "{:.2f}"),
     "ssim": Metric("SSIM", "", "higher", "{:.4f}"),
+    "lpips_effnet": Metric("perceptual distance", "", "lower", "{:.4f}"),
+    "kid_effnet": Metric("KID (EffNet)", "", "lower", "{:.3g}"),
+    "fd_effnet": Metric("FD (EffNet)", "", "lower", "{:.4g}"),
     "output_error": Metric("output error", "", "lower", "{:.2e}"),
     "average_weight_bits": Metric("bits a weight", "bits", "lower", "{:.2f}"),
     "average_activation_bits": Metric("activation bits", "bits", "lower", "{:.2f}"),
@@ -34,6 +37,7 @@ FURTHER: Mapping[str, Metric] = {
     "predicted_weights_psnr": Metric("predicted PSNR, weights alone", "dB", None, "{:.2f}"),
     "control_psnr": Metric("control's PSNR", "dB", None, "{:.2f}"),
     "control_ssim": Metric("control's SSIM", "", None, "{:.4f}"),
+    "control_lpips_effnet": Metric("control's perceptual distance", "", None, "{:.4f}"),
     "control_output_error": Metric("control's output error", "", None, "{:.2e}"),
     "mean_activation_bits": Metric("mean activation bits", "bits", "lower", "{:.2f}"),
     "mean_weight_bits": Metric("mean weight bits", "bits", "lower", "{:.2f}"),

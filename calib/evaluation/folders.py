@@ -1,0 +1,124 @@
+"""Compare two folders of pictures of the same names: streamed, a batch in memory at a time."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from calib.base.device import cores
+from calib.base.errors import CalibError
+from calib.base.progress import Progress
+from calib.evaluation.measures import DEFAULT, MEASURES, Chosen, check_names, choose
+from calib.evaluation.metrics import MOST_PSNR, WINDOW, Interval, bootstrap_columns
+from calib.evaluation.pictures import Picture, matched, pictures_in, read_picture
+from calib.evaluation.sets import SetDistance
+
+import numpy as np
+from numpy.typing import NDArray
+
+BATCH = 16
+
+
+@dataclass(frozen=True)
+class FolderComparison:
+    """What two folders' pictures have in common: pairs in the order of their names.
+
+    Attributes:
+        values: (pairs,) by measure; the PSNR of equal pictures is inf.
+        grey: pictures of one channel, in either folder.
+    """
+
+    folders: tuple[Path, Path]
+    pairs: Mapping[str, tuple[Path, Path]]
+    values: Mapping[str, NDArray[np.float64]]
+    sets: Mapping[str, SetDistance]
+    sizes: Mapping[tuple[int, int], int]
+    grey: int
+
+    @cached_property
+    def intervals(self) -> dict[str, Interval]:
+        """Mean and 95% interval over pairs, by measure of pairs."""
+        if not self.values:
+            return {}
+        columns = np.stack([np.minimum(own, MOST_PSNR) for own in self.values.values()], axis=1)
+        return dict(zip(self.values, bootstrap_columns(columns), strict=True))
+
+    @property
+    def order(self) -> list[int]:
+        """Places of the pairs, worst first by the first measure of pairs."""
+        if not self.values:
+            return list(range(len(self.pairs)))
+        name, own = next(iter(self.values.items()))
+        return [int(place) for place in np.argsort(own if MEASURES[name].higher else -own, kind="stable")]
+
+
+def compare_folders(a: Path, b: Path, names: Sequence[str] = DEFAULT, cache_dir: Path = Path()) -> FolderComparison:
+    """Compare pictures of the same name in the folders ``a`` and ``b`` by the measures ``names``.
+
+    Raises:
+        CalibError: names do not match, sizes differ, or a picture cannot be compared.
+    """
+    pairs = matched(a, b)
+    check_names("--metrics", names, len(pairs))
+    chosen = choose(names, cache_dir)
+    values: dict[str, list[NDArray[np.float64]]] = {name: [] for name in chosen.pairs}
+    vectors: dict[str, list[tuple[NDArray[np.float32], NDArray[np.float32]]]] = {name: [] for name in chosen.sets}
+    sizes: dict[tuple[int, int], int] = {}
+    grey = 0
+    with Progress("compare pictures", len(pairs), "pair", delay=2) as progress, ThreadPoolExecutor(cores()) as pool:
+        for batch in _batches(list(pairs.values())):
+            read = list(pool.map(_read_pair, batch))
+            if "ssim" in names:
+                _check_window(batch, read)
+            for one, other in read:
+                grey += one.grey + other.grey
+                height, width, _ = one.pixels.shape
+                sizes[width, height] = sizes.get((width, height), 0) + 1
+            for name, own in chosen.of_pairs([(a.pixels / 255, b.pixels / 255) for a, b in read], pool.map).items():
+                values[name].append(own)
+            sides = [chosen.vectors([pair[side].pixels for pair in read]) for side in (0, 1)]
+            for name in chosen.sets:
+                vectors[name].append((sides[0][name], sides[1][name]))
+            progress.advance(len(batch))
+    x, y = ({name: np.concatenate([pair[side] for pair in own]) for name, own in vectors.items()} for side in (0, 1))
+    return FolderComparison(
+        (a, b),
+        pairs,
+        {name: np.concatenate(own) for name, own in values.items()},
+        chosen.of_sets(x, y, paired=True),
+        sizes,
+        grey,
+    )
+
+
+def vectors_of(folder: Path, chosen: Chosen) -> dict[str, NDArray[np.float32]]:
+    """Vectors of all pictures in ``folder``, for each measure of sets; of sizes of any kind."""
+    paths, found = list(pictures_in(folder).values()), list[dict[str, NDArray[np.float32]]]()
+    with Progress("read the reference", len(paths), "picture", delay=2) as progress:
+        for start in range(0, len(paths), BATCH):
+            read = [read_picture(path) for path in paths[start : start + BATCH]]
+            found.append(chosen.vectors([picture.pixels for picture in read]))
+            progress.advance(len(read))
+    return {name: np.concatenate([own[name] for own in found]) for name in chosen.sets}
+
+
+def _batches(pairs: Sequence[tuple[Path, Path]]) -> Iterator[Sequence[tuple[Path, Path]]]:
+    for start in range(0, len(pairs), BATCH):
+        yield pairs[start : start + BATCH]
+
+
+def _read_pair(paths: tuple[Path, Path]) -> tuple[Picture, Picture]:
+    one, other = (read_picture(path) for path in paths)
+    sizes = [f"{p.pixels.shape[1]}×{p.pixels.shape[0]}" for p in (one, other)]
+    if sizes[0] != sizes[1]:
+        raise CalibError(f"{paths[0]} and {paths[1]}: of {sizes[0]} and {sizes[1]} pixels; only equal sizes compare")
+    return one, other
+
+
+def _check_window(paths: Sequence[tuple[Path, Path]], read: Sequence[tuple[Picture, Picture]]) -> None:
+    for (path, _), (one, _) in zip(paths, read, strict=True):
+        height, width, _ = one.pixels.shape
+        if min(height, width) < WINDOW:
+            size = f"{width}×{height} pixels"
+            raise CalibError(f"{path}: of {size}; SSIM needs {WINDOW} or more either way; leave it out: --metrics psnr")

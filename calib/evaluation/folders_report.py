@@ -1,0 +1,104 @@
+"""Report a comparison of two folders of pictures: as text for people, and as JSON."""
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from calib.base.progress import counted
+from calib.evaluation.folders import FolderComparison
+from calib.evaluation.measures import MEASURES
+from calib.evaluation.metrics import FEW_PROMPTS, LEVEL, MOST_PSNR
+
+import numpy as np
+
+
+def folders_json(found: FolderComparison) -> dict[str, Any]:
+    """One JSON-able document with every value, the worst pair first; null is the PSNR of equal pictures."""
+    names = list(found.pairs)
+    pairs = [
+        {
+            "name": names[place],
+            "files": [str(path) for path in found.pairs[names[place]]],
+            **{name: float(own[place]) if np.isfinite(own[place]) else None for name, own in found.values.items()},
+        }
+        for place in found.order
+    ]
+    return {
+        "folders": [str(folder) for folder in found.folders],
+        "pairs": pairs,
+        "measures": {name: _figures(found, name) for name in (*found.values, *found.sets)},
+        "sizes": {f"{width}x{height}": count for (width, height), count in found.sizes.items()},
+        "notes": notes(found),
+    }
+
+
+def _figures(found: FolderComparison, name: str) -> dict[str, Any]:
+    about = {"title": MEASURES[name].title, "better": "higher" if MEASURES[name].higher else "lower"}
+    if name in found.sets:
+        own = found.sets[name]
+        return {**about, "value": own.value, "low": own.low, "high": own.high, **own.further}
+    interval = found.intervals[name]
+    return {**about, "value": interval.mean, "low": interval.low, "high": interval.high}
+
+
+def notes(found: FolderComparison) -> list[str]:
+    """What a reader of the figures must know."""
+    lines = []
+    if "psnr" in found.values and (equal := int(np.isinf(found.values["psnr"]).sum())):
+        of = counted(len(found.pairs), "pair")
+        lines.append(f"{equal} of {of} equal, which count as {MOST_PSNR:.1f} dB in the mean")
+    if found.grey:
+        lines.append(f"{counted(found.grey, 'grey picture')}: one channel counts as three equal ones")
+    if len(found.sizes) > 1:
+        shown = sorted(found.sizes, key=lambda size: -found.sizes[size])[:3]
+        more = ", …" if len(found.sizes) > 3 else ""
+        listed = ", ".join(f"{found.sizes[size]} of {size[0]}×{size[1]}" for size in shown)
+        lines.append(f"pairs have {len(found.sizes)} sizes ({listed}{more}), each of which counts alike")
+    if len(found.pairs) < FEW_PROMPTS:
+        few = counted(len(found.pairs), "pair")
+        lines.append(f"only {few}: with fewer than {FEW_PROMPTS} the intervals are too narrow to be trusted")
+    return [*lines, *(f"{name}: {note}" for name, own in found.sets.items() for note in own.notes)]
+
+
+def folders_text(found: FolderComparison, most: int) -> str:
+    """The report for people: a table of measures, and the ``most`` worst pairs."""
+    one, other = found.folders
+    lines = [f"{one} and {other}: {counted(len(found.pairs), 'pair')}", *_aligned(measure_rows(found), (1, 2))]
+    if found.values and most:
+        heads = ["worst pairs", *(MEASURES[name].title for name in found.values)]
+        names, rows = list(found.pairs), []
+        for place in found.order[:most]:
+            rows.append([names[place], *(shown(name, float(own[place])) for name, own in found.values.items())])
+        lines += ["", *_aligned([heads, *rows], range(1, len(heads)))]
+        left = len(found.pairs) - len(rows)
+        lines += [f"and {counted(left, 'pair')} more; --json has all"] if left > 0 else []
+    return "\n".join([*lines, *(f"note: {note}" for note in notes(found))]) + "\n"
+
+
+def measure_rows(found: FolderComparison) -> list[list[str]]:
+    """Rows of the table of measures, its head first: name, value, interval, remark."""
+    rows = [["", "mean", f"{LEVEL:.0%} interval", ""]]
+    for name, interval in found.intervals.items():
+        own = MEASURES[name]
+        low, mean, high = (own.form.format(value) for value in (interval.low, interval.mean, interval.high))
+        rows.append([f"{own.title} ({own.how})", mean, f"[{low}, {high}]", ""])
+    for name, distance in found.sets.items():
+        own = MEASURES[name]
+        low, value, high = (own.form.format(v) for v in (distance.low, distance.value, distance.high))
+        rows.append([f"{own.title}, {own.how}", value, f"[{low}, {high}]", distance.text])
+    return rows
+
+
+def shown(name: str, value: float) -> str:
+    """A value of a measure for people; 'equal' for an infinite one."""
+    return MEASURES[name].form.format(value) if np.isfinite(value) else "equal"
+
+
+def _aligned(rows: Sequence[Sequence[str]], right: Collection[int]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            f"{cell:>{w}}" if i in right else f"{cell:<{w}}"
+            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]

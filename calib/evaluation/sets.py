@@ -1,0 +1,178 @@
+"""Distances of two sets of pictures by vectors of features, in float64: of their kernel means, of fitted Gaussians.
+
+Both are estimates from the pictures at hand. How far off they may be is seen from halves of the sets: subsets of m of n
+pictures, drawn without replacement, vary by m / (n - m) of the variance with which the whole would, drawn again (the
+delete-d jackknife, Shao and Wu 1989).
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+from calib.base.errors import CalibError
+from calib.base.progress import Progress
+from calib.base.seeds import generator
+
+import numpy as np
+from numpy.typing import NDArray
+
+#: Subsets of kernel distances and pictures in each at most, as Bińkowski et al. have them.
+SUBSETS, SUBSET_SIZE = 100, 1000
+#: Pictures of either set up to which the kernel of all pairs is computed once: 100 MB.
+MOST_AT_ONCE = 2000
+#: Halves of Fréchet distances.
+HALVES = 10
+#: Pictures below which a half has no covariance.
+FEWEST = 4
+#: Pictures below which a Fréchet distance says little by itself: its bias is about that of the literature's figures.
+FEW_PICTURES = 10_000
+#: Of a normal distribution: 95% lie within so many standard deviations.
+TWO_SIDED = 1.959964
+
+Vectors: TypeAlias = NDArray[np.float64]
+Rows: TypeAlias = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class SetDistance:
+    """A distance of two sets with its 95% interval; ``further`` figures by the end of their key; ``notes`` for people.
+
+    Attributes:
+        text: what to say behind the value, '' for nothing.
+    """
+
+    value: float
+    low: float
+    high: float
+    further: Mapping[str, float] = field(default_factory=dict)
+    text: str = ""
+    notes: tuple[str, ...] = ()
+
+    def summary(self, name: str) -> dict[str, float]:
+        """Flat numbers for ``metrics.json``."""
+        ends = {name: self.value, f"{name}_low": self.low, f"{name}_high": self.high}
+        return ends | {f"{name}_{key}": value for key, value in self.further.items()}
+
+
+def kernel_distance(x: NDArray[Any], y: NDArray[Any], paired: bool, progress: str = "") -> SetDistance:
+    """KID of the rows of ``x`` and ``y`` (arXiv 1801.01401): the mean of :func:`mmd` over subsets, and its spread.
+
+    ``paired``: rows of one number belong together, as those of one prompt and seed do; subsets take the same of both.
+    """
+    x, y = _checked(x, y)
+    n = min(len(x), len(y))
+    size = min(SUBSET_SIZE, n // 2)
+    if max(len(x), len(y)) <= MOST_AT_ONCE:
+        within_x, within_y, between = _kernel(x, x), _kernel(y, y), _kernel(x, y)
+
+        def distance(i: Rows, j: Rows) -> float:
+            return _mmd(within_x[np.ix_(i, i)], within_y[np.ix_(j, j)], between[np.ix_(i, j)], paired)
+    else:
+
+        def distance(i: Rows, j: Rows) -> float:
+            return mmd(x[i], y[j], paired)
+
+    found = _of_subsets(distance, len(x), len(y), paired, size / n, SUBSETS, progress, most=size)
+    value, spread = float(found.mean()), float(found.std(ddof=1))
+    reach = TWO_SIDED * spread * math.sqrt(size / (n - size))
+    further = {"std": spread, "subset_size": float(size)}
+    return SetDistance(value, value - reach, value + reach, further, f"± {spread:.2g} over subsets of {size} pictures")
+
+
+def mmd(x: Vectors, y: Vectors, paired: bool = False) -> float:
+    """Unbiased estimate of the squared maximum mean discrepancy, with the kernel (x·y / length + 1)³.
+
+    The mean of k(x, x') + k(y, y') - 2 k(x, y) over different rows; of equal distributions it is 0, and single values
+    may lie below. Of ``paired`` sets a row's own partner is left out of the third term, too (Gretton et al. 2012, eq.
+    4): it is like it, and would make the estimate too low by what all pairs have in common.
+    """
+    return _mmd(_kernel(x, x), _kernel(y, y), _kernel(x, y), paired)
+
+
+def _kernel(a: Vectors, b: Vectors) -> Vectors:
+    found: Vectors = (a @ b.T / a.shape[1] + 1) ** 3
+    return found
+
+
+def _mmd(within_x: Vectors, within_y: Vectors, between: Vectors, paired: bool) -> float:
+    third = _mean_of_different(between) if paired else float(between.mean())
+    return _mean_of_different(within_x) + _mean_of_different(within_y) - 2 * third
+
+
+def _mean_of_different(kernel: Vectors) -> float:
+    """The mean of a square matrix without its diagonal."""
+    count = len(kernel)
+    return float(kernel.sum() - np.trace(kernel)) / (count * (count - 1))
+
+
+def frechet_distance(x: NDArray[Any], y: NDArray[Any], paired: bool, progress: str = "") -> SetDistance:
+    """:func:`frechet` of the rows of ``x`` and ``y``, with what it would be of infinitely many (arXiv 1911.07023).
+
+    Its bias goes with 1/n, so that of halves is twice that of the whole: 2 F(n) - F(n/2) is free of it.
+    """
+    x, y = _checked(x, y)
+    n = min(len(x), len(y))
+    whole = frechet(x, y)
+    halves = _of_subsets(lambda i, j: frechet(x[i], y[j]), len(x), len(y), paired, 0.5, HALVES, progress)
+    unbiased, spread = 2 * whole - float(halves.mean()), float(halves.std(ddof=1))
+    reach = TWO_SIDED * spread
+    notes: tuple[str, ...] = ()
+    if n < FEW_PICTURES:
+        bias = f"of {n} pictures a Fréchet distance is biased, here by about {whole - unbiased:+.3g}"
+        notes = (f"{bias}; with fewer than {FEW_PICTURES:,} compare it only with those of as many pictures",)
+    further = {"unbiased": unbiased, "std": spread}
+    text = f"about {unbiased:.4g} if there were infinitely many pictures"
+    return SetDistance(whole, max(0.0, whole - reach), whole + reach, further, text, notes)
+
+
+def frechet(x: Vectors, y: Vectors) -> float:
+    """‖μ_x - μ_y‖² + tr(Σ_x + Σ_y - 2 (Σ_x Σ_y)^½), with covariances of n - 1.
+
+    With Σ = AᵀA the trace of the root is the sum of the singular values of A_x A_yᵀ: real, never negative, also where
+    there are fewer pictures than features, and no root of a matrix is taken.
+    """
+    from scipy import linalg  # slow to import
+
+    (mean_x, a), (mean_y, b) = (_factor(rows) for rows in (x, y))
+    root = float(linalg.svdvals(a @ b.T).sum())
+    return float(np.sum((mean_x - mean_y) ** 2) + np.sum(a * a) + np.sum(b * b)) - 2 * root
+
+
+def _factor(rows: Vectors) -> tuple[Vectors, Vectors]:
+    """The mean, and a matrix A with AᵀA the covariance, of no more rows than columns."""
+    from scipy import linalg
+
+    mean = rows.mean(axis=0)
+    centred = (rows - mean) / math.sqrt(len(rows) - 1)
+    if len(centred) > centred.shape[1]:
+        centred = linalg.qr(centred, mode="r")[0][: centred.shape[1]]
+    return mean, centred
+
+
+def _checked(x: NDArray[Any], y: NDArray[Any]) -> tuple[Vectors, Vectors]:
+    n = min(len(x), len(y))
+    if n < FEWEST:
+        raise CalibError(f"a distance of two sets needs {FEWEST} pictures of each or more; there are {n}")
+    return x.astype(np.float64), y.astype(np.float64)
+
+
+def _of_subsets(
+    distance: Callable[[Rows, Rows], float],
+    m: int,
+    n: int,
+    paired: bool,
+    share: float,
+    count: int,
+    progress: str,
+    most: int | None = None,
+) -> NDArray[np.float64]:
+    """``distance`` of ``count`` random subsets with a ``share`` of ``m`` and ``n`` rows, ``most`` at most."""
+    rng, found = generator("seed", 0), []
+    first, second = (min(most or total, max(2, round(share * total))) for total in (m, n))
+    with Progress(progress, count, "subset", delay=2) as shown:
+        for _ in range(count):
+            rows = rng.permutation(m)[:first]
+            found.append(distance(rows, rows if paired else rng.permutation(n)[:second]))
+            shown.advance()
+    return np.array(found)
