@@ -103,7 +103,10 @@ def loaded(folder: Path) -> ZImage:
         return ZImage(model_path=str(folder), model_config=ModelConfig.z_image_turbo())
 
 
-@pytest.fixture(scope="module", params=["hub", None, 4], ids=["hub", "saved", "saved in 4 bits"])
+SAVED = pytest.param(None, marks=pytest.mark.slow)
+
+
+@pytest.fixture(scope="module", params=["hub", SAVED, 4], ids=["hub", "saved", "saved in 4 bits"])
 def base(request: pytest.FixtureRequest, files: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The other components in the hub's layout, or as mflux saves them."""
     if request.param == "hub":

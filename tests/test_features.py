@@ -175,7 +175,9 @@ HARMS: Mapping[str, tuple[Callable[[Pixels, float], Pixels], tuple[float, ...]]]
 
 
 @pytest.mark.parametrize("harm", HARMS)
-@pytest.mark.parametrize("original", [photo(), shapes(1)], ids=["photo", "shapes"])
+@pytest.mark.parametrize(
+    "original", [photo(), pytest.param(shapes(1), marks=pytest.mark.slow)], ids=["photo", "shapes"]
+)
 def test_distance_rises_with_what_is_lost(features: EfficientNetFeatures, original: Pixels, harm: str) -> None:
     done, strengths = HARMS[harm]
     found = features.distances([(original, original), *((original, done(original, s)) for s in strengths)])

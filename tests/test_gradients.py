@@ -74,7 +74,7 @@ class Case:
 
 
 #: The smallest family is always tried, and of mflux's those with texts of different lengths, and guidance of its own.
-ALWAYS = ("sd3", "zimage", "qwen")
+ALWAYS = ("sd3", "qwen")
 TRIED = (*ALWAYS, *(pytest.param(s, marks=pytest.mark.slow) for s in (*STRUCTURES, *MFLUX) if s not in ALWAYS))
 
 
@@ -148,7 +148,7 @@ EXACT = [
     ("sd3", 3.0),
     ("sd3", 0.0),
     ("flux", 0.0),
-    ("zimage", 0.0),
+    pytest.param("zimage", 0.0, marks=pytest.mark.slow),
     ("qwen", 3.0),
     pytest.param("flux2", 0.0, marks=pytest.mark.slow),
     pytest.param("serial", 0.0, marks=pytest.mark.slow),

@@ -222,7 +222,8 @@ def test_layers_at_full_size(structure: str) -> None:
 
 
 #: Z-Image's is that of test_mflux.py.
-JOBS = ("qwen", pytest.param("flux2", marks=pytest.mark.slow))
+#: Z-Image's is in test_mflux.
+JOBS = [pytest.param(structure, marks=pytest.mark.slow) for structure in ("qwen", "flux2")]
 
 
 @pytest.mark.parametrize("own", JOBS, indirect=True)
