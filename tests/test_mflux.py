@@ -12,6 +12,7 @@ pytest.importorskip("mflux", reason="mflux is not installed: uv sync --group mfl
 from calib.activations.reader import ActivationFile
 from calib.base.errors import CalibError
 from calib.base.files import read_json
+from calib.base.versions import numerics, numerics_of, versions
 from calib.dataset.load import load_manifest
 from calib.dataset.store import read_state
 from calib.models.mflux import zimage
@@ -272,3 +273,10 @@ def test_a_damaged_folder_is_one_line(
     with pytest.raises(CalibError) as error:
         loaded(copy)
     assert str(error.value).startswith(str(copy)) and "\n" not in str(error.value)
+
+
+def test_versions_that_count(model: DiffusionModel) -> None:
+    """mflux's is recorded for its own models alone, though it is imported here."""
+    for network, own in ((model.transformer, False), (TINY.architecture().module, True)):
+        assert ("mflux" in versions(network)) == own
+        assert numerics(network) == numerics_of(versions(network)) and ("mflux" in numerics(network)) == own

@@ -106,7 +106,7 @@ class Collection:
             "depth": list(architecture.depth),
             "settings": {**asdict(self.settings), "batch_size": self.batch_size},
             "device": mx.default_device().type.name,
-            "mlx": numerics(),
+            "mlx": numerics(architecture.module),
         }
 
     def missing(self, steps: Sequence[int]) -> list[int]:

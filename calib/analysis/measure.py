@@ -20,7 +20,7 @@ from calib.base.affine import GROUP_SIZES, WEIGHT_BITS
 from calib.base.files import short_hash
 from calib.base.locks import locked
 from calib.base.progress import say
-from calib.base.versions import numerics
+from calib.base.versions import numerics_of
 from calib.dataset.timesteps import phase_bounds
 from calib.models.architecture import Architecture
 from calib.models.model import DiffusionModel
@@ -177,7 +177,7 @@ def identity(states: StoredStates, made_by: tuple[str, str]) -> dict[str, Any]:
         "timesteps": [f"{manifest.timesteps[step]:.9g}" for step in states.steps],
         "images": [identity_of(states.data_dir, manifest.images[i]) for i in states.images],
         "device": mx.default_device().type.name,
-        "mlx": numerics(),
+        "mlx": numerics_of(manifest.versions),
     }
 
 

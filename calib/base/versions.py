@@ -3,21 +3,24 @@
 import importlib.metadata
 import platform
 import subprocess
-import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from calib.base import VERSION
 
 BACKENDS = ("mlx-cpu", "mlx-cuda-12", "mlx-cuda-13", "mlx-metal")
-#: Counted where it is used: other models' results do not depend on it.
+#: Counted for its own models: other models' results do not depend on it.
 MFLUX = "mflux"
 PACKAGES = ("mlx", *BACKENDS, "diffusionkit", "numpy", "h5py", "hydra-core", "omegaconf", "pillow", "transformers")
 
 
-def versions() -> dict[str, str]:
-    """Versions of Python, calib and its dependencies; 'absent' if not installed, absent backends of MLX left out."""
+def versions(network: object = None) -> dict[str, str]:
+    """Versions of Python, calib and its dependencies; 'absent' if not installed, absent backends of MLX left out.
+
+    With mflux's where ``network`` is a module of its.
+    """
     found = {"python": platform.python_version(), "calib": VERSION}
-    for package in (*PACKAGES, MFLUX) if MFLUX in sys.modules else PACKAGES:
+    for package in (*PACKAGES, MFLUX) if _is_mfluxs(network) else PACKAGES:
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
@@ -26,10 +29,19 @@ def versions() -> dict[str, str]:
     return found
 
 
-def numerics() -> str:
-    """Versions of what computes: of MLX, and of mflux where a model of its is loaded; for keys of caches."""
-    found = versions()
-    return f"{found['mlx']} {MFLUX} {found[MFLUX]}" if MFLUX in found else found["mlx"]
+def _is_mfluxs(network: object) -> bool:
+    return type(network).__module__.partition(".")[0] == MFLUX
+
+
+def numerics(network: object) -> str:
+    """Versions of what computes ``network``: of MLX, and of mflux for its models; for keys of caches."""
+    return numerics_of(versions(network))
+
+
+def numerics_of(found: Mapping[str, str]) -> str:
+    """The same of :func:`versions` that were recorded, mflux's of another process, with this one's MLX."""
+    mlx = importlib.metadata.version("mlx")
+    return f"{mlx} {MFLUX} {found[MFLUX]}" if MFLUX in found else mlx
 
 
 def git_commit() -> str:

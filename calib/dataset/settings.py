@@ -79,7 +79,7 @@ def planned_dataset(
         steps=list(range(settings.num_steps + 1)) if steps is None else sorted(steps),
         storage=storage.value,
         dtype=dtype.value,
-        versions=versions(),
+        versions=versions(model.transformer),
         parts=parts_for(batch_size * (2 if settings.cfg_weight > 0 else 1)),
         noise=DEFAULT_NOISE if model.flow is None else model.flow.noise_kind,
     )

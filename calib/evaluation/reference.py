@@ -75,7 +75,7 @@ def _control_of(
 ) -> Fidelity:
     images = [[e.prompt, *e.checksums.values()] for e in (reference.manifest.images[i] for i in chosen)]
     drawn_in = [reference.manifest.batch_size, reference.manifest.parts]
-    device = [mx.default_device().type.name, numerics()]
+    device = [mx.default_device().type.name, numerics(model.transformer)]
     made_by = [CONTROL_VERSION, model.fingerprint, images, list(reference.steps), *drawn_in, *device]
     made_by += sorted(paired.measures.pairs)
     path = cache_dir / "evaluation" / f"control_{short_hash(made_by, digits=16)}.json"

@@ -101,7 +101,7 @@ def run(settings: Settings, run: RunDirectory, model: Callable[[], DiffusionMode
     }
     if source.states is not None:
         made_from["calibration"] = asdict(settings.quantize.calibration)
-    scratch = _scratch(settings, [made_from, own, model().text_encoders, steps.rule])
+    scratch = _scratch(settings, [made_from, own, model().text_encoders, steps.rule, numerics(model().transformer)])
     source = replace(source, scratch=scratch, home=run.home)
     about: dict[str, Any] = {"quantizer": described(quantizer), "ranges": steps.rule, "made_from": made_from}
     about |= steps.predictions(plan)
@@ -183,7 +183,7 @@ def spare_prompts(settings: Settings, states: StoredStates) -> Sequence[str]:
 
 def _scratch(settings: Settings, given: Sequence[Any]) -> Path:
     """The folder for what a quantizer has done so far, by all that it is ``given`` but its own parameters."""
-    key = short_hash([*given, device_kind(), numerics()], digits=16)
+    key = short_hash([*given, device_kind()], digits=16)
     return settings.job.cache_dir / "reconstruction" / key
 
 
