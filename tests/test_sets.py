@@ -1,11 +1,12 @@
 """Distances of two sets of vectors, against plain implementations in float64."""
 
 import math
+from collections.abc import Callable
 from itertools import product
 
 from calib.base.errors import CalibError
 from calib.evaluation import sets
-from calib.evaluation.sets import frechet, frechet_distance, kernel_distance, mmd
+from calib.evaluation.sets import SetDistance, frechet, frechet_distance, kernel_distance, mmd
 
 import numpy as np
 import pytest
@@ -75,9 +76,9 @@ def test_kernel_distance_is_unbiased_and_frechet_distance_is_made_so() -> None:
 
 
 @pytest.mark.parametrize("distance", [kernel_distance, frechet_distance])
-def test_intervals_hold_what_another_sample_gives(distance: object) -> None:
+def test_intervals_hold_what_another_sample_gives(distance: Callable[..., SetDistance]) -> None:
     """The spread of 30 estimates from new samples is that which one of them says of itself, within a factor of 1.6."""
-    found = [distance(sample(80, 4, 2 * s), sample(80, 4, 2 * s + 1, 0.8), False) for s in range(30)]  # type: ignore[operator]
+    found = [distance(sample(80, 4, 2 * s), sample(80, 4, 2 * s + 1, 0.8), False) for s in range(30)]
     spread = np.std([own.value for own in found])
     said = np.mean([(own.high - own.value) / 1.96 for own in found])
     assert spread / 1.6 < said < spread * 1.6
