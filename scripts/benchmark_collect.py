@@ -2,6 +2,7 @@
 
     python scripts/benchmark_collect.py --batch 16 2                     # SD3-medium's shapes, random weights (GPU)
     python scripts/benchmark_collect.py --depth 4 --latent 32 --batch 2  # four of its blocks (CPU)
+    python scripts/benchmark_collect.py --zimage --batch 8 1             # Z-Image's shapes, random weights (GPU)
     python scripts/benchmark_collect.py --emoji --batch 32               # the shipped model
     python scripts/benchmark_collect.py --whole --images 100 --batch 8   # from stored states to finished files (GPU)
     python scripts/benchmark_collect.py --schedules                      # ten schedules against their union (emoji)
@@ -44,6 +45,7 @@ from calib.dataset.store import StateDtype, StorageFormat, write_trajectory
 from calib.models import emoji
 from calib.models.architecture import Conditioning, names_in_order
 from calib.models.diffusionkit import sd3_config
+from calib.models.mflux import zimage
 from calib.models.mmdit.architecture import MMDiTArchitecture
 from calib.models.model import DiffusionModel, ModelDtype
 from calib.models.parallel import shared_cores
@@ -55,12 +57,15 @@ from diffusionkit.mlx import SD3LatentFormat
 from diffusionkit.mlx.mmdit import MMDiT
 from diffusionkit.mlx.sampler import ModelSamplingDiscreteFlow
 from diffusionkit.mlx.vae import VAEDecoder
+from standin_mflux import ZIMAGE
 
 assert calib.__version__
 
 SD3 = "argmaxinc/mlx-stable-diffusion-3-medium"
 #: Text tokens of SD3: the two CLIPs' 77, and without T5 as many of zeros.
 TEXT_LENGTH = 154
+#: Of a prompt of some twenty words.
+ZIMAGE_TEXT = 32
 GUIDANCE, PHASE = False, 12345
 
 
@@ -129,6 +134,21 @@ def sd3_case(depth: int, latent: int, dtype: ModelDtype, batch: int) -> Case:
     architecture = MMDiTArchitecture(transformer)
     points = tap_points(architecture, TapSelection())
     return Case(Bare(architecture, dtype.mlx), points, x, Conditioning(tokens, pooled), 500.0)
+
+
+def zimage_case(depth: int, latent: int, dtype: ModelDtype, batch: int) -> Case:
+    """Z-Image's shapes with random weights, of which ``depth`` blocks behind its refiners."""
+    about = {**ZIMAGE.transformer, "n_layers": depth}
+    architecture = zimage.FAMILY.architecture({size: about[size] for size in zimage.SIZES})
+    mx.random.seed(0)
+    architecture.module.apply(lambda weight: 0.02 * mx.random.normal(weight.shape, dtype.mlx))
+    mx.eval(architecture.module.parameters())
+    x = mx.random.normal((batch, latent, latent, 16)).astype(dtype.mlx)
+    tokens = mx.random.normal((batch, ZIMAGE_TEXT, about["cap_feat_dim"])).astype(dtype.mlx)
+    mx.eval(x, tokens)
+    points = tap_points(architecture, TapSelection())
+    text = Conditioning(tokens, lengths=(ZIMAGE_TEXT,) * batch)
+    return Case(Bare(architecture, dtype.mlx), points, x, text, 0.5)
 
 
 def emoji_case(batch: int) -> Case:
@@ -339,10 +359,11 @@ def show_whole(latent: int, images: int, batch: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, nargs="+", default=[16, 2], help="rows of a forward")
-    parser.add_argument("--depth", type=int, default=24, help="transformer blocks")
+    parser.add_argument("--depth", type=int, help="transformer blocks; default: all")
     parser.add_argument("--latent", type=int, default=64, help="height and width of a latent")
     parser.add_argument("--dtype", type=ModelDtype, help="default: bfloat16 on a GPU, float32 on a CPU")
     parser.add_argument("--emoji", action="store_true", help="the shipped model")
+    parser.add_argument("--zimage", action="store_true", help="Z-Image's shapes")
     parser.add_argument("--schedules", action="store_true", help="ten schedules against their union")
     parser.add_argument(
         "--whole", action="store_true", help="from stored states to finished files, SD3-medium's shapes"
@@ -363,8 +384,13 @@ def main() -> None:
     gpu = mx.default_device().type == mx.DeviceType.gpu
     dtype = given.dtype or (ModelDtype.BFLOAT16 if gpu else ModelDtype.FLOAT32)
     largest = max(given.batch)
-    case = emoji_case(largest) if given.emoji else sd3_case(given.depth, given.latent, dtype, largest)
-    label = "emoji" if given.emoji else f"SD3 shapes, {given.depth} blocks, {given.latent}×{given.latent}, {dtype}"
+    if given.emoji:
+        case, label = emoji_case(largest), "emoji"
+    else:
+        name, made, depth = ("Z-Image", zimage_case, 30) if given.zimage else ("SD3", sd3_case, 24)
+        depth = given.depth or depth
+        case = made(depth, given.latent, dtype, largest)
+        label = f"{name} shapes, {depth} blocks, {given.latent}×{given.latent}, {dtype}"
     for batch in given.batch:
         show(case.rows(batch), label, given.forwards or max(1, 200 // batch), given.steps, given.rounds, given.base)
 

@@ -111,7 +111,7 @@ def measure(setup: Setup, row: Row, references, results) -> None:
     steps = replace(plan_steps(plan, observed, path, row.rule, bits), importance=known[0] if known else {})
     wanted = setup.settings.quantize.calibration
     states = collected(setup.settings, setup.run, "").states(wanted.images, wanted.steps)
-    source = Calibration(path, row.rule, lambda: states, prompts=spare_prompts(setup.settings))
+    source = Calibration(path, row.rule, lambda: states, prompts=lambda: spare_prompts(setup.settings, states))
     quantized, _ = quantize_layers(setup.model, plan.layers, steps, row.quantizer, source, {})
     size, made = quantized.size(), time.monotonic() - start
     about = {
