@@ -10,6 +10,7 @@ from calib.analysis.backward import Backward
 from calib.analysis.plan import LayerPlan
 from calib.analysis.ranges import static
 from calib.analysis.steps import StepPlan
+from calib.base.device import on_gpu
 from calib.base.errors import CalibError
 from calib.dataset.load import load_manifest
 from calib.dataset.sampling import initial_noise, initial_state, noise_levels
@@ -59,7 +60,7 @@ def test_gradients(model: DiffusionModel, structure: str, guidance: float, passe
     changed = {name: packed.dequantize() for name, packed in changed_by(layers).items()}
     backward = Backward(own, layers, [], by_parts)
     with backward.running(), shared_cores(passes, passes):
-        loss = PictureLoss(own, backward, layers, guidance, at_once=2, side_by_side=passes)
+        loss = PictureLoss(own, backward, layers, guidance, at_once=2, side_by_side=passes, decoded=passes)
         errors, found = loss.gradients(wanted, changed)
         loss.restore()
     assert all(weights(own.transformer)[path] is array for path, array in before.items() if not path.endswith("bias"))
@@ -181,6 +182,20 @@ def test_what_gains_nothing_is_the_start(drawn: tuple[DiffusionModel, StoredStat
         made, start = made_by(drawn, **parameters)
         assert alike(made, start)
     assert "no update made the 1 held-out calibration pictures better than gptq's" in made.notes[-1]
+
+
+@pytest.mark.skipif(on_gpu(), reason="by its memory, there")
+def test_pictures_of_an_update(drawn: tuple[DiffusionModel, StoredStates], monkeypatch: pytest.MonkeyPatch) -> None:
+    own, sizes = PictureLoss.gradients, list[int]()
+
+    def record(self: PictureLoss, wanted: Drawn, weights: Any) -> Any:
+        sizes.append(len(wanted.prompts))
+        return own(self, wanted, weights)
+
+    monkeypatch.setattr(PictureLoss, "gradients", record)
+    for size in (None, 2):
+        made_by(drawn, batch_size=size, updates=1)
+    assert sizes == [4, 2]
 
 
 def test_it_goes_on(drawn: tuple[DiffusionModel, StoredStates], tmp_path: Path) -> None:

@@ -132,8 +132,9 @@ def plan_backward(
     images: int,
     text_length: int = TEXT_TOKENS,
     memory: int | None = None,
+    largest: int = LARGEST_BATCH,
 ) -> BackwardPlan:
-    """The plan for at most ``images`` at once on this device, or on one of ``memory`` bytes.
+    """The plan for at most ``images`` at once, and ``largest``, on this device, or on one of ``memory`` bytes.
 
     In one piece where that fits for one image.
     """
@@ -151,7 +152,7 @@ def plan_backward(
     passed = rows * stream * (depth + 2)
     by_parts = isinstance(architecture, Divisible) and whole + depth * block > memory
     fixed, each = (parts, block + passed) if by_parts else (whole, depth * block)
-    batch = max(1, min(images, (memory - fixed) // each, LARGEST_BATCH))
+    batch = max(1, min(images, (memory - fixed) // each, largest))
     return BackwardPlan(batch, by_parts, fixed + batch * each)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from calib.activations.batches import StoredStates
 from calib.activations.states import read_states
+from calib.base.device import on_gpu
 from calib.base.errors import CalibError, ConfigError
 from calib.base.files import remove_abandoned, short_hash
 from calib.base.locks import locked
@@ -22,7 +23,7 @@ from calib.models.packed import Packed
 from calib.quantization import gptq
 from calib.quantization.quantizer import Quantized, QuantizerInput
 from calib.quantization.texts import drawn_from, others, prompts_of
-from calib.quantization.training.pictures import Drawn, PictureLoss, picture_loss, psnr_of
+from calib.quantization.training.pictures import Drawn, PictureLoss, picture_loss, plan_pictures, psnr_of
 from calib.quantization.training.trainable import Parameters, Trainable
 from calib.quantization.training.trained import Trained, adam
 from calib.quantization.unfinished import unfinished
@@ -32,8 +33,12 @@ import numpy as np
 
 #: How often a training is compared with its best, and saved.
 CHECKS = 6
+#: Pictures of an update where their number is not given: at least so many, and at most.
+FEWEST, MOST = 4, 48
+#: Arrays of the parameters' sizes that are held: now, the best, a gradient, and Adam's two.
+HELD = 5
 #: Of the procedure; to be raised where it makes something else of the same work.
-VERSION = 2
+VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,7 @@ class Training:
     """How the layers are trained; see :func:`quantize`."""
 
     updates: int
-    batch_size: int
+    batch_size: int | None
     num_steps: int
     rate: float
     rounding: bool
@@ -54,7 +59,7 @@ class Training:
         """Raise where a value is out of range."""
         for key, holds, allowed in (
             ("updates", self.updates >= 0, "must be 0 (gptq alone) or more"),
-            ("batch_size", self.batch_size >= 1, "must be 1 or more"),
+            ("batch_size", self.batch_size is None or self.batch_size >= 1, "must be 1 or more, or null"),
             ("num_steps", self.num_steps >= 2, "must be 2 or more"),
             ("rate", 0 < self.rate <= 1, "must be more than 0, and 1 at most"),
             ("held_out", self.held_out >= 1, "must be 1 or more"),
@@ -69,10 +74,10 @@ class Training:
 def quantize(
     work: QuantizerInput,
     updates: int = 60,
-    batch_size: int = 4,
+    batch_size: int | None = None,
     num_steps: int = 10,
     rate: float = 2e-3,
-    rounding: bool = False,
+    rounding: bool = True,
     held_out: int = 8,
     pictures: int = 64,
     prompts: int | None = None,
@@ -84,12 +89,14 @@ def quantize(
     another training.
 
     Args:
-        updates: of the parameters, each by ``batch_size`` new pictures.
+        updates: of the parameters, each by ``batch_size`` new pictures; None: as many as a GPU's memory has room for at
+            once, 4 to 48, and 4 on a CPU.
         num_steps: steps of the sampler in training, those of the dataset at most; a fifth more or less. As many as
             pictures need to look alike.
-        rate: the largest change of a bias in units of its scale at an update; of an integer before rounding eight times
+        rate: the largest change of a bias in units of its scale at an update; of an integer before rounding three times
             that, of a scale a tenth of it, relative to itself.
-        rounding: train integers too, not scales and biases alone; no better so far (docs/LOG.md).
+        rounding: train integers too, not scales and biases alone: the larger part of what is gained, for four more
+            numbers in float32 a weight in memory.
         held_out: collected images, the last ones, by which the best is chosen; they are not trained on.
         pictures: of ``gptq``, with which it starts.
         prompts: further texts to draw beside those of the images, so many of ``work.prompts()``; None: all. With few
@@ -115,12 +122,28 @@ def quantize(
     if lacking := [i for i in images[-held_out:] if states.manifest.images[i].seed is None]:
         raise CalibError(f"{states.data_dir}: the seed of image {lacking[0]}, which is to be drawn again, is unknown")
     states.manifest.row(states.manifest.num_steps)  # finished latents are compared
+    if batch_size is None:
+        training = replace(training, batch_size=_batch_size(work, model, states.manifest.cfg_weight, rounding))
     with unfinished(work, "learned", asdict(training)):
         start = gptq.quantize(work, pictures=pictures)
         if not updates:
             return start
         made, notes, drawn = _Trainer(work, model, states, start.layers, training).train()
     return replace(start, layers=made, notes=[*start.notes, *notes], drawn=[*start.drawn, *drawn])
+
+
+def _beside(work: QuantizerInput, rounding: bool) -> int:
+    """Bytes of the parameters in float32, as often as they are held."""
+    groups = {name: layer.weight.size // work.plan[name].group_size for name, layer in work.layers.items()}
+    return HELD * 4 * sum(2 * n + rounding * work.layers[name].weight.size for name, n in groups.items())
+
+
+def _batch_size(work: QuantizerInput, model: DiffusionModel, guidance: float, rounding: bool) -> int:
+    """Pictures of an update, by this device."""
+    if not on_gpu():
+        return FEWEST
+    plan = plan_pictures(model, work.layers, guidance, MOST, _beside(work, rounding))
+    return max(FEWEST, plan.batch_size)
 
 
 class _Trainer:
@@ -141,6 +164,8 @@ class _Trainer:
         self._layers = {name: Trainable.of(packed, training.rounding) for name, packed in start.items()}
         self._start = start
         self._guidance = states.manifest.cfg_weight
+        assert training.batch_size is not None
+        self._size = training.batch_size
 
     def _others(self) -> list[str]:
         """Texts that no image has, as many as are wanted."""
@@ -184,7 +209,8 @@ class _Trainer:
         return self._finished(trained), [*notes, self._summary(trained)], drawn
 
     def _pictures(self) -> AbstractContextManager[PictureLoss]:
-        return picture_loss(self._model, self._work.layers, self._guidance, self._training.batch_size)
+        beside = _beside(self._work, self._training.rounding)
+        return picture_loss(self._model, self._work.layers, self._guidance, self._size, beside)
 
     def _begin(self, loss: PictureLoss) -> Trained:
         own = self._work.layers
@@ -210,12 +236,12 @@ class _Trainer:
     def _chosen(self, update: int) -> Drawn:
         """The pictures of an update: texts, fresh noise, and a number of steps."""
         training, random = self._training, generator("quantizer.seed", self._training.seed, update)
-        chosen = random.choice(len(self._texts), training.batch_size, replace=len(self._texts) < training.batch_size)
+        chosen = random.choice(len(self._texts), self._size, replace=len(self._texts) < self._size)
         num_steps = min(training.num_steps, self._states.manifest.num_steps)  # some models draw in four
         fifth = num_steps // 5
         return Drawn(
             [self._texts[i] for i in chosen],
-            random.randint(1 << 31, size=training.batch_size).tolist(),
+            random.randint(1 << 31, size=self._size).tolist(),
             int(random.randint(num_steps - fifth, num_steps + fifth + 1)),
         )
 
@@ -223,7 +249,7 @@ class _Trainer:
         """Mean PSNR of the held-out pictures, in the dataset's number of steps, dB."""
         weights = {name: layer.weight(parameters[name]) for name, layer in self._layers.items()}
         mx.eval(weights)
-        manifest, size, errors = self._states.manifest, self._training.batch_size, []
+        manifest, size, errors = self._states.manifest, self._size, []
         for first in range(0, len(self._held), size):
             images = self._held[first : first + size]
             exact = mx.array(read_states(self._states.data_dir, manifest, images, manifest.num_steps))

@@ -7,7 +7,7 @@ states that the changed weights drew (the adjoint of docs/METHODS.md, there of t
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from calib.analysis.backward import Backward, Rows, along
@@ -17,7 +17,7 @@ from calib.base.progress import note, readable_bytes
 from calib.dataset.generate import trajectory_from
 from calib.dataset.sampling import as_floats, noise_levels
 from calib.models.architecture import Conditioning
-from calib.models.memory import device_memory, plan_backward
+from calib.models.memory import BackwardPlan, decoding_bytes, device_memory, plan_backward
 from calib.models.model import DiffusionModel
 from calib.models.parallel import shared_cores, streams_of
 
@@ -28,29 +28,56 @@ from numpy.typing import NDArray
 
 #: Mean squared errors below this, 90 dB, are rounding.
 LEAST_ERROR = 1e-9
+#: Memory of decoding a picture and of going back through it, in units of decoding alone.
+DECODED_TWICE = 4
+
+
+def plan_pictures(
+    model: DiffusionModel, layers: Mapping[str, nn.Linear], guidance: float, size: int, beside: int = 0
+) -> BackwardPlan:
+    """The plan of up to ``size`` pictures with changed weights in float32 and ``beside`` bytes held beside it."""
+    held = beside + sum(4 * int(layer.weight.size) for layer in layers.values())
+    shape, text_length = model.latent_shape, model.text_length
+    memory = device_memory() - held
+    plan = plan_backward(model.architecture, shape, guidance > 0, size, text_length, memory, largest=size)
+    return replace(plan, nbytes=plan.nbytes + held)
 
 
 @contextmanager
 def picture_loss(
-    model: DiffusionModel, layers: Mapping[str, nn.Linear], guidance: float, size: int
+    model: DiffusionModel, layers: Mapping[str, nn.Linear], guidance: float, size: int, beside: int = 0
 ) -> Iterator["PictureLoss"]:
-    """The loss of up to ``size`` pictures, on as many passes at once as this device runs best, for the context."""
-    plan = plan_backward(model.architecture, model.latent_shape, guidance > 0, size)
-    # Beside the plan's: the changed weights in float32.
-    needed = plan.nbytes + sum(4 * int(layer.weight.size) for layer in layers.values())
-    if needed > device_memory():
+    """The loss of up to ``size`` pictures, on as many passes at once as this device runs best, for the context.
+
+    Args:
+        beside: bytes that are held meanwhile.
+    """
+    plan = plan_pictures(model, layers, guidance, size, beside)
+    if plan.nbytes > device_memory():
+        less = (
+            "quantizer.rounding=false takes less, and so does quantizer=gptq"
+            if beside
+            else "quantizer=gptq takes less,"
+        )
         note(
-            f"gradients of pictures take about {readable_bytes(needed)}, of {readable_bytes(device_memory())}: this "
-            "may be slow or killed; quantizer=gptq without pictures takes less"
+            f"gradients of pictures take about {readable_bytes(plan.nbytes)}, of {readable_bytes(device_memory())}: "
+            f"this may be slow or killed; {less} without pictures"
         )
     at_once, side_by_side = (plan.batch_size, 1) if on_gpu() or plan.by_parts else (1, min(cores(), size))
     backward = Backward(model, layers, [], plan.by_parts)
     with backward.running(), shared_cores(side_by_side, side_by_side):
-        loss = PictureLoss(model, backward, layers, guidance, at_once, side_by_side)
+        decoded = _decoded_at_once(model, device_memory() - plan.nbytes) if on_gpu() else 1
+        loss = PictureLoss(model, backward, layers, guidance, at_once, side_by_side, decoded)
         try:
             yield loss
         finally:
             loss.restore()
+
+
+def _decoded_at_once(model: DiffusionModel, left: int) -> int:
+    """Number of latents to decode, and to go back through, in ``left`` bytes."""
+    needed = model.decoding_bytes or decoding_bytes(model.decoder, model.latent_shape[:2])
+    return max(1, left // (DECODED_TWICE * needed)) if needed else 1
 
 
 def psnr_of(error: float) -> float:
@@ -86,6 +113,7 @@ class PictureLoss:
     Args:
         guidance: the weight of guidance.
         at_once: pictures of a pass; side_by_side: passes at once, more than one on a CPU alone.
+        decoded: pictures decoded at once.
     """
 
     def __init__(
@@ -96,9 +124,10 @@ class PictureLoss:
         guidance: float,
         at_once: int,
         side_by_side: int,
+        decoded: int = 1,
     ):
         self._model, self._backward, self._layers, self._guidance = model, backward, layers, guidance
-        self._at_once, self._side_by_side = at_once, side_by_side
+        self._at_once, self._side_by_side, self._decoded = at_once, side_by_side, decoded
         self._exact = {name: layer.weight for name, layer in layers.items()}
 
     def draw(self, wanted: Drawn, weights: Mapping[str, mx.array] | None = None) -> list[mx.array]:
@@ -156,8 +185,11 @@ class PictureLoss:
 
     def errors(self, exact: mx.array, changed: mx.array) -> list[float]:
         """Mean squared errors of the pictures of two batches of latents."""
-        pairs = [(self._picture(exact[i : i + 1]), self._picture(changed[i : i + 1])) for i in range(len(exact))]
-        return [float(np.array(mx.square(a - b).mean())) for a, b in pairs]
+        found = list[float]()
+        for part in self._decodings(len(exact)):
+            error = mx.square(self._picture(exact[part]) - self._picture(changed[part])).mean(axis=(1, 2, 3))
+            found += np.array(error).tolist()
+        return found
 
     def _back(self, passes: Sequence[_Pass], num_steps: int) -> None:
         """Carry the passes over all steps."""
@@ -183,22 +215,26 @@ class PictureLoss:
 
     def _of_pictures(self, exact: mx.array, changed: mx.array) -> tuple[list[float], mx.array]:
         """Mean squared errors of pictures of two batches of latents, and the loss's gradient by the second's."""
-        errors, gradients = [], []
-        for i in range(len(exact)):  # one at a time, as they are decoded: activations of a picture's size are kept
-            y = self._picture(exact[i : i + 1])
+        errors, gradients = list[float](), []
+        for part in self._decodings(len(exact)):  # few at once: activations of a picture's size are kept
+            y = self._picture(exact[part])
 
             def loss(z: mx.array, y: mx.array = y) -> tuple[mx.array, mx.array]:
-                error = mx.square(self._picture(z) - y).mean()
-                return mx.log(error + LEAST_ERROR), error
+                error = mx.square(self._picture(z) - y).mean(axis=(1, 2, 3))
+                return mx.log(error + LEAST_ERROR).sum(), error
 
-            (_, error), gradient = mx.value_and_grad(loss)(changed[i : i + 1])
+            (_, error), gradient = mx.value_and_grad(loss)(changed[part])
             mx.eval(error, gradient)
-            errors.append(float(np.array(error)))
+            errors += np.array(error).tolist()
             gradients.append(gradient)
         found = mx.concatenate(gradients)
         if not mx.isfinite(found).all().item():
             raise CalibError("the gradient of the picture is not finite, first in the decoder")
         return errors, found
+
+    def _decodings(self, pictures: int) -> Iterator[slice]:
+        """Those of ``pictures`` that are decoded at once."""
+        yield from (slice(first, first + self._decoded) for first in range(0, pictures, self._decoded))
 
     def _picture(self, z: mx.array) -> mx.array:
         # Not clipped: a value beyond white is moved back into the picture by an error as large.

@@ -12,7 +12,7 @@ import mlx.core as mx
 Parameters: TypeAlias = dict[str, mx.array]
 
 #: Share of a scale, share of a scale's width for a bias, and integers, that a change by one stands for.
-SCALE, BIAS, INTEGER = 0.1, 1.0, 8.0
+SCALE, BIAS, INTEGER = 0.1, 1.0, 3.0
 #: How far from the middle of an integer a training begins, of the distance of the weight itself.
 SPREAD = 0.6
 
