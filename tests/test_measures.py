@@ -17,6 +17,8 @@ from helpers import Outcome, check_config_error, is_one_clear_line, run_here, ru
 Calib: TypeAlias = Callable[..., Outcome]
 OFFLINE = ("lpips_effnet", "kid_effnet", "fd_effnet")
 ALL = f"evaluation.metrics=[psnr,ssim,{','.join(OFFLINE)}]"
+#: Of their own, as other tests compare what lies beside the shared run.
+DATA = "data_dir=dataset"
 SIZES = ("evaluation.num_images=4", "evaluation.steps=2", "sampler.num_steps=4", "sampler.batch_size=2")
 
 
@@ -24,8 +26,7 @@ SIZES = ("evaluation.num_images=4", "evaluation.steps=2", "sampler.num_steps=4",
 def evaluated(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the run directory ``all`` of an evaluation by all measures, and the cache that it filled."""
     folder = tmp_path_factory.mktemp("measures")
-    data = f"data_dir={tiny_run.parent / 'dataset'}"
-    well(run_in(folder, "evaluate", f"plan={tiny_run}", data, ALL, *SIZES, "hydra.run.dir=all"))
+    well(run_in(folder, "evaluate", f"plan={tiny_run}", DATA, ALL, *SIZES, "hydra.run.dir=all"))
     return folder
 
 
@@ -90,8 +91,7 @@ def test_a_reference_of_the_users_own(calib: Calib, evaluated: Path, tiny_run: P
     """Sets are compared with it; another number of pictures will do, and changed ones are another job."""
     shutil.copytree(evaluated / "all" / QUANTIZED_PICTURES, "own", dirs_exist_ok=True)
     shutil.copy(evaluated / "all" / FULL_PICTURES / "0000.png", "own/other.png")
-    data = f"data_dir={tiny_run.parent / 'dataset'}"
-    command = ("evaluate", f"plan={tiny_run}", data, *SIZES, "evaluation.metrics=[kid_effnet,fd_effnet]", "report=none")
+    command = ("evaluate", f"plan={tiny_run}", DATA, *SIZES, "evaluation.metrics=[kid_effnet,fd_effnet]", "report=none")
     command = (*command, "evaluation.reference=own", "hydra.run.dir=own_run")
     well(calib(*command))
     metrics, other = (read_json(evaluated / run / METRICS) for run in ("own_run", "all"))
@@ -108,7 +108,7 @@ def test_a_reference_of_the_users_own(calib: Calib, evaluated: Path, tiny_run: P
         (("evaluation.metrics=[psrn]",), "evaluation.metrics=psrn: no such measure. Did you mean 'psnr'?"),
         (("evaluation.metrics=[ssim,ssim]",), "evaluation.metrics: ssim is named twice"),
         (("evaluation.metrics=[kid_effnet]", "evaluation.num_images=3"), "of 4 pictures or more, and there are 3"),
-        (("evaluation.reference=own",), "it is what kid_effnet, fd_effnet compare with"),
+        (("evaluation.reference=own",), "it is what kid_effnet, fd_effnet, cmmd compare with"),
         (("evaluation=distribution", "evaluation.reference=few"), "of 4 pictures or more, and there are 1"),
         (("evaluation=distribution", "evaluation.reference=none"), "none: cannot be read as a folder of pictures"),
         (("evaluation=distribution", "evaluation.reference=empty"), "empty: no picture in it"),

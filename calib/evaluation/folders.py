@@ -7,9 +7,10 @@ from functools import cached_property
 from pathlib import Path
 
 from calib.base.device import cores
-from calib.base.errors import CalibError
+from calib.base.errors import CalibError, ConfigError
 from calib.base.progress import Progress
-from calib.evaluation.measures import DEFAULT, MEASURES, Chosen, check_names, choose
+from calib.evaluation.agreement import FORM, read_prompts
+from calib.evaluation.measures import DEFAULT, MEASURES, Chosen, Sources, check_names, choose
 from calib.evaluation.metrics import MOST_PSNR, WINDOW, Interval, bootstrap_columns
 from calib.evaluation.pictures import Picture, matched, pictures_in, read_picture
 from calib.evaluation.sets import SetDistance
@@ -18,6 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 BATCH = 16
+#: Of measures that need no network.
+NOTHING = Sources(Path())
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,7 @@ class FolderComparison:
     Attributes:
         values: (pairs,) by measure; the PSNR of equal pictures is inf.
         grey: pictures of one channel, in either folder.
+        cut: prompts of which a CLIP reads the beginning alone.
     """
 
     folders: tuple[Path, Path]
@@ -35,6 +39,7 @@ class FolderComparison:
     sets: Mapping[str, SetDistance]
     sizes: Mapping[tuple[int, int], int]
     grey: int
+    cut: int = 0
 
     @cached_property
     def intervals(self) -> dict[str, Interval]:
@@ -53,21 +58,28 @@ class FolderComparison:
         return [int(place) for place in np.argsort(own if MEASURES[name].higher else -own, kind="stable")]
 
 
-def compare_folders(a: Path, b: Path, names: Sequence[str] = DEFAULT, cache_dir: Path = Path()) -> FolderComparison:
+def compare_folders(
+    a: Path, b: Path, names: Sequence[str] = DEFAULT, sources: Sources = NOTHING, prompts: Path | None = None
+) -> FolderComparison:
     """Compare pictures of the same name in the folders ``a`` and ``b`` by the measures ``names``.
 
+    Args:
+        prompts: a file with the prompt of each picture, for a measure that reads them.
+
     Raises:
-        CalibError: names do not match, sizes differ, or a picture cannot be compared.
+        CalibError: names do not match, sizes differ, a picture cannot be compared or lacks its prompt.
     """
     pairs = matched(a, b)
     check_names("--metrics", names, len(pairs))
-    chosen = choose(names, cache_dir)
+    texts = _texts(prompts, names, list(pairs))
+    chosen = choose(names, sources)
     values: dict[str, list[NDArray[np.float64]]] = {name: [] for name in chosen.pairs}
     vectors: dict[str, list[tuple[NDArray[np.float32], NDArray[np.float32]]]] = {name: [] for name in chosen.sets}
     sizes: dict[tuple[int, int], int] = {}
     grey = 0
     with Progress("compare pictures", len(pairs), "pair", delay=2) as progress, ThreadPoolExecutor(cores()) as pool:
-        for batch in _batches(list(pairs.values())):
+        for shown in _batches(list(pairs)):
+            batch = [pairs[name] for name in shown]
             read = list(pool.map(_read_pair, batch))
             if "ssim" in names:
                 _check_window(batch, read)
@@ -75,7 +87,10 @@ def compare_folders(a: Path, b: Path, names: Sequence[str] = DEFAULT, cache_dir:
                 grey += one.grey + other.grey
                 height, width, _ = one.pixels.shape
                 sizes[width, height] = sizes.get((width, height), 0) + 1
-            for name, own in chosen.of_pairs([(a.pixels / 255, b.pixels / 255) for a, b in read], pool.map).items():
+            said = [texts[name] for name in shown if texts]
+            for name, own in chosen.of_pairs(
+                [(a.pixels / 255, b.pixels / 255) for a, b in read], said, pool.map
+            ).items():
                 values[name].append(own)
             sides = [chosen.vectors([pair[side].pixels for pair in read]) for side in (0, 1)]
             for name in chosen.sets:
@@ -89,7 +104,18 @@ def compare_folders(a: Path, b: Path, names: Sequence[str] = DEFAULT, cache_dir:
         chosen.of_sets(x, y, paired=True),
         sizes,
         grey,
+        chosen.truncated(list(texts.values())),
     )
+
+
+def _texts(prompts: Path | None, names: Sequence[str], pictures: Sequence[str]) -> dict[str, str]:
+    """Prompts by picture; none where no measure of ``names`` reads them."""
+    reading = [name for name in names if MEASURES[name].of_texts]
+    if prompts is None and reading:
+        raise ConfigError(f"--metrics={reading[0]}: reads the prompts; name their file, --prompts FILE: {FORM}")
+    if prompts is not None and not reading:
+        raise ConfigError.bad_value("--prompts", prompts, "only clip_score reads it; add that to --metrics")
+    return {} if prompts is None else read_prompts(prompts, pictures)
 
 
 def vectors_of(folder: Path, chosen: Chosen) -> dict[str, NDArray[np.float32]]:
@@ -103,9 +129,9 @@ def vectors_of(folder: Path, chosen: Chosen) -> dict[str, NDArray[np.float32]]:
     return {name: np.concatenate([own[name] for own in found]) for name in chosen.sets}
 
 
-def _batches(pairs: Sequence[tuple[Path, Path]]) -> Iterator[Sequence[tuple[Path, Path]]]:
-    for start in range(0, len(pairs), BATCH):
-        yield pairs[start : start + BATCH]
+def _batches(names: Sequence[str]) -> Iterator[Sequence[str]]:
+    for start in range(0, len(names), BATCH):
+        yield names[start : start + BATCH]
 
 
 def _read_pair(paths: tuple[Path, Path]) -> tuple[Picture, Picture]:

@@ -4,6 +4,7 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 from calib.base.progress import counted
+from calib.evaluation.agreement import cut_lines, score_lines
 from calib.evaluation.folders import FolderComparison
 from calib.evaluation.measures import MEASURES
 from calib.evaluation.metrics import FEW_PROMPTS, LEVEL, MOST_PSNR
@@ -46,6 +47,7 @@ def notes(found: FolderComparison) -> list[str]:
     if "psnr" in found.values and (equal := int(np.isinf(found.values["psnr"]).sum())):
         of = counted(len(found.pairs), "pair")
         lines.append(f"{equal} of {of} equal, which count as {MOST_PSNR:.1f} dB in the mean")
+    lines += [*score_lines(found.values, str(found.folders[0])), *cut_lines(found.cut, len(found.pairs))]
     if found.grey:
         lines.append(f"{counted(found.grey, 'grey picture')}: one channel counts as three equal ones")
     if len(found.sizes) > 1:

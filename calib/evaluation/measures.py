@@ -7,15 +7,20 @@ an extractor makes of every picture. To add a measure is to add an entry, here a
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from calib.base.errors import ConfigError, suggest
 from calib.evaluation.metrics import psnr, ssim
-from calib.evaluation.sets import FEWEST, SetDistance, frechet_distance, kernel_distance
+from calib.evaluation.sets import FEWEST, SetDistance, frechet_distance, gaussian, kernel_distance
 
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from calib.evaluation.features.clip_features import ClipFeatures
+    from calib.evaluation.features.extract import EfficientNetFeatures
 
 #: A picture, (height, width, 3): of floats in [0, 1], and of eight bits.
 Picture = NDArray[np.floating[Any]]
@@ -25,13 +30,22 @@ DEFAULT = ("psnr", "ssim")
 
 
 class Extractor(Protocol):
-    """What makes vectors of pictures, or compares pairs of them by what it sees in either."""
+    """What makes vectors of pictures; ``content`` is a hash of all that they depend on besides."""
+
+    @property
+    def content(self) -> str: ...
 
     def vectors(self, pictures: Sequence[Pixels]) -> NDArray[np.float32]:
         """A vector for each of ``pictures``, (pictures, features)."""
 
-    def distances(self, pairs: Sequence[tuple[Pixels, Pixels]]) -> NDArray[np.float64]:
-        """A distance for each of ``pairs``."""
+
+@dataclass(frozen=True)
+class Sources:
+    """Where extractors find what they need: the folder of caches; the CLIP that the user names, with ``clip_key``."""
+
+    cache_dir: Path
+    clip: str | None = None
+    clip_key: str = "evaluation.clip"
 
 
 @dataclass(frozen=True)
@@ -39,8 +53,10 @@ class Measure:
     """How a measure is shown: its title, how to read it, the format of its numbers, whether higher ones are better.
 
     Attributes:
-        extractor: opens what it needs, given the folder of caches; raises a ConfigError where a package is missing.
+        extractor: opens what it needs; raises a ConfigError where a package or a CLIP is missing.
         pair: the value of two pictures, for one that needs no extractor.
+        seen: values of pairs by its extractor, for one of pairs, with the prompt of each where it is ``of_texts``.
+        beside: measures that come with it.
         sets: the distance of two sets, of vectors, for one of sets; whether these are paired; and a name for a bar.
     """
 
@@ -48,25 +64,64 @@ class Measure:
     how: str
     form: str
     higher: bool
-    extractor: Callable[[Path], Extractor] | None = None
+    extractor: Callable[[Sources], Extractor] | None = None
     pair: Callable[[Picture, Picture], float] | None = None
+    seen: Callable[[Any, Sequence[tuple[Pixels, Pixels]], Sequence[str]], NDArray[np.float64]] | None = None
+    of_texts: bool = False
+    beside: Sequence[str] = ()
     sets: Callable[[NDArray[Any], NDArray[Any], bool, str], SetDistance] | None = None
 
 
-def efficientnet(cache_dir: Path) -> Extractor:
+def efficientnet(sources: Sources) -> "EfficientNetFeatures":
     """EfficientNet-Lite0's features."""
     from calib.evaluation.features.extract import EfficientNetFeatures  # MLX, which other measures do without
 
-    return EfficientNetFeatures(cache_dir)
+    return EfficientNetFeatures(sources.cache_dir)
+
+
+def clip(sources: Sources) -> "ClipFeatures":
+    """Features of the CLIP that the user names."""
+    if sources.clip is None:
+        measures = ", ".join(name for name, own in MEASURES.items() if own.extractor is clip)
+        named = f"its folder or its repository on the hub, {sources.clip_key}=openai/clip-vit-large-patch14"
+        raise ConfigError(f"{measures} are by a CLIP of your choice: name {named}")
+    from calib.evaluation.features.clip_features import ClipFeatures
+
+    return ClipFeatures(sources.clip, sources.clip_key, sources.cache_dir)
+
+
+def _change(features: "ClipFeatures", pairs: Sequence[tuple[Pixels, Pixels]], texts: Sequence[str]) -> Any:
+    before, after = (features.scores([pair[side] for pair in pairs], texts) for side in (0, 1))
+    return after - before
 
 
 MEASURES: Mapping[str, Measure] = {
     "psnr": Measure("PSNR", "dB, higher is closer", "{:.2f}", True, pair=psnr),
     "ssim": Measure("SSIM", "1: equal", "{:.4f}", True, pair=ssim),
-    "lpips_effnet": Measure("perceptual distance", "EfficientNet, 0: equal", "{:.4f}", False, efficientnet),
+    "lpips_effnet": Measure(
+        *("perceptual distance", "EfficientNet, 0: equal", "{:.4f}", False, efficientnet),
+        seen=lambda features, pairs, texts: features.distances(pairs),
+    ),
     "kid_effnet": Measure("KID (EfficientNet)", "lower is closer", "{:.4g}", False, efficientnet, sets=kernel_distance),
     "fd_effnet": Measure(
         "Fréchet distance (EfficientNet)", "lower is closer", "{:.4g}", False, efficientnet, sets=frechet_distance
+    ),
+    "clip_similarity": Measure(
+        *("CLIP similarity", "cosine, 1: equal", "{:.4f}", True, clip),
+        seen=lambda features, pairs, texts: features.similarities(pairs),
+    ),
+    "clip_score": Measure(
+        *("CLIP score", "100·cosine with the prompt", "{:.2f}", True, clip),
+        seen=lambda features, pairs, texts: features.scores([after for _, after in pairs], texts),
+        of_texts=True,
+        beside=("clip_score_change",),
+    ),
+    "clip_score_change": Measure(
+        *("change of the CLIP score", "0: the reference's", "{:+.2f}", True, clip), seen=_change, of_texts=True
+    ),
+    "cmmd": Measure(
+        *("CMMD (U-statistic)", "lower is closer", "{:.4g}", False, clip),
+        sets=partial(kernel_distance, kernel=gaussian),
     ),
 }
 
@@ -79,17 +134,39 @@ class Chosen:
     sets: Mapping[str, Extractor]
 
     def of_pairs(
-        self, pairs: Sequence[tuple[Picture, Picture]], each: Callable[..., Iterable[float]] = map
+        self,
+        pairs: Sequence[tuple[Picture, Picture]],
+        texts: Sequence[str] = (),
+        each: Callable[..., Iterable[float]] = map,
     ) -> dict[str, NDArray[np.float64]]:
-        """Values of each measure of pairs, (pairs,); ``each`` maps those without an extractor, perhaps side by side."""
+        """Values of each measure of pairs, (pairs,), whose prompts are ``texts``.
+
+        ``each`` maps those without an extractor, perhaps side by side.
+        """
         found = {}
         for name, extractor in self.pairs.items():
-            pair = MEASURES[name].pair
+            pair, seen = MEASURES[name].pair, MEASURES[name].seen
             if pair is not None:
                 found[name] = np.array(list(each(pair, *zip(*pairs, strict=True))))
-            elif extractor is not None:
-                found[name] = extractor.distances([(eight_bits(a), eight_bits(b)) for a, b in pairs])
+            elif seen is not None:
+                found[name] = seen(extractor, [(eight_bits(a), eight_bits(b)) for a, b in pairs], texts)
         return found
+
+    @property
+    def made_by(self) -> list[Any]:
+        """Names of the measures of pairs, each with what its values depend on besides pictures and prompts."""
+        return sorted([name, own.content] if own else [name] for name, own in self.pairs.items())
+
+    @property
+    def clips(self) -> list[str]:
+        """The content of the CLIP that measures are by; none without."""
+        every: dict[str, Any] = {**self.pairs, **self.sets}
+        return list({own.content for name, own in every.items() if MEASURES[name].extractor is clip})
+
+    def truncated(self, texts: Sequence[str]) -> int:
+        """How many of ``texts`` are longer than what is read of them, where a measure reads them."""
+        readers: list[Any] = [own for name, own in self.pairs.items() if MEASURES[name].of_texts]
+        return readers[0].truncated(texts) if readers else 0
 
     def vectors(self, pictures: Sequence[Pixels]) -> dict[str, NDArray[np.float32]]:
         """Vectors of ``pictures`` for each measure of sets; those of one extractor are the same array."""
@@ -123,10 +200,18 @@ def check_names(key: str, names: Sequence[str], pictures: int | None = None) -> 
             raise ConfigError(f"{key}={name}: is of {FEWEST} pictures or more, and there are {pictures}")
 
 
-def choose(names: Sequence[str], cache_dir: Path) -> Chosen:
-    """The measures of these names; raises a ConfigError where a package that one needs is missing."""
-    needed = {name: MEASURES[name].extractor for name in names}
-    opened = {extractor: extractor(cache_dir) for extractor in needed.values() if extractor is not None}
+def choose(names: Sequence[str], sources: Sources) -> Chosen:
+    """The measures of these names, and those that come with them; opens what they need.
+
+    Raises:
+        CalibError: a package or a CLIP that one needs is missing or damaged, or no measure needs the CLIP.
+    """
+    needed = {name: MEASURES[name].extractor for given in names for name in (given, *MEASURES[given].beside)}
+    if sources.clip is not None and clip not in needed.values():
+        measures = ", ".join(name for name, own in MEASURES.items() if own.extractor is clip)
+        allowed = f"no measure that is asked for reads it; it is for {measures}"
+        raise ConfigError.bad_value(sources.clip_key, sources.clip, allowed)
+    opened = {extractor: extractor(sources) for extractor in needed.values() if extractor is not None}
     sets = {name: opened[e] for name, e in needed.items() if e is not None and MEASURES[name].sets is not None}
     return Chosen({name: e and opened[e] for name, e in needed.items() if name not in sets}, sets)
 

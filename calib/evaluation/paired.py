@@ -116,7 +116,7 @@ class Paired:
             ssim=np.array([ssim(*pair) for pair in pairs]),
             error=self._output_errors(change, label, chosen),
             steps=np.array(self._reference.steps),
-            further=self.measures.of_pairs(pairs),
+            further=self.measures.of_pairs(pairs, [str(self._reference.manifest.images[i].prompt) for i in chosen]),
         )
         return Outcome(pictures, fidelity)
 

@@ -77,7 +77,7 @@ def _control_of(
     drawn_in = [reference.manifest.batch_size, reference.manifest.parts]
     device = [mx.default_device().type.name, numerics(model.transformer)]
     made_by = [CONTROL_VERSION, model.fingerprint, images, list(reference.steps), *drawn_in, *device]
-    made_by += sorted(paired.measures.pairs)
+    made_by += paired.measures.made_by
     path = cache_dir / "evaluation" / f"control_{short_hash(made_by, digits=16)}.json"
     with locked(path.with_suffix(".lock"), lambda: say(f"waiting for the process that measures the control ({path})")):
         if path.exists():

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from calib.base.errors import CalibError
 from calib.base.files import replacing
 from calib.base.progress import counted
+from calib.evaluation.agreement import score_lines
 from calib.evaluation.measures import MEASURES
 from calib.evaluation.metrics import (
     FEW_PROMPTS,
@@ -55,6 +56,7 @@ def fidelity_text(quantized: Fidelity, control: Fidelity, steps: int) -> str:
     lines = [
         f"{counted(quantized.prompts, 'prompt')}; output error at {len(quantized.steps)} of {counted(steps, 'step')}",
         *_table(quantized, control),
+        *score_lines(quantized.further, "full precision"),
         _error_against_step(quantized),
         *(f"note: {note}" for note in _notes(quantized, control)),
     ]

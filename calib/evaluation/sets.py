@@ -21,6 +21,8 @@ from numpy.typing import NDArray
 SUBSETS, SUBSET_SIZE = 100, 1000
 #: Pictures of either set up to which the kernel of all pairs is computed once: 100 MB.
 MOST_AT_ONCE = 2000
+#: Of CMMD's kernel.
+SIGMA = 10
 #: Halves of Fréchet distances.
 HALVES = 10
 #: Pictures below which a half has no covariance.
@@ -32,6 +34,8 @@ TWO_SIDED = 1.959964
 
 Vectors: TypeAlias = NDArray[np.float64]
 Rows: TypeAlias = NDArray[np.int64]
+#: A kernel of the rows of two matrices, for each pair of rows.
+Kernel: TypeAlias = Callable[[Vectors, Vectors], Vectors]
 
 
 @dataclass(frozen=True)
@@ -55,8 +59,25 @@ class SetDistance:
         return ends | {f"{name}_{key}": value for key, value in self.further.items()}
 
 
-def kernel_distance(x: NDArray[Any], y: NDArray[Any], paired: bool, progress: str = "") -> SetDistance:
+def cubic(a: Vectors, b: Vectors) -> Vectors:
+    """KID's kernel, (a·b / length + 1)³."""
+    found: Vectors = (a @ b.T / a.shape[1] + 1) ** 3
+    return found
+
+
+def gaussian(a: Vectors, b: Vectors) -> Vectors:
+    """CMMD's kernel and factor, 1000 exp(-‖a - b‖² / 2σ²) with σ = 10, of rows of unit length (arXiv 2401.09603)."""
+    squares = np.sum(a * a, axis=1)[:, None] + np.sum(b * b, axis=1) - 2 * (a @ b.T)
+    found: Vectors = 1000 * np.exp(squares / (-2 * SIGMA**2))
+    return found
+
+
+def kernel_distance(
+    x: NDArray[Any], y: NDArray[Any], paired: bool, progress: str = "", kernel: Kernel = cubic
+) -> SetDistance:
     """KID of the rows of ``x`` and ``y`` (arXiv 1801.01401): the mean of :func:`mmd` over subsets, and its spread.
+
+    With another ``kernel`` it is another distance, estimated alike.
 
     ``paired``: rows of one number belong together, as those of one prompt and seed do; subsets take the same of both.
     """
@@ -64,14 +85,14 @@ def kernel_distance(x: NDArray[Any], y: NDArray[Any], paired: bool, progress: st
     n = min(len(x), len(y))
     size = min(SUBSET_SIZE, n // 2)
     if max(len(x), len(y)) <= MOST_AT_ONCE:
-        within_x, within_y, between = _kernel(x, x), _kernel(y, y), _kernel(x, y)
+        within_x, within_y, between = kernel(x, x), kernel(y, y), kernel(x, y)
 
         def distance(i: Rows, j: Rows) -> float:
             return _mmd(within_x[np.ix_(i, i)], within_y[np.ix_(j, j)], between[np.ix_(i, j)], paired)
     else:
 
         def distance(i: Rows, j: Rows) -> float:
-            return mmd(x[i], y[j], paired)
+            return mmd(x[i], y[j], paired, kernel)
 
     found = _of_subsets(distance, len(x), len(y), paired, size / n, SUBSETS, progress, most=size)
     value, spread = float(found.mean()), float(found.std(ddof=1))
@@ -80,19 +101,14 @@ def kernel_distance(x: NDArray[Any], y: NDArray[Any], paired: bool, progress: st
     return SetDistance(value, value - reach, value + reach, further, f"± {spread:.2g} over subsets of {size} pictures")
 
 
-def mmd(x: Vectors, y: Vectors, paired: bool = False) -> float:
-    """Unbiased estimate of the squared maximum mean discrepancy, with the kernel (x·y / length + 1)³.
+def mmd(x: Vectors, y: Vectors, paired: bool = False, kernel: Kernel = cubic) -> float:
+    """Unbiased estimate of the squared maximum mean discrepancy, a U-statistic.
 
     The mean of k(x, x') + k(y, y') - 2 k(x, y) over different rows; of equal distributions it is 0, and single values
     may lie below. Of ``paired`` sets a row's own partner is left out of the third term, too (Gretton et al. 2012, eq.
     4): it is like it, and would make the estimate too low by what all pairs have in common.
     """
-    return _mmd(_kernel(x, x), _kernel(y, y), _kernel(x, y), paired)
-
-
-def _kernel(a: Vectors, b: Vectors) -> Vectors:
-    found: Vectors = (a @ b.T / a.shape[1] + 1) ** 3
-    return found
+    return _mmd(kernel(x, x), kernel(y, y), kernel(x, y), paired)
 
 
 def _mmd(within_x: Vectors, within_y: Vectors, between: Vectors, paired: bool) -> float:

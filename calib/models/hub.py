@@ -73,6 +73,22 @@ def renamed(
         raise CalibError(f"{source}: holds a tensor of a wrong shape ({_cause(error)})") from None
 
 
+def check_tensors(
+    shapes: Mapping[str, tuple[int, ...]],
+    wanted: Mapping[str, tuple[int, ...]],
+    source: str,
+    unused: Sequence[str] = (),
+) -> None:
+    """Raise unless ``source`` has tensors of the ``wanted`` names and shapes; ``unused`` as in :func:`load_checked`."""
+    given = {name: shape for name, shape in shapes.items() if not any(part in name for part in unused)}
+    for name in sorted(wanted.keys() ^ given.keys()):
+        state = "lacks" if name in wanted else "has an unknown"
+        raise CalibError(f"{source}: {state} tensor {name!r}; is it the right checkpoint?")
+    for name, shape in given.items():
+        if shape != wanted[name]:
+            raise CalibError(f"{source}: tensor {name!r} has shape {shape}, not {wanted[name]}")
+
+
 def load_checked(
     module: nn.Module, weights: Mapping[str, mx.array], dtype: mx.Dtype, source: str, unused: Sequence[str] = ()
 ) -> None:
@@ -81,13 +97,8 @@ def load_checked(
     ``unused`` lists parts of names of tensors to ignore, which the module is known to lack.
     """
     given = {name: w for name, w in weights.items() if not any(part in name for part in unused)}
-    wanted = dict(tree_flatten(module.parameters()))
-    for name in sorted(wanted.keys() ^ given.keys()):
-        state = "lacks" if name in wanted else "has an unknown"
-        raise CalibError(f"{source}: {state} tensor {name!r}; is it the right checkpoint?")
-    for name, value in given.items():
-        if value.shape != wanted[name].shape:
-            raise CalibError(f"{source}: tensor {name!r} has shape {value.shape}, not {wanted[name].shape}")
+    wanted = {name: w.shape for name, w in dict(tree_flatten(module.parameters())).items()}
+    check_tensors({name: w.shape for name, w in given.items()}, wanted, source)
     module.load_weights([(name, value.astype(dtype)) for name, value in given.items()])
     try:
         mx.eval(module.parameters())

@@ -157,7 +157,7 @@ def fingerprint(config: Mapping[str, Any], prompts: Sequence[str], measures: boo
     if calibrated == CalibrationSettings.images and _calibrates_alike(config):
         counted["calibration"] = {**counted["calibration"], "images": FEWER}
     # Keys that calib 0.3.0 did not have, at what it did.
-    asked = {"metrics": list(DEFAULT), "reference": None}
+    asked = {"metrics": list(DEFAULT), "reference": None, "clip": None}
     counted["evaluation"] = {k: v for k, v in counted["evaluation"].items() if k not in asked or v != asked[k]}
     if not counted["quantizer"].get("search", True):  # grids as calib 0.2.0 had them
         counted["quantizer"] = {k: v for k, v in counted["quantizer"].items() if k != "search"}

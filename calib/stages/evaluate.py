@@ -1,7 +1,8 @@
 """Draws held-out prompts at full precision and with a quantized model, same seeds and noise.
 
 Main keys: plan (the run directory of calib quantize), evaluation.num_images, evaluation.seed, evaluation.steps,
-evaluation.metrics (further ones: lpips_effnet, kid_effnet, fd_effnet)
+evaluation.metrics (further ones: lpips_effnet, kid_effnet, fd_effnet; with evaluation.clip clip_score, clip_similarity,
+cmmd)
 
 Two folders of pictures that anything drew, without a model: calib evaluate DIR_A DIR_B; calib evaluate A B --help
 """
@@ -29,8 +30,9 @@ from calib.base.progress import note, readable_bytes
 from calib.base.values import at_least
 from calib.dataset.generate import missing_images
 from calib.dataset.preflight import check_folders
+from calib.evaluation.agreement import cut_lines
 from calib.evaluation.folders import vectors_of
-from calib.evaluation.measures import DEFAULT, Chosen, check_names, choose, eight_bits
+from calib.evaluation.measures import DEFAULT, Chosen, Sources, check_names, choose, eight_bits
 from calib.evaluation.paired import Outcome, Paired
 from calib.evaluation.pictures import pictures_in
 from calib.evaluation.reference import control_of, draw_reference
@@ -79,18 +81,20 @@ def sources(settings: Settings) -> list[str]:
 
 
 def reference_sources(settings: Settings) -> list[str]:
-    """A hash of the names, sizes and times of the pictures of ``evaluation.reference``; none where it is not set."""
-    folder = settings.evaluate.evaluation.reference
-    if folder is None:
-        return []
-    found = {name: path.stat() for name, path in pictures_in(folder).items()}
-    return [short_hash([[name, own.st_size, own.st_mtime_ns] for name, own in found.items()], digits=16)]
+    """Hashes of the CLIP, and of the names, sizes and times of the reference's pictures, where these are named."""
+    wanted = settings.evaluate.evaluation
+    hashes = _measures(settings).clips if wanted.clip is not None and wanted.num_images else []
+    if wanted.reference is not None:
+        found = {name: path.stat() for name, path in pictures_in(wanted.reference).items()}
+        hashes.append(short_hash([[name, own.st_size, own.st_mtime_ns] for name, own in found.items()], digits=16))
+    return hashes
 
 
 def _measures(settings: Settings) -> Chosen:
-    """Measures besides those that are always there; raises where one lacks a package."""
-    named = [name for name in settings.evaluate.evaluation.metrics if name not in DEFAULT]
-    return choose(named, settings.job.cache_dir)
+    """Measures besides those that are always there; raises where one lacks a package or a CLIP."""
+    wanted = settings.evaluate.evaluation
+    named = [name for name in wanted.metrics if name not in DEFAULT]
+    return choose(named, Sources(settings.job.cache_dir, wanted.clip))
 
 
 def run(settings: Settings, run: RunDirectory, model: Callable[[], DiffusionModel], config: Mapping[str, Any]) -> None:
@@ -115,6 +119,8 @@ def run(settings: Settings, run: RunDirectory, model: Callable[[], DiffusionMode
     sets = _sets(paired, outcome, wanted.reference)
     about = {key: quantized.about[key] for key in CARRIED if key in quantized.about}
     text = fidelity_text(found, control, drawn.sampler.num_steps)
+    cut = paired.measures.truncated(reference.prompts)
+    text += "".join(f"note: {line}\n" for line in cut_lines(cut, len(reference.prompts)))
     text += sets_text(sets, "the full-precision model's" if wanted.reference is None else str(wanted.reference))
     seen = prompts_seen(quantized, reference.prompts)
     text += _planned(quantized, about) + (f"note: {_known(seen, len(reference.prompts))}\n" if seen else "")
@@ -133,6 +139,7 @@ def run(settings: Settings, run: RunDirectory, model: Callable[[], DiffusionMode
     seconds = time.monotonic() - start
     run.add_metrics(Stage.EVALUATE, {**found.summary(), **of_sets, **control.summary("control_")})
     run.add_metrics(Stage.EVALUATE, about | ({"prompts_seen": seen} if seen else {}))
+    run.add_metrics(Stage.EVALUATE, {"prompts_truncated": cut} if cut else {})
     run.add_metrics(Stage.EVALUATE, {"evaluate_seconds": seconds, "evaluate_peak_bytes": peak})
     logger.info("evaluated %d images in %.1f s", len(reference.images), seconds)
     print(f"\n{text}")

@@ -102,6 +102,7 @@ class EvaluationSettings:
         steps: number of steps at which outputs are compared.
         metrics: measures by name; those of :data:`calib.evaluation.measures.DEFAULT` are always there.
         reference: a folder of pictures that measures of sets compare with; None: those of the full-precision model.
+        clip: the CLIP of those measures that need one: a folder, or a repository of the hub.
         dequantize: run dense layers with the dequantized weights; None: everywhere but on Metal.
     """
 
@@ -110,6 +111,7 @@ class EvaluationSettings:
     steps: Annotated[int, AtLeast(1)] = 10
     metrics: Sequence[str] = DEFAULT
     reference: Path | None = None
+    clip: str | None = None
     dequantize: bool | None = None
 
     @property

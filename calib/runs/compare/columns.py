@@ -24,6 +24,9 @@ METRICS: Mapping[str, Metric] = {
     "lpips_effnet": Metric("perceptual distance", "", "lower", "{:.4f}"),
     "kid_effnet": Metric("KID (EffNet)", "", "lower", "{:.3g}"),
     "fd_effnet": Metric("FD (EffNet)", "", "lower", "{:.4g}"),
+    "clip_similarity": Metric("CLIP similarity", "", "higher", "{:.4f}"),
+    "clip_score": Metric("CLIP score", "", "higher", "{:.2f}"),
+    "cmmd": Metric("CMMD (U)", "", "lower", "{:.4g}"),
     "output_error": Metric("output error", "", "lower", "{:.2e}"),
     "average_weight_bits": Metric("bits a weight", "bits", "lower", "{:.2f}"),
     "average_activation_bits": Metric("activation bits", "bits", "lower", "{:.2f}"),
@@ -35,6 +38,7 @@ METRICS: Mapping[str, Metric] = {
 FURTHER: Mapping[str, Metric] = {
     "predicted_psnr": Metric("predicted PSNR", "dB", None, "{:.2f}"),
     "predicted_weights_psnr": Metric("predicted PSNR, weights alone", "dB", None, "{:.2f}"),
+    "clip_score_change": Metric("CLIP score's change", "", "higher", "{:.2f}"),
     "control_psnr": Metric("control's PSNR", "dB", None, "{:.2f}"),
     "control_ssim": Metric("control's SSIM", "", None, "{:.4f}"),
     "control_lpips_effnet": Metric("control's perceptual distance", "", None, "{:.4f}"),

@@ -217,7 +217,8 @@ def _tiles(metrics: Mapping[str, float]) -> list[dict[str, str]]:
             value = _alone(metric.form).format(metrics[key] * metric.scale)
             tiles.append({"title": metric.title, "value": value, "unit": metric.unit, "note": note})
 
-    for key in ("psnr", "ssim", "lpips_effnet", "output_error", "kid_effnet", "fd_effnet"):
+    by_clip = ("clip_similarity", "clip_score", "clip_score_change", "cmmd")
+    for key in ("psnr", "ssim", "lpips_effnet", "output_error", "kid_effnet", "fd_effnet", *by_clip):
         form, note = _alone(metric_of(key).form), ""
         if f"{key}_low" in metrics and f"{key}_high" in metrics:
             note = f"95%: {form.format(metrics[f'{key}_low'])} to {form.format(metrics[f'{key}_high'])}"
