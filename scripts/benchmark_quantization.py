@@ -97,6 +97,17 @@ def prepared(arguments, overrides: Sequence[str]) -> Setup:
 
 
 def measure(setup: Setup, row: Row, references, results) -> None:
+    start = time.monotonic()
+    quantized, about = made(setup, row)
+    for paired in references.values():
+        # The same numbers as MLX's quantized kernels, which a GPU compiles for a minute at every new bit-width.
+        change = partial(applied, setup.model, quantized, dequantize=True)
+        add(results, row.label, paired.compare(change, row.label).fidelity, about)
+    print(f"{row.label}: {time.monotonic() - start:.1f} s", flush=True)
+
+
+def made(setup: Setup, row: Row):
+    """The quantized model of a row, and what is shown of it."""
     plan = planned = row.plan(setup)
     start = time.monotonic()
     if row.activation_bits is not None:
@@ -113,21 +124,17 @@ def measure(setup: Setup, row: Row, references, results) -> None:
     states = collected(setup.settings, setup.run, "").states(wanted.images, wanted.steps)
     source = Calibration(path, row.rule, lambda: states, prompts=lambda: spare_prompts(setup.settings, states))
     quantized, _ = quantize_layers(setup.model, plan.layers, steps, row.quantizer, source, {})
-    size, made = quantized.size(), time.monotonic() - start
+    size, seconds = quantized.size(), time.monotonic() - start
     about = {
         "average_bits": size.average_bits,
         "bytes": size.nbytes,
         "activation_bits": average_activation_bits(
             path, {name: steps.bits_by_step(name, layer.activation_bits) for name, layer in plan.layers.items()}
         ),
-        "seconds": made,
+        "seconds": seconds,
         "predicted": plan.predicted_psnr,
     }
-    for paired in references.values():
-        # The same numbers as MLX's quantized kernels, which a GPU compiles for a minute at every new bit-width.
-        change = partial(applied, setup.model, quantized, dequantize=True)
-        add(results, row.label, paired.compare(change, row.label).fidelity, about)
-    print(f"{row.label}: {time.monotonic() - start:.1f} s", flush=True)
+    return quantized, about
 
 
 def add(results, label: str, found: Fidelity, about) -> None:
