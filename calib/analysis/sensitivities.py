@@ -227,10 +227,11 @@ def reach_note(sensitivities: Sensitivities) -> list[str]:
     if reach is None or not reach.latent.min() > 0:
         return []
     middle = sensitivities.num_steps // 2
-    first, half = (1 / reach.latent[step] for step in (0, middle))
+    left = (100 * reach.latent[step] for step in (0, middle))
+    first, half = (f"{share:.0f}%" if share >= 10 else f"{share:.2g}%" for share in left)
     return [
-        f"the steps that follow mend errors: of one before step 0 the {sensitivities.of} keeps 1/{first:.0f}, of one "
-        f"before step {middle} 1/{half:.0f}, of one in the finished latent all (squared)"
+        f"the {sensitivities.of} keeps {first} of a squared error before step 0, {half} of one before step {middle}, all "
+        "of one in the finished latent"
     ]
 
 
