@@ -230,8 +230,8 @@ def reach_note(sensitivities: Sensitivities) -> list[str]:
     left = (100 * reach.latent[step] for step in (0, middle))
     first, half = (f"{share:.0f}%" if share >= 10 else f"{share:.2g}%" for share in left)
     return [
-        f"the {sensitivities.of} keeps {first} of a squared error before step 0, {half} of one before step {middle}, all "
-        "of one in the finished latent"
+        f"the {sensitivities.of} keeps {first} of a squared error before step 0, {half} of one before step {middle}, "
+        "all of one in the finished latent"
     ]
 
 
