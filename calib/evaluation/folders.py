@@ -9,7 +9,7 @@ from pathlib import Path
 from calib.base.device import cores
 from calib.base.errors import CalibError
 from calib.base.progress import Progress
-from calib.evaluation.measures import DEFAULT, MEASURES, Chosen, check_names, choose
+from calib.evaluation.measures import DEFAULT, MEASURES, Chosen, Places, check_inception, check_names, choose
 from calib.evaluation.metrics import MOST_PSNR, WINDOW, Interval, bootstrap_columns
 from calib.evaluation.pictures import Picture, matched, pictures_in, read_picture
 from calib.evaluation.sets import SetDistance
@@ -53,17 +53,19 @@ class FolderComparison:
         return [int(place) for place in np.argsort(own if MEASURES[name].higher else -own, kind="stable")]
 
 
-def compare_folders(a: Path, b: Path, names: Sequence[str] = DEFAULT, cache_dir: Path = Path()) -> FolderComparison:
+def compare_folders(a: Path, b: Path, names: Sequence[str] = DEFAULT, places: Places | None = None) -> FolderComparison:
     """Compare pictures of the same name in the folders ``a`` and ``b`` by the measures ``names``.
 
     Raises:
         CalibError: names do not match, sizes differ, or a picture cannot be compared.
     """
     pairs = matched(a, b)
+    places = places or Places()
     check_names("--metrics", names, len(pairs))
-    chosen = choose(names, cache_dir)
+    check_inception("--inception", places.inception, names)
+    chosen = choose(names, places)
     values: dict[str, list[NDArray[np.float64]]] = {name: [] for name in chosen.pairs}
-    vectors: dict[str, list[tuple[NDArray[np.float32], NDArray[np.float32]]]] = {name: [] for name in chosen.sets}
+    a_vectors, b_vectors = list[dict[str, NDArray[np.float32]]](), list[dict[str, NDArray[np.float32]]]()
     sizes: dict[tuple[int, int], int] = {}
     grey = 0
     with Progress("compare pictures", len(pairs), "pair", delay=2) as progress, ThreadPoolExecutor(cores()) as pool:
@@ -77,16 +79,14 @@ def compare_folders(a: Path, b: Path, names: Sequence[str] = DEFAULT, cache_dir:
                 sizes[width, height] = sizes.get((width, height), 0) + 1
             for name, own in chosen.of_pairs([(a.pixels / 255, b.pixels / 255) for a, b in read], pool.map).items():
                 values[name].append(own)
-            sides = [chosen.vectors([pair[side].pixels for pair in read]) for side in (0, 1)]
-            for name in chosen.sets:
-                vectors[name].append((sides[0][name], sides[1][name]))
+            a_vectors.append(chosen.vectors([one.pixels for one, _ in read]))
+            b_vectors.append(chosen.vectors([other.pixels for _, other in read]))
             progress.advance(len(batch))
-    x, y = ({name: np.concatenate([pair[side] for pair in own]) for name, own in vectors.items()} for side in (0, 1))
     return FolderComparison(
         (a, b),
         pairs,
         {name: np.concatenate(own) for name, own in values.items()},
-        chosen.of_sets(x, y, paired=True),
+        chosen.of_sets(chosen.joined(a_vectors), chosen.joined(b_vectors), paired=True),
         sizes,
         grey,
     )
@@ -100,7 +100,7 @@ def vectors_of(folder: Path, chosen: Chosen) -> dict[str, NDArray[np.float32]]:
             read = [read_picture(path) for path in paths[start : start + BATCH]]
             found.append(chosen.vectors([picture.pixels for picture in read]))
             progress.advance(len(read))
-    return {name: np.concatenate([own[name] for own in found]) for name in chosen.sets}
+    return chosen.joined(found)
 
 
 def _batches(pairs: Sequence[tuple[Path, Path]]) -> Iterator[Sequence[tuple[Path, Path]]]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from calib.base.errors import ConfigError, suggest
+from calib.evaluation.features.inception import InceptionFeatures, fid, kid, precision, recall
 from calib.evaluation.metrics import psnr, ssim
 from calib.evaluation.sets import FEWEST, SetDistance, frechet_distance, kernel_distance
 
@@ -22,6 +23,14 @@ Picture = NDArray[np.floating[Any]]
 Pixels = NDArray[np.uint8]
 #: Those of an evaluation that names none, besides the error of the model's output.
 DEFAULT = ("psnr", "ssim")
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where extractors find what they need: the folder of caches; a file of Inception's weights, None: downloaded."""
+
+    cache_dir: Path = Path()
+    inception: Path | None = None
 
 
 class Extractor(Protocol):
@@ -39,25 +48,32 @@ class Measure:
     """How a measure is shown: its title, how to read it, the format of its numbers, whether higher ones are better.
 
     Attributes:
-        extractor: opens what it needs, given the folder of caches; raises a ConfigError where a package is missing.
+        extractor: opens what it needs; raises a ConfigError where a package is missing, or a file is something else.
         pair: the value of two pictures, for one that needs no extractor.
         sets: the distance of two sets, of vectors, for one of sets; whether these are paired; and a name for a bar.
+        fewest: pictures that one of sets is of at least.
     """
 
     title: str
     how: str
     form: str
     higher: bool
-    extractor: Callable[[Path], Extractor] | None = None
+    extractor: Callable[[Places], Extractor] | None = None
     pair: Callable[[Picture, Picture], float] | None = None
     sets: Callable[[NDArray[Any], NDArray[Any], bool, str], SetDistance] | None = None
+    fewest: int = FEWEST
 
 
-def efficientnet(cache_dir: Path) -> Extractor:
+def efficientnet(places: Places) -> Extractor:
     """EfficientNet-Lite0's features."""
     from calib.evaluation.features.extract import EfficientNetFeatures  # MLX, which other measures do without
 
-    return EfficientNetFeatures(cache_dir)
+    return EfficientNetFeatures(places.cache_dir)
+
+
+def inception(places: Places) -> Extractor:
+    """Inception's features, by torch-fidelity."""
+    return InceptionFeatures(places.cache_dir, places.inception)
 
 
 MEASURES: Mapping[str, Measure] = {
@@ -68,6 +84,12 @@ MEASURES: Mapping[str, Measure] = {
     "fd_effnet": Measure(
         "Fréchet distance (EfficientNet)", "lower is closer", "{:.4g}", False, efficientnet, sets=frechet_distance
     ),
+    "fid": Measure("FID", "lower is closer", "{:.4g}", False, inception, sets=fid),
+    "kid": Measure("KID", "lower is closer", "{:.4g}", False, inception, sets=kid),
+    "precision": Measure(
+        "precision", "1: all within the reference", "{:.4f}", True, inception, sets=precision, fewest=8
+    ),
+    "recall": Measure("recall", "1: all of the reference", "{:.4f}", True, inception, sets=recall, fewest=8),
 }
 
 
@@ -96,6 +118,12 @@ class Chosen:
         made = {extractor: extractor.vectors(pictures) for extractor in set(self.sets.values())}
         return {name: made[extractor] for name, extractor in self.sets.items()}
 
+    def joined(self, batches: Sequence[Mapping[str, NDArray[np.float32]]]) -> dict[str, NDArray[np.float32]]:
+        """Vectors of all ``batches`` for each measure of sets; those of one extractor are the same array."""
+        one_of = {extractor: name for name, extractor in self.sets.items()}
+        whole = {extractor: np.concatenate([own[name] for own in batches]) for extractor, name in one_of.items()}
+        return {name: whole[extractor] for name, extractor in self.sets.items()}
+
     def of_sets(
         self, x: Mapping[str, NDArray[Any]], y: Mapping[str, NDArray[Any]], paired: bool
     ) -> dict[str, SetDistance]:
@@ -119,14 +147,23 @@ def check_names(key: str, names: Sequence[str], pictures: int | None = None) -> 
             raise ConfigError(f"{key}={name}: no such measure.{suggest(name, MEASURES)}")
         if name in names[:number]:
             raise ConfigError(f"{key}: {name} is named twice")
-        if MEASURES[name].sets is not None and pictures is not None and pictures < FEWEST:
-            raise ConfigError(f"{key}={name}: is of {FEWEST} pictures or more, and there are {pictures}")
+        fewest = MEASURES[name].fewest
+        if MEASURES[name].sets is not None and pictures is not None and pictures < fewest:
+            raise ConfigError(f"{key}={name}: is of {fewest} pictures or more, and there are {pictures}")
 
 
-def choose(names: Sequence[str], cache_dir: Path) -> Chosen:
+def check_inception(key: str, weights: Path | None, names: Sequence[str]) -> None:
+    """Raise where ``weights`` of Inception are named by ``key``, and no measure is by them."""
+    by_it = [name for name, measure in MEASURES.items() if measure.extractor is inception]
+    if weights is not None and not set(by_it) & set(names):
+        allowed = f"it is what {', '.join(by_it)} are by; name one, or leave it out"
+        raise ConfigError(f"{key}={weights}: {allowed}")
+
+
+def choose(names: Sequence[str], places: Places) -> Chosen:
     """The measures of these names; raises a ConfigError where a package that one needs is missing."""
     needed = {name: MEASURES[name].extractor for name in names}
-    opened = {extractor: extractor(cache_dir) for extractor in needed.values() if extractor is not None}
+    opened = {extractor: extractor(places) for extractor in needed.values() if extractor is not None}
     sets = {name: opened[e] for name, e in needed.items() if e is not None and MEASURES[name].sets is not None}
     return Chosen({name: e and opened[e] for name, e in needed.items() if name not in sets}, sets)
 

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from calib.base.device import cores, device_kind, on_gpu
 from calib.evaluation.features.efficientnet import FEATURES, SIZE, EfficientNetLite0
-from calib.evaluation.features.store import Store
+from calib.evaluation.features.store import Store, key_of
 from calib.evaluation.features.weights import SHA256, read_weights, weights_file
 from calib.models.parallel import by_parts, shared_cores
 
@@ -54,18 +54,18 @@ class EfficientNetFeatures:
 
     def vectors(self, pictures: Sequence[Pixels]) -> NDArray[np.float32]:
         """Pooled features after the last convolution, (pictures, 1280)."""
-        by_key = {_key(picture): picture for picture in pictures}
+        by_key = {key_of(picture): picture for picture in pictures}
         known = {key: found for key in by_key if (found := self._store.get(key, FEATURES)) is not None}
         for chosen in _blocks([key for key in by_key if key not in known]):
             computed = self._vectors([by_key[key] for key in chosen])
             for key, vector in zip(chosen, computed, strict=True):
                 known[key] = vector
                 self._store.put(key, vector)
-        return np.stack([known[_key(picture)] for picture in pictures])
+        return np.stack([known[key_of(picture)] for picture in pictures])
 
     def distances(self, pairs: Sequence[tuple[Pixels, Pixels]]) -> NDArray[np.float64]:
         """Perceptual distance of every pair, 0 where its pictures are equal; see :func:`perceptual`."""
-        by_key = {(_key(a), _key(b)): (a, b) for a, b in pairs}
+        by_key = {(key_of(a), key_of(b)): (a, b) for a, b in pairs}
         known = {key: found for key in by_key if (found := self._store.get(_key_of_pair(*key), 1)) is not None}
         for chosen in _blocks([key for key in by_key if key not in known]):
             computed = self._compared([by_key[key] for key in chosen])
@@ -75,7 +75,7 @@ class EfficientNetFeatures:
                 # Features come with it, and sets of the same pictures are often compared, too.
                 self._store.put(key[0], row[1 : 1 + FEATURES])
                 self._store.put(key[1], row[1 + FEATURES :])
-        return np.array([float(known[_key(a), _key(b)][0]) for a, b in pairs])
+        return np.array([float(known[key_of(a), key_of(b)][0]) for a, b in pairs])
 
     def _vectors(self, pictures: Sequence[Pixels]) -> NDArray[np.float32]:
         x = np.stack([prepared(picture) for picture in pictures])
@@ -114,10 +114,6 @@ def _unit(x: mx.array) -> mx.array:
 def _blocks(keys: Sequence[T]) -> list[Sequence[T]]:
     size = AT_ONCE_GPU if on_gpu() else AT_ONCE * cores()
     return [keys[i : i + size] for i in range(0, len(keys), size)]
-
-
-def _key(pixels: Pixels) -> str:
-    return hashlib.sha256(f"{pixels.shape}".encode() + pixels.tobytes()).hexdigest()
 
 
 def _key_of_pair(a: str, b: str) -> str:

@@ -15,6 +15,11 @@ from numpy.typing import NDArray
 DIGEST = hashlib.sha256().digest_size
 
 
+def key_of(pixels: NDArray[np.uint8]) -> str:
+    """The key of a picture of eight bits."""
+    return hashlib.sha256(f"{pixels.shape}".encode() + pixels.tobytes()).hexdigest()
+
+
 class Store:
     """Vectors of float32 in ``folder``, by the hexadecimal hash of what they are of."""
 
