@@ -2,20 +2,26 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from calib.base.files import read_json
+from calib.base.files import read_json, write_json
 from calib.base.layout import DETAILS, FIDELITY, FULL_PICTURES, METRICS, PAGE, QUANTIZED_PICTURES
 from calib.evaluation.measures import MEASURES, check_names
 from calib.runs.compare.columns import metric_of
+from calib.runs.compare.comparison import compare
+from calib.runs.find import read_runs
+from calib.runs.pages.run import run_page
 
 import pytest
 from helpers import Outcome, check_config_error, is_one_clear_line, run_here, run_in, well
+from test_folders import BAD
 
 Calib: TypeAlias = Callable[..., Outcome]
 OFFLINE = ("lpips_effnet", "kid_effnet", "fd_effnet")
+SETS = ("kid_effnet", "fd_effnet", "fid", "kid", "precision", "recall", "cmmd")
 ALL = f"evaluation.metrics=[psnr,ssim,{','.join(OFFLINE)}]"
 #: Of their own, as other tests compare what lies beside the shared run.
 DATA = "data_dir=dataset"
@@ -80,6 +86,37 @@ def test_a_page_and_comparisons_show_them(calib: Calib, evaluated: Path) -> None
     for name in OFFLINE:
         assert metric_of(name).title in page
         assert columns[name]["better"] == "lower"
+    details = read_json(evaluated / "all" / DETAILS)["quantized"]
+    for decibels, distance in zip(details["psnr"], details["further"]["lpips_effnet"], strict=True):
+        assert f">{decibels:.1f} dB, perceptual distance {distance:.4f}<" in page
+    assert "fd_effnet: of 4 pictures a Fréchet distance is biased" in page
+
+
+def test_prompts_seen_in_training_are_noted(calib: Calib, evaluated: Path) -> None:
+    """By the page and by comparisons, as by the report; of what is stored, as earlier versions stored it."""
+    shutil.copytree(evaluated / "all", "seen")
+    write_json(Path("seen") / METRICS, read_json(Path("seen") / METRICS) | {"prompts_seen": 3})
+    said = "3 of 4 prompts were calibrated or trained on, and say little of others"
+    assert said in run_page(Path("seen")) and "calibrated or trained on" not in run_page(Path("all"))
+    out = well(calib("compare", "all", "seen")).out
+    assert "note: evaluated on prompts that were calibrated or trained on, which say little of others: seen (3)" in out
+
+
+#: Changes of the second of two runs' figures, and which are marked as the best: of sets where intervals are apart.
+RANKED: Mapping[str, tuple[Mapping[str, float], list[bool]]] = {
+    "apart": ({"kid_effnet": 1.0, "kid_effnet_low": 0.9, "kid_effnet_high": 1.1}, [True, False]),
+    "overlapping": ({"kid_effnet": 1.0, "kid_effnet_low": -9.0, "kid_effnet_high": 11.0}, [False, False]),
+    "of pairs": ({"psnr": 99.0, "psnr_low": 0.0, "psnr_high": 199.0}, [False, True]),
+}
+
+
+@pytest.mark.parametrize("case", RANKED)
+def test_the_best_of_sets_are_those_that_intervals_tell_apart(evaluated: Path, case: str) -> None:
+    changes, expected = RANKED[case]
+    (run,) = read_runs([str(evaluated / "all")])
+    other = replace(run, name="other", metrics={**run.metrics, **changes})
+    best = compare([run, other]).best[next(iter(changes))]
+    assert [own.name in best for own in (run, other)] == expected
 
 
 @pytest.mark.parametrize("name", MEASURES)
@@ -108,7 +145,9 @@ def test_a_reference_of_the_users_own(calib: Calib, evaluated: Path, tiny_run: P
         (("evaluation.metrics=[psrn]",), "evaluation.metrics=psrn: no such measure. Did you mean 'psnr'?"),
         (("evaluation.metrics=[ssim,ssim]",), "evaluation.metrics: ssim is named twice"),
         (("evaluation.metrics=[kid_effnet]", "evaluation.num_images=3"), "of 4 pictures or more, and there are 3"),
-        (("evaluation.reference=own",), "it is what kid_effnet, fd_effnet, cmmd compare with"),
+        (("evaluation.reference=own",), f"it is what {', '.join(SETS)} compare with"),
+        (("evaluation.inception=x.pth",), "it is what fid, kid, precision, recall are by; name one, or leave it out"),
+        (("evaluation.metrics=[precision]", "evaluation.num_images=7"), "of 8 pictures or more, and there are 7"),
         (("evaluation=distribution", "evaluation.reference=few"), "of 4 pictures or more, and there are 1"),
         (("evaluation=distribution", "evaluation.reference=none"), "none: cannot be read as a folder of pictures"),
         (("evaluation=distribution", "evaluation.reference=empty"), "empty: no picture in it"),
@@ -120,6 +159,26 @@ def test_wrong_settings_are_one_line(calib: Calib, evaluated: Path, settings: tu
     outcome = calib(*settings, "hydra.run.dir=wrong")
     assert words in is_one_clear_line(outcome, outcome.status) and outcome.status in (1, 2)
     assert not Path("wrong").exists()
+
+
+#: Pictures of a reference that cannot be compared, as folders' own cannot, and when that is said.
+@pytest.mark.parametrize("case", ["truncated", "no picture", "animated PNG", "animated GIF", "16 bits", "CMYK"])
+def test_a_bad_reference_is_one_line_before_anything_is_drawn(
+    calib: Calib, evaluated: Path, tiny_run: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, case: str
+) -> None:
+    harm, words = BAD[case]
+    for name in "ab":
+        shutil.copytree(evaluated / "all" / FULL_PICTURES, tmp_path / name)
+        for path in sorted((tmp_path / name).iterdir()):
+            path.rename(path.with_name(f"p{path.stem[-1]}.png"))
+    monkeypatch.chdir(tmp_path)
+    harm()
+    reference, said = words[0].split("/", 1)
+    command = ("evaluate", f"plan={tiny_run}", "evaluation.metrics=[kid_effnet]", "evaluation.num_images=4")
+    outcome = calib(*command, "data_dir=drawn", f"evaluation.reference={reference}", "hydra.run.dir=bad")
+    assert outcome.status == 1 and outcome.err.splitlines()[-1].startswith(f"calib: {reference}/{said}"), outcome.err
+    assert not list(tmp_path.glob("*evaluation*"))
+    assert case == "truncated" or not Path("bad").exists()
 
 
 def test_names_are_checked() -> None:

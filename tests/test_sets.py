@@ -137,3 +137,12 @@ def test_the_same_sets_give_the_same_figures() -> None:
     x, y = sample(30, 4, 0), sample(40, 4, 1, 0.5)
     for distance in (kernel_distance, frechet_distance):
         assert distance(x, y, False).summary("d") == distance(x, y, False).summary("d")
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_a_share_is_never_certain(share: float) -> None:
+    """Also where all halves agree: of 20 in 20 as much as 3 in 20 of the rest may be otherwise."""
+    x = np.zeros((20, 2))
+    found = sets.share_by_halves(lambda i, j: share, x, x, True, "")
+    assert (found.low, found.high) == pytest.approx((max(0, share - 0.15), min(1, share + 0.15)))
+    assert "with fewer than 10,000" in found.notes[0]

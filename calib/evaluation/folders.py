@@ -10,7 +10,7 @@ from calib.base.device import cores
 from calib.base.errors import CalibError, ConfigError
 from calib.base.progress import Progress
 from calib.evaluation.agreement import FORM, read_prompts
-from calib.evaluation.measures import DEFAULT, MEASURES, Chosen, Sources, check_names, choose
+from calib.evaluation.measures import DEFAULT, MEASURES, Chosen, Sources, check_inception, check_names, choose
 from calib.evaluation.metrics import MOST_PSNR, WINDOW, Interval, bootstrap_columns
 from calib.evaluation.pictures import Picture, matched, pictures_in, read_picture
 from calib.evaluation.sets import SetDistance
@@ -71,10 +71,11 @@ def compare_folders(
     """
     pairs = matched(a, b)
     check_names("--metrics", names, len(pairs))
+    check_inception("--inception", sources.inception, names)
     texts = _texts(prompts, names, list(pairs))
     chosen = choose(names, sources)
     values: dict[str, list[NDArray[np.float64]]] = {name: [] for name in chosen.pairs}
-    vectors: dict[str, list[tuple[NDArray[np.float32], NDArray[np.float32]]]] = {name: [] for name in chosen.sets}
+    a_vectors, b_vectors = list[dict[str, NDArray[np.float32]]](), list[dict[str, NDArray[np.float32]]]()
     sizes: dict[tuple[int, int], int] = {}
     grey = 0
     with Progress("compare pictures", len(pairs), "pair", delay=2) as progress, ThreadPoolExecutor(cores()) as pool:
@@ -92,16 +93,14 @@ def compare_folders(
                 [(a.pixels / 255, b.pixels / 255) for a, b in read], said, pool.map
             ).items():
                 values[name].append(own)
-            sides = [chosen.vectors([pair[side].pixels for pair in read]) for side in (0, 1)]
-            for name in chosen.sets:
-                vectors[name].append((sides[0][name], sides[1][name]))
+            a_vectors.append(chosen.vectors([one.pixels for one, _ in read]))
+            b_vectors.append(chosen.vectors([other.pixels for _, other in read]))
             progress.advance(len(batch))
-    x, y = ({name: np.concatenate([pair[side] for pair in own]) for name, own in vectors.items()} for side in (0, 1))
     return FolderComparison(
         (a, b),
         pairs,
         {name: np.concatenate(own) for name, own in values.items()},
-        chosen.of_sets(x, y, paired=True),
+        chosen.of_sets(chosen.joined(a_vectors), chosen.joined(b_vectors), paired=True),
         sizes,
         grey,
         chosen.truncated(list(texts.values())),
@@ -126,7 +125,7 @@ def vectors_of(folder: Path, chosen: Chosen) -> dict[str, NDArray[np.float32]]:
             read = [read_picture(path) for path in paths[start : start + BATCH]]
             found.append(chosen.vectors([picture.pixels for picture in read]))
             progress.advance(len(read))
-    return {name: np.concatenate([own[name] for own in found]) for name in chosen.sets}
+    return chosen.joined(found)
 
 
 def _batches(names: Sequence[str]) -> Iterator[Sequence[str]]:

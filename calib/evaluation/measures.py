@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from calib.base.errors import ConfigError, suggest
+from calib.evaluation.features.inception import InceptionFeatures, fid, kid, precision, recall
 from calib.evaluation.metrics import psnr, ssim
 from calib.evaluation.sets import FEWEST, SetDistance, frechet_distance, gaussian, kernel_distance
 
@@ -41,11 +42,18 @@ class Extractor(Protocol):
 
 @dataclass(frozen=True)
 class Sources:
-    """Where extractors find what they need: the folder of caches; the CLIP that the user names, with ``clip_key``."""
+    """Where extractors find what they need.
+
+    Attributes:
+        cache_dir: the folder of caches.
+        clip: the CLIP that the user names by ``clip_key``.
+        inception: a file of Inception's weights; None: torch-fidelity downloads them.
+    """
 
     cache_dir: Path
     clip: str | None = None
     clip_key: str = "evaluation.clip"
+    inception: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -53,11 +61,13 @@ class Measure:
     """How a measure is shown: its title, how to read it, the format of its numbers, whether higher ones are better.
 
     Attributes:
-        extractor: opens what it needs; raises a ConfigError where a package or a CLIP is missing.
+        extractor: opens what it needs; raises a ConfigError where a package or a CLIP is missing, or a file is
+            something else.
         pair: the value of two pictures, for one that needs no extractor.
         seen: values of pairs by its extractor, for one of pairs, with the prompt of each where it is ``of_texts``.
         beside: measures that come with it.
         sets: the distance of two sets, of vectors, for one of sets; whether these are paired; and a name for a bar.
+        fewest: pictures that one of sets is of at least.
     """
 
     title: str
@@ -70,6 +80,7 @@ class Measure:
     of_texts: bool = False
     beside: Sequence[str] = ()
     sets: Callable[[NDArray[Any], NDArray[Any], bool, str], SetDistance] | None = None
+    fewest: int = FEWEST
 
 
 def efficientnet(sources: Sources) -> "EfficientNetFeatures":
@@ -90,6 +101,11 @@ def clip(sources: Sources) -> "ClipFeatures":
     return ClipFeatures(sources.clip, sources.clip_key, sources.cache_dir)
 
 
+def inception(sources: Sources) -> Extractor:
+    """Inception's features, by torch-fidelity."""
+    return InceptionFeatures(sources.cache_dir, sources.inception)
+
+
 def _change(features: "ClipFeatures", pairs: Sequence[tuple[Pixels, Pixels]], texts: Sequence[str]) -> Any:
     before, after = (features.scores([pair[side] for pair in pairs], texts) for side in (0, 1))
     return after - before
@@ -106,6 +122,12 @@ MEASURES: Mapping[str, Measure] = {
     "fd_effnet": Measure(
         "Fréchet distance (EfficientNet)", "lower is closer", "{:.4g}", False, efficientnet, sets=frechet_distance
     ),
+    "fid": Measure("FID", "lower is closer", "{:.4g}", False, inception, sets=fid),
+    "kid": Measure("KID", "lower is closer", "{:.4g}", False, inception, sets=kid),
+    "precision": Measure(
+        "precision", "1: all within the reference", "{:.4f}", True, inception, sets=precision, fewest=8
+    ),
+    "recall": Measure("recall", "1: all of the reference", "{:.4f}", True, inception, sets=recall, fewest=8),
     "clip_similarity": Measure(
         *("CLIP similarity", "cosine, 1: equal", "{:.4f}", True, clip),
         seen=lambda features, pairs, texts: features.similarities(pairs),
@@ -173,6 +195,12 @@ class Chosen:
         made = {extractor: extractor.vectors(pictures) for extractor in set(self.sets.values())}
         return {name: made[extractor] for name, extractor in self.sets.items()}
 
+    def joined(self, batches: Sequence[Mapping[str, NDArray[np.float32]]]) -> dict[str, NDArray[np.float32]]:
+        """Vectors of all ``batches`` for each measure of sets; those of one extractor are the same array."""
+        one_of = {extractor: name for name, extractor in self.sets.items()}
+        whole = {extractor: np.concatenate([own[name] for own in batches]) for extractor, name in one_of.items()}
+        return {name: whole[extractor] for name, extractor in self.sets.items()}
+
     def of_sets(
         self, x: Mapping[str, NDArray[Any]], y: Mapping[str, NDArray[Any]], paired: bool
     ) -> dict[str, SetDistance]:
@@ -196,8 +224,17 @@ def check_names(key: str, names: Sequence[str], pictures: int | None = None) -> 
             raise ConfigError(f"{key}={name}: no such measure.{suggest(name, MEASURES)}")
         if name in names[:number]:
             raise ConfigError(f"{key}: {name} is named twice")
-        if MEASURES[name].sets is not None and pictures is not None and pictures < FEWEST:
-            raise ConfigError(f"{key}={name}: is of {FEWEST} pictures or more, and there are {pictures}")
+        fewest = MEASURES[name].fewest
+        if MEASURES[name].sets is not None and pictures is not None and pictures < fewest:
+            raise ConfigError(f"{key}={name}: is of {fewest} pictures or more, and there are {pictures}")
+
+
+def check_inception(key: str, weights: Path | None, names: Sequence[str]) -> None:
+    """Raise where ``weights`` of Inception are named by ``key``, and no measure is by them."""
+    by_it = [name for name, measure in MEASURES.items() if measure.extractor is inception]
+    if weights is not None and not set(by_it) & set(names):
+        allowed = f"it is what {', '.join(by_it)} are by; name one, or leave it out"
+        raise ConfigError(f"{key}={weights}: {allowed}")
 
 
 def choose(names: Sequence[str], sources: Sources) -> Chosen:

@@ -1,7 +1,8 @@
 """Pictures in folders: listed, matched by name, and read as eight bits a channel or refused in one line."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,21 +80,36 @@ def read_picture(path: Path) -> Picture:
     Raises:
         CalibError: it is damaged, animated, transparent, CMYK, or of more than eight bits a channel.
     """
+    with _opened(path) as picture:
+        if picture.has_transparency_data and np.asarray(picture.convert("RGBA"))[..., 3].min() < 255:
+            raise CalibError(f"{path}: has transparent pixels; put it on a background")
+        return Picture(np.asarray(picture.convert("RGB")), picture.mode in ("1", "L", "LA"))
+
+
+def check_pictures(folder: Path) -> int:
+    """The number of pictures in ``folder``; raises for the first that is of another kind, as far as its head tells."""
+    paths = pictures_in(folder).values()
+    for path in paths:
+        with _opened(path):
+            pass
+    return len(paths)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """A picture that can be compared; raises a CalibError where it cannot, or cannot be read in the context."""
     try:
         with open_regular(path) as file:
             start = file.read(DEPTH_AT + 1)
         with open_picture(path) as picture:
-            refused = _refused(picture, start)
-            if not refused:
-                if picture.has_transparency_data and np.asarray(picture.convert("RGBA"))[..., 3].min() < 255:
-                    refused = "has transparent pixels; put it on a background"
-                pixels = np.asarray(picture.convert("RGB"))
+            if refused := _refused(picture, start):
+                raise CalibError(f"{path}: {refused}")
+            yield picture
+    except CalibError:
+        raise
     except Exception as error:  # readers of damaged files raise what they like
         reason = error.strerror if isinstance(error, OSError) and error.strerror else reason_of(error)
         raise CalibError(f"{path}: cannot be read as a PNG, JPEG or WebP picture ({reason})") from None
-    if refused:
-        raise CalibError(f"{path}: {refused}")
-    return Picture(pixels, picture.mode in ("1", "L", "LA"))
 
 
 def _refused(picture: Image.Image, start: bytes) -> str:

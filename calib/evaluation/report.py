@@ -68,12 +68,18 @@ def _table(quantized: Fidelity, control: Fidelity) -> list[str]:
     rows = [("", f"quantized [{LEVEL:.0%} interval]", f"control, noise floor [{LEVEL:.0%} interval]")]
     for name in ours:
         title, how, form = ROWS[name]
-        rows.append((f"{title} ({how})", _cell(form, ours[name]), _cell(form, floor[name])))
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    return ["  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        rows.append((f"{title} ({how})", cell(form, ours[name]), cell(form, floor[name])))
+    return aligned(rows)
 
 
-def _cell(form: str, interval: Interval) -> str:
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of a table as lines."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(f"{own:{width}}" for own, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def cell(form: str, interval: Interval) -> str:
+    """A mean with its interval, each by ``form``."""
     mean, low, high = (form.format(value) for value in (interval.mean, interval.low, interval.high))
     return f"{mean} [{low}, {high}]"
 
@@ -133,10 +139,21 @@ def sets_text(found: Mapping[str, SetDistance], with_what: str) -> str:
     lines = [f"the whole set of pictures against {with_what} [{LEVEL:.0%} interval]"] if found else []
     for name, distance in found.items():
         own = MEASURES[name]
-        value = _cell(own.form, Interval(distance.value, distance.low, distance.high))
+        value = cell(own.form, Interval(distance.value, distance.low, distance.high))
         lines.append(f"{own.title}, {own.how}: {value}; {distance.text}")
-    lines += [f"note: {name}: {note}" for name, distance in found.items() for note in distance.notes]
+    lines += [f"note: {note}" for note in sets_notes(found)]
     return "".join(f"{line}\n" for line in lines)
+
+
+def sets_notes(found: Mapping[str, SetDistance]) -> list[str]:
+    """What a reader of distances of sets must know."""
+    return [f"{name}: {note}" for name, distance in found.items() for note in distance.notes]
+
+
+def seen_note(seen: int, prompts: int) -> str:
+    """A note where ``seen`` of the prompts were used to make the quantized model; '' where none was."""
+    what = f"{seen} of {prompts} prompts were calibrated or trained on, and say little of others"
+    return f"{what}; evaluate fewer (evaluation.num_images), or other prompts" if seen else ""
 
 
 def plot_error(path: Path, curves: Mapping[str, Fidelity]) -> None:

@@ -36,6 +36,8 @@ Vectors: TypeAlias = NDArray[np.float64]
 Rows: TypeAlias = NDArray[np.int64]
 #: A kernel of the rows of two matrices, for each pair of rows.
 Kernel: TypeAlias = Callable[[Vectors, Vectors], Vectors]
+#: A number of two sets of vectors.
+Distance: TypeAlias = Callable[[NDArray[Any], NDArray[Any]], float]
 
 
 @dataclass(frozen=True)
@@ -95,10 +97,14 @@ def kernel_distance(
             return mmd(x[i], y[j], paired, kernel)
 
     found = _of_subsets(distance, len(x), len(y), paired, size / n, SUBSETS, progress, most=size)
-    value, spread = float(found.mean()), float(found.std(ddof=1))
+    return from_subsets(float(found.mean()), float(found.std(ddof=1)), size, n)
+
+
+def from_subsets(value: float, spread: float, size: int, n: int, notes: tuple[str, ...] = ()) -> SetDistance:
+    """A distance that is the mean over subsets of ``size`` of ``n`` pictures, by their standard deviation."""
     reach = TWO_SIDED * spread * math.sqrt(size / (n - size))
-    further = {"std": spread, "subset_size": float(size)}
-    return SetDistance(value, value - reach, value + reach, further, f"± {spread:.2g} over subsets of {size} pictures")
+    further, text = {"std": spread, "subset_size": float(size)}, f"± {spread:.2g} over subsets of {size} pictures"
+    return SetDistance(value, value - reach, value + reach, further, text, notes)
 
 
 def mmd(x: Vectors, y: Vectors, paired: bool = False, kernel: Kernel = cubic) -> float:
@@ -123,23 +129,61 @@ def _mean_of_different(kernel: Vectors) -> float:
 
 
 def frechet_distance(x: NDArray[Any], y: NDArray[Any], paired: bool, progress: str = "") -> SetDistance:
-    """:func:`frechet` of the rows of ``x`` and ``y``, with what it would be of infinitely many (arXiv 1911.07023).
+    """:func:`frechet` of the rows of ``x`` and ``y``, with what it would be of infinitely many."""
+    return unbiased_by_halves(frechet, *_checked(x, y), paired, progress)
 
-    Its bias goes with 1/n, so that of halves is twice that of the whole: 2 F(n) - F(n/2) is free of it.
+
+def unbiased_by_halves(
+    distance: Distance,
+    x: NDArray[Any],
+    y: NDArray[Any],
+    paired: bool,
+    progress: str,
+    count: int = HALVES,
+    two_sided: float = TWO_SIDED,
+) -> SetDistance:
+    """A Fréchet distance of the rows of ``x`` and ``y``, with what it would be of infinitely many (arXiv 1911.07023).
+
+    Its bias goes with 1/n, so that of halves is twice that of the whole: 2 F(n) - F(n/2) is free of it. ``count``
+    halves; 95% lie within ``two_sided`` of the standard deviations that so many give.
     """
-    x, y = _checked(x, y)
-    n = min(len(x), len(y))
-    whole = frechet(x, y)
-    halves = _of_subsets(lambda i, j: frechet(x[i], y[j]), len(x), len(y), paired, 0.5, HALVES, progress)
+    whole, halves = _with_halves(distance, x, y, paired, progress, count)
     unbiased, spread = 2 * whole - float(halves.mean()), float(halves.std(ddof=1))
-    reach = TWO_SIDED * spread
-    notes: tuple[str, ...] = ()
-    if n < FEW_PICTURES:
-        bias = f"of {n} pictures a Fréchet distance is biased, here by about {whole - unbiased:+.3g}"
-        notes = (f"{bias}; with fewer than {FEW_PICTURES:,} compare it only with those of as many pictures",)
-    further = {"unbiased": unbiased, "std": spread}
-    text = f"about {unbiased:.4g} if there were infinitely many pictures"
-    return SetDistance(whole, max(0.0, whole - reach), whole + reach, further, text, notes)
+    bias = f"a Fréchet distance is biased, here by about {whole - unbiased:+.3g}"
+    return SetDistance(
+        whole,
+        max(0.0, whole - two_sided * spread),
+        whole + two_sided * spread,
+        {"unbiased": unbiased, "std": spread},
+        f"about {unbiased:.4g} if there were infinitely many pictures",
+        _of_few(min(len(x), len(y)), bias),
+    )
+
+
+def share_by_halves(share: Distance, x: NDArray[Any], y: NDArray[Any], paired: bool, progress: str) -> SetDistance:
+    """A share, 0 to 1, of two sets of rows; it depends on how many there are."""
+    whole, halves = _with_halves(share, x, y, paired, progress)
+    spread = float(halves.std(ddof=1))
+    # All of n may be so by chance where as much as 3/n of what they are drawn from is not.
+    reach = max(TWO_SIDED * spread, 3 / min(len(x), len(y)))
+    ends = max(0.0, whole - reach), min(1.0, whole + reach)
+    text, moved = f"± {spread:.2g} over halves", f"it depends on their number: of halves it is {halves.mean():.4f}"
+    return SetDistance(whole, *ends, {"std": spread}, text, _of_few(min(len(x), len(y)), moved))
+
+
+def _with_halves(
+    distance: Distance, x: NDArray[Any], y: NDArray[Any], paired: bool, progress: str, count: int = HALVES
+) -> tuple[float, NDArray[np.float64]]:
+    """``distance`` of the whole, and of random halves, which vary as much as the whole would, drawn again."""
+    whole = distance(x, y)
+    return whole, _of_subsets(lambda i, j: distance(x[i], y[j]), len(x), len(y), paired, 0.5, count, progress)
+
+
+def _of_few(n: int, what: str) -> tuple[str, ...]:
+    """A note on a figure of ``n`` pictures, where these are few."""
+    if n >= FEW_PICTURES:
+        return ()
+    return (f"of {n} pictures {what}; with fewer than {FEW_PICTURES:,} compare it only with those of as many pictures",)
 
 
 def frechet(x: Vectors, y: Vectors) -> float:

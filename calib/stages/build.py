@@ -20,10 +20,11 @@ from calib.dataset import timesteps
 from calib.dataset.settings import SamplerSettings
 from calib.dataset.shards import Shard
 from calib.dataset.store import StateDtype
-from calib.evaluation.measures import DEFAULT, MEASURES, check_names
+from calib.evaluation.measures import DEFAULT, MEASURES, check_inception, check_names
 from calib.runs.record import WITHOUT_EFFECT
 from calib.stages import Stage
 from calib.stages.options import (
+    categories_of,
     chooser_of,
     heuristic_of,
     model_choice,
@@ -123,7 +124,7 @@ def build(config: Mapping[str, Any], multirun: bool = False) -> Settings:
         collect,
         analyze,
         quantize,
-        Evaluate(evaluation, beside),
+        Evaluate(evaluation, beside, categories_of(config["prompts"], evaluation.by)),
         fingerprint(config, prompts, analyze.analysis.measures, quantize.calibration.images),
     )
 
@@ -157,7 +158,7 @@ def fingerprint(config: Mapping[str, Any], prompts: Sequence[str], measures: boo
     if calibrated == CalibrationSettings.images and _calibrates_alike(config):
         counted["calibration"] = {**counted["calibration"], "images": FEWER}
     # Keys that calib 0.3.0 did not have, at what it did.
-    asked = {"metrics": list(DEFAULT), "reference": None, "clip": None}
+    asked = {"metrics": list(DEFAULT), "reference": None, "clip": None, "inception": None, "by": None}
     counted["evaluation"] = {k: v for k, v in counted["evaluation"].items() if k not in asked or v != asked[k]}
     if not counted["quantizer"].get("search", True):  # grids as calib 0.2.0 had them
         counted["quantizer"] = {k: v for k, v in counted["quantizer"].items() if k != "search"}
@@ -227,6 +228,7 @@ def _collect(
 def _evaluation(node: Any) -> EvaluationSettings:
     found = build_dataclass("evaluation", node, EvaluationSettings)
     check_names("evaluation.metrics", found.metrics, found.num_images or None)
+    check_inception("evaluation.inception", found.inception, found.metrics)
     if found.reference is not None and not any(MEASURES[name].sets for name in found.metrics):
         sets = ", ".join(name for name, measure in MEASURES.items() if measure.sets)
         allowed = f"it is what {sets} compare with; name one in evaluation.metrics, or leave it out"

@@ -2,7 +2,7 @@
 
 Main keys: plan (the run directory of calib quantize), evaluation.num_images, evaluation.seed, evaluation.steps,
 evaluation.metrics (further ones: lpips_effnet, kid_effnet, fd_effnet; with evaluation.clip clip_score, clip_similarity,
-cmmd)
+cmmd; fid, kid, precision, recall), evaluation.by
 
 Two folders of pictures that anything drew, without a model: calib evaluate DIR_A DIR_B; calib evaluate A B --help
 """
@@ -11,12 +11,11 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from calib.analysis.sensitivities import trust_note
 from calib.base.errors import CalibError
-from calib.base.files import content_of, short_hash, write_json, write_text
+from calib.base.files import checksum, content_of, short_hash, write_json, write_text
 from calib.base.layout import (
     DETAILS,
     ERROR_PLOT,
@@ -26,17 +25,26 @@ from calib.base.layout import (
     PICTURE_GRID,
     QUANTIZED_PICTURES,
 )
-from calib.base.progress import note, readable_bytes
+from calib.base.progress import Progress, note, readable_bytes
 from calib.base.values import at_least
 from calib.dataset.generate import missing_images
 from calib.dataset.preflight import check_folders
 from calib.evaluation.agreement import cut_lines
-from calib.evaluation.folders import vectors_of
+from calib.evaluation.categories import categories_of, categories_text
+from calib.evaluation.folders import BATCH, vectors_of
 from calib.evaluation.measures import DEFAULT, Chosen, Sources, check_names, choose, eight_bits
 from calib.evaluation.paired import Outcome, Paired
-from calib.evaluation.pictures import pictures_in
+from calib.evaluation.pictures import check_pictures, pictures_in
 from calib.evaluation.reference import control_of, draw_reference
-from calib.evaluation.report import fidelity_text, picture_grid, plot_error, save_pictures, sets_text
+from calib.evaluation.report import (
+    fidelity_text,
+    picture_grid,
+    plot_error,
+    save_pictures,
+    seen_note,
+    sets_notes,
+    sets_text,
+)
 from calib.evaluation.sets import SetDistance
 from calib.models.model import DiffusionModel
 from calib.quantization.apply import applied, runs_dense
@@ -50,6 +58,8 @@ from calib.stages.origin import check_quantized, quantized_of
 from calib.stages.settings import Settings
 
 import mlx.core as mx
+import numpy as np
+from numpy.typing import NDArray
 
 logger = logging.getLogger("calib")
 
@@ -70,7 +80,7 @@ def check_reference(settings: Settings) -> None:
     if own.evaluation.num_images:
         _measures(settings)
     if (folder := own.evaluation.reference) is not None:
-        check_names("evaluation.metrics", own.evaluation.metrics, len(pictures_in(folder)))
+        check_names("evaluation.metrics", own.evaluation.metrics, check_pictures(folder))
     if missing_images(own.data_dir, own.evaluation.num_images):
         check_folders(own.data_dir)
 
@@ -81,20 +91,24 @@ def sources(settings: Settings) -> list[str]:
 
 
 def reference_sources(settings: Settings) -> list[str]:
-    """Hashes of the CLIP, and of the names, sizes and times of the reference's pictures, where these are named."""
-    wanted = settings.evaluate.evaluation
-    hashes = _measures(settings).clips if wanted.clip is not None and wanted.num_images else []
-    if wanted.reference is not None:
-        found = {name: path.stat() for name, path in pictures_in(wanted.reference).items()}
-        hashes.append(short_hash([[name, own.st_size, own.st_mtime_ns] for name, own in found.items()], digits=16))
-    return hashes
+    """Hashes of what was named: the CLIP, the pictures (names, sizes, times), Inception's weights, categories."""
+    own, wanted = settings.evaluate, settings.evaluate.evaluation
+    found = _measures(settings).clips if wanted.clip is not None and wanted.num_images else list[str]()
+    if (folder := wanted.reference) is not None:
+        files = {name: path.stat() for name, path in pictures_in(folder).items()}
+        found.append(short_hash([[name, s.st_size, s.st_mtime_ns] for name, s in files.items()], digits=16))
+    if (weights := wanted.inception) is not None:
+        found.append(checksum(weights))
+    if own.categories is not None:
+        found.append(short_hash(own.categories, digits=16))
+    return found
 
 
 def _measures(settings: Settings) -> Chosen:
     """Measures besides those that are always there; raises where one lacks a package or a CLIP."""
     wanted = settings.evaluate.evaluation
     named = [name for name in wanted.metrics if name not in DEFAULT]
-    return choose(named, Sources(settings.job.cache_dir, wanted.clip))
+    return choose(named, Sources(settings.job.cache_dir, wanted.clip, inception=wanted.inception))
 
 
 def run(settings: Settings, run: RunDirectory, model: Callable[[], DiffusionModel], config: Mapping[str, Any]) -> None:
@@ -108,29 +122,37 @@ def run(settings: Settings, run: RunDirectory, model: Callable[[], DiffusionMode
     check_fits(quantized, model())
     if wanted.num_images + drawn.num_images > len(drawn.prompts):
         note("evaluation: the list of prompts is too short for prompts of its own; seeds are others")
+    measures = _measures(settings)
+    # Before anything is drawn, as one of them may be damaged.
+    theirs = None if wanted.reference is None else vectors_of(wanted.reference, measures)
     # From the end of the list, for prompts that a smaller dataset has not used.
     what = (drawn.prompts[::-1], wanted.num_images, drawn.sampler, wanted.base_seed)
     reference = draw_reference(model(), settings.evaluate.data_dir, *what, wanted.steps)
-    paired = Paired(model(), reference, _measures(settings))
+    paired = Paired(model(), reference, measures)
     mx.reset_peak_memory()
     outcome = paired.compare(partial(applied, model(), quantized, wanted.dequantize), "quantized")
     peak, found = mx.get_peak_memory(), outcome.fidelity
     control = control_of(model(), reference, paired, settings.job.cache_dir, found)
-    sets = _sets(paired, outcome, wanted.reference)
+    sets = _sets(paired, outcome, theirs)
     about = {key: quantized.about[key] for key in CARRIED if key in quantized.about}
     text = fidelity_text(found, control, drawn.sampler.num_steps)
     cut = paired.measures.truncated(reference.prompts)
     text += "".join(f"note: {line}\n" for line in cut_lines(cut, len(reference.prompts)))
     text += sets_text(sets, "the full-precision model's" if wanted.reference is None else str(wanted.reference))
-    seen = prompts_seen(quantized, reference.prompts)
-    text += _planned(quantized, about) + (f"note: {_known(seen, len(reference.prompts))}\n" if seen else "")
+    seen, prompts = prompts_seen(quantized, reference.prompts), reference.prompts
+    text += _planned(quantized, about) + (f"note: {seen_note(seen, len(prompts))}\n" if seen else "")
     text += f"peak memory while drawing quantized: {readable_bytes(peak)}{_counted(wanted.dequantize)}\n"
-    write_text(run.path / FIDELITY, text)
     made_from = {"quantized": content_of(folder / CHECKPOINT), "model": model().fingerprint}
-    details = {"prompts": reference.prompts, "quantized": found.to_json(), "control": control.to_json()}
+    details = {"prompts": prompts, "quantized": found.to_json(), "control": control.to_json()}
     of_sets = {key: value for name, own in sets.items() for key, value in own.summary(name).items()}
-    details |= {"sets": of_sets} if of_sets else {}
+    details |= {"sets": of_sets, "notes": sets_notes(sets)} if of_sets else {}
+    if wanted.by is not None and settings.evaluate.categories is not None:
+        categories = categories_of(wanted.by, settings.evaluate.categories, wanted.metrics, found)
+        text += categories_text(categories, prompts)
+        details["categories"] = categories.to_json()
+        run.add_metrics(Stage.EVALUATE, categories.summary())
     details["made_from"] = made_from | {"images": reference.image_hashes}
+    write_text(run.path / FIDELITY, text)
     write_json(run.path / DETAILS, details)
     plot_error(run.path / ERROR_PLOT, {"quantized": found, "control: weights and states in bfloat16": control})
     picture_grid(run.path / PICTURE_GRID, paired.pictures, outcome.pictures, reference.prompts)
@@ -151,19 +173,23 @@ def prompts_seen(quantized: QuantizedModel, prompts: Sequence[str]) -> int:
     return sum(short_hash(prompt) in before for prompt in prompts)
 
 
-def _known(seen: int, prompts: int) -> str:
-    what = f"{seen} of {prompts} prompts were calibrated or trained on, and say little of others"
-    return f"{what}; evaluate fewer (evaluation.num_images), or other prompts"
-
-
-def _sets(paired: Paired, outcome: Outcome, reference: Path | None) -> dict[str, SetDistance]:
-    """Distances of the quantized model's pictures from the full-precision model's, or from those in ``reference``."""
+def _sets(paired: Paired, outcome: Outcome, theirs: Mapping[str, NDArray[np.float32]] | None) -> dict[str, SetDistance]:
+    """Distances of the quantized model's pictures from the full-precision model's, or from those of ``theirs``."""
     chosen = paired.measures
     if not chosen.sets:
         return {}
-    of_full, own = (chosen.vectors([eight_bits(p) for p in drawn]) for drawn in (paired.pictures, outcome.pictures))
-    theirs = of_full if reference is None else vectors_of(reference, chosen)
-    return chosen.of_sets(theirs, own, paired=reference is None)
+    of_full = _vectors(paired.pictures, chosen) if theirs is None else theirs
+    return chosen.of_sets(of_full, _vectors(outcome.pictures, chosen), paired=theirs is None)
+
+
+def _vectors(drawn: NDArray[np.float32], chosen: Chosen) -> dict[str, NDArray[np.float32]]:
+    """Vectors of drawn pictures, as they are stored, for each measure of sets."""
+    found = []
+    with Progress("look at pictures", len(drawn), "picture", delay=2) as progress:
+        for start in range(0, len(drawn), BATCH):
+            found.append(chosen.vectors([eight_bits(picture) for picture in drawn[start : start + BATCH]]))
+            progress.advance(len(drawn[start : start + BATCH]))
+    return chosen.joined(found)
 
 
 def _planned(quantized: QuantizedModel, about: Mapping[str, float]) -> str:

@@ -15,11 +15,13 @@ from calib.analysis import heuristic
 from calib.analysis.heuristic import Heuristic, check_signature
 from calib.analysis.ranges import Observed, RangeRule, StepRanges
 from calib.analysis.rules import checked_rule
+from calib.base.errors import ConfigError
 from calib.base.option import Option, Unfit, in_short, is_of_calib, kind_of, on_trial, several, whole_number
 from calib.base.targets import bind_target, target_of
 from calib.base.values import at_least, check, group
-from calib.dataset import subsets, timesteps
-from calib.dataset.prompts import report_duplicates
+from calib.dataset import prompt_files, subsets, timesteps
+from calib.dataset.prompt_rows import COLUMN
+from calib.dataset.prompts import from_file, report_duplicates
 from calib.dataset.settings import SamplerSettings
 from calib.models.architecture import Architecture, check_architecture
 from calib.models.model import DiffusionModel
@@ -85,6 +87,17 @@ def prompts_of(node: Any) -> tuple[str, ...]:
     prompts = Option(_named("prompts", node), function, (), "a list of texts", _texts)()
     report_duplicates(prompts)
     return prompts
+
+
+def categories_of(node: Any, by: str | None) -> tuple[str, ...] | None:
+    """What the column ``by`` has for each of the prompts, which must be of a file; None without a column."""
+    if by is None:
+        return None
+    node = group("prompts", node)
+    if target_of("prompts", node) is not from_file:
+        allowed = "is a column of a file of prompts, as prompts=file prompts.path=FILE names one; these have no columns"
+        raise ConfigError.bad_value("evaluation.by", by, allowed)
+    return tuple(prompt_files.categories(node.get("path", ""), node.get("column", COLUMN), by))
 
 
 def _texts(found: Any) -> tuple[str, ...]:

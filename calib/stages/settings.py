@@ -103,6 +103,8 @@ class EvaluationSettings:
         metrics: measures by name; those of :data:`calib.evaluation.measures.DEFAULT` are always there.
         reference: a folder of pictures that measures of sets compare with; None: those of the full-precision model.
         clip: the CLIP of those measures that need one: a folder, or a repository of the hub.
+        inception: a file of weights in torch-fidelity's layout; None: those that it downloads.
+        by: a column of the file of prompts, for scores by what is in it.
         dequantize: run dense layers with the dequantized weights; None: everywhere but on Metal.
     """
 
@@ -112,6 +114,8 @@ class EvaluationSettings:
     metrics: Sequence[str] = DEFAULT
     reference: Path | None = None
     clip: str | None = None
+    inception: Path | None = None
+    by: str | None = None
     dequantize: bool | None = None
 
     @property
@@ -218,10 +222,16 @@ class Quantize:
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Keys of the stage that measures fidelity; ``data_dir`` is the folder of the full-precision pictures."""
+    """Keys of the stage that measures fidelity.
+
+    Attributes:
+        data_dir: the folder of the full-precision pictures.
+        categories: for each prompt of the list what ``evaluation.by`` has for it; None where that is not set.
+    """
 
     evaluation: Annotated[EvaluationSettings, MADE]
     data_dir: Annotated[Path, DERIVED]
+    categories: Annotated[tuple[str, ...] | None, DERIVED]
 
 
 @dataclass(frozen=True)

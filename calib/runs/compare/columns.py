@@ -1,20 +1,25 @@
 """Columns of a comparison, and the titles, units and better sides of metrics."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from calib.runs.record import Scalar
 
 
 @dataclass(frozen=True)
 class Metric:
-    """How a metric is shown: title, unit, better side ('higher', 'lower' or None), format, factor to its unit."""
+    """How a metric is shown: title, unit, better side ('higher', 'lower' or None), format, factor to its unit.
+
+    Attributes:
+        overlaps: of sets of pictures; one value is better than another only where their intervals are apart.
+    """
 
     title: str
     unit: str = ""
     better: str | None = None
     form: str = "{:.4g}"
     scale: float = 1.0
+    overlaps: bool = False
 
 
 #: The metrics of a table, in this order.
@@ -22,11 +27,15 @@ METRICS: Mapping[str, Metric] = {
     "psnr": Metric("PSNR", "dB", "higher", "{:.2f}"),
     "ssim": Metric("SSIM", "", "higher", "{:.4f}"),
     "lpips_effnet": Metric("perceptual distance", "", "lower", "{:.4f}"),
-    "kid_effnet": Metric("KID (EffNet)", "", "lower", "{:.3g}"),
-    "fd_effnet": Metric("FD (EffNet)", "", "lower", "{:.4g}"),
+    "kid_effnet": Metric("KID (EffNet)", "", "lower", "{:.3g}", overlaps=True),
+    "fd_effnet": Metric("FD (EffNet)", "", "lower", "{:.4g}", overlaps=True),
+    "fid": Metric("FID", "", "lower", "{:.4g}", overlaps=True),
+    "kid": Metric("KID", "", "lower", "{:.3g}", overlaps=True),
+    "precision": Metric("precision", "", "higher", "{:.4f}", overlaps=True),
+    "recall": Metric("recall", "", "higher", "{:.4f}", overlaps=True),
     "clip_similarity": Metric("CLIP similarity", "", "higher", "{:.4f}"),
     "clip_score": Metric("CLIP score", "", "higher", "{:.2f}"),
-    "cmmd": Metric("CMMD (U)", "", "lower", "{:.4g}"),
+    "cmmd": Metric("CMMD (U)", "", "lower", "{:.4g}", overlaps=True),
     "output_error": Metric("output error", "", "lower", "{:.2e}"),
     "average_weight_bits": Metric("bits a weight", "bits", "lower", "{:.2f}"),
     "average_activation_bits": Metric("activation bits", "bits", "lower", "{:.2f}"),
@@ -51,10 +60,11 @@ FURTHER: Mapping[str, Metric] = {
 
 
 def metric_of(key: str) -> Metric:
-    """How the metric ``key`` is shown; an unknown one by its key and as it is stored."""
-    known = METRICS.get(key) or FURTHER.get(key)
+    """How the metric ``key`` is shown, ``psnr/Animals`` as ``psnr``; an unknown one by its key and as it is stored."""
+    of_all, _, category = key.partition("/")
+    known = METRICS.get(of_all) or FURTHER.get(of_all)
     if known is not None:
-        return known
+        return replace(known, title=f"{known.title}, {category}") if category else known
     if key.endswith("_seconds"):
         return Metric(key.removesuffix("_seconds").replace("_", " "), "s", "lower", "{:.1f}")
     if key.endswith("_bytes"):

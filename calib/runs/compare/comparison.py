@@ -9,6 +9,7 @@ from pathlib import Path
 
 from calib.base.errors import ConfigError, suggest
 from calib.runs.compare.columns import METRICS, Column, metric_of
+from calib.runs.compare.notes import models_of, notes_on, plain
 from calib.runs.record import WITHOUT_EFFECT, RunRecord, Scalar
 from calib.runs.standing import RunState
 
@@ -17,13 +18,6 @@ DEFAULT_PARETO = ("quantized_bytes", "output_error")
 HIDDEN = (*WITHOUT_EFFECT, "data_dir", "export_config", "hparams_search")
 #: Entries of a run besides its settings and metrics.
 _FACTS = ("name", "state", "stage", "start", "end", "error")
-#: Settings that affect what is drawn and measured, and those among them that do not.
-_MEASURED, _UNMEASURED = (
-    ("evaluation.", "prompts", "sampler."),
-    ("evaluation.dequantize", "evaluation.metrics", "sampler.batch_size"),
-)
-#: Runs with damaged files that notes name at most.
-_MOST_NOTED = 3
 _OPERATORS: Mapping[str, Callable[[float, float], bool]] = {
     ">=": operator.ge,
     "<=": operator.le,
@@ -103,7 +97,7 @@ def compare(
     ordered = _sorted(kept, sort, known)
     columns = (*_config_columns(ordered, every), *_metric_columns(ordered, every))
     # Metrics of different models cannot be ranked.
-    ranked = [run for run in ordered if run.state is RunState.COMPLETE] if len(_models(ordered)) <= 1 else []
+    ranked = [run for run in ordered if run.state is RunState.COMPLETE] if len(models_of(ordered)) <= 1 else []
     front = pareto_front([(run.name, [_cost(run, key) for key in axes]) for run in ranked])
     return Comparison(
         runs=tuple(ordered),
@@ -112,7 +106,7 @@ def compare(
         best={column.key: _best(ranked, column) for column in columns if column.better},
         pareto=front,
         pareto_axes=axes,
-        notes=tuple(_notes(ordered, base)),
+        notes=tuple(notes_on(ordered, base)),
     )
 
 
@@ -159,17 +153,10 @@ def _meets(run: RunRecord, condition: str, known: Sequence[str]) -> bool:
     if number is not None and isinstance(value, int | float) and not isinstance(value, bool):
         return _OPERATORS[sign](value, number)
     if sign in ("=", "!="):
-        return (_plain(value) == wanted) == (sign == "=")
+        return (plain(value) == wanted) == (sign == "=")
     if number is None:
         raise ConfigError(f"--where {condition}: {wanted!r} is no number; {sign} compares numbers")
     return False
-
-
-def _plain(value: Scalar) -> str:
-    """``value`` as it is written on the command line."""
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    return str(value)
 
 
 def _number(text: str) -> float | None:
@@ -219,9 +206,9 @@ def _differs(runs: Sequence[RunRecord], key: str, every: bool) -> bool:
     if two runs of one option have different values of it, or if the command line of a run set it.
     """
     if every or "." not in key or any(key in run.asked for run in runs):
-        return len({_plain(run.config[key]) if key in run.config else None for run in runs if run.config}) > 1
+        return len({plain(run.config[key]) if key in run.config else None for run in runs if run.config}) > 1
     group = key.partition(".")[0]
-    values = {(run.config.get(group), _plain(run.config[key])) for run in runs if key in run.config}
+    values = {(run.config.get(group), plain(run.config[key])) for run in runs if key in run.config}
     return len(values) > len({option for option, _ in values})
 
 
@@ -263,38 +250,13 @@ def _best(runs: Sequence[RunRecord], column: Column) -> frozenset[str]:
     if len(set(values.values())) < 2:
         return frozenset()
     best = max(values.values()) if column.better == "higher" else min(values.values())
-    return frozenset(name for name, value in values.items() if value == best)
-
-
-def _models(runs: Sequence[RunRecord]) -> list[str]:
-    return list(dict.fromkeys(str(run.config["model.name"]) for run in runs if "model.name" in run.config))
-
-
-def _notes(runs: Sequence[RunRecord], base: RunRecord | None) -> list[str]:
-    notes = []
-    models, done = _models(runs), [run for run in runs if run.state is RunState.COMPLETE]
-    if len(models) > 1:
-        alone = "so none is marked as the best; --where model=… leaves those of one"
-        notes.append(f"these are runs of different models ({', '.join(models)}): their figures do not compare, {alone}")
-    elif differing := _measured_otherwise([run for run in runs if "psnr" in run.metrics and run.config]):
-        notes.append(
-            f"they were evaluated on different pictures or steps ({', '.join(differing)}): compare errors with care"
-        )
-    if base is not None and not base.metrics:
-        notes.append(f"the baseline, {base.name}, has no figures")
-    lacking = sum(bool(run.metrics) and "psnr" not in run.metrics for run in done)
-    if 0 < lacking < len(done):
-        notes.append(f"not evaluated, so without PSNR and errors: {lacking} of {len(runs)} runs")
-    # The table itself shows what is wrong with the others.
-    damaged = [f"{run.name}: {run.why}" for run in done if run.why]
-    notes += damaged[:_MOST_NOTED]
-    if len(damaged) > _MOST_NOTED:
-        notes.append(f"{len(damaged) - _MOST_NOTED} more runs have files that cannot be read")
-    return notes
-
-
-def _measured_otherwise(runs: Sequence[RunRecord]) -> list[str]:
-    """Settings that affect what is drawn and measured, and differ."""
-    keys = dict.fromkeys(key for run in runs for key in run.config if key.startswith(_MEASURED))
-    differing = [k for k in keys if k not in _UNMEASURED and len({_plain(run.config.get(k)) for run in runs}) > 1]
-    return differing
+    if not metric_of(column.key).overlaps:
+        return frozenset(name for name, value in values.items() if value == best)
+    ends = {
+        r.name: [r.metrics.get(f"{column.key}_{end}", values[r.name]) for end in ("low", "high")]
+        for r in runs
+        if r.name in values
+    }
+    low, high = next(ends[name] for name, value in values.items() if value == best)
+    found = frozenset(name for name, (own_low, own_high) in ends.items() if own_low <= high and low <= own_high)
+    return found if len(found) < len(values) else frozenset()

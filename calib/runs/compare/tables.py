@@ -111,7 +111,8 @@ def legend(comparison: Comparison) -> list[str]:
     x, y = (metric_of(key).title for key in comparison.pareto_axes)
     lines = []
     if any(comparison.best.values()):
-        lines.append(f"{BEST} best of its column")
+        alike = any(len(names) > 1 and metric_of(key).overlaps for key, names in comparison.best.items())
+        lines.append(f"{BEST} best of its column{', or not told apart from it, as intervals overlap' * alike}")
     if comparison.pareto:
         lines.append(f"{FRONT} Pareto-optimal: no run here is as good in both {x} and {y}, and better in one")
     if comparison.baseline is not None:

@@ -2,12 +2,15 @@
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from calib.base.layout import FULL_PICTURES, QUANTIZED_PICTURES
 from calib.dataset.images import open_picture
+from calib.evaluation.categories import Categories
+from calib.runs.compare.columns import metric_of
 
 from PIL import Image
 
@@ -19,12 +22,12 @@ MOST = 16
 
 @dataclass(frozen=True)
 class Pair:
-    """One prompt: its picture at full precision and quantized, as ``data:`` addresses; dB and SSIM where known."""
+    """One prompt: its picture at full precision and quantized, as ``data:`` addresses; figures for people."""
 
     prompt: str
     full: str
     quantized: str
-    psnr: str
+    figures: str
     size: tuple[int, int]
 
 
@@ -59,12 +62,24 @@ def decibels(psnrs: Sequence[float | None], number: int) -> str:
     return "equal" if value is None else f"{value:.1f} dB"
 
 
-def pairs(run: Path, prompts: list[str], psnrs: list[float | None]) -> list[Pair]:
-    """Return the first :data:`MOST` pictures of a run."""
-    shown = []
-    for number, (full, quantized) in enumerate(pictures_of(run)[:MOST]):
-        one, size = data_address(full)
-        other, _ = data_address(quantized)
+def figures(details: Mapping[str, Any], number: int) -> str:
+    """Return what a picture's measures are, from ``evaluation.json``: its PSNR, and further ones where there are."""
+    own = details["quantized"]
+    shown = [decibels(own["psnr"], number)]
+    for name, values in own.get("further", {}).items():
+        if number < len(values):
+            shown.append(f"{metric_of(name).title} {metric_of(name).form.format(values[number])}")
+    return ", ".join(part for part in shown if part)
+
+
+def pairs(run: Path, details: Mapping[str, Any], categories: Categories | None) -> list[Pair]:
+    """Return the first :data:`MOST` pictures of a run; where they have categories the worst, each with its own."""
+    files, prompts, shown = pictures_of(run), details["prompts"], []
+    order = range(len(files)) if categories is None else categories.order
+    for number in [place for place in order if place < len(files)][:MOST]:
+        one, size = data_address(files[number][0])
+        other, _ = data_address(files[number][1])
         prompt = prompts[number] if number < len(prompts) else ""
-        shown.append(Pair(prompt, one, other, decibels(psnrs, number), size))
+        name = "" if categories is None else f"{categories.names[number]}: "
+        shown.append(Pair(prompt, one, other, name + figures(details, number), size))
     return shown

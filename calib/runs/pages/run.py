@@ -19,7 +19,11 @@ from calib.base.files import read_json, read_text, write_text
 from calib.base.layout import ACTIVATIONS, DETAILS, ENVIRONMENT, HYDRA_OVERRIDES, LOG, PAGE, PLAN, STEPS, SUMMARY
 from calib.base.locks import open_regular
 from calib.base.progress import readable_duration
+from calib.evaluation.categories import Categories
+from calib.evaluation.metrics import Fidelity
+from calib.evaluation.report import seen_note
 from calib.runs.compare.columns import metric_of
+from calib.runs.pages.categories import category_table
 from calib.runs.pages.charts import error_chart, histogram_charts
 from calib.runs.pages.layers import (
     BitTable,
@@ -51,6 +55,8 @@ class PageParts:
     plan: Mapping[str, LayerPlan] = field(default_factory=dict)
     tables: list[BitTable] = field(default_factory=list)
     pairs: list[Pair] = field(default_factory=list)
+    categories: Categories | None = None
+    remarks: list[str] = field(default_factory=list)
     figures: list[Part] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     analysis: str = ""
@@ -81,7 +87,9 @@ def run_page(path: Path) -> str:
         facts=_facts(run, surroundings),
         trace=_trace(path) if run.state != "complete" else "",
         tiles=_tiles(run.metrics),
+        remarks=_remarks(run.metrics, parts, len(pictures_of(path))),
         pairs=parts.pairs,
+        categories=category_table(parts.categories),
         pictures=len(pictures_of(path)),
         small=bool(parts.pairs) and max(parts.pairs[0].size) <= LOSSLESS,
         tables=parts.tables,
@@ -103,7 +111,11 @@ def page_parts(path: Path) -> PageParts:
     if (path / DETAILS).exists():
         with parts.trying("evaluation"):
             details = read_json(path / DETAILS)
-            parts.pairs = pairs(path, list(details["prompts"]), list(details["quantized"]["psnr"]))
+            if "categories" in details:
+                found = Fidelity.from_json(details["quantized"])
+                parts.categories = Categories.from_json(details["categories"], found)
+            parts.pairs = pairs(path, details, parts.categories)
+            parts.remarks = [str(note) for note in details.get("notes", ())]
     if (path / PLAN).exists():
         with parts.trying("the plan"):
             parts.plan = _readable_layers(path / PLAN, parts)
@@ -217,8 +229,9 @@ def _tiles(metrics: Mapping[str, float]) -> list[dict[str, str]]:
             value = _alone(metric.form).format(metrics[key] * metric.scale)
             tiles.append({"title": metric.title, "value": value, "unit": metric.unit, "note": note})
 
-    by_clip = ("clip_similarity", "clip_score", "clip_score_change", "cmmd")
-    for key in ("psnr", "ssim", "lpips_effnet", "output_error", "kid_effnet", "fd_effnet", *by_clip):
+    sets = ("kid_effnet", "fd_effnet", "fid", "kid", "precision", "recall", "cmmd")
+    by_clip = ("clip_similarity", "clip_score", "clip_score_change")
+    for key in ("psnr", "ssim", "lpips_effnet", "output_error", *by_clip, *sets):
         form, note = _alone(metric_of(key).form), ""
         if f"{key}_low" in metrics and f"{key}_high" in metrics:
             note = f"95%: {form.format(metrics[f'{key}_low'])} to {form.format(metrics[f'{key}_high'])}"
@@ -248,6 +261,12 @@ def _tiles(metrics: Mapping[str, float]) -> list[dict[str, str]]:
         note = f"most of it: {longest}, {readable_duration(seconds[longest])}"
         tiles.append({"title": "time of all stages", "value": number, "unit": unit, "note": note})
     return tiles
+
+
+def _remarks(metrics: Mapping[str, float], parts: PageParts, pictures: int) -> list[str]:
+    """Return what a reader of the evaluation's figures must know."""
+    seen = seen_note(int(metrics.get("prompts_seen", 0)), pictures)
+    return [*parts.remarks, *([seen] if seen else [])]
 
 
 def _notes(plan: Mapping[str, LayerPlan]) -> list[str]:
