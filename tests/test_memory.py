@@ -9,6 +9,7 @@ from calib.analysis.backward import Backward, Rows
 from calib.analysis.measure import quantizable
 from calib.models import memory
 from calib.models.architecture import Conditioning
+from calib.models.backward_memory import plan_backward
 from calib.models.diffusionkit import sd3_config, sd3_skeleton
 from calib.models.memory import (
     LARGEST_BATCH,
@@ -18,7 +19,6 @@ from calib.models.memory import (
     device_memory,
     drawing_bytes,
     nbytes,
-    plan_backward,
     plan_memory,
     shrink_factor,
     useful_batch,

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import calib.models.compat  # noqa: F401  (must precede diffusionkit.mlx)
 from calib.base.errors import CalibError, first_line
+from calib.models.tensors import evaluate, set_weights
 
 import mlx.core as mx
 from huggingface_hub import constants, hf_hub_download
@@ -76,7 +77,15 @@ def renamed(
 def load_checked(
     module: nn.Module, weights: Mapping[str, mx.array], dtype: mx.Dtype, source: str, unused: Sequence[str] = ()
 ) -> None:
-    """Load ``weights`` into ``module`` as ``dtype``; names and shapes must match exactly.
+    """Load ``weights`` into ``module`` as ``dtype``; names and shapes must match exactly, as in :func:`checked`."""
+    set_weights(module, checked(module, weights, source, unused), dtype)
+    evaluate(module, source)
+
+
+def checked(
+    module: nn.Module, weights: Mapping[str, mx.array], source: str, unused: Sequence[str] = ()
+) -> dict[str, mx.array]:
+    """Those of ``weights`` that ``module`` has, all of which must be there with its shapes, and no others; lazy.
 
     ``unused`` lists parts of names of tensors to ignore, which the module is known to lack.
     """
@@ -88,8 +97,4 @@ def load_checked(
     for name, value in given.items():
         if value.shape != wanted[name].shape:
             raise CalibError(f"{source}: tensor {name!r} has shape {value.shape}, not {wanted[name].shape}")
-    module.load_weights([(name, value.astype(dtype)) for name, value in given.items()])
-    try:
-        mx.eval(module.parameters())
-    except RuntimeError as error:
-        raise CalibError(f"{source}: cannot be read to its end ({_cause(error)}); download it again") from None
+    return given

@@ -23,6 +23,7 @@ from calib.dataset.store import StateDtype
 from calib.runs.record import WITHOUT_EFFECT
 from calib.stages import Stage
 from calib.stages.options import (
+    STREAM,
     chooser_of,
     heuristic_of,
     model_choice,
@@ -146,6 +147,7 @@ def fingerprint(config: Mapping[str, Any], prompts: Sequence[str], measures: boo
         return found if file is None else found | {"code": checksum(file)}
 
     counted = {key: stable(value) for key, value in config.items() if key not in WITHOUT_EFFECT}
+    counted["model"] = stable(_model_of(config))
     if not measures:  # keys that calib 0.2.0 did not have
         counted["sensitivity"] = {
             k: v for k, v in counted["sensitivity"].items() if k not in ("method", "of", "probes")
@@ -155,6 +157,12 @@ def fingerprint(config: Mapping[str, Any], prompts: Sequence[str], measures: boo
     if not counted["quantizer"].get("search", True):  # grids as calib 0.2.0 had them
         counted["quantizer"] = {k: v for k, v in counted["quantizer"].items() if k != "search"}
     return short_hash([counted, prompts], digits=16)
+
+
+def _model_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of the model that results depend on: of calib's own all but whether its weights are streamed."""
+    model = dict(config["model"])
+    return {k: v for k, v in model.items() if k != STREAM or not str(model.get("_target_")).startswith("calib.")}
 
 
 def _file_of_user(target: object) -> Path | None:
@@ -223,7 +231,7 @@ def _dataset_folder(
             raise ConfigError.bad_value("dataset.steps", dataset.steps, allowed)
         steps = ()
     stored = asdict(dataset) | ({"steps": list(steps)} if by_schedule else {})
-    made_by = [dict(config["model"]), list(prompts), _drawn_by(sampler), config["seed"], stored]
+    made_by = [_model_of(config), list(prompts), _drawn_by(sampler), config["seed"], stored]
     model, source = config["model"]["name"], str(config["prompts"]["_target_"]).rpartition(".")[2].removeprefix("from_")
     return Path("calibration_data") / f"{model}-{source}-{sampler.num_steps}steps-{short_hash(made_by)}"
 
@@ -232,7 +240,7 @@ def _evaluation_folder(
     config: Mapping[str, Any], prompts: Sequence[str], sampler: SamplerSettings, evaluation: EvaluationSettings
 ) -> str:
     """The name of the folder of the full-precision pictures, by what determines them."""
-    made_by = [dict(config["model"]), list(prompts), _drawn_by(sampler), evaluation.seed]
+    made_by = [_model_of(config), list(prompts), _drawn_by(sampler), evaluation.seed]
     return f"{config['model']['name']}-evaluation-{sampler.num_steps}steps-{short_hash(made_by)}"
 
 

@@ -6,6 +6,7 @@ Main keys: plan (the run directory of calib quantize), evaluation.num_images, ev
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -29,7 +30,7 @@ from calib.evaluation.paired import Paired
 from calib.evaluation.reference import control_of, draw_reference
 from calib.evaluation.report import fidelity_text, picture_grid, plot_error, save_pictures
 from calib.models.model import DiffusionModel
-from calib.quantization.apply import applied, runs_dense
+from calib.quantization.apply import applied, runs_dense, stays_dense
 from calib.quantization.build import DRAWN
 from calib.quantization.check import check_fits
 from calib.quantization.checkpoint import CHECKPOINT, load
@@ -84,11 +85,12 @@ def run(settings: Settings, run: RunDirectory, model: Callable[[], DiffusionMode
     mx.reset_peak_memory()
     outcome = paired.compare(partial(applied, model(), quantized, wanted.dequantize), "quantized")
     peak, found = mx.get_peak_memory(), outcome.fidelity
+    quantized = replace(quantized, layers={}, weights={}, copies={})  # the control has other weights
     control = control_of(model(), reference, paired, settings.job.cache_dir, found)
     about = {key: quantized.about[key] for key in CARRIED if key in quantized.about}
     text = fidelity_text(found, control, drawn.sampler.num_steps)
     text += _planned(quantized, about) + drawn_before(quantized, reference.prompts)
-    text += f"peak memory while drawing quantized: {readable_bytes(peak)}{_counted(wanted.dequantize)}\n"
+    text += f"peak memory while drawing quantized: {readable_bytes(peak)}{_counted(model(), wanted.dequantize)}\n"
     write_text(run.path / FIDELITY, text)
     made_from = {"quantized": content_of(folder / CHECKPOINT), "model": model().fingerprint}
     details = {"prompts": reference.prompts, "quantized": found.to_json(), "control": control.to_json()}
@@ -129,8 +131,11 @@ def _planned(quantized: QuantizedModel, about: Mapping[str, float]) -> str:
     return "".join(f"{line}\n" for line in lines)
 
 
-def _counted(dequantize: bool | None) -> str:
+def _counted(model: DiffusionModel, dequantize: bool | None) -> str:
     """A remark on the weights included in the peak memory."""
-    if runs_dense() if dequantize is None else dequantize:
+    dense = runs_dense() if dequantize is None else dequantize
+    if dense and stays_dense(model):
         return " (with dequantized weights: no less than at full precision)"
-    return " (the full-precision weights, which stay loaded, counted)"
+    anew = "the weights dequantized anew in each forward" if dense else ""
+    stay = "the full-precision weights, which stay loaded, counted" if model.streamed is None else ""
+    return f" ({'; '.join(filter(None, [anew, stay])) or 'quantized weights alone'})"

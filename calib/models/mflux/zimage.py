@@ -9,12 +9,21 @@ from calib.base.errors import ConfigError
 from calib.models.memory import preflight
 from calib.models.mflux import note_version
 from calib.models.mflux.decoder import Decoder, drawing_bytes
-from calib.models.mflux.files import component_of, folder_of, known_folder, load_component, sizes, tokenizer_of
+from calib.models.mflux.files import (
+    component_of,
+    component_weights,
+    folder_of,
+    known_folder,
+    load_component,
+    sizes,
+    tokenizer_of,
+)
 from calib.models.mflux.flow import MfluxFlow
 from calib.models.mflux.precision import check_dtype
 from calib.models.mflux.text import TextEncoder
 from calib.models.mflux.zimage_transformer import ZImageArchitecture
 from calib.models.model import DiffusionModel, ModelDtype
+from calib.models.placed import placed
 
 import mlx.core as mx
 from mflux.models.common.config.model_config import ModelConfig
@@ -55,6 +64,7 @@ def skeleton(
     shift: float = 1.0,
     image_size: Sequence[int] = (1024, 1024),
     cfg_weight: float = 0.0,
+    stream: bool | None = None,
 ) -> ZImageArchitecture:
     """Check the parameters of :func:`load`, and build the transformer without weights."""
     check_dtype(dtype)
@@ -87,6 +97,7 @@ def load(
     dtype: ModelDtype = ModelDtype.BFLOAT16,
     shift: float = 1.0,
     image_size: Sequence[int] = (1024, 1024),
+    stream: bool | None = None,
 ) -> DiffusionModel:
     """Load Z-Image-Turbo, from the hub or from a folder in its layout.
 
@@ -96,18 +107,21 @@ def load(
         checkpoint: a folder with transformer, text_encoder, vae and tokenizer, as the hub has them or mflux saves them.
         shift: mflux's alone, by size: must be 1.
         image_size: height and width, pixels.
+        stream: read the transformer's weights in each forward; None: where they do not fit into memory.
     """
     note_version()
-    preflight(name, skeleton(name, repository, checkpoint, dtype, shift, image_size).module, dtype)
+    preflight(name, skeleton(name, repository, checkpoint, dtype, shift, image_size).module, dtype, stream)
     folder, shape = folder_of(repository, checkpoint, Definition), latent_shape(image_size)
     about = sizes(folder, "transformer", SIZES)
     text = text_encoder(folder, dtype.mlx)
     transformer = ZImageTransformer(**about)
     component = component_of(Definition, "transformer", num_layers=len(transformer.layers))
-    load_component(transformer, folder, component, dtype.mlx)
+    read = partial(component_weights, folder, component, dtype.mlx)
+    read()  # what is wrong with the transformer is said first
     vae = VAE()
     load_component(vae, folder, component_of(Definition, "vae"), dtype.mlx)
-    return model_of(name, ZImageArchitecture(transformer, about), vae, text, dtype.mlx, shape, image_size)
+    model = model_of(name, ZImageArchitecture(transformer, about), vae, text, dtype.mlx, shape, image_size)
+    return placed(model, read, str(folder / component.hf_subdir), stream)
 
 
 def text_encoder(folder: Path, dtype: mx.Dtype) -> TextEncoder:

@@ -17,6 +17,7 @@ from calib.base.files import remove_abandoned, short_hash
 from calib.base.progress import Progress
 from calib.base.seeds import generator
 from calib.models.architecture import Divisible
+from calib.models.streamed import INSTEAD_OF_TRAINING, refuse_streamed
 from calib.quantization.quantizer import QuantizerInput
 from calib.quantization.reconstruction.kept import Kept
 from calib.quantization.reconstruction.parts import PlannedPart, in_float32, planned_parts
@@ -125,6 +126,7 @@ def reconstruct(work: QuantizerInput, method: Method, training: Training, made_b
         ConfigError: the transformer does not run in parts, or the run's training was interrupted by other parameters.
         CalibError: too few images to hold some out, too little room on disk, or numbers that 16 bits cannot hold.
     """
+    refuse_streamed(work.architecture, "training of weights", INSTEAD_OF_TRAINING)
     if not isinstance(work.architecture, Divisible):
         kind = type(work.architecture).__name__
         raise ConfigError(f"quantizer: {kind} does not run in parts (Divisible), which are trained; choose another")

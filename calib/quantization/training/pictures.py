@@ -17,9 +17,11 @@ from calib.base.progress import note, readable_bytes
 from calib.dataset.generate import trajectory_from
 from calib.dataset.sampling import as_floats, noise_levels
 from calib.models.architecture import Conditioning
-from calib.models.memory import device_memory, plan_backward
+from calib.models.backward_memory import plan_backward
+from calib.models.memory import device_memory
 from calib.models.model import DiffusionModel
 from calib.models.parallel import shared_cores, streams_of
+from calib.models.streamed import INSTEAD_OF_TRAINING, refuse_streamed
 
 import mlx.core as mx
 import numpy as np
@@ -35,6 +37,7 @@ def picture_loss(
     model: DiffusionModel, layers: Mapping[str, nn.Linear], guidance: float, size: int
 ) -> Iterator["PictureLoss"]:
     """The loss of up to ``size`` pictures, on as many passes at once as this device runs best, for the context."""
+    refuse_streamed(model.architecture, "gradients of pictures", INSTEAD_OF_TRAINING)
     plan = plan_backward(model.architecture, model.latent_shape, guidance > 0, size)
     # Beside the plan's: the changed weights in float32.
     needed = plan.nbytes + sum(4 * int(layer.weight.size) for layer in layers.values())
