@@ -25,7 +25,7 @@ from calib.dataset.generate import planned_dataset
 from calib.dataset.manifest import ImageEntry
 from calib.dataset.settings import SamplerSettings
 from calib.dataset.store import StateDtype, StorageFormat, write_trajectory
-from calib.models.memory import plan_backward
+from calib.models.backward_memory import plan_backward
 from calib.models.model import DiffusionModel
 from calib.quantization.fit import fitted
 

@@ -12,11 +12,12 @@ from calib.models.diffusionkit import (
     FLUX_UNUSED,
     SD3_PREFIX,
     flux_skeleton,
-    load_flux_transformer,
-    load_sd3_transformer,
+    flux_weights,
     load_vae_decoder,
     sd3_skeleton,
+    sd3_weights,
 )
+from calib.models.hub import load_checked
 from calib.models.mmdit.architecture import MMDiTArchitecture
 from calib.models.mmdit.names import layer_name, module_path
 from calib.models.model import weights, weights_fingerprint
@@ -90,8 +91,10 @@ def inputs(rows: int) -> tuple[mx.array, mx.array, mx.array, mx.array]:
 @pytest.mark.parametrize("which", ["sd3", "flux"])
 def test_original_naming(which: str, request: pytest.FixtureRequest) -> None:
     expected, path = request.getfixturevalue(which)
-    load, config = (load_sd3_transformer, SD3) if which == "sd3" else (load_flux_transformer, FLUX)
-    loaded = load(str(path), config, mx.float32)
+    loaded, read = (
+        (MMDiT(SD3), sd3_weights(str(path))) if which == "sd3" else (MMDiT(FLUX), flux_weights(str(path), FLUX))
+    )
+    load_checked(loaded, read, mx.float32, str(path), FLUX_UNUSED)
     assert weights_fingerprint(loaded) == weights_fingerprint(expected)
     assert mx.array_equal(velocity(loaded, *inputs(2)), velocity(expected, *inputs(2)))
 
@@ -171,7 +174,7 @@ def test_wrong_checkpoints(change: str, sd3: tuple[MMDiT, Path], tmp_path: Path)
     if change == "truncate":
         path.write_bytes(path.read_bytes()[:5000])
     with pytest.raises(CalibError) as raised:
-        load_sd3_transformer(str(path), SD3, mx.float32)
+        load_checked(MMDiT(SD3), sd3_weights(str(path)), mx.float32, str(path))
     assert str(path) in str(raised.value) and "\n" not in str(raised.value)
 
 

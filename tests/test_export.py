@@ -183,6 +183,22 @@ def test_mflux_draws_what_calib_evaluated(job: Path) -> None:
         assert np.abs(full - own).max() > 5
 
 
+def test_a_streamed_model_is_exported(job: Path, files: Path) -> None:
+    """It has the weights and the figures of the model in memory, and the folder for mflux the same bytes."""
+    given = [word for word in JOB if not word.startswith("hydra.")]
+    given += (*SMALL, "prompts=file", f"model.checkpoint={files}", "model.stream=true")
+    measured = ("evaluation.metrics=[psnr,ssim,lpips_effnet]",)
+    for stage, *own in (("quantize", "plan=z-image"), ("evaluate", "plan=quantize", *measured)):
+        said = well(run_in(job, stage, *given, *own, f"hydra.run.dir={stage}")).out
+    assert "(quantized weights alone)" in said
+    well(run_in(job, "export", "quantize", "--format", "mflux", "--into", "streamed"))
+    whole, streamed = (contents(job / folder / "transformer") for folder in (EXPORTS[0][-1], "streamed"))
+    assert whole == streamed and len(whole) > 1
+    before, after = (read_json(job / run / "metrics.json") for run in ("z-image", "evaluate"))
+    assert after["psnr"] == before["psnr"] and after["output_error"] == before["output_error"]
+    assert after["control_psnr"] == before["control_psnr"] and after["lpips_effnet"] > 0
+
+
 def test_the_card_has_the_runs_figures(job: Path) -> None:
     metrics = read_json(job / "z-image" / "metrics.json")
     for exported in EXPORTS:

@@ -28,8 +28,9 @@ from calib.dataset.settings import SamplerSettings
 from calib.dataset.shards import Shard, add_entries
 from calib.dataset.store import SAMPLES, StateDtype, StorageFormat, read_state, write_trajectory
 from calib.models.architecture import Conditioning
+from calib.models.encoding import ROWS_KEPT
 from calib.models.memory import MemoryPlan, plan_memory
-from calib.models.model import ROWS_KEPT, DiffusionModel
+from calib.models.model import DiffusionModel
 from calib.models.noise import RectifiedFlow
 from calib.models.parallel import parts_for, shared_cores
 
@@ -166,7 +167,7 @@ def test_text_encoders_are_unloaded_where_memory_is_short_and_the_files_are_the_
         short = make(counted.model, tmp_path / "short", 5, brief)
         assert counted.unloaded == [6], "once, after all five prompts and the empty one, before anything is drawn"
         # As with many images, whose prompts are encoded some at a time.
-        patch.setattr(calib.models.model, "ENCODE_AHEAD", 2)
+        patch.setattr(calib.models.encoding, "ENCODE_AHEAD", 2)
         again = Counted(model)
         groups = make(again.model, tmp_path / "groups", 5, brief)
         assert again.unloaded == [3, 5, 6]
@@ -554,7 +555,8 @@ def test_a_device_that_fails_ends_with_one_line_that_says_what_is_done(model: Di
     with pytest.raises(CalibError, match=r"Unable to allocate 9 bytes.*2 of 4 images done and kept.*smaller") as error:
         make(failing, tmp_path, 4)
     assert "\n" not in str(error.value)
-    assert str(error.value).endswith("with a smaller sampler.batch_size or a smaller sampler.image_size")
+    instead = "a smaller sampler.batch_size or a smaller sampler.image_size or model.stream=true"
+    assert str(error.value).endswith(f"with {instead}")
     assert sorted(load_manifest(tmp_path).images) == [0, 1]
 
 

@@ -9,6 +9,7 @@ from calib.analysis.backward import Backward, Rows
 from calib.analysis.measure import quantizable
 from calib.models import memory
 from calib.models.architecture import Conditioning
+from calib.models.backward_memory import plan_backward
 from calib.models.diffusionkit import sd3_config, sd3_skeleton
 from calib.models.memory import (
     LARGEST_BATCH,
@@ -18,7 +19,6 @@ from calib.models.memory import (
     device_memory,
     drawing_bytes,
     nbytes,
-    plan_backward,
     plan_memory,
     shrink_factor,
     useful_batch,
@@ -72,6 +72,13 @@ def sd3_medium(use_t5: bool, pixels: int) -> Needs:
         decoding=decoding_bytes(decoder, size),
         useful_batch=useful_batch(tokens, True),
     )
+
+
+@pytest.mark.parametrize(("idle", "peak", "fits"), [(None, 13, False), (GB, 10, True)])
+def test_texts_are_encoded_before_a_streamed_transformer_is_read(idle: int | None, peak: int, fits: bool) -> None:
+    plan = MemoryPlan.of(Needs(4 * GB, GB, 8 * GB, GB, GB, idle=idle), 10 * GB, smaller_text="model.stream=true")
+    assert (plan.peak, plan.warning is None, plan.keep_text) == (peak * GB, fits, False)
+    assert fits or (plan.warning or "").endswith("beside the transformer: model.stream=true")
 
 
 @pytest.mark.parametrize(

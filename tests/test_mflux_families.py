@@ -54,9 +54,11 @@ class Own:
             self.tiny.write(folder, dtype.mlx)
         return folder
 
-    def loaded(self, size: tuple[int, int] = (64, 64), dtype: ModelDtype = ModelDtype.FLOAT32) -> DiffusionModel:
+    def loaded(
+        self, size: tuple[int, int] = (64, 64), dtype: ModelDtype = ModelDtype.FLOAT32, stream: bool = False
+    ) -> DiffusionModel:
         files = str(self.files(dtype))
-        return self.tiny.family.load(self.tiny.option, "nowhere/nothing", files, dtype, image_size=size)
+        return self.tiny.family.load(self.tiny.option, "nowhere/nothing", files, dtype, image_size=size, stream=stream)
 
     def mfluxs(self, dtype: ModelDtype = ModelDtype.FLOAT32) -> Mfluxs:
         if dtype not in self.mfluxs_of:
@@ -221,7 +223,19 @@ def test_layers_at_full_size(structure: str) -> None:
     assert sorted(map(full.path, layers)) == sorted(paths)
 
 
-#: Z-Image's is that of test_mflux.py.
+def test_streamed_from_its_files(own: Own) -> None:
+    """The same latents from the same weights, of which none stays in memory."""
+    settings, drawn = SamplerSettings(num_steps=2, cfg_weight=2.0 if own.guided else 0.0), []
+    models = [own.loaded(dtype=ModelDtype.BFLOAT16, stream=stream) for stream in (False, True)]
+    for drawing in models:
+        drawn.append([np.array(state.x) for state in trajectory(drawing, TEXTS[:2], [7, 8], settings)])
+    assert np.array_equal(*drawn)
+    whole, streamed = models
+    assert streamed.streamed is not None and whole.streamed is None
+    assert streamed.fingerprint == whole.fingerprint
+    assert {w.dtype for w in weights(streamed.transformer).values()} == {mx.bfloat16}
+
+
 #: Z-Image's is in test_mflux.
 JOBS = [pytest.param(structure, marks=pytest.mark.slow) for structure in ("qwen", "flux2")]
 

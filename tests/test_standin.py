@@ -21,16 +21,18 @@ from calib.base.errors import CalibError
 from calib.dataset.load import load_manifest
 from calib.models import memory
 from calib.models.diffusionkit import (
+    FLUX_UNUSED,
     flux_config,
+    flux_weights,
     load_flux,
-    load_flux_transformer,
     load_sd3,
-    load_sd3_transformer,
     load_vae_decoder,
     sd3_config,
+    sd3_weights,
 )
 from calib.models.memory import nbytes
 from calib.models.model import DiffusionModel, ModelDtype
+from calib.models.tensors import checked
 from calib.models.text import clip, t5
 from calib.models.tokens import BYTE_LETTERS, ClipTokenizer
 
@@ -40,6 +42,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from diffusionkit.mlx import DiffusionPipeline, FluxPipeline, model_io
+from diffusionkit.mlx.mmdit import MMDiT
 from helpers import CHECKOUT, environment, is_one_clear_line, run_in, run_process
 from huggingface_hub import constants
 from mlx.utils import tree_flatten
@@ -230,10 +233,12 @@ def test_a_damaged_file_is_named_in_one_line(
 LARGE = ("sd3_medium.safetensors", "t5/t5xxl.safetensors")
 LOADERS: dict[str, Callable[[str], object]] = {
     "sd3_medium.safetensors": lambda path: (
-        load_sd3_transformer(path, sd3_config(SD3), mx.float32),
+        checked(MMDiT(sd3_config(SD3)), sd3_weights(path), path),
         load_vae_decoder(path, "first_stage_model.decoder.", mx.float32),
     ),
-    "flux-schnell.safetensors": lambda path: load_flux_transformer(path, flux_config(), mx.float32),
+    "flux-schnell.safetensors": lambda path: checked(
+        MMDiT(flux_config()), flux_weights(path, flux_config()), path, FLUX_UNUSED
+    ),
     "ae.safetensors": lambda path: load_vae_decoder(path, "decoder.", mx.float32),
     "clip_g/model.fp16.safetensors": lambda path: replace(clip("clip_g"), path=path).load(mx.float32),
     "t5/t5xxl.safetensors": lambda path: replace(t5(), path=path).load(mx.float32),

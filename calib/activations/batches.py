@@ -11,7 +11,7 @@ from calib.activations.step import prompt_of
 from calib.dataset.manifest import Manifest
 from calib.models.architecture import Conditioning
 from calib.models.model import DiffusionModel
-from calib.models.parallel import by_parts
+from calib.models.parallel import parts_of
 
 import mlx.core as mx
 import numpy as np
@@ -61,8 +61,11 @@ class StoredStates:
     def batches(self, model: DiffusionModel, size: int, mixed: bool = False) -> list["LazyBatch"]:
         """Batches of at most ``size`` states, each of one step or, if ``mixed``, of any steps.
 
-        A batch is read and its prompts encoded when it is called. Images are taken in blocks of ``size``.
+        A batch is read and its prompts encoded when it is called; of a streamed model they are encoded now, as it
+        leaves no room for text encoders. Images are taken in blocks of ``size``.
         """
+        if model.streamed is not None:
+            model.hold([prompt_of(self.data_dir, self.manifest.images[i]) for i in self.images])
         found = []
         for first in range(0, len(self.images), size):
             block = self.images[first : first + size]
@@ -95,10 +98,8 @@ def timesteps_of_rows(batch: Batch, part: slice) -> mx.array:
     return chosen if chosen.size > 1 else chosen.reshape(1)
 
 
-def output_of(model: DiffusionModel, batch: Batch, lazily: bool = False) -> mx.array:
-    """The transformer's output v for a batch, (rows, height, width, channels)."""
-
-    def compute(part: slice) -> mx.array:
-        return model.velocity(batch.x[part], batch.text[part], timesteps_of_rows(batch, part))
-
-    return by_parts(len(batch.x), compute, lazily)
+def output_of(model: DiffusionModel, batch: Batch) -> mx.array:
+    """The transformer's output v for a batch, (rows, height, width, channels); begun."""
+    outputs = model.velocities(batch.x, batch.text, batch.timesteps, parts_of(len(batch.x)))
+    mx.async_eval(outputs)
+    return mx.concatenate(outputs) if len(outputs) > 1 else outputs[0]

@@ -29,7 +29,7 @@ from calib.dataset.check_model import checked_model
 from calib.dataset.manifest import Manifest
 from calib.dataset.shards import Shard
 from calib.models.architecture import Architecture
-from calib.models.memory import nbytes
+from calib.models.memory import device_memory, nbytes
 from calib.models.model import DiffusionModel
 
 import mlx.core as mx
@@ -200,7 +200,7 @@ class Collection:
         """The blocks in parts whose prompts stay encoded together."""
         halves = 2 if self.manifest.cfg_weight > 0 else 1
         text = halves * model.text_length * model.architecture.text_widths()[0] * model.dtype.size
-        each = max(1, int(TEXT_SHARE * nbytes(model.transformer) / text) // self.batch_size)
+        each = max(1, int(TEXT_SHARE * min(nbytes(model.transformer), device_memory()) / text) // self.batch_size)
         return [self.blocks[i : i + each] for i in range(0, len(self.blocks), each)]
 
     def _collect(self, model: DiffusionModel, steps: Sequence[int]) -> None:

@@ -222,7 +222,7 @@ class MlxObserver:
         self._untied += summary.values()
 
     def tie(self, x: mx.array) -> mx.array:
-        if not on_gpu() or not self._untied:
+        if not self._untied:
             return x
         tied: mx.array = mx.depends([x], self._untied)[0]
         self._untied = []

@@ -11,11 +11,11 @@ from calib.activations.observer_cuda import CudaObserver
 from calib.activations.observer_mlx import MlxObserver
 from calib.activations.samples import SampleWriter
 from calib.activations.taps import TapPoint, tapped
-from calib.base.device import on_cuda
+from calib.base.device import on_cuda, on_gpu
 from calib.base.errors import CalibError
 from calib.models.architecture import Conditioning
 from calib.models.model import DiffusionModel
-from calib.models.parallel import parts_of, streams_of
+from calib.models.parallel import parts_of
 
 import mlx.core as mx
 
@@ -39,8 +39,10 @@ def traced_shapes(model: DiffusionModel, points: Sequence[TapPoint]) -> dict[str
     width, pooled_width = model.architecture.text_widths()
     tokens = mx.zeros((1, model.text_length, width), dtype=model.dtype)
     pooled = None if pooled_width is None else mx.zeros((1, pooled_width), dtype=model.dtype)
-    with tapped(model.architecture, points, record):
-        model.velocity(mx.zeros((1, *model.latent_shape), dtype=model.dtype), Conditioning(tokens, pooled), 0.0)
+    architecture = model.architecture if model.streamed is None else model.streamed.inner
+    x, timestep = mx.zeros((1, *model.latent_shape), dtype=model.dtype), mx.array(0.0, model.time_dtype)
+    with tapped(architecture, points, record):
+        architecture.velocity(x, Conditioning(tokens, pooled), timestep)
     return found
 
 
@@ -92,13 +94,17 @@ class Replay:
         rows = (mx.concatenate([x, x]) if guidance else x).astype(self._model.dtype)
         half = len(x) if guidance and self._apart else None
         owners = [*images] * (2 if guidance else 1)
-        outputs = []
-        parts = parts_of(len(rows))
-        for part, stream in zip(parts, streams_of(len(parts)), strict=True):
-            with mx.stream(stream):
+        # On a CPU summaries are computed in turn with the forward, unless this must not wait for its end.
+        tied, observers = on_gpu() or self._model.streamed is not None, dict[int, _PartObserver]()
+
+        def entering(part: slice) -> None:
+            if part.start not in observers:
                 observer.begin(phase)
-                self._part = _PartObserver(observer, len(rows), half, part, sampler, owners[part])
-                outputs.append(self._model.velocity(rows[part], text[part], timestep))
+                own = _PartObserver(observer, len(rows), half, part, sampler, owners[part], tied)
+                observers[part.start] = own
+            self._part = observers[part.start]
+
+        outputs = self._model.velocities(rows, text, timestep, parts_of(len(rows)), entering)
         finite = mx.stack([mx.all(mx.isfinite(output)) for output in outputs]).all()
         todo = observer.end_forward()
         todo.append([*outputs, finite, *(sampler.end_forward() if sampler is not None else [])])
@@ -121,6 +127,7 @@ class _PartObserver:
         half: index of the batch's first unconditional row; None where the guidance halves are pooled.
         part: rows of the batch in this part.
         images: image id of each row of the part, for ``sampler``.
+        tied: whether activations are freed once they are summarised.
     """
 
     observer: Observer
@@ -129,6 +136,7 @@ class _PartObserver:
     part: slice
     sampler: SampleWriter | None
     images: Sequence[int]
+    tied: bool
 
     def record(self, name: str, activation: mx.array) -> mx.array:
         """Pass an activation to the observer and the sampler; called by every tap."""
@@ -150,4 +158,4 @@ class _PartObserver:
                     self.observer.see(f"{name}/{which}", own, *place)
         if self.sampler is not None:
             activation = self.sampler.take(name, activation, self.images)
-        return self.observer.tie(activation)
+        return self.observer.tie(activation) if self.tied else activation

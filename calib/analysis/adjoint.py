@@ -35,8 +35,9 @@ class Gradients:
     """What one probe of one batch of images gives; sums over the images.
 
     Attributes:
-        weights: G by layer, (rows, columns) float32. With r ~ N(0, 1/size of y), E⟨G, ΔW⟩² is the mean squared error of
-            the pictures after a small change ΔW of the weights; of latents, the relative squared error.
+        weights: G by layer, (rows, columns) float32, or what it was reduced to. With r ~ N(0, 1/size of y), E⟨G, ΔW⟩²
+            is the mean squared error of the pictures after a small change ΔW of the weights; of latents, the relative
+            squared error.
         inputs: Σ (∂/∂x)² Δx² by tap, (num_steps, bit-widths): the same for the input of a tap, quantized at that step.
         outputs: mean of (d ∂/∂y)² by layer, (num_steps,), over the outputs, tokens and rows of y at that step: how much
             an error of the layer's output reaches the picture or latent.
@@ -111,7 +112,8 @@ class Adjoint:
         layers: linear layers by canonical name, whose weights' gradients are wanted.
         points: taps whose inputs may be quantized.
         ranges: ``ranges(tap, step)`` is the range, (low, high), over which its input would be.
-        by_parts: whether a pass through the transformer goes block by block: see :class:`Backward`.
+        by_parts, reduce: whether a pass through the transformer goes block by block, and what it keeps of gradients of
+            weights: see :class:`Backward`.
     """
 
     def __init__(
@@ -122,9 +124,10 @@ class Adjoint:
         points: Sequence[TapPoint],
         ranges: Callable[[str, int], tuple[float, float]],
         by_parts: bool = False,
+        reduce: Callable[[str, mx.array], mx.array] | None = None,
     ):
         self._model, self._states, self._points, self._ranges = model, states, points, ranges
-        self._backward = partial(Backward, model, layers, points, by_parts)
+        self._backward = partial(Backward, model, layers, points, by_parts, reduce)
 
     def of_picture(self, images: Sequence[int], key: mx.array) -> Gradients:
         """One probe of the pictures of ``images``: see :meth:`carried`."""

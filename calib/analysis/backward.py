@@ -71,16 +71,26 @@ class Backward:
     Args:
         layers: linear layers by canonical name, whose weights' gradients are wanted.
         points: taps whose inputs may be quantized.
-        by_parts: whether a pass goes block by block, where the architecture is :class:`Divisible`.
+        by_parts: whether a pass goes block by block, where the architecture is :class:`Divisible`; of a streamed model
+            it always does.
+        reduce: ``reduce(name, gradient)`` is kept of the gradient of a layer's weights, once its part has run; for a
+            single pass by parts. None: the gradient.
     """
 
     def __init__(
-        self, model: DiffusionModel, layers: Mapping[str, nn.Module], points: Sequence[TapPoint], by_parts: bool = False
+        self,
+        model: DiffusionModel,
+        layers: Mapping[str, nn.Module],
+        points: Sequence[TapPoint],
+        by_parts: bool = False,
+        reduce: Callable[[str, mx.array], mx.array] | None = None,
     ):
-        self._model, self._layers, self._points = model, layers, points
+        self._model, self._layers, self._points, self._reduce = model, layers, points, reduce
         self._watch = Watch(model, layers, points)
         self._places = {point.name: {self._place(name) for name in point.names} for point in points}
-        self._divided = model.architecture if by_parts and isinstance(model.architecture, Divisible) else None
+        whole = model.architecture if model.streamed is None else model.streamed.inner
+        by_parts = by_parts or model.streamed is not None
+        self._divided = whole if by_parts and isinstance(whole, Divisible) else None
 
     @contextmanager
     def running(self) -> Iterator["Backward"]:
@@ -146,6 +156,7 @@ class Backward:
             with self._in_float32(place), self._watch.given({}, Zeros()):
                 given.append(part(given[-1]))
                 mx.eval(given[-1])
+            self._release(place)
         (v,) = given.pop()
         passed = [mx.grad(loss)(v)]
         shared: dict[str, tuple[mx.array, mx.array]] = {}
@@ -166,6 +177,10 @@ class Backward:
                     elif place in self._places[tap]:  # the gradient of what several parts read is the sum of theirs
                         shared[tap] = (x, shared[tap][1] + g if tap in shared else g)
                 mx.eval({name: total[name] for name in own}, errors, outputs, shared, passed)
+            if self._reduce is not None:
+                total |= {name: self._reduce(name, total[name]) for name in own}
+                mx.eval({name: total[name] for name in own})
+            self._release(place)
         errors |= {tap: input_errors(x, g, *ranges(tap)) for tap, (x, g) in shared.items()}
         mx.eval(errors)
         return Found.of(passed[0], errors, outputs, total)
@@ -200,6 +215,11 @@ class Backward:
             total[name] = total[name] + gradient
         squares = {name: mx.square(g.astype(mx.float32)).mean() for name, g in of_outputs.items()}
         return {tap: (x, of_inputs[tap]) for tap, x in seen.items()}, squares, of_given
+
+    def _release(self, place: int) -> None:
+        """Free the weights of a part, where the model is streamed."""
+        if self._model.streamed is not None:
+            self._model.streamed.release(place - 1)
 
     def _place(self, name: str) -> int:
         """The part in which a layer runs: 0 before the blocks."""

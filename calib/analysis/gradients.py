@@ -21,17 +21,19 @@ from calib.analysis.measure import drawn_by, identity, observed_points, quantiza
 from calib.analysis.passes import Pass, of_output, of_typical, reach_of
 from calib.analysis.ranges import StepRanges, ranges_to_json
 from calib.analysis.sensitivities import INPUT_BITS, Of, Sensitivities
-from calib.analysis.tables import Table, read_table, shares_of, tables_of, write_table
+from calib.analysis.tables import Table, read_table, reducing, shares_of, tables_of, write_table
 from calib.base.affine import GROUP_SIZES, WEIGHT_BITS
 from calib.base.device import on_gpu
 from calib.base.errors import CalibError
 from calib.base.files import read_json, short_hash, write_json
 from calib.base.locks import locked
-from calib.base.progress import Progress, note, say
+from calib.base.progress import Progress, note, readable_bytes, say
 from calib.models.architecture import Architecture
-from calib.models.memory import BackwardPlan, device_memory, nbytes, plan_backward
+from calib.models.backward_memory import BackwardPlan, plan_backward
+from calib.models.memory import device_memory, nbytes
 from calib.models.model import DiffusionModel
 from calib.models.parallel import shared_cores
+from calib.models.streamed import OF_OUTPUT, refuse_streamed
 
 import mlx.core as mx
 import numpy as np
@@ -67,12 +69,13 @@ class _Work:
         each = 2 * 4 * sum(int(layer.weight.size) for layer in self.layers.values())
         return max(1, min(self.plan.batch_size, 1 + (device_memory() - self.plan.nbytes) // each))
 
-    def adjoint(self, model: DiffusionModel) -> Adjoint:
+    def adjoint(self, model: DiffusionModel, shares: Sequence[mx.array] | None = None) -> Adjoint:
+        """Passes of ``model``; of a streamed one gradients are reduced to errors, layer by layer, with ``shares``."""
         own = model.architecture.layers()
         layers = {name: own[name] for name in self.layers}
-        return Adjoint(
-            model, self.states, layers, self.points, lambda tap, step: self.ranges[tap].at(step), self.plan.by_parts
-        )
+        reduce = None if shares is None or model.streamed is None else reducing(layers, self.options, shares)
+        more = (lambda tap, step: self.ranges[tap].at(step), self.plan.by_parts, reduce)
+        return Adjoint(model, self.states, layers, self.points, *more)
 
 
 def gradient_sensitivities(
@@ -169,13 +172,26 @@ def _found(work: _Work, folder: Path, of: Of, probes: int) -> tuple[Of, dict[Pas
     return of, {each: found[each] for each in passes}
 
 
+def _loaded(work: _Work, of: Of) -> DiffusionModel:
+    """The model; raises where it is streamed and a gradient is a sum over steps, which is kept of all weights."""
+    model = work.load()
+    if of is not Of.OUTPUT:
+        refuse_streamed(model.architecture, f"sensitivities of the {of}", OF_OUTPUT)
+    if model.streamed is None and (needed := work.plan.nbytes) > (memory := device_memory()):
+        note(
+            f"gradients take about {readable_bytes(needed)}, of {readable_bytes(memory)}: this may be slow or killed; "
+            "sensitivity.of=output with model.stream=true takes less"
+        )
+    return model
+
+
 def _undecodable(work: _Work, folder: Path) -> str | None:
     """Why pictures have no gradient, tried once; None where they have one."""
     path = folder / UNDECODABLE
     with suppress(CalibError, KeyError, TypeError):
         return str(read_json(path)["why"])
     work.check()
-    why = work.adjoint(work.load()).undecodable()
+    why = work.adjoint(_loaded(work, Of.PICTURE)).undecodable()
     if why is not None:
         write_json(path, {"why": why})
     return why
@@ -192,9 +208,10 @@ def _passes(work: _Work, of: Of, probes: int) -> list[Pass]:
 def _run(work: _Work, of: Of, todo: Sequence[Pass]) -> Iterator[tuple[Pass, Table]]:
     """Run passes; each has random numbers of its own, whatever was run before."""
     work.check()
-    states, manifest, model = work.states, work.states.manifest, work.load()
-    adjoint, layers = work.adjoint(model), model.architecture.layers()
+    states, manifest, model = work.states, work.states.manifest, _loaded(work, of)
+    layers = model.layers()
     shares = shares_of(layers, work.options)
+    adjoint = work.adjoint(model, shares)
     prompts = [[prompt_of(states.data_dir, manifest.images[i]) for i in each.images] for each in todo]
     keep_text = model.text_bytes + nbytes(model.decoder) + work.plan.nbytes <= device_memory()
     texts = model.encode_batches(prompts, manifest.cfg_weight, keep_text)

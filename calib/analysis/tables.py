@@ -1,7 +1,7 @@
 """What backward passes found, as arrays in a file: the rounding errors of every option, weighted by the gradients."""
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TypeAlias
@@ -36,7 +36,9 @@ def shares_of(layers: Mapping[str, nn.Module], options: Sequence[tuple[str, int,
     alike: dict[tuple[int, int, mx.Dtype, int], list[str]] = {}
     for name, bits, group_size in options:
         weight = layers[name].weight
-        some[name] = weight[:: max(1, len(weight) // SAMPLED_ROWS)]
+        if name not in some:
+            some[name] = mx.contiguous(weight[:: max(1, len(weight) // SAMPLED_ROWS)])
+            mx.eval(some[name])  # a copy, as all weights may not fit into memory
         alike.setdefault((bits, group_size, weight.dtype, weight.shape[1]), []).append(name)
     shares = {}
     with Progress("rounding errors", len(options), "option", delay=2) as progress:
@@ -51,6 +53,33 @@ def shares_of(layers: Mapping[str, nn.Module], options: Sequence[tuple[str, int,
     return [shares[option] for option in options]
 
 
+def option_errors(
+    gradients: Sequence[mx.array], weight: mx.array, bits: int, group_size: int, share: mx.array
+) -> list[mx.array]:
+    """Σ G² ΔW² of each of ``gradients``, for one option; lazy."""
+    nearest = weight - Packed.nearest(weight, bits, group_size, half_of(weight.dtype)).dequantize()
+    # ** 2 would call powf on a CPU.
+    return [mx.square(gradient * nearest).sum() * share for gradient in gradients]
+
+
+def reducing(
+    layers: Mapping[str, nn.Module], options: Sequence[tuple[str, int, int]], shares: Sequence[mx.array]
+) -> Callable[[str, mx.array], mx.array]:
+    """A function of a layer's name and gradient that returns the errors of its options, (options,)."""
+    own: dict[str, list[tuple[int, int, mx.array]]] = {}
+    for (name, bits, group_size), share in zip(options, shares, strict=True):
+        own.setdefault(name, []).append((bits, group_size, share))
+
+    def reduce(name: str, gradient: mx.array) -> mx.array:
+        errors = []
+        for option in own.get(name, ()):
+            errors += option_errors([gradient], layers[name].weight, *option)
+            mx.eval(errors[-1])
+        return mx.stack(errors) if errors else mx.zeros((0,))
+
+    return reduce
+
+
 def tables_of(
     found: Sequence[Gradients],
     layers: Mapping[str, nn.Module],
@@ -60,14 +89,17 @@ def tables_of(
     """Σ G² ΔW² for each option, with the inputs' errors and the reach, of each of several passes.
 
     ΔW is the error of searched grids, as quantizers make them: MLX's rounding times what a search leaves of it,
-    ``shares``.
+    ``shares``. A gradient may have been reduced to the errors of its layer's options, in their order.
     """
     errors = []
+    seen: dict[str, int] = {}
     for (name, bits, group_size), share in zip(options, shares, strict=True):
-        weight = layers[name].weight
-        nearest = weight - Packed.nearest(weight, bits, group_size, half_of(weight.dtype)).dequantize()
-        # ** 2 would call powf on a CPU.
-        errors.append(mx.stack([mx.square(each.weights[name] * nearest).sum() * share for each in found]))
+        gradients, place = [each.weights[name] for each in found], seen.get(name, 0)
+        seen[name] = place + 1
+        if gradients[0].ndim == 1:
+            errors.append(mx.stack([reduced[place] for reduced in gradients]))
+        else:
+            errors.append(mx.stack(option_errors(gradients, layers[name].weight, bits, group_size, share)))
         mx.eval(errors[-1])  # one rounded copy of a layer at a time
     by_pass = np.array([np.array(each) for each in errors], np.float64).T
     return [

@@ -9,13 +9,17 @@ from functools import cache
 
 #: Of glibc's malloc.h; larger requests than the second are always given back.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
-_KEPT, _LARGEST = 256 << 20, 32 << 20
+_KEPT, _LARGEST, _LITTLE = 256 << 20, 32 << 20, 1 << 20
+
+
+def keep_freed(much: bool = True) -> None:
+    """Let up to 256 MB stay with the process, where its C library is glibc; unless ``much`` next to nothing."""
+    library = _library()
+    if hasattr(library, "mallopt"):
+        library.mallopt(_MMAP_THRESHOLD, _LARGEST if much else _LITTLE)
+        library.mallopt(_TRIM_THRESHOLD, _KEPT if much else _LITTLE)
 
 
 @cache
-def keep_freed() -> None:
-    """Let up to 256 MB stay with the process, where its C library is glibc."""
-    library = ctypes.CDLL(None)
-    if hasattr(library, "mallopt"):
-        library.mallopt(_MMAP_THRESHOLD, _LARGEST)
-        library.mallopt(_TRIM_THRESHOLD, _KEPT)
+def _library() -> ctypes.CDLL:
+    return ctypes.CDLL(None)

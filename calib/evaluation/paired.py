@@ -17,12 +17,11 @@ from calib.dataset.manifest import Manifest
 from calib.evaluation.measures import NONE, Chosen
 from calib.evaluation.metrics import Fidelity, psnr, relative_error, ssim
 from calib.models.memory import plan_memory
-from calib.models.model import DiffusionModel, weights
+from calib.models.model import DiffusionModel
 from calib.models.parallel import shared_cores
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_unflatten
 from numpy.typing import NDArray
 
 #: Returns a context in which the model is changed.
@@ -68,16 +67,16 @@ def rounded_to_bfloat16(model: DiffusionModel) -> Iterator[None]:
     Forward passes are computed in float32. Differences below this noise floor are not significant. Weights take twice
     the memory of a 16-bit model meanwhile.
     """
-    own, dtype = weights(model.transformer), model.dtype
-    rounded = [(path, _rounded(array)) for path, array in own.items()]
+    dtype, point = model.dtype, TapPoint(model.architecture.input_layer, "")
     try:
-        model.transformer.update(tree_unflatten(rounded))
         model.dtype = mx.float32
-        with tapped(model.architecture, [TapPoint(model.architecture.input_layer, "")], lambda _, x: _rounded(x)):
+        with (
+            model.changed(lambda _, weight: _rounded(weight)),
+            tapped(model.architecture, [point], lambda _, x: _rounded(x)),
+        ):
             yield
     finally:
         model.dtype = dtype
-        model.transformer.update(tree_unflatten(list(own.items())))
 
 
 def _rounded(array: mx.array) -> mx.array:

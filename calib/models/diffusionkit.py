@@ -15,6 +15,7 @@ from calib.models.hub import fetch, load_checked, renamed
 from calib.models.memory import preflight
 from calib.models.mmdit.architecture import MMDiTArchitecture
 from calib.models.model import DiffusionModel, ModelDtype
+from calib.models.placed import placed
 from calib.models.tensors import read_weights
 from calib.models.text import CLIP_TOKENS, TextEncoders
 
@@ -72,6 +73,7 @@ def sd3_skeleton(
     dtype: ModelDtype = ModelDtype.FLOAT16,
     image_size: Sequence[int] = (512, 512),
     cfg_weight: float = 0.0,
+    stream: bool | None = None,
 ) -> MMDiTArchitecture:
     """Check the parameters of :func:`load_sd3`, and build the transformer without weights."""
     _known(name, repository, flux=False)
@@ -91,6 +93,7 @@ def flux_skeleton(
     dtype: ModelDtype = ModelDtype.BFLOAT16,
     image_size: Sequence[int] = (512, 512),
     cfg_weight: float = 0.0,
+    stream: bool | None = None,
 ) -> MMDiTArchitecture:
     """Check the parameters of :func:`load_flux`, and build the transformer without weights."""
     _known(name, repository, flux=True)
@@ -125,21 +128,18 @@ def _check_lengths(weights: dict[str, mx.array], lengths: dict[str, tuple[int, i
                 )
 
 
-def load_sd3_transformer(path: str, config: MMDiTConfig, dtype: mx.Dtype) -> MMDiT:
-    """Load SD3's transformer from a checkpoint in Stability's naming."""
-    transformer = MMDiT(config)
+def sd3_weights(path: str) -> dict[str, mx.array]:
+    """The weights of SD3's transformer, by its own paths, from a checkpoint in Stability's naming; lazy."""
     weights = {name: w for name, w in read_weights(path).items() if name.startswith(SD3_PREFIX)}
     if not weights:
         raise CalibError(f"{path}: holds no tensor named {SD3_PREFIX}…; is it an SD3 checkpoint?")
     _check_lengths(weights, {"pos_embed": (0, 1)}, path)
     mapping = partial(model_io.mmdit_state_dict_adjustments, prefix=SD3_PREFIX)
-    load_checked(transformer, renamed(mapping, weights, path), dtype, path)
-    return transformer
+    return renamed(mapping, weights, path)
 
 
-def load_flux_transformer(path: str, config: MMDiTConfig, dtype: mx.Dtype) -> MMDiT:
-    """Load FLUX's transformer from a checkpoint in Black Forest Labs' naming."""
-    transformer = MMDiT(config)
+def flux_weights(path: str, config: MMDiTConfig) -> dict[str, mx.array]:
+    """The weights of FLUX's transformer, by its own paths, from a checkpoint in Black Forest Labs' naming; lazy."""
     weights = read_weights(path)
     if "img_in.weight" not in weights:
         raise CalibError(f"{path}: holds no tensor named img_in.weight; is it a FLUX checkpoint?")
@@ -155,8 +155,7 @@ def load_flux_transformer(path: str, config: MMDiTConfig, dtype: mx.Dtype) -> MM
     for name in mapped:
         if name.startswith("unified_transformer_blocks") and name.endswith("mlp.fc2.bias"):
             mapped[name] = mx.zeros_like(mapped[name])
-    load_checked(transformer, mapped, dtype, path, unused=FLUX_UNUSED)
-    return transformer
+    return mapped
 
 
 def load_vae_decoder(path: str, prefix: str, dtype: mx.Dtype) -> VAEDecoder:
@@ -184,6 +183,7 @@ def load_sd3(
     dtype: ModelDtype = ModelDtype.FLOAT16,
     shift: float = 3.0,
     image_size: Sequence[int] = (512, 512),
+    stream: bool | None = None,
 ) -> DiffusionModel:
     """Load Stable Diffusion 3 or 3.5, from the hub or a local checkpoint that holds transformer and VAE.
 
@@ -191,15 +191,15 @@ def load_sd3(
         use_t5: encode prompts with T5-XXL besides the two CLIPs; without it 10 GB less memory, simpler pictures.
         shift: timestep shift of the sampler (arXiv 2403.03206, equation 23).
         image_size: height and width, pixels.
+        stream: read the transformer's weights in each forward; None: where they do not fit into memory.
     """
-    config = sd3_config(repository)
-    preflight(name, MMDiT(config), dtype)
+    transformer = MMDiT(sd3_config(repository))
+    preflight(name, transformer, dtype, stream)
     path = checkpoint or fetch(repository, model_io._MMDIT[repository]["vae"], "model.checkpoint")
     # First, so that a file that the hub does not provide is reported before gigabytes are read.
     text = TextEncoders(DiffusionPipeline, repository, dtype.mlx, clip_g=True, use_t5=use_t5)
-    transformer = load_sd3_transformer(path, config, dtype.mlx)
     decoder = load_vae_decoder(path, model_io._PREFIX[repository]["vae_decoder"], dtype.mlx)
-    return DiffusionModel(
+    model = DiffusionModel(
         name=name,
         architecture=MMDiTArchitecture(transformer),
         sampler=ModelSamplingDiscreteFlow(shift=shift),
@@ -218,6 +218,7 @@ def load_sd3(
         text_bytes=text.nbytes,
         smaller_text="model.use_t5=false" if use_t5 else "",
     )
+    return placed(model, partial(sd3_weights, path), path, stream)
 
 
 def load_flux(
@@ -228,20 +229,20 @@ def load_flux(
     dtype: ModelDtype = ModelDtype.BFLOAT16,
     shift: float = 1.0,
     image_size: Sequence[int] = (512, 512),
+    stream: bool | None = None,
 ) -> DiffusionModel:
     """Load FLUX.1 schnell or dev, from the hub or from local checkpoints of transformer and VAE.
 
     Parameters as for :func:`load_sd3`. Guidance is distilled into the weights: ``sampler.cfg_weight`` must be 0.
     """
-    config = flux_config()
-    preflight(name, MMDiT(config), dtype)
+    transformer = MMDiT(flux_config())
+    preflight(name, transformer, dtype, stream)
     files = model_io._MMDIT[repository]
     path = checkpoint or fetch(repository, files[repository], "model.checkpoint")
     vae = vae_checkpoint or fetch(repository, files["vae"], "model.vae_checkpoint")
     text = TextEncoders(FluxPipeline, repository, dtype.mlx, clip_g=False, use_t5=True)
-    transformer = load_flux_transformer(path, config, dtype.mlx)
     decoder = load_vae_decoder(vae, "decoder.", dtype.mlx)
-    return DiffusionModel(
+    model = DiffusionModel(
         name=name,
         architecture=MMDiTArchitecture(transformer),
         sampler=FluxSampler(shift=shift),
@@ -260,3 +261,4 @@ def load_flux(
         unload_text=text.unload,
         text_bytes=text.nbytes,
     )
+    return placed(model, partial(flux_weights, path, transformer.config), path, stream, FLUX_UNUSED)

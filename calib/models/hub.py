@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import calib.models.compat  # noqa: F401  (must precede diffusionkit.mlx)
 from calib.base.errors import CalibError, first_line
+from calib.models.tensors import checked, evaluate, set_weights
 
 import mlx.core as mx
 from huggingface_hub import constants, hf_hub_download
@@ -16,7 +17,6 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 from mlx import nn
-from mlx.utils import tree_flatten
 
 
 def fetch(repository: str, file: str, key: str | None = None) -> str:
@@ -73,34 +73,9 @@ def renamed(
         raise CalibError(f"{source}: holds a tensor of a wrong shape ({_cause(error)})") from None
 
 
-def check_tensors(
-    shapes: Mapping[str, tuple[int, ...]],
-    wanted: Mapping[str, tuple[int, ...]],
-    source: str,
-    unused: Sequence[str] = (),
-) -> None:
-    """Raise unless ``source`` has tensors of the ``wanted`` names and shapes; ``unused`` as in :func:`load_checked`."""
-    given = {name: shape for name, shape in shapes.items() if not any(part in name for part in unused)}
-    for name in sorted(wanted.keys() ^ given.keys()):
-        state = "lacks" if name in wanted else "has an unknown"
-        raise CalibError(f"{source}: {state} tensor {name!r}; is it the right checkpoint?")
-    for name, shape in given.items():
-        if shape != wanted[name]:
-            raise CalibError(f"{source}: tensor {name!r} has shape {shape}, not {wanted[name]}")
-
-
 def load_checked(
     module: nn.Module, weights: Mapping[str, mx.array], dtype: mx.Dtype, source: str, unused: Sequence[str] = ()
 ) -> None:
-    """Load ``weights`` into ``module`` as ``dtype``; names and shapes must match exactly.
-
-    ``unused`` lists parts of names of tensors to ignore, which the module is known to lack.
-    """
-    given = {name: w for name, w in weights.items() if not any(part in name for part in unused)}
-    wanted = {name: w.shape for name, w in dict(tree_flatten(module.parameters())).items()}
-    check_tensors({name: w.shape for name, w in given.items()}, wanted, source)
-    module.load_weights([(name, value.astype(dtype)) for name, value in given.items()])
-    try:
-        mx.eval(module.parameters())
-    except RuntimeError as error:
-        raise CalibError(f"{source}: cannot be read to its end ({_cause(error)}); download it again") from None
+    """Load ``weights`` into ``module`` as ``dtype``; names and shapes must match exactly, as in :func:`checked`."""
+    set_weights(module, checked(module, weights, source, unused), dtype)
+    evaluate(module, source)

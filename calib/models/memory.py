@@ -4,12 +4,14 @@ The estimate depends on shapes and the machine's total memory, not on the memory
 machine always makes the same plan.
 """
 
-from collections.abc import Mapping, Sequence
+import math
+import resource
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from calib.base.device import on_cuda, on_gpu, on_metal
 from calib.base.progress import note, readable_bytes
-from calib.models.architecture import Architecture, Divisible
+from calib.models.architecture import Architecture
 from calib.models.model import DiffusionModel, ModelDtype, weights
 from calib.models.parallel import parts_of
 
@@ -30,9 +32,6 @@ BLOCK_WIDTHS = 22
 BLOCK_WIDTHS_CPU = 26
 #: With CUDA MLX frees nothing until a part of the graph has run: 10.8 GB on an H200 for 8 images of 512 px.
 BLOCK_WIDTHS_CUDA = 190
-#: Activations that a backward pass in float32 keeps of a block, in the same units: 23 GB on an H200 for an image of 512
-#: px with guidance, and half a gigabyte on a CPU for 24 blocks of 256 channels and 272 tokens; and tokens of text.
-BACKWARD_WIDTHS_CPU, BACKWARD_WIDTHS_GPU, TEXT_TOKENS = 24, 60, 256
 #: The same in the VAE decoder, in units of (pixels, channels at full size): MLX's convolution unfolds each pixel's
 #: neighbourhood on a CPU, in float32; on a GPU it holds Winograd's two transforms besides input, padding and output.
 DECODER_WIDTHS_CPU, DECODER_WIDTHS_GPU = 60, 16
@@ -48,7 +47,7 @@ class Needs:
     """Memory in bytes: of the weights, of ``drawing`` per image of a batch, and of ``decoding`` one image.
 
     ``useful_batch`` is the number of images per batch that saturates the device, ``decoders`` that of images decoded
-    side by side.
+    side by side. Of the transformer ``idle`` bytes stay while texts are encoded; None: all.
     """
 
     transformer: int
@@ -58,8 +57,21 @@ class Needs:
     decoding: int
     useful_batch: int = LARGEST_BATCH
     decoders: int = 1
+    idle: int | None = None
+
+    @property
+    def encoding(self) -> int:
+        """Bytes in use while texts are encoded."""
+        return self.text + self.decoder + (self.transformer if self.idle is None else self.idle)
 
 
+#: What is done with a transformer that does not fit.
+STREAMS = "its {:.1f} GB are read anew in each forward, block by block"
+#: Share of the memory that the system lets a process have which is planned with.
+SHARE = 0.8
+#: Bits of a quantized weight, with some to spare: of a streamed model all are in memory when they are made, or drawn
+#: with.
+PACKED_BITS = 5
 #: Number of jobs that share the memory.
 _jobs = 1
 
@@ -74,11 +86,18 @@ def device_memory() -> int:
     """Bytes that weights and activations of this job may use: the device's, divided by the number of parallel jobs.
 
     On Metal the working set that the system recommends, two thirds to three quarters of the memory. Elsewhere MLX's
-    limit, a fixed share of the total: 80% of the main memory on a CPU, 95% of the card's with CUDA.
+    limit, a fixed share of the total: 80% of the main memory on a CPU, 95% of the card's with CUDA; and 80% of what the
+    system limits the process to.
     """
     if on_metal():
         return int(mx.device_info()["max_recommended_working_set_size"]) // _jobs
-    return int(mx.get_memory_limit()) // _jobs
+    return int(min(mx.get_memory_limit(), SHARE * _limit())) // _jobs
+
+
+def _limit() -> float:
+    """Bytes of data that the system lets this process have (``ulimit -d``, ``ulimit -v``)."""
+    limits = [resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_DATA, resource.RLIMIT_AS)]
+    return min((limit for limit in limits if limit != resource.RLIM_INFINITY), default=math.inf)
 
 
 def nbytes(module: nn.Module) -> int:
@@ -86,14 +105,15 @@ def nbytes(module: nn.Module) -> int:
     return sum(weight.nbytes for weight in weights(module).values())
 
 
-def preflight(name: str, transformer: nn.Module, dtype: ModelDtype) -> None:
+def preflight(name: str, transformer: nn.Module, dtype: ModelDtype, stream: bool | None = None) -> None:
     """Note what will be slow or too large, by the shapes of ``transformer``, before anything is downloaded or read."""
     if dtype is not ModelDtype.FLOAT32 and mx.default_device().type == mx.DeviceType.cpu:
         note(f"model.dtype={dtype}: 16-bit products are some 40 times slower on a CPU; use model.dtype=float32")
     size, memory = sum(weight.size for weight in weights(transformer).values()) * dtype.mlx.size, device_memory()
     if size > memory:
         needed = f"{size / 1e9:.1f} of {memory / 1e9:.1f} GB"
-        note(f"memory: the transformer of {name} alone takes {needed}; it may swap or fail")
+        then = "it may swap or fail" if stream is False else STREAMS.format(size / 1e9)
+        note(f"memory: the transformer of {name} alone takes {needed}; {then}")
 
 
 def useful_batch(tokens: int, guidance: bool) -> int:
@@ -108,58 +128,6 @@ def drawing_bytes(architecture: Architecture, tokens: int, guidance: bool, size:
     scores = 0 if on_gpu() else architecture.heads * tokens**2
     widths = BLOCK_WIDTHS_CUDA if on_cuda() else BLOCK_WIDTHS if on_gpu() else BLOCK_WIDTHS_CPU
     return int((1 + guidance) * size * (widths * architecture.width * tokens + scores))
-
-
-@dataclass(frozen=True)
-class BackwardPlan:
-    """How a backward pass through the transformer goes, in float32.
-
-    Attributes:
-        batch_size: images at once.
-        by_parts: whether it goes block by block, and computes the activations of each once more.
-        nbytes: what it takes at once, the model's weights counted.
-    """
-
-    batch_size: int
-    by_parts: bool
-    nbytes: int
-
-
-def plan_backward(
-    architecture: Architecture,
-    latent_shape: Sequence[int],
-    guidance: bool,
-    images: int,
-    text_length: int = TEXT_TOKENS,
-    memory: int | None = None,
-    largest: int = LARGEST_BATCH,
-) -> BackwardPlan:
-    """The plan for at most ``images`` at once, and ``largest``, on this device, or on one of ``memory`` bytes.
-
-    In one piece where that fits for one image.
-    """
-    memory = device_memory() if memory is None else memory
-    tokens = architecture.tokens(latent_shape[:2]) + text_length
-    sizes = {path: weight.size for path, weight in weights(architecture.module).items()}
-    held, total, depth = nbytes(architecture.module), 4 * sum(sizes.values()), sum(architecture.depth)
-    rows, stream = 1 + guidance, 4 * architecture.width * tokens
-    # On GPUs attention does not materialise the scores.
-    scores, widths = (0, BACKWARD_WIDTHS_GPU) if on_gpu() else (architecture.heads * tokens**2, BACKWARD_WIDTHS_CPU)
-    block = rows * (widths * stream + 2 * 4 * scores)
-    # The sums of gradients; of all layers at once, or of one block, gradients and, of 16 bits, weights in float32.
-    whole = held + total * (2 + (held < total))
-    parts = held + total + 2 * 4 * _largest_block(architecture, sizes)
-    passed = rows * stream * (depth + 2)
-    by_parts = isinstance(architecture, Divisible) and whole + depth * block > memory
-    fixed, each = (parts, block + passed) if by_parts else (whole, depth * block)
-    batch = max(1, min(images, (memory - fixed) // each, largest))
-    return BackwardPlan(batch, by_parts, fixed + batch * each)
-
-
-def _largest_block(architecture: Architecture, sizes: Mapping[str, int]) -> int:
-    """Weights of the block that has the most."""
-    paths = [f"{architecture.path(block)}." for block in architecture.blocks()]
-    return max((sum(size for path, size in sizes.items() if path.startswith(prefix)) for prefix in paths), default=0)
 
 
 def decoding_bytes(decoder: nn.Module, latent_size: Sequence[int]) -> int:
@@ -190,6 +158,7 @@ class MemoryPlan:
         keep_text: whether the text encoders stay loaded while images are drawn.
         batch_size: images per batch.
         warning: what does not fit, and which setting to change; None where everything fits.
+        read: bytes of weights that each forward reads, of a streamed model; 0: none.
     """
 
     needs: Needs
@@ -197,14 +166,17 @@ class MemoryPlan:
     keep_text: bool
     batch_size: int
     warning: str | None
+    read: int = 0
 
     @classmethod
-    def of(cls, needs: Needs, memory: int, batch_size: int | None = None, smaller_text: str = "") -> "MemoryPlan":
+    def of(
+        cls, needs: Needs, memory: int, batch_size: int | None = None, smaller_text: str = "", read: int = 0
+    ) -> "MemoryPlan":
         """Keep the text encoders if one image can be drawn beside them; choose the largest useful batch that fits.
 
         Args:
             batch_size: the requested batch size; None: choose one.
-            smaller_text: the setting that makes the text encoders smaller, for the warning.
+            smaller_text: the setting that makes room for the text encoders, for the warning.
         """
         left = memory - needs.transformer - needs.decoder
         decoding = needs.decoders * needs.decoding
@@ -216,11 +188,11 @@ class MemoryPlan:
             problems.append("one image does not fit: choose a smaller sampler.image_size or model")
         elif batch > fitting:
             problems.append(f"choose sampler.batch_size={fitting}")
-        if needs.text > left:
+        if needs.encoding > memory:
             problems.append(
                 f"the text encoders do not fit beside the transformer{smaller_text and f': {smaller_text}'}"
             )
-        plan = cls(needs, memory, keep_text, batch, None)
+        plan = cls(needs, memory, keep_text, batch, None, read)
         warning = f"{plan.describe()}; it may swap or fail: {'; '.join(problems)}" if problems else None
         return replace(plan, warning=warning)
 
@@ -237,15 +209,16 @@ class MemoryPlan:
     @property
     def peak(self) -> int:
         """Largest number of bytes in use at once."""
-        text = self.needs.text
-        beside = text + self.drawing if self.keep_text else max(text, self.drawing)
-        return self.needs.transformer + self.needs.decoder + beside
+        needs = self.needs
+        drawing = needs.transformer + needs.decoder + self.drawing + needs.text * self.keep_text
+        return max(needs.encoding, drawing)
 
     def describe(self) -> str:
         """The plan in one line."""
+        streamed = f" (streamed: each forward reads {readable_bytes(self.read)})" if self.read else ""
         unloaded = "" if self.keep_text else " (unloaded while drawing)"
         parts = (
-            f"transformer {readable_bytes(self.needs.transformer)}",
+            f"transformer {readable_bytes(self.needs.transformer)}{streamed}",
             f"text encoders {readable_bytes(self.needs.text)}{unloaded}",
             f"drawing {readable_bytes(self.drawing)} at batch {self.batch_size}",
         )
@@ -268,13 +241,24 @@ def plan_memory(
     decoding = decoding_bytes(model.decoder, size) if model.decoding_bytes is None else model.decoding_bytes
     fitting = memory // 4 // decoding if decoding else 1
     tokens = architecture.tokens(size) + model.text_length
+    streamed = model.streamed
     needs = Needs(
-        transformer=nbytes(model.transformer),
+        transformer=nbytes(model.transformer) if streamed is None else streamed_bytes(model),
         decoder=nbytes(model.decoder),
         text=model.text_bytes,
         drawing=drawing_bytes(architecture, tokens, guidance, model.dtype.size),
         decoding=decoding,
-        useful_batch=useful_batch(tokens, guidance),
+        # The more at once, the fewer forwards there are to read the weights for.
+        useful_batch=useful_batch(tokens, guidance) if streamed is None else LARGEST_BATCH,
         decoders=max(1, min(len(parts_of(parts, parts)), fitting)),
+        idle=None if streamed is None else streamed.nbytes_idle,
     )
-    return MemoryPlan.of(needs, memory, batch_size, model.smaller_text)
+    read = 0 if streamed is None else streamed.bytes_read
+    return MemoryPlan.of(needs, memory, batch_size, model.smaller_text, read)
+
+
+def streamed_bytes(model: DiffusionModel) -> int:
+    """Bytes of weights of a streamed transformer that are in memory, those of its quantized copy counted."""
+    assert model.streamed is not None
+    weights_of_layers = sum(int(layer.weight.size) for layer in model.architecture.layers().values())
+    return model.streamed.nbytes + weights_of_layers * PACKED_BITS // 8

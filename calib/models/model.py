@@ -5,8 +5,8 @@ With classifier-free guidance (``cfg_weight > 0``) the transformer gets a double
 unconditional rows, in DiffusionKit's order.
 """
 
-import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TypeAlias, cast
@@ -16,19 +16,17 @@ from calib.base.device import on_gpu
 from calib.base.progress import note
 from calib.models.architecture import Architecture, Conditioning
 from calib.models.clock import Clock
+from calib.models.encoding import Encoding
 from calib.models.noise import Flow, LatentFormat, Sampler, UnscaledLatents
-from calib.models.parallel import by_parts, streams_of
+from calib.models.parallel import parts_of, streams_of
+from calib.models.streamed import Streamed, of_rows
+from calib.models.tensors import fingerprint_of
 
 import mlx.core as mx
 import numpy as np
 from mlx import nn
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_unflatten
 from numpy.typing import NDArray
-
-#: Prompts encoded in advance where the text encoders do not fit beside the transformer: about 300 MB with SD3 and T5.
-ENCODE_AHEAD = 64
-#: Prompts whose conditioning is cached, including the empty prompt.
-ROWS_KEPT = 64
 
 
 class ModelDtype(StrEnum):
@@ -53,7 +51,7 @@ def guided(conditional: mx.array, unconditional: mx.array, cfg_weight: float) ->
 
 
 @dataclass
-class DiffusionModel:
+class DiffusionModel(Encoding):
     """A loaded text-to-image model.
 
     Attributes:
@@ -75,7 +73,7 @@ class DiffusionModel:
         guidance: how the outputs of both halves are combined where there is guidance.
         unload_text: frees the text encoders; the next ``encode_text`` loads them again.
         text_bytes: memory of the loaded text encoders, bytes.
-        smaller_text: the setting that makes the text encoders smaller; empty where there is none.
+        smaller_text: the setting that makes room for the text encoders; empty where there is none.
         decoding_bytes: memory of decoding one latent, bytes; None: estimated where the decoder has the layers of
             DiffusionKit's VAE, else not counted.
         clock: set before every forward pass where layers depend on the denoising step.
@@ -108,7 +106,7 @@ class DiffusionModel:
     def __post_init__(self) -> None:
         """Prepare a CPU, and say so where products will be slow for want of a BLAS: whoever computes has a model."""
         if not on_gpu():
-            heap.keep_freed()
+            heap.keep_freed(much=self.streamed is None)
             if (slow := blas.slow()) is not None:
                 note(slow)
 
@@ -116,6 +114,16 @@ class DiffusionModel:
     def transformer(self) -> nn.Module:
         """The transformer's network."""
         return self.architecture.module
+
+    @property
+    def streamed(self) -> Streamed | None:
+        """The transformer where it is streamed from its checkpoint; None where it is in memory."""
+        return self.architecture if isinstance(self.architecture, Streamed) else None
+
+    def layers(self) -> Mapping[str, nn.Module]:
+        """Every linear layer by name; of a streamed model best used one after the other."""
+        layers = self.architecture.layers()
+        return layers if self.streamed is None else self.streamed.in_turn(layers)
 
     @property
     def flow(self) -> Flow | None:
@@ -131,57 +139,6 @@ class DiffusionModel:
         """What the transformer takes for noise levels: 1000 sigma in its own type, as in DiffusionKit, or a flow's."""
         return (levels * 1000).astype(self.dtype) if self.flow is None else self.flow.timesteps(levels)
 
-    def encode(self, prompts: Sequence[str], cfg_weight: float) -> Conditioning:
-        """Conditioning of a batch: all conditional rows, then with guidance as many unconditional rows.
-
-        Each prompt is encoded by itself, so that its conditioning does not depend on the batch, and is cached.
-        """
-        rows = {prompt: self._row(prompt) for prompt in dict.fromkeys(prompts)}
-        parts = [rows[prompt] for prompt in prompts]
-        if cfg_weight > 0:
-            parts += [self._row("")] * len(prompts)
-        return Conditioning.batch(parts)
-
-    def encode_batches(
-        self,
-        batches: Sequence[Sequence[str]],
-        cfg_weight: float,
-        keep_text: bool,
-        beside: Sequence[Sequence[str]] | None = None,
-    ) -> Iterator[Conditioning]:
-        """Yield the conditioning of each batch, as :meth:`encode` returns it.
-
-        Unless ``keep_text``, batches are encoded in advance and the text encoders unloaded before the first is yielded.
-
-        Args:
-            beside: for each batch, texts that it has room for, too, where texts differ in length: matrix products of
-                another shape differ in the last bits.
-        """
-        ahead = 1 if keep_text or not batches else max(1, ENCODE_AHEAD // len(batches[0]))
-        for first in range(0, len(batches), ahead):
-            chosen = range(first, min(first + ahead, len(batches)))
-            texts = [self._with_room(self.encode(batches[i], cfg_weight), beside[i] if beside else ()) for i in chosen]
-            if not keep_text:
-                self.unload_text()
-            yield from texts
-
-    def _with_room(self, text: Conditioning, beside: Sequence[str]) -> Conditioning:
-        if not beside or text.lengths is None:
-            return text
-        return text.padded(min(max(map(self.token_count, beside)), self.max_prompt_tokens))
-
-    def _row(self, prompt: str) -> Conditioning:
-        """Conditioning of one prompt, one row in the transformer's type, evaluated."""
-        if prompt in self._rows:
-            self._rows[prompt] = row = self._rows.pop(prompt)
-            return row
-        row = self.encode_text(prompt).astype(self.dtype)
-        mx.eval(row.arrays())
-        self._rows[prompt] = row
-        if len(self._rows) > ROWS_KEPT:
-            del self._rows[next(iter(self._rows))]
-        return row
-
     def velocity(self, x: mx.array, text: Conditioning, timestep: float | mx.array) -> mx.array:
         """The transformer's output v for ``x`` (rows, height, width, channels), in its own type.
 
@@ -190,6 +147,33 @@ class DiffusionModel:
         self.set_clock(timestep)
         times = timestep if isinstance(timestep, mx.array) else mx.array(timestep, self.time_dtype)
         return self.architecture.velocity(x, text, times)
+
+    def velocities(
+        self,
+        x: mx.array,
+        text: Conditioning,
+        timestep: float | mx.array,
+        parts: Sequence[slice],
+        entering: Callable[[slice], None] = lambda part: None,
+        taps: Sequence[str] | None = None,
+    ) -> list[mx.array]:
+        """:meth:`velocity` for ``parts`` of the rows, each on a stream of its own; lazy unless the model is streamed.
+
+        Args:
+            entering: called before operations of a part are built: once, or where the model is streamed several times.
+            taps: names of layers, where nothing but their inputs is wanted: a streamed model computes no more.
+        """
+        if self.streamed is not None:
+            self.set_clock(timestep)
+            times = timestep if isinstance(timestep, mx.array) else mx.array(timestep, self.time_dtype)
+            return self.streamed.velocities(x, text, times, parts, entering, taps)
+        outputs = []
+        for part, stream in zip(parts, streams_of(len(parts)), strict=True):
+            with mx.stream(stream):
+                entering(part)
+                own = of_rows(timestep, part) if isinstance(timestep, mx.array) else timestep
+                outputs.append(self.velocity(x[part], text[part], own))
+        return outputs
 
     def set_clock(self, timestep: float | mx.array) -> None:
         """Set the clock for layers that depend on the step; to None where rows differ in timestep.
@@ -237,11 +221,11 @@ class DiffusionModel:
     ) -> tuple[mx.array, mx.array]:
         """The rows that the transformer gets for ``x``, with guidance twice as many, and its output for them."""
         rows = (mx.concatenate([x, x]) if cfg_weight > 0 else x).astype(self.dtype)
-
-        def compute(part: slice) -> mx.array:
-            return self.velocity(rows[part], text[part], timestep)
-
-        return rows, self.velocity(rows, text, timestep) if parts == 1 else by_parts(len(rows), compute, parts=parts)
+        outputs = self.velocities(rows, text, timestep, parts_of(len(rows), parts))
+        if len(outputs) == 1:
+            return rows, outputs[0]
+        mx.async_eval(outputs)  # all at once: see by_parts
+        return rows, mx.concatenate(outputs)
 
     def decode(self, x: mx.array) -> mx.array:
         """Images (batch, height, width, 3) in [0, 1] of the sampler's final latents ``x``, in float32.
@@ -271,8 +255,21 @@ class DiffusionModel:
     def fingerprint(self) -> str:
         """Hash of the transformer's weights: names, shapes, types and bytes (16 hex digits)."""
         if not self._fingerprint:
-            self._fingerprint = weights_fingerprint(self.transformer)
+            streamed = self.streamed
+            self._fingerprint = weights_fingerprint(self.transformer) if streamed is None else streamed.fingerprint()
         return self._fingerprint
+
+    @contextmanager
+    def changed(self, change: Callable[[str, mx.array], mx.array]) -> Iterator[None]:
+        """Compute with ``change(path, weight)`` in place of every weight of the transformer, in the context; lazy."""
+        streamed, own = self.streamed, weights(self.transformer)
+        own = own if streamed is None else streamed.staying(own)
+        try:
+            self.transformer.update(tree_unflatten([(path, change(path, weight)) for path, weight in own.items()]))
+            with nullcontext() if streamed is None else streamed.changed(change):
+                yield
+        finally:
+            self.transformer.update(tree_unflatten(list(own.items())))
 
 
 def weights(module: nn.Module) -> dict[str, mx.array]:
@@ -283,8 +280,4 @@ def weights(module: nn.Module) -> dict[str, mx.array]:
 
 def weights_fingerprint(module: nn.Module) -> str:
     """Hash of all parameters of ``module`` in the order of their names (16 hex digits of SHA-256)."""
-    digest = hashlib.sha256()
-    for name, value in sorted(weights(module).items()):
-        digest.update(f"{name}{value.shape}{value.dtype}".encode())
-        digest.update(np.ascontiguousarray(np.array(value.view(mx.uint8))).data)
-    return digest.hexdigest()[:16]
+    return fingerprint_of(sorted(weights(module).items()))

@@ -9,6 +9,7 @@ passes it: a dataset keeps the number that it was begun with.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from itertools import pairwise
 
 from calib.base import blas
@@ -37,6 +38,18 @@ def streams_of(parts: int) -> list[mx.Stream]:
         return [mx.default_stream(mx.default_device())]
     _streams.extend(mx.new_stream(mx.cpu) for _ in range(parts - len(_streams)))
     return _streams[:parts]
+
+
+@cache
+def _reader() -> mx.Stream:
+    return mx.new_stream(mx.cpu)
+
+
+@contextmanager
+def reading() -> Iterator[None]:
+    """Have arrays of files that are opened in the context read beside what is computed, on a stream of their own."""
+    with mx.stream(_reader()):
+        yield
 
 
 @contextmanager

@@ -1,22 +1,23 @@
 """Apply a quantized model's weights and activation rules to a loaded transformer, for the time of a context."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 from calib.activations.taps import TapPoint, tapped
 from calib.base.device import on_metal
 from calib.models.architecture import Architecture, parent_of
 from calib.models.clock import Clock
+from calib.models.memory import device_memory, nbytes
 from calib.models.model import DiffusionModel, weights
 from calib.models.packed import Packed
 from calib.models.rotation import rotated
+from calib.models.streamed import Streamed
 from calib.models.wrapper import Wrapper, holds
 from calib.quantization.model import InputRule, QuantizedModel
 
 import mlx.core as mx
 from mlx import nn
-from mlx.utils import tree_unflatten
 
 
 class PhasedLinear(nn.Module):
@@ -68,6 +69,19 @@ class Unpacked(Wrapper):
         return y + inner.bias if "bias" in inner else y
 
 
+class Dequantized(nn.Module):
+    """A dense layer with the dequantized weights, made anew in each forward where they are too many to stay."""
+
+    def __init__(self, packed: Packed, dtype: mx.Dtype):
+        super().__init__()
+        self._packed, self._dtype = packed, dtype
+
+    def __call__(self, x: mx.array) -> mx.array:
+        weight = self._packed.dequantize(self._dtype)
+        y: mx.array = mx.addmm(self["bias"], x, weight.T) if "bias" in self else x @ weight.T
+        return y
+
+
 @contextmanager
 def unpacked(architecture: Architecture, packed: Mapping[str, Packed]) -> Iterator[None]:
     """Run layers with ``packed`` weights, and everything else as it is, for the time of the context."""
@@ -76,7 +90,8 @@ def unpacked(architecture: Architecture, packed: Mapping[str, Packed]) -> Iterat
     try:
         for name, (parent, key) in places.items():
             parent[key] = Unpacked(own[name], packed[name])
-        yield
+        with architecture.without(packed) if isinstance(architecture, Streamed) else nullcontext():
+            yield
     finally:
         for name, (parent, key) in places.items():
             parent[key] = own[name]
@@ -91,15 +106,25 @@ def runs_dense() -> bool:
     return not on_metal()
 
 
-def as_module(layer: Packed, bias: mx.array | None, dtype: mx.Dtype, dequantize: bool) -> nn.Module:
+def stays_dense(model: DiffusionModel) -> bool:
+    """Whether dequantized weights fit into memory beside the model's own, which stay loaded."""
+    return model.streamed is None and 2 * nbytes(model.transformer) <= device_memory()
+
+
+def as_module(layer: Packed, bias: mx.array | None, dtype: mx.Dtype, dequantize: bool, stays: bool = True) -> nn.Module:
     """A layer with packed weights on MLX's quantized kernels, or with ``dequantize`` a dense one of equal weights.
 
     MLX's quantized products are 14 to 85 times slower than dense ones on a CPU.
+
+    Args:
+        stays: whether the dequantized weights stay in memory, or are made anew in each forward.
     """
     rows, columns = layer.weight.shape[0], layer.weight.shape[1] * 32 // layer.bits
     module: nn.Module
     # The modules' initial weights are lazy, and replaced before anything computes them.
-    if dequantize:
+    if dequantize and not stays:
+        module = Dequantized(layer, dtype)
+    elif dequantize:
         module = nn.Linear(columns, rows, bias=False)
         module.weight = layer.dequantize(dtype)
     else:
@@ -137,32 +162,34 @@ def _recorder(inputs: Mapping[str, InputRule], clock: Clock) -> Callable[[str, m
 @contextmanager
 def _weights_of(model: DiffusionModel, quantized: QuantizedModel, clock: Clock, dequantize: bool) -> Iterator[None]:
     """Replace the layers by quantized ones, the other parameters by 16-bit ones, and set a clock, in the context."""
-    architecture, transformer, dtype = model.architecture, model.transformer, model.dtype
+    architecture, stays, streamed = model.architecture, stays_dense(model), model.streamed
     own = architecture.layers()
-    own_weights = weights(transformer)
+    types = {path: weight.dtype for path, weight in weights(model.transformer).items()}
+    others = {path: weight.astype(types[path]) for path, weight in quantized.weights.items()}
     paths = {name: architecture.path(name) for name in quantized.layers}
     biases = {name: own[name].get("bias") for name in quantized.layers}
     changed = {name: quantized.weights.get(f"{paths[name]}.bias", bias) for name, bias in biases.items()}
-    places = {name: parent_of(transformer, path) for name, path in paths.items()}
-    try:
-        model.clock = clock
-        transformer.update(tree_unflatten([(p, w.astype(own_weights[p].dtype)) for p, w in quantized.weights.items()]))
-        for name, layer in quantized.layers.items():
-            module = as_module(layer, changed[name], dtype, dequantize)
-            copies: dict[int, nn.Module] = {}
-            for phase, kept in quantized.copies.items():
-                if name in kept:
-                    first, last = quantized.phases[phase]
-                    own_copy = as_module(kept[name], changed[name], dtype, dequantize)
-                    copies |= dict.fromkeys(range(first, last + 1), own_copy)
-            if copies:
-                module = PhasedLinear(module, copies, clock)
-            parent, key = places[name]
-            parent[key] = module
-        mx.eval(transformer.parameters())
-        yield
-    finally:
-        model.clock = None
-        for name, (parent, key) in places.items():
-            parent[key] = own[name]
-        transformer.update(tree_unflatten([(path, own_weights[path]) for path in quantized.weights]))
+    places = {name: parent_of(model.transformer, path) for name, path in paths.items()}
+    unread = nullcontext() if streamed is None else streamed.without(quantized.layers)
+    with model.changed(lambda path, weight: others.get(path, weight)), unread:
+        try:
+            model.clock = clock
+            for name, layer in quantized.layers.items():
+                module = as_module(layer, changed[name], model.dtype, dequantize, stays)
+                copies: dict[int, nn.Module] = {}
+                for phase, kept in quantized.copies.items():
+                    if name in kept:
+                        first, last = quantized.phases[phase]
+                        own_copy = as_module(kept[name], changed[name], model.dtype, dequantize, stays)
+                        copies |= dict.fromkeys(range(first, last + 1), own_copy)
+                if copies:
+                    module = PhasedLinear(module, copies, clock)
+                parent, key = places[name]
+                parent[key] = module
+            if streamed is None:
+                mx.eval(model.transformer.parameters())
+            yield
+        finally:
+            model.clock = None
+            for name, (parent, key) in places.items():
+                parent[key] = own[name]

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from calib.activations.batches import Batch, StoredStates, timesteps_of_rows
+from calib.activations.batches import Batch, StoredStates
 from calib.activations.reader import ActivationFile
 from calib.activations.taps import TapPoint, tapped
 from calib.analysis.measure import quantizable
@@ -22,7 +22,7 @@ from calib.base.targets import described
 from calib.models.memory import plan_memory
 from calib.models.model import DiffusionModel, weights
 from calib.models.packed import Packed, half_of
-from calib.models.parallel import by_parts, shared_cores
+from calib.models.parallel import parts_of, shared_cores
 from calib.quantization import rtn
 from calib.quantization.apply import unpacked
 from calib.quantization.check import checked_quantizer, model_kept
@@ -148,36 +148,43 @@ def quantize_layers(
     given = (*_replay(model, states), *_statistics(plan, source, steps), steps.importance.get)
     own = (input_bits, source.scratch, model, states, source.prompts, source.home)
     work = QuantizerInput(model.architecture, linear, {**plan, **chosen}, half, *given, *own)
+    if model.streamed is not None:
+        work = replace(work, layers=model.streamed.in_turn(linear), streamed=True)
     with model_kept(model) as changed:
         made = checked_quantizer(quantizer)(work)
-        copies = _copies(linear, chosen, steps, made.layers, quantizer, work)
+        copies = _copies(chosen, steps, made.layers, quantizer, work)
     if changed:
         notes.append(f"the quantizer changed weights of the model itself ({changed[0]}, …); they were put back")
     # A plan may also name blocks, where their outputs were observed: they have no input to quantize.
     inputs, more = _inputs({name: layer for name, layer in plan.items() if name in layers}, steps, made)
     paths = {name: model.architecture.path(name) for name in made.layers}
     packed = {f"{path}.weight" for path in paths.values()}
-    parameters = weights(model.transformer).items()
-    rest = {path: made.weights.get(path, array).astype(half) for path, array in parameters if path not in packed}
+    # Of a streamed model apart from those that it runs with, which would stay once they are read.
+    parameters = weights(model.transformer) if model.streamed is None else model.streamed.fresh()
+    rest = {}
+    for path in weights(model.transformer):
+        if path not in packed:
+            rest[path] = made.weights.get(path, parameters.pop(path)).astype(half)
+            mx.eval(rest[path])
     texts = {*made.drawn, *(text for of in replayed[:1] for text in prompts_of(of, of.images))}
     about = {**origin_of(model), **made_by, **({SEEN: sorted(map(short_hash, texts))} if texts else {})}
     quantized = QuantizedModel(made.layers, rest, inputs, steps.timesteps, paths, copies, steps.phases, about)
-    mx.eval(rest, [[p.weight, p.scales, p.biases] for p in made.layers.values()])
+    mx.eval([[p.weight, p.scales, p.biases] for p in made.layers.values()])
     _check_finite(quantized, half)
     return quantized, [*notes, *made.notes, *more]
 
 
 def _check_finite(quantized: QuantizedModel, half: mx.Dtype) -> None:
     """Raise where the 16-bit type cannot represent a weight."""
-    arrays = dict(quantized.weights)
-    for name, layer in quantized.layers.items():
-        # Both ends of every grid.
-        ends = [layer.biases, layer.biases + layer.scales * (2**layer.bits - 1)]
-        arrays[name] = mx.concatenate([layer.scales, *ends])
-    finite = {name: mx.isfinite(array).all() for name, array in arrays.items()}
-    mx.eval(finite)
-    for name, holds in finite.items():
-        if not holds.item():
+
+    def arrays() -> Iterator[tuple[str, list[mx.array]]]:
+        yield from ((path, [array]) for path, array in quantized.weights.items())
+        for name, layer in quantized.layers.items():
+            # Both ends of every grid.
+            yield name, [layer.scales, layer.biases, layer.biases + layer.scales * (2**layer.bits - 1)]
+
+    for name, own in arrays():  # one after the other: together they would take memory once more
+        if not all(mx.isfinite(array).all().item() for array in own):
             kind = str(half).rpartition(".")[2]
             remedy = "model.dtype=bfloat16 may do" if half == mx.float16 else "its checkpoint may be damaged"
             raise CalibError(f"{name}: holds weights that {kind} cannot; {remedy}")
@@ -208,7 +215,6 @@ def _inputs(plan: Mapping[str, LayerPlan], steps: StepPlan, made: Quantized) -> 
 
 
 def _copies(
-    linear: Mapping[str, nn.Linear],
     chosen: Mapping[str, LayerPlan],
     steps: StepPlan,
     made: Mapping[str, Packed],
@@ -221,7 +227,7 @@ def _copies(
         other = {name: b for name, b in bits.items() if name in made and b != chosen[name].weight_bits}
         if other:
             plan = {**work.plan, **{name: replace(chosen[name], weight_bits=b) for name, b in other.items()}}
-            of_phase = {name: linear[name] for name in other}
+            of_phase = {name: work.layers[name] for name in other}
             # Of weights alone: ranges of inputs would be thrown away.
             other_work = replace(work, plan=plan, layers=of_phase, input_bits=lambda _: (UNQUANTIZED,))
             copies[phase] = checked_quantizer(quantizer)(other_work).layers
@@ -271,20 +277,24 @@ def _replay(model: DiffusionModel, states: Callable[[], StoredStates] | None) ->
         replaced: Mapping[str, Packed],
     ) -> None:
         steps: Sequence[int] = ()  # of the rows whose graph is being built
-        with (
-            unpacked(model.architecture, replaced),
-            tapped(model.architecture, points, lambda n, x: record(n, x, steps)),
-        ):
+
+        def recorded(name: str, x: mx.array) -> mx.array:
+            x = record(name, x, steps)
+            # What a streamed model computes of an input must not outlast the block that it is in.
+            tied: mx.array = x if model.streamed is None else mx.depends([x], list(pending()))[0]
+            return tied
+
+        with unpacked(model.architecture, replaced), tapped(model.architecture, points, recorded):
             for batch in batches():
                 of_rows = batch.steps * (len(batch.x) // len(batch.steps))
 
-                def forward(part: slice, batch: Batch = batch, of_rows: Sequence[int] = of_rows) -> mx.array:
+                def entering(part: slice, of_rows: Sequence[int] = of_rows) -> None:
                     nonlocal steps
                     steps = of_rows[part]
-                    return model.velocity(batch.x[part], batch.text[part], timesteps_of_rows(batch, part))
 
                 with shared_cores(len(batch.x)):
-                    by_parts(len(batch.x), forward, lazily=True)
+                    parts, taps = parts_of(len(batch.x)), [point.name for point in points]
+                    model.velocities(batch.x, batch.text, batch.timesteps, parts, entering, taps)
                     mx.eval(pending())
 
     return replay, batches

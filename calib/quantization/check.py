@@ -157,7 +157,8 @@ def model_kept(model: DiffusionModel) -> Iterator[list[str]]:
         CalibError: modules were replaced.
     """
     modules = {path: id(module) for path, module in model.transformer.named_modules()}
-    own = weights(model.transformer)
+    streamed, own = model.streamed, weights(model.transformer)
+    own = own if streamed is None else streamed.staying(own)
     # Handles of their own, without copies: ``weight[...] = 0`` changes an array in place.
     kept = {path: array.reshape(array.shape) for path, array in own.items()}
     changed: list[str] = []
@@ -165,6 +166,9 @@ def model_kept(model: DiffusionModel) -> Iterator[list[str]]:
         yield changed
     finally:
         now = weights(model.transformer)
+        if streamed is not None:  # the others are read again
+            now = streamed.staying(now)
+            streamed.release()
         for path, array in kept.items():
             if now.get(path) is not own[path] or not mx.array_equal(own[path], array, equal_nan=True).item():
                 changed.append(path)

@@ -82,6 +82,8 @@ def quantize(
         raise ConfigError.bad_value("quantizer.pictures", pictures, "must be 0 or more")
     if rotation not in (0, *BLOCKS):
         raise ConfigError.bad_value("quantizer.rotation", rotation, f"must be 0 (none) or one of {list(BLOCKS)}")
+    if pictures:
+        work.refuse_streamed(f"gradients of pictures (quantizer.pictures={pictures})")
     outputs, drawn = output_hessians(work, pictures) if pictures and work.layers else ({}, [])
     done: dict[str, Packed] = {}
     ratios: list[float] = []

@@ -110,6 +110,7 @@ def quantize(
     """
     training = Training(updates, batch_size, num_steps, rate, rounding, held_out, pictures, prompts, seed)
     training.check()
+    work.refuse_streamed("gradients of pictures, by which quantizer=learned trains,")
     if not work.layers:
         return Quantized({})
     model, states = drawn_from(work)

@@ -12,6 +12,7 @@ from calib.analysis.ranges import StepRanges
 from calib.models.architecture import Architecture
 from calib.models.model import DiffusionModel
 from calib.models.packed import Packed
+from calib.models.streamed import INSTEAD_OF_TRAINING, refusal
 
 import mlx.core as mx
 import numpy as np
@@ -78,6 +79,8 @@ class QuantizerInput:
         prompts: returns texts of the list that the dataset is of that may be drawn beside the dataset's; none that an
             evaluation by the same configuration draws.
         home: the run directory, where a training that goes on is marked; None where there is none.
+        streamed: whether the model's weights are read anew in each forward, as they do not fit into memory; then those
+            of the last layer that was taken from ``layers`` are in memory.
     """
 
     architecture: Architecture
@@ -96,9 +99,15 @@ class QuantizerInput:
     states: Callable[[], StoredStates] | None = None
     prompts: Callable[[], Sequence[str]] = lambda: ()
     home: Path | None = None
+    streamed: bool = False
+
+    def refuse_streamed(self, what: str) -> None:
+        """Raise where the model is streamed; ``what`` needs all of its weights at once."""
+        if self.streamed:
+            raise refusal(what, INSTEAD_OF_TRAINING)
 
     @classmethod
-    def without_layers(cls, architecture: Architecture, dtype: mx.Dtype) -> "QuantizerInput":
+    def without_layers(cls, architecture: Architecture, dtype: mx.Dtype, streamed: bool = False) -> "QuantizerInput":
         """An input without layers, for trying a quantizer's parameters before anything is loaded."""
         return cls(
             architecture,
@@ -109,6 +118,7 @@ class QuantizerInput:
             batches=lambda size=None: iter(()),
             channel_range=lambda _: None,
             ranges=lambda *_: None,
+            streamed=streamed,
         )
 
 

@@ -5,6 +5,8 @@ from calib.models.grids import searched
 from calib.models.packed import Packed
 from calib.quantization.quantizer import Quantized, QuantizerInput
 
+import mlx.core as mx
+
 
 def quantize(work: QuantizerInput, search: bool = True) -> Quantized:
     """Quantize every weight by itself; activation ranges are the plan's.
@@ -18,6 +20,8 @@ def quantize(work: QuantizerInput, search: bool = True) -> Quantized:
         for name, layer in work.layers.items():
             plan = work.plan[name]
             rounded = searched if search else Packed.nearest
-            layers[name] = rounded(layer.weight, plan.weight_bits, plan.group_size, work.dtype)
+            made = rounded(layer.weight, plan.weight_bits, plan.group_size, work.dtype)
+            mx.eval(made.weight, made.scales, made.biases)  # layer by layer, as all weights may not fit into memory
+            layers[name] = made
             progress.advance()
     return Quantized(layers)

@@ -35,6 +35,7 @@ def quantize(work: QuantizerInput, alpha: float = 0.5) -> Quantized:
     """
     if not 0 <= alpha <= 1:
         raise ConfigError.bad_value("quantizer.alpha", alpha, "must be 0 to 1")
+    work.refuse_streamed("factors of quantizer=smooth, which go from layer to layer,")
     architecture = work.architecture
     if not isinstance(architecture, Smoothable):
         raise ConfigError(

@@ -28,6 +28,7 @@ from calib.stages.options import (
     chooser_of,
     heuristic_of,
     model_choice,
+    model_of,
     prompts_of,
     quantizer_of,
     ranges_of,
@@ -151,6 +152,7 @@ def fingerprint(config: Mapping[str, Any], prompts: Sequence[str], measures: boo
         return found if file is None else found | {"code": checksum(file)}
 
     counted = {key: stable(value) for key, value in config.items() if key not in WITHOUT_EFFECT}
+    counted["model"] = stable(model_of(config["model"]))
     if not measures:  # keys that calib 0.2.0 did not have
         counted["sensitivity"] = {
             k: v for k, v in counted["sensitivity"].items() if k not in ("method", "of", "probes")
@@ -251,7 +253,7 @@ def _dataset_folder(
             raise ConfigError.bad_value("dataset.steps", dataset.steps, allowed)
         steps = ()
     stored = asdict(dataset) | ({"steps": list(steps)} if by_schedule else {})
-    made_by = [dict(config["model"]), list(prompts), _drawn_by(sampler), config["seed"], stored]
+    made_by = [model_of(config["model"]), list(prompts), _drawn_by(sampler), config["seed"], stored]
     model, source = config["model"]["name"], str(config["prompts"]["_target_"]).rpartition(".")[2].removeprefix("from_")
     return Path("calibration_data") / f"{model}-{source}-{sampler.num_steps}steps-{short_hash(made_by)}"
 
@@ -260,7 +262,7 @@ def _evaluation_folder(
     config: Mapping[str, Any], prompts: Sequence[str], sampler: SamplerSettings, evaluation: EvaluationSettings
 ) -> str:
     """The name of the folder of the full-precision pictures, by what determines them."""
-    made_by = [dict(config["model"]), list(prompts), _drawn_by(sampler), evaluation.seed]
+    made_by = [model_of(config["model"]), list(prompts), _drawn_by(sampler), evaluation.seed]
     return f"{config['model']['name']}-evaluation-{sampler.num_steps}steps-{short_hash(made_by)}"
 
 

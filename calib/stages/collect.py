@@ -103,7 +103,7 @@ def _collect(
     unsharded = _collection(whole(settings), manifest, architecture, model, image_ids, points)
     fingerprint = manifest.fingerprint or model().fingerprint
     names = [name for point in points for name in point.names]
-    sqnr = cached_weight_sqnr(cache_dir, fingerprint, names, lambda: model().architecture.layers())
+    sqnr = cached_weight_sqnr(cache_dir, fingerprint, names, lambda: model().layers())
     attributes: dict[str, str | int | float] = {
         "producer": f"calib {versions()['calib']}",
         "git_commit": git_commit(),

@@ -10,6 +10,7 @@ Two folders of pictures that anything drew, without a model: calib evaluate DIR_
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -47,7 +48,7 @@ from calib.evaluation.report import (
 )
 from calib.evaluation.sets import SetDistance
 from calib.models.model import DiffusionModel
-from calib.quantization.apply import applied, runs_dense
+from calib.quantization.apply import applied, runs_dense, stays_dense
 from calib.quantization.build import SEEN
 from calib.quantization.check import check_fits
 from calib.quantization.checkpoint import CHECKPOINT, load
@@ -132,6 +133,7 @@ def run(settings: Settings, run: RunDirectory, model: Callable[[], DiffusionMode
     mx.reset_peak_memory()
     outcome = paired.compare(partial(applied, model(), quantized, wanted.dequantize), "quantized")
     peak, found = mx.get_peak_memory(), outcome.fidelity
+    quantized = replace(quantized, layers={}, weights={}, copies={})  # the control has other weights
     control = control_of(model(), reference, paired, settings.job.cache_dir, found)
     sets = _sets(paired, outcome, theirs)
     about = {key: quantized.about[key] for key in CARRIED if key in quantized.about}
@@ -141,7 +143,7 @@ def run(settings: Settings, run: RunDirectory, model: Callable[[], DiffusionMode
     text += sets_text(sets, "the full-precision model's" if wanted.reference is None else str(wanted.reference))
     seen, prompts = prompts_seen(quantized, reference.prompts), reference.prompts
     text += _planned(quantized, about) + (f"note: {seen_note(seen, len(prompts))}\n" if seen else "")
-    text += f"peak memory while drawing quantized: {readable_bytes(peak)}{_counted(wanted.dequantize)}\n"
+    text += f"peak memory while drawing quantized: {readable_bytes(peak)}{_counted(model(), wanted.dequantize)}\n"
     made_from = {"quantized": content_of(folder / CHECKPOINT), "model": model().fingerprint}
     details = {"prompts": prompts, "quantized": found.to_json(), "control": control.to_json()}
     of_sets = {key: value for name, own in sets.items() for key, value in own.summary(name).items()}
@@ -205,8 +207,11 @@ def _planned(quantized: QuantizedModel, about: Mapping[str, float]) -> str:
     return "".join(f"{line}\n" for line in lines)
 
 
-def _counted(dequantize: bool | None) -> str:
+def _counted(model: DiffusionModel, dequantize: bool | None) -> str:
     """A remark on the weights included in the peak memory."""
-    if runs_dense() if dequantize is None else dequantize:
+    dense = runs_dense() if dequantize is None else dequantize
+    if dense and stays_dense(model):
         return " (with dequantized weights: no less than at full precision)"
-    return " (the full-precision weights, which stay loaded, counted)"
+    anew = "the weights dequantized anew in each forward" if dense else ""
+    stay = "the full-precision weights, which stay loaded, counted" if model.streamed is None else ""
+    return f" ({'; '.join(filter(None, [anew, stay])) or 'quantized weights alone'})"

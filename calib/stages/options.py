@@ -6,7 +6,7 @@ it returns against what it must. Lists, tuples, ranges, generators and arrays of
 
 import inspect
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import cache, partial
 from typing import Any
@@ -23,8 +23,9 @@ from calib.dataset import prompt_files, subsets, timesteps
 from calib.dataset.prompt_rows import COLUMN
 from calib.dataset.prompts import from_file, report_duplicates
 from calib.dataset.settings import SamplerSettings
-from calib.models.architecture import Architecture, check_architecture
-from calib.models.model import DiffusionModel
+from calib.models.architecture import Architecture, Divisible, check_architecture
+from calib.models.memory import device_memory
+from calib.models.model import DiffusionModel, ModelDtype, weights
 from calib.quantization.check import checked_quantizer
 from calib.quantization.quantizer import Quantized, Quantizer, QuantizerInput
 from calib.stages.settings import ImageChooser, ModelChoice
@@ -35,16 +36,25 @@ import numpy as np
 #: Key of a ``model`` option that names a function building its transformer without weights, so that layer patterns
 #: (and the sampler's settings) are checked before anything is loaded. An option may leave it out.
 SKELETON = "skeleton"
+#: Key of a ``model`` option that says whether its weights are streamed, which no result depends on.
+STREAM = "stream"
 
 
 def _named(key: str, node: Mapping[str, Any]) -> str:
     return f"{key}._target_={node.get('_target_')}"
 
 
+def model_of(node: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of the model that results depend on: of calib's own all but whether its weights are streamed."""
+    return {k: v for k, v in node.items() if k != STREAM or not str(node.get("_target_")).startswith("calib.")}
+
+
 def model_choice(node: Any, sampler: SamplerSettings) -> ModelChoice:
     """The model, with functions that load it and that build its transformer without weights."""
     node = group("model", node)
-    parameters = {name: value for name, value in node.items() if name != SKELETON}
+    # Left to the function's default, a loader of the user's own need not have it.
+    default = {STREAM} if node.get(STREAM) is None else set[str]()
+    parameters = {name: value for name, value in node.items() if name not in {SKELETON, *default}}
     given = ("shift", "image_size")
     function = bind_target("model", parameters, given, returns=(DiffusionModel,))
     named = _named("model", node)
@@ -58,7 +68,16 @@ def model_choice(node: Any, sampler: SamplerSettings) -> ModelChoice:
     if "shift" in inspect.signature(build).parameters:
         build = partial(build, shift=sampler.shift)
     skeleton = Option(named, build, given, "an Architecture", partial(_architecture, named=named))
-    return ModelChoice(name, load, cache(partial(skeleton, sampler.image_size, sampler.cfg_weight)))
+    made = cache(partial(skeleton, sampler.image_size, sampler.cfg_weight))
+    return ModelChoice(name, load, made, partial(_is_streamed, node, made))
+
+
+def _is_streamed(node: Mapping[str, Any], skeleton: Callable[[], Architecture]) -> bool:
+    """Whether the weights alone, in the type that is asked for, exceed the memory, or streaming is asked for."""
+    if node.get("stream") is not None or "stream" not in node or "dtype" not in node:
+        return node.get("stream") is True
+    size = ModelDtype(node["dtype"]).mlx.size * sum(w.size for w in weights(skeleton().module).values())
+    return size > device_memory() and isinstance(skeleton(), Divisible)
 
 
 def _loaded(found: Any, named: str, **_: Any) -> DiffusionModel:

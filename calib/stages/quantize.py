@@ -30,6 +30,7 @@ from calib.models.model import DiffusionModel
 from calib.quantization.build import Calibration, check_names, quantize_layers
 from calib.quantization.checkpoint import save
 from calib.quantization.model import QuantizedModel
+from calib.quantization.quantizer import QuantizerInput
 from calib.quantization.texts import prompts_of
 from calib.quantization.unfinished import done
 from calib.runs.directory import RunDirectory
@@ -50,6 +51,7 @@ def check(settings: Settings) -> None:
     plan, steps = read_plan(path), read_steps(path.parent / STEPS)
     if model.skeleton is not None:
         check_names(plan, _known(model.skeleton()), str(path))
+    check_quantizer(settings)
     _check_layers_of(steps, plan, path)
     made_for = steps.origin.get("model", model.name)
     # Datasets of older scripts name a repository, or nothing; weights are compared once they are loaded.
@@ -61,6 +63,13 @@ def check(settings: Settings) -> None:
         raise ConfigError.bad_value("stats", stats, allowed)
     if stats is None:
         statistics_of(path, steps, settings.generate.given_data_dir)
+
+
+def check_quantizer(settings: Settings) -> None:
+    """Raise where the model is known to be streamed, and the quantizer needs all of its weights at once."""
+    model = settings.job.model
+    if model.skeleton is not None and model.is_streamed():
+        settings.quantize.quantizer(QuantizerInput.without_layers(model.skeleton(), mx.float16, streamed=True))
 
 
 def _check_layers_of(steps: StepPlan, plan: Mapping[str, LayerPlan], path: Path) -> None:

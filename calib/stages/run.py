@@ -9,9 +9,10 @@ from calib.base.files import read_json
 from calib.base.layout import METRICS
 from calib.base.progress import counted
 from calib.models.model import DiffusionModel
+from calib.models.streamed import OF_OUTPUT, refusal
 from calib.runs.directory import RunDirectory
 from calib.stages import analyze, collect, evaluate, quantize
-from calib.stages.settings import Settings
+from calib.stages.settings import Method, Settings
 
 
 def check(settings: Settings) -> None:
@@ -21,13 +22,18 @@ def check(settings: Settings) -> None:
         points = tap_points(skeleton(), settings.collect.taps)
         analyze.try_heuristic(settings, [name for point in points for name in point.names])
     _check_kept(settings)
+    quantize.check_quantizer(settings)
     collect.check(settings)
     evaluate.check_reference(settings)
 
 
 def _check_kept(settings: Settings) -> None:
-    """Raise where the heuristic measures sensitivities of pictures, and the dataset will not keep the states for it."""
+    """Raise where the heuristic measures sensitivities, and of pictures the dataset will not keep the states for it."""
     own = settings.analyze
+    by_trials = own.sensitivity.method is Method.TRIALS
+    if own.analysis.measures and (by_trials or own.sensitivity.of != "output") and settings.job.model.is_streamed():
+        what = "by trials" if by_trials else f"of the {own.sensitivity.of}"
+        raise refusal(f"sensitivities {what}", OF_OUTPUT)
     if own.analysis.measures and own.sensitivity.of != "output":
         kept, num_steps = settings.generate.kept_steps, settings.generate.sampler.num_steps
         if lacking := sorted(set(range(num_steps + 1)) - set(kept)):

@@ -136,11 +136,16 @@ class ReportForm(StrEnum):
 
 @dataclass(frozen=True)
 class ModelChoice:
-    """The chosen model: its name, its loader, and a builder of its transformer without weights, where it has one."""
+    """The chosen model: its name, its loader, and a builder of its transformer without weights, where it has one.
+
+    Attributes:
+        is_streamed: whether it is known that its weights will be streamed from the checkpoint.
+    """
 
     name: str
     load: Callable[[], DiffusionModel]
     skeleton: Callable[[], Architecture] | None
+    is_streamed: Callable[[], bool] = lambda: False
 
     def architecture(self, load: Callable[[], DiffusionModel]) -> Architecture:
         """The transformer without weights, or that of the model that ``load`` returns where there is no skeleton."""

@@ -14,8 +14,8 @@ from calib.base.errors import CalibError, ConfigError, first_line
 from calib.base.files import content_of, read_json, short_hash
 from calib.base.safetensors import read_header
 from calib.evaluation.features.clip import ACTIVATIONS, UNUSED, Clip, Sizes, Tower
-from calib.models.hub import check_tensors, load_checked, what_to_do
-from calib.models.tensors import read_weights
+from calib.models.hub import load_checked, what_to_do
+from calib.models.tensors import check_tensors, read_weights
 
 import mlx.core as mx
 import numpy as np

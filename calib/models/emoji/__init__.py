@@ -4,6 +4,7 @@ A CLIP text encoder, an MMDiT and a VAE in small configurations; MODEL_CARD.md d
 """
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from calib.base.errors import ConfigError
@@ -19,7 +20,8 @@ from calib.models.emoji.architecture import (
 )
 from calib.models.mmdit.architecture import MMDiTArchitecture
 from calib.models.model import DiffusionModel, ModelDtype, weights
-from calib.models.tensors import read_weights
+from calib.models.placed import placed
+from calib.models.tensors import read_weights, set_weights
 
 import mlx.core as mx
 from diffusionkit.mlx.sampler import ModelSamplingDiscreteFlow
@@ -29,10 +31,13 @@ from mlx import nn
 FOLDER = Path(__file__).parent
 
 
-def _load_weights(module: nn.Module, file: str, dtype: mx.Dtype, prefix: str = "") -> None:
+def _read(file: str, prefix: str = "") -> dict[str, mx.array]:
     stored = read_weights(str(FOLDER / file))
-    chosen = [(name.removeprefix(prefix), w.astype(dtype)) for name, w in stored.items() if name.startswith(prefix)]
-    module.load_weights(chosen)
+    return {name.removeprefix(prefix): weight for name, weight in stored.items() if name.startswith(prefix)}
+
+
+def _load_weights(module: nn.Module, file: str, dtype: mx.Dtype, prefix: str = "") -> None:
+    set_weights(module, _read(file, prefix), dtype)
     mx.eval(module.parameters())
 
 
@@ -41,6 +46,7 @@ def load(
     dtype: ModelDtype = ModelDtype.FLOAT32,
     shift: float = 1.0,
     image_size: Sequence[int] = (64, 64),
+    stream: bool | None = None,
 ) -> DiffusionModel:
     """Load the shipped model.
 
@@ -48,12 +54,12 @@ def load(
         dtype: weight and activation type of the transformer; the stored weights are float16.
         shift: timestep shift of the sampler (SD3, arXiv 2403.03206, equation 23).
         image_size: must be the size of the training images, (64, 64).
+        stream: read the transformer's weights in each forward; None: where they do not fit into memory.
     """
     architecture = skeleton(name, dtype, image_size)
     config = EmojiConfig.load(FOLDER / "config.json")
     text_encoder = build_text_encoder(config)
     decoder = build_decoder(config)
-    _load_weights(architecture.module, "transformer.safetensors", dtype.mlx)
     _load_weights(text_encoder, "text.safetensors", mx.float32)
     _load_weights(decoder, "vae.safetensors", mx.float32, prefix="decoder.")
     tokenizer = EmojiTokenizer.load(FOLDER, config.text_length)
@@ -66,7 +72,7 @@ def load(
         image: mx.array = decoder(latents.astype(mx.float32))
         return image
 
-    return DiffusionModel(
+    model = DiffusionModel(
         name=name,
         architecture=architecture,
         sampler=ModelSamplingDiscreteFlow(shift=shift),
@@ -82,6 +88,8 @@ def load(
         max_prompt_tokens=config.text_length,
         text_bytes=sum(weight.nbytes for weight in weights(text_encoder).values()),
     )
+    file = "transformer.safetensors"
+    return placed(model, partial(_read, file), str(FOLDER / file), stream)
 
 
 def skeleton(
@@ -89,6 +97,7 @@ def skeleton(
     dtype: ModelDtype = ModelDtype.FLOAT32,
     image_size: Sequence[int] = (64, 64),
     cfg_weight: float = 0.0,
+    stream: bool | None = None,
 ) -> MMDiTArchitecture:
     """Check the parameters of :func:`load`, and build the transformer without weights."""
     if tuple(image_size) != (64, 64):

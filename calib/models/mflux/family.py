@@ -11,11 +11,20 @@ from calib.models.architecture import Architecture
 from calib.models.memory import preflight
 from calib.models.mflux import note_version
 from calib.models.mflux.decoder import Decoder
-from calib.models.mflux.files import component_of, folder_of, known_folder, load_component, sizes, tokenizer_of
+from calib.models.mflux.files import (
+    component_of,
+    component_weights,
+    folder_of,
+    known_folder,
+    load_component,
+    sizes,
+    tokenizer_of,
+)
 from calib.models.mflux.flow import MfluxFlow
 from calib.models.mflux.precision import check_dtype
 from calib.models.mflux.text import TextEncoder, without_constants
 from calib.models.model import DiffusionModel, Guidance, ModelDtype, guided
+from calib.models.placed import placed
 
 import mlx.core as mx
 from mflux.models.common.config.model_config import ModelConfig
@@ -83,6 +92,7 @@ class Family:
         shift: float = 1.0,
         image_size: Sequence[int] = (1024, 1024),
         cfg_weight: float = 0.0,
+        stream: bool | None = None,
     ) -> Architecture:
         """Check the parameters of :meth:`load`, and build the transformer without weights."""
         check_dtype(dtype)
@@ -107,25 +117,30 @@ class Family:
         dtype: ModelDtype = ModelDtype.BFLOAT16,
         shift: float = 1.0,
         image_size: Sequence[int] = (1024, 1024),
+        stream: bool | None = None,
     ) -> DiffusionModel:
         """Load the model, from the hub or from a folder in its layout or as mflux saves it.
 
         Args:
             shift: mflux's alone, by size: must be 1.
             image_size: height and width, pixels.
+            stream: read the transformer's weights in each forward; None: where they do not fit into memory.
         """
         note_version()
-        preflight(name, self.skeleton(name, repository, checkpoint, dtype, shift, image_size).module, dtype)
+        preflight(name, self.skeleton(name, repository, checkpoint, dtype, shift, image_size).module, dtype, stream)
         folder = folder_of(repository, checkpoint, self.definition)
         text = self.text(folder, dtype.mlx)
         architecture = self.architecture(sizes(folder, "transformer", self.sizes))
         # mflux counts blocks itself, but needs to be told of Z-Image's, which it calls layers.
         layers = len(module.layers) if hasattr(module := architecture.module, "layers") else None
-        load_component(module, folder, component_of(self.definition, "transformer", num_layers=layers), dtype.mlx)
+        component = component_of(self.definition, "transformer", num_layers=layers)
+        read = partial(component_weights, folder, component, dtype.mlx)
+        read()  # what is wrong with the transformer is said first
         vae = self.vae()
         vae.pop("encoder", None)
         load_component(vae, folder, component_of(self.definition, "vae"), dtype.mlx, ("encoder.", *UNUSED))
-        return self.model(name, architecture, vae, text, dtype.mlx, image_size)
+        model = self.model(name, architecture, vae, text, dtype.mlx, image_size)
+        return placed(model, read, str(folder / component.hf_subdir), stream, dtype=dtype.mlx)
 
     def components(self, folder: Path) -> dict[str, nn.Module]:
         """The components beside the transformer, without weights, of the sizes that ``folder`` states."""

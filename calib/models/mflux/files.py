@@ -98,18 +98,26 @@ def component_of(definition: Any, name: str, **changes: Any) -> ComponentDefinit
 def load_component(
     module: nn.Module, folder: Path, component: ComponentDefinition, dtype: mx.Dtype, unused: tuple[str, ...] = ()
 ) -> None:
-    """Load a component's weights into ``module``, in ``dtype``; ``unused`` as in :func:`load_checked`."""
+    """Load a component's weights into ``module``, in ``dtype``; ``unused`` as in :func:`checked`."""
+    weights = component_weights(folder, component, dtype, unused)
+    load_checked(module, weights, dtype, str(folder / component.hf_subdir), unused)
+
+
+def component_weights(
+    folder: Path, component: ComponentDefinition, dtype: mx.Dtype, unused: tuple[str, ...] = ()
+) -> dict[str, mx.array]:
+    """A component's weights by mflux's paths, in the files' types; lazy."""
     place = folder / component.hf_subdir
     try:
         with in_precision(dtype):
-            loaded = WeightLoader.load_single_local(replace(component, precision=dtype), folder)
+            loaded = WeightLoader.load_single_local(replace(component, precision=None), folder)
     except (ModelConfigError, OSError, RuntimeError, ValueError, KeyError) as error:
         raise CalibError(f"{place}: {reason_of(error)}") from None
     if (bits := loaded.meta_data.quantization_level) is not None:
         raise CalibError(f"{place}: its weights have {bits} bits already, calib needs those of 16 bits")
-    load_checked(module, dict(tree_flatten(loaded.components[component.name])), dtype, str(place), unused)
     if loaded.meta_data.mflux_version is None:
         _note_unread(place, component, unused)
+    return dict(tree_flatten(loaded.components[component.name]))
 
 
 def _note_unread(place: Path, component: ComponentDefinition, unused: tuple[str, ...]) -> None:

@@ -1,16 +1,16 @@
 """Run a DiffusionKit MMDiT in parts: the embeddings, one block after the other, the final layer.
 
 From part to part pass the streams and, last, the embedding of text and timestep, of which every block makes its own
-modulation. What precedes and what follows the blocks is DiffusionKit's own forward pass, around other blocks.
+modulation. What precedes and what follows the blocks is as in DiffusionKit's own forward pass: each layer is called
+once, in the part that it belongs to.
 """
 
 import calib.models.compat  # noqa: F401  (must precede diffusionkit.mlx)
 from calib.models.architecture import Conditioning, Part
 from calib.models.mmdit.modulation import KEY, TIMESTEP, embedding_of, modulating, timesteps_of
-from calib.models.mmdit.resume import caught, resumed
 
 import mlx.core as mx
-from diffusionkit.mlx.mmdit import MMDiT, MultiModalTransformerBlock, UnifiedTransformerBlock
+from diffusionkit.mlx.mmdit import MMDiT, MultiModalTransformerBlock, UnifiedTransformerBlock, unpatchify
 
 
 def parts_of(module: MMDiT, text: Conditioning, timestep: mx.array, shape: tuple[int, ...]) -> list[Part]:
@@ -26,10 +26,11 @@ def parts_of(module: MMDiT, text: Conditioning, timestep: mx.array, shape: tuple
         return module.pre_sdpa_rope(text_sequence_length=length, latent_image_resolution=patches) if unified else None
 
     def first(given: list[mx.array]) -> list[mx.array]:
-        embedding = embedding_of(module, pooled, times)
-        with modulating([module.final_layer], embedding, KEY), caught(module) as streams:
-            module(given[0], text.tokens[:, :, None, :], TIMESTEP)
-        return [*streams, embedding]
+        x = given[0]
+        image, words = module.x_embedder(x), module.context_embedder(text.tokens[:, :, None, :])
+        if "x_pos_embedder" in module:
+            image = image + module.x_pos_embedder(x)
+        return [image.reshape(shape[0], -1, 1, config.hidden_size), words, embedding_of(module, pooled, times)]
 
     def multimodal(block: MultiModalTransformerBlock) -> Part:
         def run(given: list[mx.array]) -> list[mx.array]:
@@ -53,8 +54,10 @@ def parts_of(module: MMDiT, text: Conditioning, timestep: mx.array, shape: tuple
 
     def last(given: list[mx.array]) -> list[mx.array]:
         hidden, embedding = given
-        output = hidden if unified else (hidden, None)
-        with modulating([module.final_layer], embedding, KEY), resumed(module, len(blocks) - 1, output, length):
-            return [module(mx.zeros(shape), text.tokens[:, :, None, :], TIMESTEP)]
+        with modulating([module.final_layer], embedding, KEY):
+            v = module.final_layer(hidden[:, length:] if unified else hidden, TIMESTEP)
+        if config.patchify_via_reshape:
+            return [module.x_embedder.unpack(v, shape[1:3])]
+        return [unpatchify(v, config.patch_size, *shape[1:3], config.vae_latent_dim)]
 
     return [first, *blocks, last]

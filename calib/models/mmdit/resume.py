@@ -73,23 +73,6 @@ def keeping(transformer: MMDiT, block: int, keep: Callable[[Any], None]) -> Iter
         yield
 
 
-class _Through(nn.Module):
-    """Replaces a multimodal block, and returns the streams that it is given."""
-
-    def __call__(self, image: mx.array, text: mx.array, *more: Any, **options: Any) -> Output:
-        return image, text
-
-
-@contextmanager
-def caught(transformer: MMDiT) -> Iterator[list[mx.array]]:
-    """Leave out all blocks in the context; yields a list that a forward pass fills with what the first would get."""
-    with _blocks(transformer) as (multimodal, unified):
-        streams: list[mx.array] = []
-        multimodal[:] = [_Kept(_Through(), streams.extend)]
-        unified[:] = []
-        yield streams
-
-
 @contextmanager
 def resumed(transformer: MMDiT, block: int, output: Output, text_length: int) -> Iterator[None]:
     """Start forward passes in the context after ``block``, whose output is ``output``; -1 starts at the beginning.

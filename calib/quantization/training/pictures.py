@@ -17,7 +17,8 @@ from calib.base.progress import note, readable_bytes
 from calib.dataset.generate import trajectory_from
 from calib.dataset.sampling import as_floats, noise_levels
 from calib.models.architecture import Conditioning
-from calib.models.memory import BackwardPlan, decoding_bytes, device_memory, plan_backward
+from calib.models.backward_memory import BackwardPlan, plan_backward
+from calib.models.memory import decoding_bytes, device_memory
 from calib.models.model import DiffusionModel
 from calib.models.parallel import shared_cores, streams_of
 
