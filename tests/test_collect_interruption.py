@@ -190,6 +190,7 @@ def test_two_processes_that_collect_the_same_take_turns_and_the_second_says_so(
     check_same_end(tmp_path, undisturbed, "run2")
 
 
+@pytest.mark.slow
 def test_shards_have_places_of_their_own_in_the_cache(
     data_dir: Path, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -86,6 +86,7 @@ def test_every_job_of_the_page_is_understood(page: str, folder: Path, capsys: py
     assert not list(folder.iterdir())
 
 
+@pytest.mark.slow
 def test_the_first_job_of_the_guide_does_what_it_says(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = next(words for words in commands("docs/GUIDE.md") if is_job(words))
     outcome = run_here([*smaller(words), "report=none", "hydra.run.dir=run"], capsys)

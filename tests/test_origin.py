@@ -93,15 +93,18 @@ OF_OTHER_IMAGES = "run: was collected from another image 0 than dataset now hold
 CHANGES: list[tuple[Callable[[Calib], None], str, str, bool]] = [
     (plan_by_hand, "evaluate plan=run", OF_ANOTHER_PLAN, True),
     (ranges_by_hand, "evaluate plan=run", OF_ANOTHER_PLAN, False),
-    (other_plan, "evaluate plan=run", OF_ANOTHER_PLAN, False),
     (older_model, "evaluate plan=run", OF_ANOTHER_PLAN, False),
-    (other_model, "evaluate plan=run", f"run/{MODEL}: was changed after the job that made it", False),
-    (other_statistics, "quantize plan=run", f"run/{PLAN}: was made from other statistics than run now holds", True),
     (touched_statistics, "analyze stats=run", f"run/{ACTIVATIONS}: was changed after it was collected", False),
     (touched_statistics, "quantize plan=run", f"run/{ACTIVATIONS}: was changed after it was collected", False),
     (statistics_by_hand, "analyze stats=run", f"run/{STATISTICS}: was changed after it was collected", False),
-    (other_dataset, "analyze stats=run", OF_OTHER_IMAGES, True),
     (other_dataset, "quantize plan=run", OF_OTHER_IMAGES, False),
+]
+#: Further ones, each of which runs jobs.
+LONGER: list[tuple[Callable[[Calib], None], str, str, bool]] = [
+    (other_plan, "evaluate plan=run", OF_ANOTHER_PLAN, False),
+    (other_model, "evaluate plan=run", f"run/{MODEL}: was changed after the job that made it", False),
+    (other_statistics, "quantize plan=run", f"run/{PLAN}: was made from other statistics than run now holds", True),
+    (other_dataset, "analyze stats=run", OF_OTHER_IMAGES, True),
 ]
 
 
@@ -111,7 +114,10 @@ def advised(line: str) -> list[str]:
     return shlex.split(command.removeprefix("calib ").rpartition(" ")[0].rpartition(" ")[0])
 
 
-@pytest.mark.parametrize(("change", "command", "words", "followed"), CHANGES)
+@pytest.mark.parametrize(
+    ("change", "command", "words", "followed"),
+    [*CHANGES, *(pytest.param(*row, marks=pytest.mark.slow) for row in LONGER)],
+)
 def test_another_origin(
     calib: Calib, folder: Path, change: Callable[[Calib], None], command: str, words: str, followed: bool
 ) -> None:

@@ -95,7 +95,8 @@ def test_a_dataset_drawn_by_an_array_is_that_of_one_process(whole: Path, drawn: 
     assert images(drawn) == images(whole)
 
 
-@pytest.mark.parametrize("shards", [2, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("shards", [2, 8])
 def test_shards_one_of_them_killed_and_requeued_merge_to_what_one_process_collects(
     slurm: dict[str, str], whole: Path, work: Path, shards: int
 ) -> None:
