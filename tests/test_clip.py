@@ -260,6 +260,7 @@ def test_a_run_has_scores_of_both_and_their_difference(calib: Calib, evaluated: 
     page = (evaluated / "run" / PAGE).read_text()
     columns = {column["key"] for column in json.loads(well(calib("compare", "run", "--json")).out)["columns"]}
     assert columns >= {*MEASURES} and "CMMD (U)" in page
+    assert "of too few prompts to be told from" in page and "longer than the CLIP reads" in page
 
 
 def test_folders_have_the_same_figures_as_the_run(calib: Calib, evaluated: Path) -> None:

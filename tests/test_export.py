@@ -22,6 +22,8 @@ from calib.models.model import weights
 from calib.models.packed import Packed
 from calib.quantization.checkpoint import load, save
 from calib.quantization.model import InputRule, QuantizedModel
+from calib.runs.card import Card, card_text
+from calib.runs.record import read_run
 
 import mlx.core as mx
 import numpy as np
@@ -204,9 +206,20 @@ def test_the_card_has_the_runs_figures(job: Path) -> None:
     for exported in EXPORTS:
         card = (job / exported[-1] / "README.md").read_text()
         assert f"{metrics['psnr']:.2f} [{metrics['psnr_low']:.2f}, {metrics['psnr_high']:.2f}]" in card
+        assert "held-out prompt" in card and "calibrated or trained on" not in card
         assert f"PSNR {metrics['predicted_weights_psnr']:.2f} dB" in card
         assert f"| {metrics['average_weight_bits']:.3f} |" in card and "`rtn " in card
         assert 'base_model: "Tongyi-MAI/Z-Image-Turbo"' in card and f"calib {shlex.join(exported)}" in card
+
+
+def test_the_card_says_which_prompts_were_seen_and_has_further_measures(job: Path) -> None:
+    record = read_run(job / "z-image", "z-image")
+    metrics = {**record.metrics, "prompts_seen": 1, "lpips_effnet": 0.25, "lpips_effnet_low": 0.2}
+    about = {"model": "z", "fingerprint": "0"}
+    card = Card(replace(record, metrics=metrics), about, metrics, [], None, 2, [], 0, [], "mlx")
+    text = card_text(card)
+    assert "Measured on 2 prompts (1 of them calibrated or trained on)" in text
+    assert "| perceptual distance (EfficientNet, 0: equal) | 0.2500 [0.2000] |" in text
 
 
 def test_a_recipe_says_what_the_plan_says(job: Path) -> None:

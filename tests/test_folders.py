@@ -73,6 +73,7 @@ def test_the_table_has_the_worst_pairs_first(calib: Calib) -> None:
     lines = [line.split()[0] for line in out.splitlines() if line.startswith("p")]
     assert lines == ["p4", "p3"]
     assert "PSNR (dB, higher is closer)" in out and "and 3 pairs more" in out
+    assert "worst pairs by PSNR" in out
     assert "only 5 pairs" in out
 
 

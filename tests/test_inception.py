@@ -52,16 +52,26 @@ def test_what_to_install_is_one_line(pictures: Path, capsys: pytest.CaptureFixtu
 
 
 @absent
-def test_a_torch_that_cannot_be_imported_is_one_line(pictures: Path) -> None:
-    """As of torch and torchvision of different builds."""
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (
+            "raise RuntimeError('operator torchvision::nms does not exist')",
+            "cannot be imported (operator torchvision::nms does not exist); install torch",
+        ),
+        ("__version__ = '0.3.0'", "torch-fidelity 0.3.0 is installed, and figures are by functions of 0.4.0: pip"),
+    ],
+)
+def test_another_torch_fidelity_is_one_line(pictures: Path, content: str, words: str) -> None:
+    """One with torch and torchvision of different builds, and one of another version."""
     package = pictures / "broken" / "torch_fidelity"
     package.mkdir(parents=True)
-    (package / "__init__.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+    (package / "__init__.py").write_text(content)
     command = [sys.executable, "-m", "calib", "evaluate", "a", "b", "--metrics", "kid"]
     paths = os.pathsep.join([str(package.parent), os.environ.get("PYTHONPATH", "")])
     found = subprocess.run(command, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True)
     assert found.returncode == 2 and len(found.stderr.splitlines()) == 1, found.stderr
-    assert "cannot be imported (operator torchvision::nms does not exist); install torch" in found.stderr
+    assert words in found.stderr
 
 
 @pytest.fixture(scope="session")

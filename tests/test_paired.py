@@ -140,11 +140,13 @@ def test_pictures_by_hand(drawn: Drawn, rounded: Outcome, tmp_path: Path) -> Non
     assert np.array_equal(rounded.pictures, Paired(drawn.model, own).pictures)
 
 
-def test_comparisons_are_independent(drawn: Drawn, rounded: Outcome) -> None:
+def test_comparisons_are_independent(drawn: Drawn, rounded: Outcome, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the reference has in common for all is computed at full precision, whichever comes first."""
     later = drawn.paired.compare(rounding(drawn.model, 1), "later")
+    monkeypatch.setattr("calib.evaluation.paired.BATCH", 2)  # nor do so many pictures at once matter
     alone = Paired(drawn.model, drawn.reference).compare(rounding(drawn.model, 1), "alone")
     assert np.array_equal(later.fidelity.error, alone.fidelity.error)
+    assert np.array_equal(later.fidelity.psnr, alone.fidelity.psnr)
     assert np.array_equal(later.pictures, alone.pictures)
     assert rounded.fidelity.error.mean() < later.fidelity.error.mean()
 

@@ -12,6 +12,7 @@ from typing import Any
 from calib.activations.reader import ActivationFile
 from calib.analysis.plan import LayerPlan
 from calib.analysis.steps import StepPlan
+from calib.base.layout import FULL_PICTURES, QUANTIZED_PICTURES
 from calib.runs.compare.comparison import compare
 from calib.runs.pages.comparison import MOST_RUNS, _chosen, _spread
 from calib.runs.pages.heat import heat_map
@@ -26,6 +27,7 @@ from calib.runs.pages.layers import (
     short_names,
 )
 from calib.runs.pages.parts import labels
+from calib.runs.pages.pictures import pictures_of
 from calib.runs.pages.run import page_parts, run_page
 from calib.runs.pages.scales import limits, ticks
 from calib.runs.record import RunRecord
@@ -51,6 +53,14 @@ from hypothesis import strategies as st
 )
 def test_short_names_of_jobs(names: list[str], short: list[str]) -> None:
     assert labels(names) == short
+
+
+def test_pictures_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    for folder in (tmp_path / FULL_PICTURES, tmp_path / QUANTIZED_PICTURES):
+        folder.mkdir(parents=True)
+        for number in (10000, 9999, 1000, 7):
+            (folder / f"{number:04d}.png").touch()
+    assert [int(one.stem) for one, _ in pictures_of(tmp_path)] == [7, 1000, 9999, 10000]
 
 
 NAMES = st.lists(st.text("ab=,-01", min_size=1, max_size=14), unique=True, max_size=6)

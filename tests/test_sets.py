@@ -75,6 +75,20 @@ def test_a_frechet_distance_of_fewer_pictures_than_features() -> None:
     assert frechet(x, x) == pytest.approx(0, abs=1e-9)
 
 
+@pytest.mark.parametrize("paired", [False, True])
+def test_what_would_be_of_infinitely_many_is_said_as_far_as_is_known(paired: bool) -> None:
+    """With fewer in a half than features what is extrapolated is far too high yet; with more it is near the truth."""
+    length, shift = 40, 0.05
+    true = length * shift**2 + paired * length * (1 - math.sqrt(1.01)) ** 2
+    for count, enough in ((40, False), (400, True)):
+        x = np.random.RandomState(0).randn(count, length)
+        other = np.random.RandomState(1).randn(count, length)
+        found = frechet_distance(x, shift + (x + 0.1 * other if paired else other), paired)
+        assert ("or less" in found.text) != enough and ("at least" in found.notes[0]) != enough
+        beyond = found.further["unbiased"] - true
+        assert abs(beyond) < 0.25 * found.value if enough else beyond > true
+
+
 def test_kernel_distance_is_unbiased_and_frechet_distance_is_made_so() -> None:
     """Of many pairs of sets of one distribution: KID averages to 0; FD does not, and extrapolated it nearly does."""
     kernel, whole, unbiased = [], [], []

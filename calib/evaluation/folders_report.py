@@ -66,7 +66,7 @@ def folders_text(found: FolderComparison, most: int) -> str:
     one, other = found.folders
     lines = [f"{one} and {other}: {counted(len(found.pairs), 'pair')}", *_aligned(measure_rows(found), (1, 2))]
     if found.values and most:
-        heads = ["worst pairs", *(MEASURES[name].title for name in found.values)]
+        heads = [worst_pairs(found), *(MEASURES[name].title for name in found.values)]
         names, rows = list(found.pairs), []
         for place in found.order[:most]:
             rows.append([names[place], *(shown(name, float(own[place])) for name, own in found.values.items())])
@@ -78,7 +78,7 @@ def folders_text(found: FolderComparison, most: int) -> str:
 
 def measure_rows(found: FolderComparison) -> list[list[str]]:
     """Rows of the table of measures, its head first: name, value, interval, remark."""
-    rows = [["", "mean", f"{LEVEL:.0%} interval", ""]]
+    rows = [["", "value" if found.sets else "mean", f"{LEVEL:.0%} interval", ""]]
     for name, interval in found.intervals.items():
         own = MEASURES[name]
         low, mean, high = (own.form.format(value) for value in (interval.low, interval.mean, interval.high))
@@ -88,6 +88,12 @@ def measure_rows(found: FolderComparison) -> list[list[str]]:
         low, value, high = (own.form.format(v) for v in (distance.low, distance.value, distance.high))
         rows.append([f"{own.title}, {own.how}", value, f"[{low}, {high}]", distance.text])
     return rows
+
+
+def worst_pairs(found: FolderComparison) -> str:
+    """A heading of the pairs in their order, which says by what the worst are first; of none, 'pairs'."""
+    first = next(iter(found.values), None)
+    return "pairs" if first is None else f"worst pairs by {MEASURES[first].title}"
 
 
 def shown(name: str, value: float) -> str:

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 #: A picture, (height, width, 3): of floats in [0, 1], and of eight bits.
 Picture = NDArray[np.floating[Any]]
 Pixels = NDArray[np.uint8]
+#: Pictures, or pairs of them, that are looked at at once.
+BATCH = 16
 #: Those of an evaluation that names none, besides the error of the model's output.
 DEFAULT = ("psnr", "ssim")
 

@@ -14,7 +14,7 @@ from calib.activations.taps import TapPoint, tapped
 from calib.base.progress import Progress
 from calib.dataset.generate import trajectory_from
 from calib.dataset.manifest import Manifest
-from calib.evaluation.measures import NONE, Chosen
+from calib.evaluation.measures import BATCH, NONE, Chosen
 from calib.evaluation.metrics import Fidelity, psnr, relative_error, ssim
 from calib.models.memory import plan_memory
 from calib.models.model import DiffusionModel
@@ -24,6 +24,8 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
+#: What is always measured of pairs of pictures.
+ALWAYS = {"psnr": psnr, "ssim": ssim}
 #: Returns a context in which the model is changed.
 Change = Callable[[], AbstractContextManager[None]]
 
@@ -109,15 +111,30 @@ class Paired:
         """Draw the reference's ``images``, or all, with the model changed, and compare pictures and outputs."""
         chosen = self._reference.images if images is None else list(images)
         pictures = self._draw(change, label, chosen)
-        pairs = list(zip(self.pictures[[self._reference.images.index(i) for i in chosen]], pictures, strict=True))
+        own = self._of_pairs(pictures, label, chosen)
         fidelity = Fidelity(
-            psnr=np.array([psnr(*pair) for pair in pairs]),
-            ssim=np.array([ssim(*pair) for pair in pairs]),
+            psnr=own.pop("psnr"),
+            ssim=own.pop("ssim"),
             error=self._output_errors(change, label, chosen),
             steps=np.array(self._reference.steps),
-            further=self.measures.of_pairs(pairs, [str(self._reference.manifest.images[i].prompt) for i in chosen]),
+            further=own,
         )
         return Outcome(pictures, fidelity)
+
+    def _of_pairs(self, pictures: NDArray[np.float32], label: str, images: list[int]) -> dict[str, NDArray[np.float64]]:
+        """Values of each measure of pairs, PSNR's and SSIM's first, a batch of pictures at a time."""
+        found: dict[str, list[NDArray[np.float64]]] = {}
+        rows = [self._reference.images.index(image) for image in images]
+        with Progress(f"compare pictures, {label}", len(rows), "pair", delay=2) as progress:
+            for start in range(0, len(rows), BATCH):
+                batch = slice(start, start + BATCH)
+                pairs = list(zip(self.pictures[rows[batch]], pictures[batch], strict=True))
+                texts = [str(self._reference.manifest.images[image].prompt) for image in images[batch]]
+                values = {name: np.array([metric(*pair) for pair in pairs]) for name, metric in ALWAYS.items()}
+                for name, own in (values | self.measures.of_pairs(pairs, texts)).items():
+                    found.setdefault(name, []).append(own)
+                progress.advance(len(pairs))
+        return {name: np.concatenate(own) for name, own in found.items()}
 
     def _draw(self, change: Change, label: str, images: list[int]) -> NDArray[np.float32]:
         """Draw ``images``; all of them in the blocks of the reference, as another batch size would differ by rounding.

@@ -144,19 +144,23 @@ def unbiased_by_halves(
 ) -> SetDistance:
     """A Fréchet distance of the rows of ``x`` and ``y``, with what it would be of infinitely many (arXiv 1911.07023).
 
-    Its bias goes with 1/n, so that of halves is twice that of the whole: 2 F(n) - F(n/2) is free of it. ``count``
-    halves; 95% lie within ``two_sided`` of the standard deviations that so many give.
+    Its bias goes with 1/n, so that of halves is twice that of the whole: 2 F(n) - F(n/2) is free of it. With fewer
+    rows in a half than columns it falls more slowly than 1/n, and much of it is left: then that is a bound from above,
+    and said so. ``count`` halves; 95% lie within ``two_sided`` of the standard deviations that so many give.
     """
     whole, halves = _with_halves(distance, x, y, paired, progress, count)
     unbiased, spread = 2 * whole - float(halves.mean()), float(halves.std(ddof=1))
-    bias = f"a Fréchet distance is biased, here by about {whole - unbiased:+.3g}"
+    n, features = min(len(x), len(y)), x.shape[1]
+    enough = n // 2 >= features
+    least = "" if enough else f" at least, as there are not twice as many as the {features} features"
+    bias = f"a Fréchet distance is biased, here by about {whole - unbiased:+.3g}{least}"
     return SetDistance(
         whole,
         max(0.0, whole - two_sided * spread),
         whole + two_sided * spread,
         {"unbiased": unbiased, "std": spread},
-        f"about {unbiased:.4g} if there were infinitely many pictures",
-        _of_few(min(len(x), len(y)), bias),
+        f"about {unbiased:.4g}{'' if enough else ' or less'} if there were infinitely many pictures",
+        _of_few(n, bias),
     )
 
 

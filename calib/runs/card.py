@@ -10,13 +10,13 @@ from typing import Any
 
 from calib.base import VERSION
 from calib.base.progress import counted, readable_bytes
+from calib.evaluation.measures import MEASURES
 from calib.runs.record import RunRecord
 
-#: Figures of an evaluation by key of ``metrics.json``: their names for people, and their format.
+#: Figures of pairs of an evaluation by key of ``metrics.json``: their names for people, and their format.
 FIGURES = {
-    "psnr": ("PSNR, dB: higher is closer", ".2f"),
-    "ssim": ("SSIM, 1: equal", ".4f"),
-    "output_error": ("relative error of the model's output, 0: equal", ".2e"),
+    **{name: (f"{own.title} ({own.how})", own.form) for name, own in MEASURES.items() if own.sets is None},
+    "output_error": ("relative error of the model's output (0: equal)", "{:.2e}"),
 }
 LIBRARIES = {"mflux": "mflux", "mlx": "mlx", "recipe": None}
 
@@ -120,8 +120,11 @@ def _quality(card: Card) -> str:
     for key, (label, form) in FIGURES.items():
         if key in metrics:
             rows.append((label, _interval(metrics, key, form), _interval(metrics, f"control_{key}", form)))
+    seen = int(metrics.get("prompts_seen", 0))
+    prompts = counted(card.prompts, "prompt" if seen else "held-out prompt")
+    known = f" ({seen} of them calibrated or trained on)" if seen else ""
     lines.append(
-        f"Measured on {counted(card.prompts, 'held-out prompt')}, the same seeds drawn at full precision and "
+        f"Measured on {prompts}{known}, the same seeds drawn at full precision and "
         "quantized; 95% intervals. The control has weights and latents rounded to bfloat16: what is not worse cannot "
         "be told from rounding."
     )
@@ -140,7 +143,7 @@ def _interval(metrics: Mapping[str, float], key: str, form: str) -> str:
     if key not in metrics:
         return ""
     ends = [metrics[f"{key}_{end}"] for end in ("low", "high") if f"{key}_{end}" in metrics]
-    return format(metrics[key], form) + (f" [{', '.join(format(end, form) for end in ends)}]" if ends else "")
+    return form.format(metrics[key]) + (f" [{', '.join(map(form.format, ends))}]" if ends else "")
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:

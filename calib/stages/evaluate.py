@@ -30,10 +30,10 @@ from calib.base.progress import Progress, note, readable_bytes
 from calib.base.values import at_least
 from calib.dataset.generate import missing_images
 from calib.dataset.preflight import check_folders
-from calib.evaluation.agreement import cut_lines
+from calib.evaluation.agreement import cut_lines, score_lines
 from calib.evaluation.categories import categories_of, categories_text
-from calib.evaluation.folders import BATCH, vectors_of
-from calib.evaluation.measures import DEFAULT, Chosen, Sources, check_names, choose, eight_bits
+from calib.evaluation.folders import vectors_of
+from calib.evaluation.measures import BATCH, DEFAULT, Chosen, Sources, check_names, choose, eight_bits
 from calib.evaluation.paired import Outcome, Paired
 from calib.evaluation.pictures import check_pictures, pictures_in
 from calib.evaluation.reference import control_of, draw_reference
@@ -139,7 +139,8 @@ def run(settings: Settings, run: RunDirectory, model: Callable[[], DiffusionMode
     about = {key: quantized.about[key] for key in CARRIED if key in quantized.about}
     text = fidelity_text(found, control, drawn.sampler.num_steps)
     cut = paired.measures.truncated(reference.prompts)
-    text += "".join(f"note: {line}\n" for line in cut_lines(cut, len(reference.prompts)))
+    cut_off = cut_lines(cut, len(reference.prompts))
+    text += "".join(f"note: {line}\n" for line in cut_off)
     text += sets_text(sets, "the full-precision model's" if wanted.reference is None else str(wanted.reference))
     seen, prompts = prompts_seen(quantized, reference.prompts), reference.prompts
     text += _planned(quantized, about) + (f"note: {seen_note(seen, len(prompts))}\n" if seen else "")
@@ -147,7 +148,9 @@ def run(settings: Settings, run: RunDirectory, model: Callable[[], DiffusionMode
     made_from = {"quantized": content_of(folder / CHECKPOINT), "model": model().fingerprint}
     details = {"prompts": prompts, "quantized": found.to_json(), "control": control.to_json()}
     of_sets = {key: value for name, own in sets.items() for key, value in own.summary(name).items()}
-    details |= {"sets": of_sets, "notes": sets_notes(sets)} if of_sets else {}
+    details |= {"sets": of_sets} if of_sets else {}
+    notes = [*score_lines(found.further, "full precision"), *cut_off, *sets_notes(sets)]
+    details |= {"notes": notes} if notes else {}
     if wanted.by is not None and settings.evaluate.categories is not None:
         categories = categories_of(wanted.by, settings.evaluate.categories, wanted.metrics, found)
         text += categories_text(categories, prompts)

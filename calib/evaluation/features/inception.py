@@ -5,7 +5,7 @@ What calib adds is how far each can be trusted. torch is imported once it is nee
 
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from importlib import metadata, util
@@ -60,49 +60,43 @@ class InceptionFeatures:
 
     def vectors(self, pictures: Sequence[Pixels]) -> NDArray[np.float32]:
         """Features, (pictures, 2048)."""
-        by_key = {key_of(picture): picture for picture in pictures}
-        known = {key: found for key in by_key if (found := self._store.get(key, FEATURES)) is not None}
-        for keys in _batches({key: picture for key, picture in by_key.items() if key not in known}):
-            for key, vector in zip(keys, self._extracted([by_key[key] for key in keys]), strict=True):
-                known[key] = vector
-                self._store.put(key, vector)
-        return np.stack([known[key_of(picture)] for picture in pictures])
+        keys = [key_of(picture) for picture in pictures]
+        found = self._store.made(dict(zip(keys, pictures, strict=True)), FEATURES, self._extracted)
+        return np.stack([found[key] for key in keys])
 
     def _extracted(self, pictures: Sequence[Pixels]) -> NDArray[np.float32]:
-        """Features of pictures of one size."""
+        """Features of pictures, those of one size together."""
         import torch
         from torch.utils.data import Subset
         from torch_fidelity.utils import get_featuresdict_from_dataset
 
-        tensors = [torch.from_numpy(np.ascontiguousarray(picture.transpose(2, 0, 1))) for picture in pictures]
-        given = Subset(tensors, range(len(tensors)))  # as a data set
-        found = get_featuresdict_from_dataset(given, self._network, AT_ONCE, _device() == "cuda", True, False)
-        vectors: NDArray[np.float32] = found[LAYER].numpy()
-        return vectors
-
-
-def _batches(pictures: Mapping[str, Pixels]) -> Iterator[list[str]]:
-    """Keys of pictures of one size, so many at most as the network takes at once."""
-    by_size: dict[tuple[int, ...], list[str]] = {}
-    for key, picture in pictures.items():
-        by_size.setdefault(picture.shape, []).append(key)
-    for keys in by_size.values():
-        for start in range(0, len(keys), AT_ONCE):
-            yield keys[start : start + AT_ONCE]
+        by_size: dict[tuple[int, ...], list[int]] = {}
+        for place, picture in enumerate(pictures):
+            by_size.setdefault(picture.shape, []).append(place)
+        found = np.empty((len(pictures), FEATURES), np.float32)
+        for places in by_size.values():
+            tensors = [torch.from_numpy(np.ascontiguousarray(pictures[place].transpose(2, 0, 1))) for place in places]
+            given = Subset(tensors, range(len(tensors)))  # as a data set
+            own = get_featuresdict_from_dataset(given, self._network, AT_ONCE, _device() == "cuda", True, False)
+            found[places] = own[LAYER].numpy()
+        return found
 
 
 def _check_installed() -> None:
-    """Raise where torch-fidelity is missing, or cannot be imported."""
+    """Raise where torch-fidelity is missing, is of another version, or cannot be imported."""
     if util.find_spec("torch_fidelity") is None:
         raise ConfigError(
             f"fid, kid, precision and recall need a package that is not installed: pip install {PACKAGE}=={VERSION}, "
             "or uv sync --group fid (with torch, gigabytes)"
         )
     try:
-        import torch_fidelity  # noqa: F401
+        import torch_fidelity
     except Exception as error:  # torch and torchvision of different builds raise what they like
         again = "install torch and torchvision of one release, as PyTorch's own page pairs them"
         raise ConfigError(f"{PACKAGE} is installed and cannot be imported ({first_line(error)}); {again}") from None
+    if (found := torch_fidelity.__version__) != VERSION:  # what another lacks would be found after all is drawn
+        install = f"pip install {PACKAGE}=={VERSION}"
+        raise ConfigError(f"{PACKAGE} {found} is installed, and figures are by functions of {VERSION}: {install}")
 
 
 def _device() -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from calib.base.device import cores, on_gpu
-from calib.base.files import TEMPORARY_SUFFIX
+from calib.base.files import TEMPORARY_SUFFIX, UMASK
 from calib.base.locks import open_regular
 from calib.base.progress import Progress
 
@@ -86,6 +86,7 @@ class Store:
             try:
                 with open(handle, "wb") as file:
                     file.write(hashlib.sha256(values).digest() + values)
+                os.chmod(name, 0o666 & ~UMASK)  # a cache may be shared
                 os.replace(name, path)
             finally:
                 Path(name).unlink(missing_ok=True)

@@ -47,7 +47,7 @@ METRICS: Mapping[str, Metric] = {
 FURTHER: Mapping[str, Metric] = {
     "predicted_psnr": Metric("predicted PSNR", "dB", None, "{:.2f}"),
     "predicted_weights_psnr": Metric("predicted PSNR, weights alone", "dB", None, "{:.2f}"),
-    "clip_score_change": Metric("CLIP score's change", "", "higher", "{:.2f}"),
+    "clip_score_change": Metric("change of the CLIP score", "", "higher", "{:.2f}"),
     "control_psnr": Metric("control's PSNR", "dB", None, "{:.2f}"),
     "control_ssim": Metric("control's SSIM", "", None, "{:.4f}"),
     "control_lpips_effnet": Metric("control's perceptual distance", "", None, "{:.4f}"),

@@ -5,7 +5,7 @@ import sys
 
 from calib.base.progress import counted
 from calib.evaluation.folders import FolderComparison
-from calib.evaluation.folders_report import measure_rows, notes, shown
+from calib.evaluation.folders_report import measure_rows, notes, shown, worst_pairs
 from calib.evaluation.measures import MEASURES
 from calib.runs.pages.page import render
 from calib.runs.pages.pictures import LOSSLESS, data_address
@@ -33,6 +33,7 @@ def folders_page(found: FolderComparison, most: int) -> str:
         measures=measures,
         columns=[str(folder) for folder in found.folders],
         pairs=rows,
+        heading=worst_pairs(found),
         whole=len(names),
         small=small,
         command=shlex.join(["calib", *sys.argv[1:]]),

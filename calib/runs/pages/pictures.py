@@ -48,7 +48,7 @@ def data_address(path: Path) -> tuple[str, tuple[int, int]]:
 
 def pictures_of(run: Path) -> list[tuple[Path, Path]]:
     """Return the files of a run's pictures, full precision and quantized, in the order of the prompts."""
-    full = sorted((run / FULL_PICTURES).glob("[0-9]*.png"))
+    full = sorted((run / FULL_PICTURES).glob("[0-9]*.png"), key=lambda path: (len(path.name), path.name))
     return [
         (path, run / QUANTIZED_PICTURES / path.name) for path in full if (run / QUANTIZED_PICTURES / path.name).exists()
     ]
