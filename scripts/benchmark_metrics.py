@@ -21,7 +21,7 @@ from typing import Any
 
 from calib.analysis.heuristics import allocate
 from calib.base.device import device_name
-from calib.evaluation.measures import MEASURES, Chosen, Sources, choose, eight_bits
+from calib.evaluation.measures import MEASURES, Chosen, Gathered, Sources, choose
 from calib.evaluation.metrics import Interval, bootstrap, bootstrap_difference
 from calib.evaluation.paired import Paired, rounded_to_bfloat16
 from calib.evaluation.reference import draw_reference
@@ -89,10 +89,14 @@ def main() -> None:
 
 def values(paired: Paired, measures: Chosen, change: Any, label: str) -> dict[str, Any]:
     """Values of each measure of pairs, and value and ends of each of sets, over all pictures."""
-    outcome = paired.compare(change, label)
-    fidelity = outcome.fidelity
-    vectors = [measures.vectors([eight_bits(p) for p in drawn]) for drawn in (paired.pictures, outcome.pictures)]
-    sets = measures.of_sets(*vectors, paired=True)
+    full, own = Gathered(measures), Gathered(measures)
+
+    def see(exact: Any, drawn: Any) -> None:
+        full.add(exact)
+        own.add(drawn)
+
+    fidelity = paired.compare(change, label, see=see)
+    sets = measures.of_sets(full.vectors(), own.vectors(), paired=True)
     pairs = {"psnr": fidelity.psnr, "ssim": fidelity.ssim, **fidelity.further}
     return {
         "pairs": {name: np.minimum(own, 107.12).tolist() for name, own in pairs.items()},

@@ -102,7 +102,7 @@ def measure(setup: Setup, row: Row, references, results) -> None:
     for paired in references.values():
         # The same numbers as MLX's quantized kernels, which a GPU compiles for a minute at every new bit-width.
         change = partial(applied, setup.model, quantized, dequantize=True)
-        add(results, row.label, paired.compare(change, row.label).fidelity, about)
+        add(results, row.label, paired.compare(change, row.label), about)
     print(f"{row.label}: {time.monotonic() - start:.1f} s", flush=True)
 
 

@@ -1,6 +1,7 @@
 """Paired comparisons: what is not changed is the same to the bit, and what is changed is counted as by hand."""
 
 import json
+import tracemalloc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -16,7 +17,7 @@ from calib.dataset.load import load_manifest
 from calib.dataset.settings import SamplerSettings
 from calib.evaluation.measures import NONE
 from calib.evaluation.metrics import Fidelity, ssim
-from calib.evaluation.paired import Outcome, Paired, Reference, rounded_to_bfloat16
+from calib.evaluation.paired import Paired, Reference, rounded_to_bfloat16
 from calib.evaluation.reference import control_of, draw_reference
 from calib.evaluation.report import fidelity_text
 from calib.models.model import DiffusionModel, weights, weights_fingerprint
@@ -55,11 +56,25 @@ def drawn(request: pytest.FixtureRequest, model: DiffusionModel, tmp_path_factor
     return Drawn(own, reference, Paired(own, reference))
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """A comparison's pictures, (images, height, width, 3), and its figures."""
+
+    pictures: np.ndarray
+    fidelity: Fidelity
+
+
+def compared(paired: Paired, change: Change, label: str) -> Outcome:
+    seen: list[np.ndarray] = []
+    fidelity = paired.compare(change, label, see=lambda exact, own: seen.append(own))
+    return Outcome(np.concatenate(seen), fidelity)
+
+
 @pytest.fixture(scope="module")
 def rounded(drawn: Drawn) -> Outcome:
     """One layer's weights rounded; the first comparison of all."""
     before, modules = weights_fingerprint(drawn.model.transformer), drawn.modules()
-    outcome = drawn.paired.compare(rounding(drawn.model), "rounded")
+    outcome = compared(drawn.paired, rounding(drawn.model), "rounded")
     assert weights_fingerprint(drawn.model.transformer) == before
     assert drawn.modules() == modules
     return outcome
@@ -82,10 +97,10 @@ def rounding(model: DiffusionModel, digits: int = 2) -> Change:
 
 
 def test_an_unchanged_model(drawn: Drawn) -> None:
-    outcome = drawn.paired.compare(nullcontext, "unchanged")
+    outcome = compared(drawn.paired, nullcontext, "unchanged")
     assert outcome.pictures.dtype == np.float32
     assert outcome.pictures.shape == (3, 64, 64, 3)
-    assert np.array_equal(outcome.pictures, drawn.paired.pictures)
+    assert np.array_equal(outcome.pictures, drawn.paired.pictures(drawn.reference.images))
     found = outcome.fidelity
     assert found.psnr.tolist() == [np.inf] * 3
     assert found.ssim == pytest.approx(np.ones(3), abs=1e-12)
@@ -94,7 +109,7 @@ def test_an_unchanged_model(drawn: Drawn) -> None:
 
 
 def test_the_references_pictures(drawn: Drawn) -> None:
-    reference, pictures = drawn.reference, drawn.paired.pictures
+    reference, pictures = drawn.reference, drawn.paired.pictures(drawn.reference.images)
     assert reference.images == [0, 1, 2]
     assert reference.prompts == list(PROMPTS[:3])
     for picture, entry in zip(pictures, reference.manifest.images.values(), strict=True):
@@ -102,7 +117,7 @@ def test_the_references_pictures(drawn: Drawn) -> None:
             assert np.array_equal(stored, (255 * picture).astype(np.uint8)), "as DiffusionKit stores it"
     some = {i: reference.manifest.images[i] for i in (0, 2)}
     fewer = Paired(drawn.model, replace(reference, manifest=replace(reference.manifest, images=some)))
-    assert np.array_equal(fewer.pictures, pictures[[0, 2]])
+    assert np.array_equal(fewer.pictures([2, 0]), pictures[[2, 0]])
 
 
 def outputs(model: DiffusionModel, reference: Reference, change: Change) -> np.ndarray:
@@ -125,7 +140,9 @@ def test_errors_by_hand(drawn: Drawn, rounded: Outcome) -> None:
     expected = np.sum((v - v_q) ** 2, axis=2) / np.sum(v**2, axis=2)
     assert expected.min() > 1e-7
     np.testing.assert_allclose(rounded.fidelity.error, expected, rtol=1e-3)
-    for i, (plain, changed) in enumerate(zip(drawn.paired.pictures, rounded.pictures, strict=True)):
+    for i, (plain, changed) in enumerate(
+        zip(drawn.paired.pictures(drawn.reference.images), rounded.pictures, strict=True)
+    ):
         mse = np.mean((plain.astype(np.float64) - changed) ** 2)
         assert rounded.fidelity.psnr[i] == pytest.approx(10 * np.log10(1 / mse))
         assert rounded.fidelity.ssim[i] == pytest.approx(ssim(plain, changed))
@@ -137,14 +154,14 @@ def test_pictures_by_hand(drawn: Drawn, rounded: Outcome, tmp_path: Path) -> Non
     with rounding(drawn.model)():
         folder = draw(drawn.model, tmp_path / "own", batch_size=2)
     own = Reference(folder, load_manifest(folder), STEPS)
-    assert np.array_equal(rounded.pictures, Paired(drawn.model, own).pictures)
+    assert np.array_equal(rounded.pictures, Paired(drawn.model, own).pictures(own.images))
 
 
 def test_comparisons_are_independent(drawn: Drawn, rounded: Outcome, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the reference has in common for all is computed at full precision, whichever comes first."""
-    later = drawn.paired.compare(rounding(drawn.model, 1), "later")
-    monkeypatch.setattr("calib.evaluation.paired.BATCH", 2)  # nor do so many pictures at once matter
-    alone = Paired(drawn.model, drawn.reference).compare(rounding(drawn.model, 1), "alone")
+    later = compared(drawn.paired, rounding(drawn.model, 1), "later")
+    monkeypatch.setattr("calib.evaluation.paired.KEPT", 2)  # nor what is kept in memory
+    alone = compared(Paired(drawn.model, drawn.reference), rounding(drawn.model, 1), "alone")
     assert np.array_equal(later.fidelity.error, alone.fidelity.error)
     assert np.array_equal(later.fidelity.psnr, alone.fidelity.psnr)
     assert np.array_equal(later.pictures, alone.pictures)
@@ -177,7 +194,7 @@ def test_control(drawn: Drawn) -> None:
         raise RuntimeError("enough")
     assert weights_fingerprint(model.transformer) == before
     assert drawn.modules() == modules
-    control = drawn.paired.compare(lambda: rounded_to_bfloat16(model), "control").fidelity
+    control = drawn.paired.compare(lambda: rounded_to_bfloat16(model), "control")
     assert weights_fingerprint(model.transformer) == before
     assert np.all((control.error > 0) & (control.error < 1e-2))
     assert np.isfinite(control.psnr).all()
@@ -217,7 +234,7 @@ def test_reference_and_control(drawn: Drawn, tmp_path: Path, capsys: pytest.Capt
     (path,) = (tmp_path / "evaluation").glob("control_*.json")
     assert found.to_json() == json.loads(path.read_text())
 
-    def never(change: Change, label: str, images: Sequence[int]) -> Outcome:
+    def never(change: Change, label: str, images: Sequence[int]) -> Fidelity:
         raise AssertionError("measured again")
 
     kept = control_of(drawn.model, reference, cast(Paired, SimpleNamespace(compare=never, measures=NONE)), tmp_path)
@@ -245,3 +262,20 @@ def test_a_control_of_few_pictures(
     np.testing.assert_allclose(found.error, whole.error[:drawn_of], rtol=1e-2)
     text = fidelity_text(quantized, found, 4)
     assert ("note: control: of the first 2 prompts alone" in text) == (drawn_of == 2)
+
+
+def test_memory_does_not_grow_with_the_number_of_pictures(
+    model: DiffusionModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, peaks = tiny_model(model, "sd3"), []
+    monkeypatch.setattr("calib.evaluation.paired.KEPT", 4)
+    for count in (12, 48):
+        sampler = SamplerSettings(num_steps=1, cfg_weight=0.0, batch_size=4)
+        reference = draw_reference(own, tmp_path / str(count), PROMPTS, count, sampler, 7, 1)
+        tracemalloc.start()
+        paired = Paired(own, reference)
+        paired.compare(rounding(own), "rounded")
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    picture = 64 * 64 * 3 * 4
+    assert peaks[1] - peaks[0] < 4 * picture, "not two for each of 36 more"

@@ -10,7 +10,7 @@ from calib.base.device import cores
 from calib.base.errors import CalibError, ConfigError
 from calib.base.progress import Progress
 from calib.evaluation.agreement import FORM, read_prompts
-from calib.evaluation.measures import BATCH, DEFAULT, MEASURES, Chosen, Sources, check_inception, check_names, choose
+from calib.evaluation.measures import DEFAULT, MEASURES, Chosen, Sources, check_inception, check_names, choose
 from calib.evaluation.metrics import MOST_PSNR, WINDOW, Interval, bootstrap_columns
 from calib.evaluation.pictures import Picture, matched, pictures_in, read_picture
 from calib.evaluation.sets import SetDistance
@@ -20,6 +20,8 @@ from numpy.typing import NDArray
 
 #: Of measures that need no network.
 NOTHING = Sources(Path())
+#: Pictures, or pairs of them, that are looked at at once.
+BATCH = 16
 
 
 @dataclass(frozen=True)

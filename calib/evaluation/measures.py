@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 #: A picture, (height, width, 3): of floats in [0, 1], and of eight bits.
 Picture = NDArray[np.floating[Any]]
 Pixels = NDArray[np.uint8]
-#: Pictures, or pairs of them, that are looked at at once.
-BATCH = 16
 #: Those of an evaluation that names none, besides the error of the model's output.
 DEFAULT = ("psnr", "ssim")
 
@@ -217,6 +215,22 @@ class Chosen:
 
 #: No measures, where PSNR and SSIM are computed anyhow.
 NONE = Chosen({}, {})
+
+
+class Gathered:
+    """Vectors of pictures as these come, for the measures of sets among ``chosen``: the pictures need not be kept."""
+
+    def __init__(self, chosen: Chosen):
+        self._chosen, self._blocks = chosen, list[dict[str, NDArray[np.float32]]]()
+
+    def add(self, drawn: Sequence[Picture] | NDArray[np.floating[Any]]) -> None:
+        """Look at further pictures, each as it is stored."""
+        if self._chosen.sets:
+            self._blocks.append(self._chosen.vectors([eight_bits(picture) for picture in drawn]))
+
+    def vectors(self) -> dict[str, NDArray[np.float32]]:
+        """Those of all pictures by measure."""
+        return self._chosen.joined(self._blocks)
 
 
 def check_names(key: str, names: Sequence[str], pictures: int | None = None) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeAlias
 
 from calib.activations.batches import Batch, LazyBatch, StoredStates, output_of
 from calib.activations.states import image_hashes, read_states
@@ -14,7 +15,7 @@ from calib.activations.taps import TapPoint, tapped
 from calib.base.progress import Progress
 from calib.dataset.generate import trajectory_from
 from calib.dataset.manifest import Manifest
-from calib.evaluation.measures import BATCH, NONE, Chosen
+from calib.evaluation.measures import NONE, Chosen
 from calib.evaluation.metrics import Fidelity, psnr, relative_error, ssim
 from calib.models.memory import plan_memory
 from calib.models.model import DiffusionModel
@@ -26,8 +27,19 @@ from numpy.typing import NDArray
 
 #: What is always measured of pairs of pictures.
 ALWAYS = {"psnr": psnr, "ssim": ssim}
+#: Images of which pictures and outputs are kept, and whose outputs are compared at once.
+KEPT = 64
 #: Returns a context in which the model is changed.
-Change = Callable[[], AbstractContextManager[None]]
+Change: TypeAlias = Callable[[], AbstractContextManager[None]]
+Picture: TypeAlias = NDArray[np.float32]
+#: (images, height, width, 3).
+Pictures: TypeAlias = NDArray[np.float32]
+#: Is given pictures at full precision and those of a changed model.
+See: TypeAlias = Callable[[Pictures, Pictures], None]
+
+
+def unseen(exact: Pictures, drawn: Pictures) -> None:
+    """Look at no picture."""
 
 
 @dataclass(frozen=True)
@@ -52,14 +64,6 @@ class Reference:
 
     def states(self) -> StoredStates:
         return StoredStates(self.data_dir, self.manifest, self.images, self.steps)
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """Pictures of a changed model, (images, height, width, 3), and their fidelity."""
-
-    pictures: NDArray[np.float32]
-    fidelity: Fidelity
 
 
 @contextmanager
@@ -88,55 +92,62 @@ def _rounded(array: mx.array) -> mx.array:
 class Paired:
     """Comparisons of a model in changed forms with the same model at full precision.
 
-    Pairs of pictures are compared by the ``measures`` besides PSNR and SSIM.
-
-    Attributes:
-        pictures: pictures of the reference, (images, height, width, 3) in [0, 1], not rounded to 8 bits.
-        measures: the further ones, of pairs and of sets.
+    Pairs of pictures are compared by the ``measures`` besides PSNR and SSIM. Of a reference of more than :data:`KEPT`
+    images nothing is kept in memory from one block of them to the next.
     """
 
     def __init__(self, model: DiffusionModel, reference: Reference, measures: Chosen = NONE):
         self._model, self._reference, self.measures = model, reference, measures
         manifest = reference.manifest
-        final = read_states(reference.data_dir, manifest, reference.images, manifest.num_steps)
-        guidance, parts = manifest.cfg_weight > 0, manifest.parts
-        self._memory = plan_memory(model, guidance, manifest.batch_size, parts=parts)
-        with shared_cores((manifest.batch_size or 1) * (2 if guidance else 1), parts):
-            self.pictures = model.decode_each(mx.array(final), self._memory.decoders)
+        guidance = manifest.cfg_weight > 0
+        self._memory = plan_memory(model, guidance, manifest.batch_size, parts=manifest.parts)
         # One step per batch, as a quantized model may depend on the step.
         self._at_once = plan_memory(model, guidance).batch_size
+        self._pictures: dict[int, Picture] = {}
         self._exact: dict[tuple[int, int], NDArray[np.float32]] = {}
 
-    def compare(self, change: Change, label: str, images: Sequence[int] | None = None) -> Outcome:
-        """Draw the reference's ``images``, or all, with the model changed, and compare pictures and outputs."""
+    def pictures(self, images: Sequence[int]) -> NDArray[np.float32]:
+        """The reference's, (images, height, width, 3) in [0, 1], not rounded to 8 bits."""
+        missing = [image for image in images if image not in self._pictures]
+        manifest, found = self._reference.manifest, dict(self._pictures)
+        if missing:
+            final = read_states(self._reference.data_dir, manifest, missing, manifest.num_steps)
+            with shared_cores((manifest.batch_size or 1) * (2 if manifest.cfg_weight > 0 else 1), manifest.parts):
+                found |= zip(missing, self._model.decode_each(mx.array(final), self._memory.decoders), strict=True)
+        if len(self._reference.images) <= KEPT:
+            self._pictures = found
+        return np.stack([found[image] for image in images])
+
+    def compare(self, change: Change, label: str, images: Sequence[int] | None = None, see: See = unseen) -> Fidelity:
+        """Draw the reference's ``images``, or all, with the model changed, and compare pictures and outputs.
+
+        Args:
+            see: is given each block of pictures, the reference's and the changed model's, in order.
+        """
         chosen = self._reference.images if images is None else list(images)
-        pictures = self._draw(change, label, chosen)
-        own = self._of_pairs(pictures, label, chosen)
-        fidelity = Fidelity(
+        values: dict[str, list[NDArray[np.float64]]] = {}
+        for block, drawn in self._drawn(change, label, chosen):
+            exact = self.pictures(block)
+            for name, of_block in self._of_pairs(exact, drawn, block).items():
+                values.setdefault(name, []).append(of_block)
+            see(exact, drawn)
+        own = {name: np.concatenate(blocks) for name, blocks in values.items()}
+        return Fidelity(
             psnr=own.pop("psnr"),
             ssim=own.pop("ssim"),
             error=self._output_errors(change, label, chosen),
             steps=np.array(self._reference.steps),
             further=own,
         )
-        return Outcome(pictures, fidelity)
 
-    def _of_pairs(self, pictures: NDArray[np.float32], label: str, images: list[int]) -> dict[str, NDArray[np.float64]]:
-        """Values of each measure of pairs, PSNR's and SSIM's first, a batch of pictures at a time."""
-        found: dict[str, list[NDArray[np.float64]]] = {}
-        rows = [self._reference.images.index(image) for image in images]
-        with Progress(f"compare pictures, {label}", len(rows), "pair", delay=2) as progress:
-            for start in range(0, len(rows), BATCH):
-                batch = slice(start, start + BATCH)
-                pairs = list(zip(self.pictures[rows[batch]], pictures[batch], strict=True))
-                texts = [str(self._reference.manifest.images[image].prompt) for image in images[batch]]
-                values = {name: np.array([metric(*pair) for pair in pairs]) for name, metric in ALWAYS.items()}
-                for name, own in (values | self.measures.of_pairs(pairs, texts)).items():
-                    found.setdefault(name, []).append(own)
-                progress.advance(len(pairs))
-        return {name: np.concatenate(own) for name, own in found.items()}
+    def _of_pairs(self, exact: Pictures, drawn: Pictures, images: Sequence[int]) -> dict[str, NDArray[np.float64]]:
+        """Values of each measure of pairs, by image."""
+        pairs = list(zip(exact, drawn, strict=True))
+        texts = [str(self._reference.manifest.images[image].prompt) for image in images]
+        found = {name: np.array([metric(*pair) for pair in pairs]) for name, metric in ALWAYS.items()}
+        return found | self.measures.of_pairs(pairs, texts)
 
-    def _draw(self, change: Change, label: str, images: list[int]) -> NDArray[np.float32]:
+    def _drawn(self, change: Change, label: str, images: list[int]) -> Iterator[tuple[list[int], Pictures]]:
         """Draw ``images``; all of them in the blocks of the reference, as another batch size would differ by rounding.
 
         A few of them fill their batch without padding.
@@ -148,7 +159,6 @@ class Paired:
         rows = [block + block[:1] * (size - len(block)) for block in blocks]
         shown = [[str(manifest.images[i].prompt) for i in row] for row in rows]
         texts = model.encode_batches(shown, guidance, self._memory.keep_text)
-        pictures = []
         with Progress(f"draw {label}", len(blocks) * manifest.num_steps, "step") as progress:
             for block, row, text in zip(blocks, rows, texts, strict=True):
                 seeds = [manifest.images[i].seed or 0 for i in row]
@@ -158,34 +168,40 @@ class Paired:
                         for state in drawn:
                             if state.step_index:
                                 progress.advance()
-                    pictures.append(model.decode_each(state.x[: len(block)], self._memory.decoders))
-        return np.concatenate(pictures)
+                    decoded = model.decode_each(state.x[: len(block)], self._memory.decoders)
+                yield block, decoded
 
     def _output_errors(self, change: Change, label: str, images: list[int]) -> NDArray[np.float64]:
         """Relative error of the outputs on the states of ``images``, over both guidance halves, (images, steps)."""
-        reference = self._reference
-        place = {image: row for row, image in enumerate(images)}
+        reference, at_once = self._reference, KEPT
+        errors = np.zeros((len(images), len(reference.steps)))
         column = {step: i for i, step in enumerate(reference.steps)}
-        errors = np.zeros((len(place), len(column)))
-        batches = replace(reference.states(), images=images).batches(self._model, self._at_once)
-        with Progress(f"compare outputs, {label}", len(batches), "forward", delay=2) as progress:
-            self._add_exact(batches)
-            with change():
-                for make in batches:
-                    batch = make()
-                    rows, step = [place[image] for image in batch.images], batch.steps[0]
-                    exact = np.stack([self._exact[image, step] for image in batch.images])
-                    errors[rows, column[step]] = relative_error(exact, _output(self._model, batch))
-                    progress.advance()
+        parts = [images[i : i + at_once] for i in range(0, len(images), at_once)]
+        batches = [replace(reference.states(), images=part).batches(self._model, self._at_once) for part in parts]
+        place = {image: row for row, image in enumerate(images)}
+        with Progress(f"compare outputs, {label}", sum(map(len, batches)), "forward", delay=2) as progress:
+            for own in batches:
+                exact = self._exact_outputs(own)
+                with change():
+                    for make in own:
+                        batch = make()
+                        rows, step = [place[image] for image in batch.images], batch.steps[0]
+                        v = np.stack([exact[image, step] for image in batch.images])
+                        errors[rows, column[step]] = relative_error(v, _output(self._model, batch))
+                        progress.advance()
         return errors
 
-    def _add_exact(self, batches: Sequence[LazyBatch]) -> None:
-        """Compute outputs at full precision where they are not kept yet: one latent per state."""
+    def _exact_outputs(self, batches: Sequence[LazyBatch]) -> dict[tuple[int, int], NDArray[np.float32]]:
+        """Outputs at full precision by image and step: one latent per state."""
+        found = dict(self._exact)
         for make in batches:
             batch = make()
             states = list(zip(batch.images, batch.steps, strict=True))
-            if not self._exact.keys() >= set(states):
-                self._exact |= zip(states, _output(self._model, batch), strict=True)
+            if not found.keys() >= set(states):
+                found |= zip(states, _output(self._model, batch), strict=True)
+        if len(self._reference.images) <= KEPT:
+            self._exact = found
+        return found
 
 
 def _output(model: DiffusionModel, batch: Batch) -> NDArray[np.float32]:

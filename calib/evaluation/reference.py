@@ -83,6 +83,6 @@ def _control_of(
         if path.exists():
             with suppress(CalibError, KeyError, TypeError, ValueError):  # a damaged one is measured again
                 return Fidelity.from_json(read_json(path))
-        found = paired.compare(partial(rounded_to_bfloat16, model), "control", chosen).fidelity
+        found = paired.compare(partial(rounded_to_bfloat16, model), "control", chosen)
         write_json(path, found.to_json())
     return found

@@ -205,11 +205,14 @@ def _write(path: Path, save: Callable[[Path], object]) -> None:
         raise CalibError(f"{path}: the picture cannot be written ({error.strerror or error})") from None
 
 
-def save_pictures(folder: Path, pictures: NDArray[Any]) -> None:
-    """Write each of ``pictures`` (n, height, width, 3) in [0, 1] as a PNG, 0000.png …; earlier ones are removed."""
-    for old in folder.glob("[0-9]*.png"):
+def save_pictures(folder: Path, pictures: NDArray[Any], first: int = 0) -> None:
+    """Write each of ``pictures`` (n, height, width, 3) in [0, 1] as a PNG, 0000.png …, counted from ``first``.
+
+    With the first of all earlier ones are removed.
+    """
+    for old in folder.glob("[0-9]*.png") if first == 0 else ():
         old.unlink()
-    for number, picture in enumerate(pictures):
+    for number, picture in enumerate(pictures, start=first):
         image = Image.fromarray(np.rint(255 * np.clip(picture, 0, 1)).astype(np.uint8))
         _write(folder / f"{number:04d}.png", partial(image.save, format="PNG"))
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from calib.analysis.sensitivities import trust_note
@@ -26,15 +27,15 @@ from calib.base.layout import (
     PICTURE_GRID,
     QUANTIZED_PICTURES,
 )
-from calib.base.progress import Progress, note, readable_bytes
+from calib.base.progress import note, readable_bytes
 from calib.base.values import at_least
 from calib.dataset.generate import missing_images
 from calib.dataset.preflight import check_folders
 from calib.evaluation.agreement import cut_lines, score_lines
 from calib.evaluation.categories import categories_of, categories_text
 from calib.evaluation.folders import vectors_of
-from calib.evaluation.measures import BATCH, DEFAULT, Chosen, Sources, check_names, choose, eight_bits
-from calib.evaluation.paired import Outcome, Paired
+from calib.evaluation.measures import DEFAULT, Chosen, Gathered, Sources, check_names, choose
+from calib.evaluation.paired import Paired, Pictures
 from calib.evaluation.pictures import check_pictures, pictures_in
 from calib.evaluation.reference import control_of, draw_reference
 from calib.evaluation.report import (
@@ -46,7 +47,6 @@ from calib.evaluation.report import (
     sets_notes,
     sets_text,
 )
-from calib.evaluation.sets import SetDistance
 from calib.models.model import DiffusionModel
 from calib.quantization.apply import applied, runs_dense, stays_dense
 from calib.quantization.build import SEEN
@@ -60,10 +60,11 @@ from calib.stages.settings import Settings
 
 import mlx.core as mx
 import numpy as np
-from numpy.typing import NDArray
 
 logger = logging.getLogger("calib")
 
+#: Pictures of the grid.
+SHOWN = 8
 #: What a quantized model says of itself that is shown beside what it draws.
 CARRIED = ("average_activation_bits", "predicted_psnr", "predicted_weights_psnr")
 
@@ -131,19 +132,20 @@ def run(settings: Settings, run: RunDirectory, model: Callable[[], DiffusionMode
     reference = draw_reference(model(), settings.evaluate.data_dir, *what, wanted.steps)
     paired = Paired(model(), reference, measures)
     mx.reset_peak_memory()
-    outcome = paired.compare(partial(applied, model(), quantized, wanted.dequantize), "quantized")
-    peak, found = mx.get_peak_memory(), outcome.fidelity
+    seen = _Seen(run.path, measures)
+    change = partial(applied, model(), quantized, wanted.dequantize)
+    found, peak = paired.compare(change, "quantized", see=seen), mx.get_peak_memory()
     quantized = replace(quantized, layers={}, weights={}, copies={})  # the control has other weights
     control = control_of(model(), reference, paired, settings.job.cache_dir, found)
-    sets = _sets(paired, outcome, theirs)
+    sets = measures.of_sets(theirs or seen.full.vectors(), seen.own.vectors(), theirs is None) if measures.sets else {}
     about = {key: quantized.about[key] for key in CARRIED if key in quantized.about}
     text = fidelity_text(found, control, drawn.sampler.num_steps)
     cut = paired.measures.truncated(reference.prompts)
     cut_off = cut_lines(cut, len(reference.prompts))
     text += "".join(f"note: {line}\n" for line in cut_off)
     text += sets_text(sets, "the full-precision model's" if wanted.reference is None else str(wanted.reference))
-    seen, prompts = prompts_seen(quantized, reference.prompts), reference.prompts
-    text += _planned(quantized, about) + (f"note: {seen_note(seen, len(prompts))}\n" if seen else "")
+    known, prompts = prompts_seen(quantized, reference.prompts), reference.prompts
+    text += _planned(quantized, about) + (f"note: {seen_note(known, len(prompts))}\n" if known else "")
     text += f"peak memory while drawing quantized: {readable_bytes(peak)}{_counted(model(), wanted.dequantize)}\n"
     made_from = {"quantized": content_of(folder / CHECKPOINT), "model": model().fingerprint}
     details = {"prompts": prompts, "quantized": found.to_json(), "control": control.to_json()}
@@ -160,41 +162,43 @@ def run(settings: Settings, run: RunDirectory, model: Callable[[], DiffusionMode
     write_text(run.path / FIDELITY, text)
     write_json(run.path / DETAILS, details)
     plot_error(run.path / ERROR_PLOT, {"quantized": found, "control: weights and states in bfloat16": control})
-    picture_grid(run.path / PICTURE_GRID, paired.pictures, outcome.pictures, reference.prompts)
-    save_pictures(run.path / FULL_PICTURES, paired.pictures)
-    save_pictures(run.path / QUANTIZED_PICTURES, outcome.pictures)
+    picture_grid(run.path / PICTURE_GRID, *seen.first(), reference.prompts[:SHOWN], SHOWN)
     seconds = time.monotonic() - start
     run.add_metrics(Stage.EVALUATE, {**found.summary(), **of_sets, **control.summary("control_")})
-    run.add_metrics(Stage.EVALUATE, about | ({"prompts_seen": seen} if seen else {}))
+    run.add_metrics(Stage.EVALUATE, about | ({"prompts_seen": known} if known else {}))
     run.add_metrics(Stage.EVALUATE, {"prompts_truncated": cut} if cut else {})
     run.add_metrics(Stage.EVALUATE, {"evaluate_seconds": seconds, "evaluate_peak_bytes": peak})
     logger.info("evaluated %d images in %.1f s", len(reference.images), seconds)
     print(f"\n{text}")
 
 
+class _Seen:
+    """What is kept of pictures as they are drawn: files, vectors, and the first ones themselves."""
+
+    def __init__(self, run: Path, measures: Chosen):
+        self._folders = (run / FULL_PICTURES, run / QUANTIZED_PICTURES)
+        self.full, self.own = Gathered(measures), Gathered(measures)
+        self._first: list[tuple[Pictures, Pictures]] = []
+        self._count = 0
+
+    def __call__(self, exact: Pictures, drawn: Pictures) -> None:
+        for folder, gathered, pictures in zip(self._folders, (self.full, self.own), (exact, drawn), strict=True):
+            save_pictures(folder, pictures, self._count)
+            gathered.add(pictures)
+        if self._count < SHOWN:
+            self._first.append((exact, drawn))
+        self._count += len(exact)
+
+    def first(self) -> tuple[Pictures, Pictures]:
+        """The first pictures, at full precision and quantized."""
+        exact, drawn = (np.concatenate(own)[:SHOWN] for own in zip(*self._first, strict=True))
+        return exact, drawn
+
+
 def prompts_seen(quantized: QuantizedModel, prompts: Sequence[str]) -> int:
     """How many of ``prompts`` the making of the quantized model saw."""
     before = set(quantized.about.get(SEEN, ()))
     return sum(short_hash(prompt) in before for prompt in prompts)
-
-
-def _sets(paired: Paired, outcome: Outcome, theirs: Mapping[str, NDArray[np.float32]] | None) -> dict[str, SetDistance]:
-    """Distances of the quantized model's pictures from the full-precision model's, or from those of ``theirs``."""
-    chosen = paired.measures
-    if not chosen.sets:
-        return {}
-    of_full = _vectors(paired.pictures, chosen) if theirs is None else theirs
-    return chosen.of_sets(of_full, _vectors(outcome.pictures, chosen), paired=theirs is None)
-
-
-def _vectors(drawn: NDArray[np.float32], chosen: Chosen) -> dict[str, NDArray[np.float32]]:
-    """Vectors of drawn pictures, as they are stored, for each measure of sets."""
-    found = []
-    with Progress("look at pictures", len(drawn), "picture", delay=2) as progress:
-        for start in range(0, len(drawn), BATCH):
-            found.append(chosen.vectors([eight_bits(picture) for picture in drawn[start : start + BATCH]]))
-            progress.advance(len(drawn[start : start + BATCH]))
-    return chosen.joined(found)
 
 
 def _planned(quantized: QuantizedModel, about: Mapping[str, float]) -> str:

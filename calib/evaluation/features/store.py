@@ -8,7 +8,6 @@ from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TypeVar
 
-from calib.base.device import cores, on_gpu
 from calib.base.files import TEMPORARY_SUFFIX, UMASK
 from calib.base.locks import open_regular
 from calib.base.progress import Progress
@@ -33,6 +32,8 @@ def key_of(pixels: Pixels) -> str:
 
 def in_blocks(keys: Sequence[T]) -> list[Sequence[T]]:
     """``keys`` in as many as are computed at once."""
+    from calib.base.device import cores, on_gpu  # MLX, which who wants names of measures alone does without
+
     size = AT_ONCE_GPU if on_gpu() else AT_ONCE * cores()
     return [keys[i : i + size] for i in range(0, len(keys), size)]
 
