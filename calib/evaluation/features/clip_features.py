@@ -24,7 +24,7 @@ class ClipFeatures:
     """What a CLIP sees in pictures of eight bits, (height, width, 3) each, and reads in texts.
 
     Attributes:
-        content: a hash of the CLIP's files.
+        content: a hash of the CLIP's files, and the procedure's version.
     """
 
     def __init__(self, named: str, key: str, cache_dir: Path):
@@ -32,11 +32,11 @@ class ClipFeatures:
 
     @property
     def content(self) -> str:
-        return self._files.content
+        return f"{self._files.content}-{VERSION}"
 
     @cached_property
     def _store(self) -> Store:
-        return Store(self._cache_dir / "features" / f"clip-{self.content}-{VERSION}-{device_kind()}")
+        return Store(self._cache_dir / "features" / f"clip-{self.content}-{device_kind()}")
 
     @cached_property
     def _network(self) -> Clip:

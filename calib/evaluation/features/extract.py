@@ -38,10 +38,10 @@ class EfficientNetFeatures:
     """What EfficientNet-Lite0 sees in pictures of eight bits, (height, width, 3) each.
 
     Attributes:
-        content: what its weights are.
+        content: what its weights and its procedure are.
     """
 
-    content = SHA256[:16]
+    content = f"{SHA256[:16]}-{VERSION}"
 
     def __init__(self, cache_dir: Path):
         weights_file()  # raises where the package is missing, before anything is computed
