@@ -9,31 +9,30 @@ between the hub and the picture really runs.
 SD3-medium has its full size, 6 GB with the CLIPs. T5 (--t5, and always with FLUX) has 1 of its 24 layers, as its
 config.json says. FLUX has fewer blocks (--blocks); DiffusionKit keeps their number in its code, so that calib must be
 started with another one: the command is printed at the end. mflux's models have their full size (Z-Image 21 GB with its
-text encoder, FLUX.2-klein 16, Qwen-Image 56), or with --layers and --heads that of their config.json, which calib reads
-and mflux, with the sizes in its code, does not.
+text encoder, FLUX.2-klein 16, Qwen-Image 56, FLUX.1 34), or with --layers and --heads that of their config.json, which
+calib reads and mflux, with the sizes in its code, does not. FLUX.1's blocks it counts, so with --layers alone, at full
+width, it loads the transformer; T5 then has one layer (2 GB in all with --layers 1 1).
 """
 
 import argparse
 import hashlib
-import io
 import json
 import math
 import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import calib  # it sees to it that a fast BLAS is loaded before MLX
-from calib.dataset.prompts import builtin
 from calib.models.text import REPOSITORY as TEXT_REPOSITORY
 from calib.models.text import T5_REPOSITORY
-from calib.models.tokens import BYTE_LETTERS
 
 import mlx.core as mx
 import original_naming as original
-import sentencepiece
+import standin_tokenizers as tokenizers
 from diffusionkit.mlx import config as shapes
 from diffusionkit.mlx import model_io
 from diffusionkit.mlx.clip import CLIPTextModel
@@ -59,9 +58,9 @@ OF_MFLUX = {
     "zimage_turbo": (ZIMAGE, (30,), 30),
     "flux2_klein_4b": ("black-forest-labs/FLUX.2-klein-4B", (5, 20), 24),
     "qwen_image": ("Qwen/Qwen-Image-2512", (60,), 24),
+    "flux1_dev": ("black-forest-labs/FLUX.1-dev", (19, 38), 24),
+    "flux1_schnell": ("black-forest-labs/FLUX.1-schnell", (19, 38), 24),
 }
-MERGES = 49152 - 256 - 2  # lines of CLIP's merges.txt that are read
-T5_PIECES = 600
 T5 = {  # its config.json, but for the number of layers: 24
     "architectures": ["T5ForConditionalGeneration"],
     "d_ff": 10240,
@@ -184,25 +183,7 @@ def write_clip(repository: Repository, part: str, shape: CLIPTextModelConfig) ->
     repository.write_json(f"clip_{part}/config.json", config)
     weights = original.clip(random_weights(CLIPTextModel(shape), mx.float16))
     repository.write_weights(f"clip_{part}/model.fp16.safetensors", weights)
-    merges = clip_merges()
-    letters = [*(chr(b) for b in range(256) if chr(b) in BYTE_LETTERS), *(c for c in BYTE_LETTERS if ord(c) > 255)]
-    tokens = [*letters, *(f"{letter}</w>" for letter in letters), *("".join(pair) for pair in merges)]
-    tokens += ["<|startoftext|>", "<|endoftext|>"]
-    repository.write_json(f"tokenizer_{part}/vocab.json", {token: i for i, token in enumerate(tokens)})
-    lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
-    repository.path(f"tokenizer_{part}/merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
-def clip_merges() -> list[tuple[str, str]]:
-    """As many merges as CLIP has: pairs, triples and some quadruples of letters, within words and at their ends."""
-    alphabet = [chr(c) for c in range(ord("a"), ord("z") + 1)]
-    merges: list[tuple[str, str]] = []
-    stems = alphabet
-    while len(merges) < MERGES:
-        longer = [(stem, letter) for stem in stems for letter in alphabet]
-        merges += [(stem, f"{letter}{end}") for end in ("", "</w>") for stem, letter in longer]
-        stems = ["".join(pair) for pair in longer]
-    return merges[:MERGES]
+    tokenizers.write_clip(repository.path(f"tokenizer_{part}"))
 
 
 def write_t5(cache: Path, config: dict[str, Any]) -> None:
@@ -211,22 +192,7 @@ def write_t5(cache: Path, config: dict[str, Any]) -> None:
     Repository(cache, TEXT_REPOSITORY).write_weights("t5/t5xxl.safetensors", weights)
     repository = Repository(cache, T5_REPOSITORY)
     repository.write_json("config.json", config)
-    special = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
-    repository.write_json("special_tokens_map.json", special)
-    repository.write_json("tokenizer_config.json", {**special, "extra_ids": 100, "tokenizer_class": "T5Tokenizer"})
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(builtin()),
-        model_writer=model,
-        vocab_size=T5_PIECES,
-        pad_id=0,
-        eos_id=1,
-        unk_id=2,
-        bos_id=-1,
-        hard_vocab_limit=False,
-        minloglevel=2,
-    )
-    repository.path("spiece.model").write_bytes(model.getvalue())
+    tokenizers.write_t5(repository.path(""))
 
 
 def write_standin(cache: Path, name: str, use_t5: bool, text: TextShapes) -> None:
@@ -250,9 +216,11 @@ def write_mflux_standin(cache: Path, model: str, layers: Sequence[int] | None, h
         "zimage_turbo": (of_mflux.write_zimage, of_mflux.small_zimage_sizes, of_mflux.ZIMAGE),
         "flux2_klein_4b": (of_mflux.write_flux2, of_mflux.small_flux2_sizes, of_mflux.FLUX2),
         "qwen_image": (of_mflux.write_qwen, of_mflux.small_qwen_sizes, of_mflux.QWEN),
+        "flux1_dev": (partial(of_mflux.write_flux1, kind="dev"), of_mflux.small_flux1_sizes, of_mflux.FLUX1),
+        "flux1_schnell": (partial(of_mflux.write_flux1, kind="schnell"), of_mflux.small_flux1_sizes, of_mflux.FLUX1),
     }[model]
     reduced = layers is not None or heads is not None
-    write(folder, small(*(layers or all_layers), heads or all_heads) if reduced else full)
+    write(folder, sizes=small(*(layers or all_layers), heads or all_heads) if reduced else full)
 
 
 def flux_code(blocks: tuple[int, int]) -> str:
@@ -274,7 +242,7 @@ def main() -> None:
     parser.add_argument(
         "--blocks", type=int, nargs=2, metavar=("M", "U"), default=(1, 2), help="FLUX's multimodal and unified blocks"
     )
-    help_of_layers = "blocks: Z-Image's after its refiners, of 30; FLUX.2's of two kinds, of 5 and 20; Qwen's, of 60"
+    help_of_layers = "blocks: Z-Image's after its refiners, Qwen's; of two kinds, FLUX.2's and those of mflux's FLUX.1"
     parser.add_argument("--layers", type=int, nargs="+", metavar="N", help=help_of_layers)
     parser.add_argument("--heads", type=int, metavar="H", help="of 30 or 24 heads, each 128 channels wide")
     given = parser.parse_args()
@@ -286,7 +254,7 @@ def main() -> None:
         write_mflux_standin(given.folder, given.model, given.layers, given.heads)
         print(f"{cache} calib generate model={given.model} num_images=1")
         return
-    flux = given.model.startswith("flux")
+    flux = given.model.startswith("flux_")
     if flux:
         shapes.FLUX_SCHNELL.depth_multimodal, shapes.FLUX_SCHNELL.depth_unified = given.blocks
     write_standin(given.folder, MODELS[given.model], given.t5 or flux, TextShapes())

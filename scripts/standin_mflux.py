@@ -8,17 +8,20 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import calib  # it sees to it that a fast BLAS is loaded before MLX
-from calib.dataset.prompts import builtin
+from calib.models.mflux.flux1 import sizes as flux1
 from calib.models.mflux.qwen import text_encoder
 
 import mlx.core as mx
+from mflux.models.common.config.model_config import ModelConfig
 from mflux.models.common.weights.mapping.weight_mapping import WeightTarget
 from mflux.models.common.weights.mapping.weight_transforms import WeightTransforms
+from mflux.models.flux.model.flux_vae.vae import VAE as FluxVAE
+from mflux.models.flux.weights.flux_weight_mapping import FluxWeightMapping
 from mflux.models.flux2.model.flux2_text_encoder.qwen3_text_encoder import Qwen3TextEncoder
 from mflux.models.flux2.model.flux2_transformer.transformer import Flux2Transformer
 from mflux.models.flux2.model.flux2_vae.vae import Flux2VAE
@@ -32,20 +35,13 @@ from mflux.models.z_image.model.z_image_vae.vae import VAE
 from mflux.models.z_image.weights.z_image_weight_mapping import ZImageWeightMapping
 from mlx import nn
 from mlx.utils import tree_flatten
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from standin_tokenizers import CLIP_MERGES, write_clip, write_t5
+from standin_tokenizers import write_qwen as write_qwens
 
 assert calib.__version__
 
 #: A file of weights is at most this large, as on the hub.
 LARGEST_FILE = 5 << 30
-SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-CHAT = (
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-
-
 #: Axes of the hub's convolutions in mflux's.
 TURNED = {
     WeightTransforms.transpose_conv2d_weight: (0, 3, 1, 2),
@@ -55,10 +51,11 @@ TURNED = {
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes of a model's transformer and text encoder, as their config.json have them."""
+    """Sizes of a model's transformer and text encoder, as their config.json have them; of FLUX.1's that is T5."""
 
     transformer: Mapping[str, Any]
     text: Mapping[str, Any]
+    clip: Mapping[str, Any] = field(default_factory=dict)
 
 
 QWEN3 = {
@@ -121,6 +118,26 @@ QWEN = Sizes(
     },
 )
 
+FLUX1 = Sizes(
+    transformer={
+        "attention_head_dim": 128,
+        "in_channels": 64,
+        "joint_attention_dim": 4096,
+        "num_attention_heads": 24,
+        "num_layers": 19,
+        "num_single_layers": 38,
+        "pooled_projection_dim": 768,
+    },
+    text={"d_ff": 10240, "d_model": 4096, "num_layers": 24, "vocab_size": 32128},
+    clip={
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_attention_heads": 12,
+        "num_hidden_layers": 12,
+        "vocab_size": 49408,
+    },
+)
+
 
 def small_zimage_sizes(layers: int, heads: int) -> Sizes:
     """Of fewer blocks, each of ``heads`` heads as wide as the originals', and a text encoder as small."""
@@ -142,6 +159,14 @@ def small_qwen_sizes(layers: int, heads: int) -> Sizes:
     text = {**QWEN.text, **_small_text(width, layers + 1), "num_attention_heads": 28, "num_key_value_heads": 4}
     own = {"num_layers": layers, "num_attention_heads": heads, "joint_attention_dim": width}
     return Sizes({**QWEN.transformer, **own}, {name: text[name] for name in QWEN.text})
+
+
+def small_flux1_sizes(double: int, single: int, heads: int) -> Sizes:
+    """Of fewer blocks of both kinds, likewise, T5 of one layer; CLIP keeps its size, which is small."""
+    width = min(FLUX1.text["d_model"], 256 * heads)
+    own = {"num_layers": double, "num_single_layers": single, "num_attention_heads": heads}
+    text = {**FLUX1.text, "d_model": width, "d_ff": 2 * width, "num_layers": 1}
+    return Sizes({**FLUX1.transformer, **own, "joint_attention_dim": width}, text, FLUX1.clip)
 
 
 def _small_text(width: int, layers: int) -> dict[str, Any]:
@@ -174,6 +199,29 @@ def write_qwen(
     _write_all(folder, QwenWeightMapping, parts, sizes, {"z_dim": 16}, dtype)
 
 
+def write_flux1(
+    folder: Path,
+    kind: str,
+    sizes: Sizes = FLUX1,
+    dtype: mx.Dtype = mx.bfloat16,
+    vae: Callable[[], nn.Module] = FluxVAE,
+    merges: int = CLIP_MERGES,
+) -> None:
+    """All that loading FLUX.1-dev or -schnell, its ``kind``, reads, in ``folder``; CLIP's tokenizer has ``merges``."""
+    mx.random.seed(0)
+    config, maps = ModelConfig.from_name(kind), FluxWeightMapping
+    own = {size: value for size, value in sizes.transformer.items() if size in flux1.SIZES}
+    stated = {**sizes.transformer, "guidance_embeds": config.supports_guidance}
+    t5 = flux1.make_t5(**{flux1.T5_SIZES[name]: value for name, value in sizes.text.items()})
+    clip = flux1.make_clip(**{flux1.CLIP_SIZES[name]: value for name, value in sizes.clip.items()})
+    _write(folder / "transformer", flux1.make_transformer(config, **own), maps.get_transformer_mapping(), stated, dtype)
+    _write(folder / "text_encoder_2", t5, maps.get_t5_encoder_mapping(), sizes.text, dtype)
+    _write(folder / "text_encoder", clip, maps.get_clip_encoder_mapping(), sizes.clip, dtype)
+    _write(folder / "vae", vae(), maps.get_vae_mapping(), {"latent_channels": 16}, dtype)
+    write_clip(folder / "tokenizer", merges)
+    write_t5(folder / "tokenizer_2")
+
+
 def _write_all(
     folder: Path,
     mapping: Any,
@@ -190,7 +238,7 @@ def _write_all(
     _write(folder / "transformer", transformer, mapping.get_transformer_mapping(), sizes.transformer, dtype)
     _write(folder / "text_encoder", text, mapping.get_text_encoder_mapping(), sizes.text, dtype)
     _write(folder / "vae", vae, mapping.get_vae_mapping(), vae_sizes, dtype)
-    write_tokenizer(folder / "tokenizer")
+    write_qwens(folder / "tokenizer")
 
 
 def _write(
@@ -202,6 +250,8 @@ def _write(
     originals, files, size = _originals(mapping), [dict[str, mx.array]()], 0
     for path, weight in tree_flatten(module.parameters()):
         name, axes = originals(path)
+        if any(name in file for file in files):  # one for all blocks: T5's positions
+            continue
         value = random_weight(path, weight.shape).astype(dtype)
         value = mx.contiguous(value.transpose(*axes)) if axes else value
         if size + value.nbytes > LARGEST_FILE:
@@ -209,13 +259,13 @@ def _write(
             size = 0
         files[-1][name] = value
         size += value.nbytes
-    stem, places = "model" if folder.name == "text_encoder" else "diffusion_pytorch_model", dict[str, str]()
+    stem, places = "model" if folder.name.startswith("text_encoder") else "diffusion_pytorch_model", dict[str, str]()
     for number, file in enumerate(files, 1):
         name = f"{stem}-{number:05}-of-{len(files):05}.safetensors" if len(files) > 1 else f"{stem}.safetensors"
         places |= dict.fromkeys(file, name)
         mx.save_safetensors(str(folder / name), file, metadata={"format": "pt"})
         mx.clear_cache()
-    if len(files) > 1 or folder.name == "text_encoder":  # as all of them are on the hub, and mflux may expect
+    if len(files) > 1 or folder.name.startswith("text_encoder"):  # as all of them are on the hub, and mflux may expect
         index = {"metadata": {}, "weight_map": places}
         (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
@@ -248,20 +298,3 @@ def random_weight(path: str, shape: tuple[int, ...]) -> mx.array:
         return 0.05 * mx.random.normal(shape)
     wide = mx.exp(0.4 * mx.random.normal((shape[0], *[1] * (len(shape) - 1))))
     return wide * mx.random.normal(shape) / math.sqrt(math.prod(shape[1:]))
-
-
-def write_tokenizer(folder: Path, size: int = 600) -> None:
-    """A byte-level tokenizer of ``size`` pieces, with Qwen's special tokens and a chat template as its own."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=size, special_tokens=list(SPECIAL), initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(builtin(), trainer)
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token=SPECIAL[0], eos_token=SPECIAL[2], padding_side="right"
-    )
-    fast.chat_template = CHAT
-    fast.save_pretrained(folder)

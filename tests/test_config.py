@@ -112,7 +112,7 @@ def test_the_groups_are_those_of_the_issue() -> None:
 
 
 #: Models that need mflux, which may be absent.
-OF_MFLUX = ("zimage_turbo", "flux2_klein_4b", "qwen_image")
+OF_MFLUX = ("zimage_turbo", "flux2_klein_4b", "qwen_image", "flux1_dev", "flux1_schnell")
 
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS)

@@ -51,7 +51,7 @@ from mlx import nn
 from PIL import Image
 from test_docs import commands
 from tiny_mflux import Tiny
-from tiny_models import MFLUX, tiny_of
+from tiny_models import EACH_OF_MFLUX, tiny_of
 from tiny_zimage import SIZES, TINY, small_zimage
 
 Change: TypeAlias = Callable[[QuantizedModel], object]
@@ -122,7 +122,7 @@ def base(request: pytest.FixtureRequest, files: Path, tmp_path_factory: pytest.T
     return folder
 
 
-@pytest.mark.parametrize("structure", MFLUX[1:])
+@pytest.mark.parametrize("structure", EACH_OF_MFLUX[1:])
 def test_other_families(structure: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """mflux holds them to the bit, too, and their cards name mflux's command for them."""
     tiny = tiny_of(structure)

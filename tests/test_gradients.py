@@ -151,6 +151,7 @@ EXACT = [
     pytest.param("zimage", 0.0, marks=pytest.mark.slow),
     ("qwen", 3.0),
     pytest.param("flux2", 0.0, marks=pytest.mark.slow),
+    pytest.param("flux1_dev", 0.0, marks=pytest.mark.slow),
     pytest.param("serial", 0.0, marks=pytest.mark.slow),
     pytest.param("emoji", 3.0, marks=pytest.mark.slow),
 ]

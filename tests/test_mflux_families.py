@@ -16,18 +16,25 @@ from calib.base.files import read_json
 from calib.dataset.generate import trajectory, trajectory_from
 from calib.dataset.load import load_manifest
 from calib.dataset.settings import SamplerSettings
+from calib.dataset.store import read_state
 from calib.evaluation.paired import rounded_to_bfloat16
 from calib.models.architecture import Conditioning, check_architecture
+from calib.models.mflux.flux1 import schnell
 from calib.models.model import DiffusionModel, ModelDtype, weights
 
+import make_standin_checkpoint as standin
 import mlx.core as mx
+import model_memory
 import numpy as np
 from drawn_by_mflux import Mfluxs
-from helpers import is_one_clear_line, run_in, well
+from helpers import CHECKOUT, is_one_clear_line, run_in, well
+from mflux.models.common.config.model_config import ModelConfig
 from mflux.models.common.weights.saving.model_saver import ModelSaver
+from mflux.models.flux.variants.txt2img.flux import Flux1
 from mlx import nn
+from PIL import Image
 from tiny_mflux import Tiny
-from tiny_models import MFLUX, tiny_of
+from tiny_models import EACH_OF_MFLUX, MFLUX, tiny_of
 from watching import keep
 
 #: Texts of 1, 2 and 5 times 32 tokens, once padded.
@@ -36,6 +43,8 @@ TEXTS = ("red apple", "a lighthouse on a rocky coast at dusk, painted in oil", "
 FULL = {
     "zimage": (276, ("noise_refiner_1.adaln", "unified_block_29.mlp.w2", "final_layer.adaln")),
     "qwen": (846, ("mm_block_59.text.adaln", "mm_block_59.image.attn.o_proj", "t_embedder.2")),
+    "flux1_dev": (504, ("mm_block_18.image.attn.o_proj", "unified_block_37.attn.o_mlp_proj", "guidance_in.2")),
+    "flux1_schnell": (502, ("mm_block_18.text.adaln", "unified_block_37.mlp.fc1", "y_embedder.0")),
     "flux2": (109, ("mm_block_4.text.attn.o_proj", "unified_block_19.attn.qkv_mlp_proj", "modulation.unified")),
 }
 
@@ -55,10 +64,14 @@ class Own:
         return folder
 
     def loaded(
-        self, size: tuple[int, int] = (64, 64), dtype: ModelDtype = ModelDtype.FLOAT32, stream: bool = False
+        self,
+        size: tuple[int, int] = (64, 64),
+        dtype: ModelDtype = ModelDtype.FLOAT32,
+        stream: bool = False,
+        **told: float,
     ) -> DiffusionModel:
-        files = str(self.files(dtype))
-        return self.tiny.family.load(self.tiny.option, "nowhere/nothing", files, dtype, image_size=size, stream=stream)
+        given = {"image_size": size, "stream": stream, **told}
+        return self.tiny.family.load(self.tiny.option, "nowhere/nothing", str(self.files(dtype)), dtype, **given)
 
     def mfluxs(self, dtype: ModelDtype = ModelDtype.FLOAT32) -> Mfluxs:
         if dtype not in self.mfluxs_of:
@@ -69,8 +82,13 @@ class Own:
     def guided(self) -> bool:
         return self.tiny.family.guidance is not None
 
+    def guidance(self, weight: float) -> tuple[float, dict[str, float], dict[str, float]]:
+        """A weight of guidance as calib's sampler, as its transformer, and as mflux is given it, where it is."""
+        told = {"guidance": weight} if self.tiny.told else {}
+        return weight * self.guided, told, {"guidance": weight or 1.0} if self.guided else told
 
-@pytest.fixture(scope="module", params=MFLUX)
+
+@pytest.fixture(scope="module", params=EACH_OF_MFLUX)
 def own(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Own]:
     tiny = tiny_of(request.param)
     with pytest.MonkeyPatch.context() as patch:
@@ -99,8 +117,8 @@ def state_of(model: DiffusionModel, rows: int) -> mx.array:
 def test_latents_and_pictures_are_mfluxs(
     own: Own, text: str, seed: int, steps: int, size: tuple[int, int], guidance: float
 ) -> None:
-    drawing = own.loaded(size)
-    weight, given = (guidance, {"guidance": guidance or 1.0}) if own.guided else (0.0, {})
+    weight, told, given = own.guidance(guidance)
+    drawing = own.loaded(size, **told)
     settings = SamplerSettings(num_steps=steps, cfg_weight=weight, image_size=size)
     states, decoded, picture = own.mfluxs().draw(text, seed, steps, size, **given)
     drawn = list(trajectory(drawing, [text if text.strip() else ""], [seed], settings))
@@ -115,9 +133,9 @@ def test_latents_and_pictures_are_mfluxs(
 
 def test_16_bits_are_mfluxs(own: Own) -> None:
     """States, which mflux rounds at each step, too; of the picture it rounds the shades, which calib does not."""
-    weight, given = (4.0, {"guidance": 4.0}) if own.guided else (0.0, {})
+    weight, told, given = own.guidance(3.5)
     states, _, picture = own.mfluxs(ModelDtype.BFLOAT16).draw(TEXTS[0], 7, 3, (64, 64), **given)
-    drawing = own.loaded(dtype=ModelDtype.BFLOAT16)
+    drawing = own.loaded(dtype=ModelDtype.BFLOAT16, **told)
     settings = SamplerSettings(num_steps=3, cfg_weight=weight)
     drawn = list(trajectory(drawing, [TEXTS[0]], [7], settings))
     found = np.stack([np.array(state.x[0]) for state in drawn])
@@ -165,10 +183,7 @@ def test_taps_in_a_batch_see_the_numbers_of_each_alone(own: Own, model: Diffusio
     """Some of them more than once, where texts differ in length; so each channel's extremes are the same."""
     points, x = tap_points(model.architecture, TapSelection(TapKind.ALL)), state_of(model, 4)
     lengths = (5, 32, 90, 31) if own.tiny.varying else (32,) * 4  # with padding and without
-    texts = [
-        Conditioning(mx.random.normal((1, n, own.tiny.width)), lengths=(n,) if own.tiny.varying else None)
-        for n in lengths
-    ]
+    texts = [own.tiny.conditioning(n, seed) for seed, n in enumerate(lengths)]
 
     def seen(x: mx.array, text: Conditioning) -> dict[str, np.ndarray]:
         found: dict[str, mx.array] = {}
@@ -196,7 +211,7 @@ def test_inputs_of_layers_that_share_a_tap_are_one_array(model: DiffusionModel) 
 def test_what_mflux_saved(own: Own, model: DiffusionModel, tmp_path: Path) -> None:
     """It has no sizes beside it, as a model of mflux's own sizes needs none."""
     ModelSaver.save_model(own.mfluxs().model, None, str(tmp_path), own.tiny.family.definition)
-    for component in ("transformer", "text_encoder"):
+    for component in ("transformer", *(path.name for path in tmp_path.glob("text_encoder*"))):
         shutil.copy(own.files() / component / "config.json", tmp_path / component)
     found = own.tiny.family.load(own.tiny.option, "nowhere/nothing", str(tmp_path), ModelDtype.FLOAT32)
     assert found.fingerprint == model.fingerprint
@@ -204,10 +219,21 @@ def test_what_mflux_saved(own: Own, model: DiffusionModel, tmp_path: Path) -> No
     assert mx.array_equal(text.tokens, expected.tokens).item() and text.lengths == expected.lengths
 
 
-def test_a_folder_of_another_family_is_one_line(own: Own, tmp_path: Path) -> None:
-    other = tiny_of("flux2" if own.guided else "qwen")
-    other.write(tmp_path, mx.float32)
-    with pytest.raises(CalibError, match=r"transformer: .*required weights have no match") as error:
+#: By option, another model and what is said of its folder.
+UNFIT = r"transformer: .*required weights have no match"
+OTHERS = {
+    "zimage_turbo": ("qwen", UNFIT),
+    "flux2_klein_4b": ("qwen", UNFIT),
+    "qwen_image": ("flux2", UNFIT),
+    "flux1_dev": ("flux1_schnell", r"transformer: lacks tensor 'time_text_embed\.guidance_embedder"),
+    "flux1_schnell": ("flux1_dev", r"transformer: has an unknown tensor 'time_text_embed\.guidance_embedder"),
+}
+
+
+def test_a_folder_of_another_model_is_one_line(own: Own, tmp_path: Path) -> None:
+    other, told = OTHERS[own.tiny.option]
+    tiny_of(other).write(tmp_path, mx.float32)
+    with pytest.raises(CalibError, match=told) as error:
         own.tiny.family.load(own.tiny.option, "nowhere/nothing", str(tmp_path), ModelDtype.FLOAT32)
     assert "\n" not in str(error.value)
 
@@ -237,7 +263,7 @@ def test_streamed_from_its_files(own: Own) -> None:
 
 
 #: Z-Image's is in test_mflux.
-JOBS = [pytest.param(structure, marks=pytest.mark.slow) for structure in ("qwen", "flux2")]
+JOBS = [pytest.param(structure, marks=pytest.mark.slow) for structure in MFLUX[1:]]
 
 
 @pytest.mark.parametrize("own", JOBS, indirect=True)
@@ -249,8 +275,10 @@ def test_the_whole_job(own: Own, model: DiffusionModel, tmp_path: Path) -> None:
         *("sampler.num_steps=3", "sampler.batch_size=2", "data_dir=dataset", "dataset.dtype=float32"),
         *("timestep_schedule=all", "taps=all", "sensitivity.images=1", "sensitivity.group_sizes=[32]"),
         *("calibration.images=1", "calibration.steps=1", "evaluation.num_images=1", "evaluation.steps=1"),
+        *("analysis.activation_bits=16", "evaluation.dequantize=false"),
     )
     well(run_in(tmp_path, *given))
+    _check_export(own, tmp_path)
     plan, metrics = read_json(tmp_path / "run" / "quantization_config.json"), read_json(tmp_path / "run/metrics.json")
     layers = model.architecture.layers()
     assert set(plan) >= set(layers) and len({own["suggested_weight_bits"] for own in plan.values()}) > 1
@@ -261,6 +289,64 @@ def test_the_whole_job(own: Own, model: DiffusionModel, tmp_path: Path) -> None:
     manifest.noise = "numpy"
     manifest.save(tmp_path / "dataset")
     assert "state 0 is not the noise" in run_in(tmp_path, "verify", "dataset").out
+
+
+def _check_export(own: Own, folder: Path) -> None:
+    """mflux draws with the exported folder the 8-bit picture that the job evaluated.
+
+    On a GPU, and with guidance, whose two rows calib computes at once, sums differ in order.
+    """
+    well(run_in(folder, "export", "run", "--format", "mflux", "--into", "out"))
+    (evaluated,) = folder.glob("*-evaluation-*/manifest.json")
+    image, *_ = read_json(evaluated)["images"]
+    made = Mfluxs(own.tiny, folder / "out", mx.float32)
+    *_, picture = made.draw(image["prompt"], image["seed"], 3, (64, 64), **own.guidance(3.5)[2])
+    full, drawn = (
+        np.array(Image.open(folder / "run" / "images" / which / "0000.png")).astype(int)
+        for which in ("full", "quantized")
+    )
+    assert np.abs(picture - drawn).max() <= (2 if on_gpu() else own.guided)
+    assert np.abs(full - drawn).max() > 5
+
+
+@pytest.mark.slow
+def test_mflux_itself_loads_a_stand_in(tmp_path: Path) -> None:
+    """Of full width and fewer blocks, which it counts; all other sizes are those in its code."""
+    standin.write_mflux_standin(tmp_path, "flux1_schnell", (1, 1), None)
+    (folder,) = tmp_path.glob("*/snapshots/*")
+    made = Flux1(model_path=str(folder), model_config=ModelConfig.schnell())
+    model = schnell.load("flux1_schnell", "nowhere/nothing", str(folder), image_size=(64, 64))
+    found, expected = weights(made.transformer), weights(model.transformer)
+    assert found.keys() == expected.keys()
+    assert all(mx.array_equal(found[path], expected[path]).item() for path in expected)
+
+
+@pytest.mark.parametrize("own", ["flux1_dev"], indirect=True)
+def test_guidance_that_the_transformer_is_told(own: Own, tmp_path: Path) -> None:
+    """It makes other images: a dataset has those of one, and its name follows from it."""
+    (tmp_path / "texts.txt").write_text("red apple\n")
+    given = (
+        *("model=flux1_dev", f"model.checkpoint={own.files()}", "model.dtype=float32", "sampler.image_size=[32,32]"),
+        *("sampler.num_steps=1", "num_images=1", "prompts=file", "prompts.path=texts.txt"),
+    )
+    line = is_one_clear_line(run_in(tmp_path, "generate", *given, "model.guidance=-1"))
+    assert line.startswith("model.guidance=-1")
+    line = is_one_clear_line(run_in(tmp_path, "generate", *given, "sampler.cfg_weight=3"))
+    assert line.startswith("sampler.cfg_weight=3.0: flux1_dev takes only 0, its guidance is distilled")
+    for weight in (2, 3):
+        well(run_in(tmp_path, "generate", *given, f"model.guidance={weight}"))
+    first, second = sorted((tmp_path / "calibration_data").iterdir())
+    assert not np.array_equal(*(read_state(each, load_manifest(each), 0, 1) for each in (first, second)))
+    more = (f"data_dir={first}", "num_images=2", "model.guidance=7")
+    line = is_one_clear_line(run_in(tmp_path, "generate", *given, *more), status=1)
+    assert "text_encoders=clip_l+t5 at guidance" in line and "not clip_l+t5 at guidance 7" in line
+
+
+def test_the_table_of_memory(capsys: pytest.CaptureFixture[str]) -> None:
+    """It is the one on the page for mflux's users."""
+    model_memory.main()
+    table = capsys.readouterr().out
+    assert table.count("GB") == 15 and table in (CHECKOUT / "docs" / "MFLUX.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("own", ["qwen"], indirect=True)

@@ -9,7 +9,7 @@ from calib.models.model import DiffusionModel
 import mlx.core as mx
 import numpy as np
 import pytest
-from tiny_models import MFLUX, STRUCTURES, tiny_model
+from tiny_models import EACH_OF_MFLUX, STRUCTURES, tiny_model
 from watching import keep
 
 
@@ -37,7 +37,7 @@ class Begun:
         return [id(module) for module in self.architecture.module.modules()]
 
 
-@pytest.fixture(scope="module", params=[*STRUCTURES, *MFLUX])
+@pytest.fixture(scope="module", params=[*STRUCTURES, *EACH_OF_MFLUX])
 def begun(request: pytest.FixtureRequest, model: DiffusionModel) -> Begun:
     tiny = tiny_model(model, request.param)
     text = tiny.encode(["red apple", "rocket"], 0)

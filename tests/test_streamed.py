@@ -85,7 +85,9 @@ class Case:
 
 #: DiffusionKit's smallest, and the family whose activations are of another type than its weights; further ones.
 CASES = ("sd3", "qwen bfloat16")
-FURTHER = (pytest.param(case, marks=pytest.mark.slow) for case in ("flux bfloat16", "zimage", "flux2"))
+FURTHER = (
+    pytest.param(case, marks=pytest.mark.slow) for case in ("flux bfloat16", "zimage", "flux2", "flux1_dev bfloat16")
+)
 
 
 @pytest.fixture(scope="module", params=[*CASES, *FURTHER])

@@ -24,6 +24,8 @@ class Tiny:
 
     Attributes:
         option: the ``model`` option that loads it; width: of its text's tokens.
+        told: whether its transformer is told a weight of guidance.
+        pooled: width of its pooled text; None where it has none.
         varying: whether texts keep their own number of tokens.
         patched: puts its sizes where mflux has its own in its code; write: writes its files.
         mfluxs: mflux's own model of a folder; unpacked: its latents of a step as (height, width, channels).
@@ -40,6 +42,8 @@ class Tiny:
     mfluxs: Callable[[Path], Any]
     unpacked: Callable[[mx.array, tuple[int, int]], mx.array]
     decoded: Callable[[Any, mx.array, tuple[int, int]], mx.array]
+    told: bool = False
+    pooled: int | None = None
 
     def architecture(self, dtype: mx.Dtype = mx.float32) -> Architecture:
         own = self.family.architecture(dict(self.sizes.transformer))
@@ -68,9 +72,14 @@ class Tiny:
 
     def encode_text(self, text: str) -> Conditioning:
         """Random tokens, four for each letter where texts keep their number: of other lengths, once padded, too."""
-        random, length = np.random.RandomState(zlib.crc32(text.encode())), self.length_of(text)
+        return self.conditioning(self.length_of(text), zlib.crc32(text.encode()))
+
+    def conditioning(self, length: int, seed: int) -> Conditioning:
+        """That of a text of ``length`` tokens, random."""
+        random = np.random.RandomState(seed)
         tokens = mx.array(random.randn(1, length, self.width).astype(np.float32))
-        return Conditioning(tokens, lengths=(length,) if self.varying else None)
+        pooled = None if self.pooled is None else mx.array(random.randn(1, self.pooled).astype(np.float32))
+        return Conditioning(tokens, pooled, (length,) if self.varying else None)
 
     def length_of(self, text: str) -> int:
         return 4 * len(text) + 1 if self.varying else 24

@@ -24,7 +24,9 @@ from helpers import PROMPTS
 #: SD3's; FLUX's, with an MLP beside the attention in unified blocks; and that with the MLP after the attention.
 STRUCTURES = ("sd3", "flux", "serial")
 #: Those of mflux's families, in blocks that are no MMDiT's.
-MFLUX = ("zimage", "flux2", "qwen")
+MFLUX = ("zimage", "flux2", "qwen", "flux1_dev", "flux1_schnell")
+#: The same, of which one is another's network with an input less.
+EACH_OF_MFLUX = (*MFLUX[:-1], pytest.param(MFLUX[-1], marks=pytest.mark.slow))
 
 
 def tiny_transformer(structure: str, dtype: mx.Dtype = mx.float32, spread: float = 0.5, **widths: int) -> MMDiT:
@@ -65,7 +67,9 @@ def tiny_model(model: DiffusionModel, structure: str, dtype: mx.Dtype = mx.float
 
 def tiny_of(structure: str) -> Any:
     """The small model of a family of mflux's."""
-    return import_module(f"tiny_{structure}").TINY
+    module, _, kind = structure.partition("_")
+    found = import_module(f"tiny_{module}").TINY
+    return found[kind] if kind else found
 
 
 def load(

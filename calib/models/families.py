@@ -12,19 +12,19 @@ import mlx.core as mx
 if TYPE_CHECKING:
     from calib.models.mflux.folder import Folder
 
-#: Whose module paths a family has.
-PATHS_OF = {"mmdit": "DiffusionKit", "z_image": "mflux", "flux2": "mflux", "qwen_image": "mflux"}
 #: Modules of the families that mflux loads, each with a ``FAMILY``.
 MFLUX = {
     "z_image": "calib.models.mflux.zimage",
     "flux2": "calib.models.mflux.flux2",
     "qwen_image": "calib.models.mflux.qwen",
+    "flux1_dev": "calib.models.mflux.flux1.dev",
+    "flux1_schnell": "calib.models.mflux.flux1.schnell",
 }
 
 
 def paths_of(about: Mapping[str, Any]) -> str | None:
     """Whose module paths a quantized model's weights have; None where that is not known."""
-    return next((owner for key, owner in PATHS_OF.items() if key in about), None)
+    return "DiffusionKit" if "mmdit" in about else "mflux" if about.keys() & MFLUX.keys() else None
 
 
 def check_mflux(model: str, about: Mapping[str, Any]) -> str:

@@ -25,11 +25,16 @@ def drawing_bytes(image_size: Sequence[int], channels: int, dtype: mx.Dtype) -> 
 
 
 class Decoder(nn.Module):
-    """The decoder of ``vae``, which has no encoder; ``unpacked`` makes its latents of those with the channels last."""
+    """The decoder of ``vae``, which has no encoder.
 
-    def __init__(self, vae: nn.Module, unpacked: Callable[[mx.array], mx.array]):
+    Args:
+        unpacked: makes its latents of those with the channels last.
+        rounded: the type to which mflux rounds norms; None: the latents'.
+    """
+
+    def __init__(self, vae: nn.Module, unpacked: Callable[[mx.array], mx.array], rounded: mx.Dtype | None = None):
         super().__init__()
-        self.vae, self._unpacked = vae, unpacked
+        self.vae, self._unpacked, self._rounded = vae, unpacked, rounded
 
     def __call__(self, latents: mx.array) -> mx.array:
         """Pictures of ``latents``, in one piece: a gradient can pass."""
@@ -41,7 +46,7 @@ class Decoder(nn.Module):
 
     def _decoded(self, latents: mx.array, mode: str) -> mx.array:
         self.vae.decode_mode = mode
-        with in_precision(latents.dtype):
+        with in_precision(self._rounded or latents.dtype):
             pictures: mx.array = VAEUtil.decode(self.vae, self._unpacked(latents))
         return pictures.transpose(0, 2, 3, 1)
 
@@ -49,3 +54,10 @@ class Decoder(nn.Module):
 def channels_first(latents: mx.array) -> mx.array:
     """The same latents, (rows, channels, height, width)."""
     return latents.transpose(0, 3, 1, 2)
+
+
+def unpacked(latents: mx.array) -> mx.array:
+    """The VAE's latents, whose channels come first, of places that are 2 by 2 of its own."""
+    rows, height, width, channels = latents.shape
+    parts = latents.reshape(rows, height, width, channels // 4, 2, 2).transpose(0, 3, 1, 4, 2, 5)
+    return parts.reshape(rows, channels // 4, 2 * height, 2 * width)

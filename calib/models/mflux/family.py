@@ -12,29 +12,29 @@ from calib.models.memory import preflight
 from calib.models.mflux import note_version
 from calib.models.mflux.decoder import Decoder
 from calib.models.mflux.files import (
+    component_for,
     component_of,
     component_weights,
     folder_of,
     known_folder,
     load_component,
     sizes,
-    tokenizer_of,
+    tokenizers_of,
 )
 from calib.models.mflux.flow import MfluxFlow
 from calib.models.mflux.precision import check_dtype
-from calib.models.mflux.text import TextEncoder, without_constants
+from calib.models.mflux.text import Encode, Encoder, TextEncoder, without_constants
 from calib.models.model import DiffusionModel, Guidance, ModelDtype, guided
 from calib.models.placed import placed
 
 import mlx.core as mx
 from mflux.models.common.config.model_config import ModelConfig
-from mflux.models.common.tokenizer.tokenizer import LanguageTokenizer
 from mlx import nn
 
 #: A picture's height and width are multiples of this.
 MULTIPLE = 16
 #: Parts of names of tensors of the other components that mflux does not read.
-UNUSED = ("rotary_emb.", "lm_head.", "visual.", "num_batches_tracked")
+UNUSED = ("rotary_emb.", "lm_head.", "visual.", "num_batches_tracked", "position_ids")
 
 
 @dataclass(frozen=True)
@@ -45,16 +45,17 @@ class Family:
         command: mflux's that draws with a folder of the model.
         definition: mflux's weight definition; config: its settings of the sampler; scheduler: its name of that.
         architecture: makes the transformer without weights, by sizes under mflux's names.
-        sizes, text_sizes: what ``config.json`` calls the sizes of transformer and text encoder: mflux's names by those.
-        encoder: makes the text encoder without weights; encode, padded, dropped: as :class:`TextEncoder` has them.
-        encoder_dtype: the one type in which mflux runs it; None: the transformer's.
-        text_encoders: their names, of which the conditioning depends.
+        sizes: what ``config.json`` calls the transformer's sizes: mflux's names by those.
+        encoders: text encoders, by mflux's name for them; encode, padded, dropped: as :class:`TextEncoder` has them.
+        encoder_dtype: the one type in which mflux runs them; None: the transformer's.
+        of_length: mflux's name for the tokenizer whose texts are as long as ``config`` says; empty: none.
+        text_encoders: names of all on which the conditioning depends.
         vae: makes the VAE without weights; unpacked: as :class:`Decoder` has it.
         decoding_bytes: of a VAE, image size and type: what drawing a picture takes.
         in_strips: whether the VAE draws in strips.
         latent: pixels of a side of a latent's place, and its channels.
         noise, noise_kind: as :class:`MfluxFlow` has them.
-        times: what the transformer takes for levels, where activations are of a type.
+        times: what the transformer takes for levels, where weights are of a type.
         guidance: how it is combined; None where it is distilled.
         activations: the one type in which mflux computes them; None: that of the weights.
     """
@@ -65,9 +66,8 @@ class Family:
     scheduler: str
     architecture: Callable[[dict[str, Any]], Architecture]
     sizes: Mapping[str, str]
-    text_sizes: Mapping[str, str]
-    encoder: Callable[..., nn.Module]
-    encode: Callable[[str, LanguageTokenizer, nn.Module], mx.array]
+    encoders: Mapping[str, Encoder]
+    encode: Encode
     text_encoders: str
     vae: Callable[[], nn.Module]
     unpacked: Callable[[nn.Module, mx.array], mx.array]
@@ -79,6 +79,7 @@ class Family:
     padded: bool = False
     dropped: int = 0
     encoder_dtype: mx.Dtype | None = None
+    of_length: str = ""
     in_strips: bool = True
     guidance: Guidance | None = None
     activations: mx.Dtype | None = None
@@ -97,7 +98,8 @@ class Family:
         """Check the parameters of :meth:`load`, and build the transformer without weights."""
         check_dtype(dtype)
         if shift != 1:
-            allowed = f"{name} takes only 1: mflux shifts by the picture's size"
+            how = "shifts by the picture's size" if self.config.requires_sigma_shift else "does not shift"
+            allowed = f"{name} takes only 1: mflux {how}"
             raise ConfigError.bad_value("sampler.shift", shift, allowed)
         if any(side % MULTIPLE for side in image_size):
             allowed = f"must be [height, width], each a multiple of {MULTIPLE}"
@@ -131,9 +133,7 @@ class Family:
         folder = folder_of(repository, checkpoint, self.definition)
         text = self.text(folder, dtype.mlx)
         architecture = self.architecture(sizes(folder, "transformer", self.sizes))
-        # mflux counts blocks itself, but needs to be told of Z-Image's, which it calls layers.
-        layers = len(module.layers) if hasattr(module := architecture.module, "layers") else None
-        component = component_of(self.definition, "transformer", num_layers=layers)
+        component = component_for(self.definition, "transformer", architecture.module)
         read = partial(component_weights, folder, component, dtype.mlx)
         read()  # what is wrong with the transformer is said first
         vae = self.vae()
@@ -144,33 +144,34 @@ class Family:
 
     def components(self, folder: Path) -> dict[str, nn.Module]:
         """The components beside the transformer, without weights, of the sizes that ``folder`` states."""
-        return {
-            "vae": self.vae(),
-            "text_encoder": self.encoder(**sizes(folder, "text_encoder", self.text_sizes)),
-        }
+        return {"vae": self.vae()} | {name: self._encoder(name, folder) for name in self.encoders}
+
+    def _encoder(self, name: str, folder: Path) -> nn.Module:
+        """A text encoder without weights, of the sizes that ``folder`` states."""
+        own = self.encoders[name]
+        return own.make(**sizes(folder, component_of(self.definition, name).hf_subdir, own.sizes))
 
     def text(self, folder: Path, dtype: mx.Dtype) -> TextEncoder:
-        """The text encoder of a folder; its weights are read at first use."""
-        tokenizer = tokenizer_of(self.definition, folder)
-        assert isinstance(tokenizer, LanguageTokenizer)
-        skeleton = partial(self.encoder, **sizes(folder, "text_encoder", self.text_sizes))
+        """The text encoders of a folder; their weights are read at first use."""
+        tokenizers = tokenizers_of(self.definition, folder, {self.of_length: self.config.max_sequence_length})
         dtype = self.encoder_dtype or dtype
 
-        def loaded() -> nn.Module:
-            module = skeleton()
-            layers = len((module.encoder if hasattr(module, "encoder") else module).layers)
-            component = component_of(self.definition, "text_encoder", num_layers=layers)
-            with without_constants(module):
-                load_component(module, folder, component, dtype, UNUSED)
-            return module
+        def skeletons() -> list[nn.Module]:
+            return [self._encoder(name, folder) for name in self.encoders]
 
-        return TextEncoder(tokenizer, skeleton, loaded, self.encode, dtype, self.padded, self.dropped)
+        def loaded() -> list[nn.Module]:
+            modules = skeletons()
+            for name, module in zip(self.encoders, modules, strict=True):
+                with without_constants(module):
+                    load_component(module, folder, component_for(self.definition, name, module), dtype, UNUSED)
+            return modules
+
+        return TextEncoder(tokenizers, skeletons, loaded, self.encode, dtype, self.padded, self.dropped)
 
     def flow(self, image_size: Sequence[int], dtype: mx.Dtype) -> MfluxFlow:
         """The sampler, for weights of ``dtype``."""
-        dtype = self.activations or dtype
         own = (self.noise, self.noise_kind, lambda levels: self.times(levels, dtype))
-        return MfluxFlow(self.config, self.scheduler, *own, image_size, dtype)
+        return MfluxFlow(self.config, self.scheduler, *own, image_size, self.activations or dtype)
 
     def model(
         self,
@@ -182,7 +183,8 @@ class Family:
         image_size: Sequence[int],
     ) -> DiffusionModel:
         """The model of these parts, whose weights are of ``dtype``, for pictures of one size."""
-        decoder, computed = Decoder(vae, partial(self.unpacked, vae)), self.activations or dtype
+        rounded = None if self.activations is None else dtype
+        decoder, computed = Decoder(vae, partial(self.unpacked, vae), rounded), self.activations or dtype
         side, channels = self.latent
         return DiffusionModel(
             name=name,

@@ -24,7 +24,7 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from mflux.models.common.resolution.model_revisions import ModelRevisions
 from mflux.models.common.resolution.path_resolution import PathResolution
-from mflux.models.common.tokenizer.tokenizer import BaseTokenizer
+from mflux.models.common.tokenizer.tokenizer import LanguageTokenizer
 from mflux.models.common.tokenizer.tokenizer_loader import TokenizerLoader
 from mflux.models.common.weights.loading.weight_definition import ComponentDefinition
 from mflux.models.common.weights.loading.weight_loader import WeightLoader
@@ -89,10 +89,22 @@ def sizes(folder: Path | None, component: str, names: Mapping[str, str]) -> dict
         raise CalibError(f"{path}: is not readable ({reason_of(error)}); copy it again") from None
 
 
-def component_of(definition: Any, name: str, **changes: Any) -> ComponentDefinition:
-    """mflux's definition of the component ``name``, for another number of layers."""
-    found = next(component for component in definition.get_components() if component.name == name)
-    return replace(found, **changes)
+def component_of(definition: Any, name: str) -> ComponentDefinition:
+    """mflux's definition of the component ``name``."""
+    return next(component for component in definition.get_components() if component.name == name)
+
+
+def component_for(definition: Any, name: str, module: nn.Module) -> ComponentDefinition:
+    """The same for as many layers as ``module`` has: mflux counts blocks of most kinds, and has others in its code."""
+    found = component_of(definition, name)
+    own = module.encoder if hasattr(module, "encoder") else module
+    if hasattr(own, "layers"):
+        return replace(found, num_layers=len(own.layers))
+    if hasattr(own, "t5_blocks"):
+        blocks = len(own.t5_blocks)
+        mapping = [replace(to, max_blocks=to.max_blocks and blocks) for to in found.mapping_getter()]
+        return replace(found, num_blocks=blocks, mapping_getter=lambda: mapping)
+    return found
 
 
 def load_component(
@@ -128,10 +140,15 @@ def _note_unread(place: Path, component: ComponentDefinition, unused: tuple[str,
         note(f"{place}: holds {counted(len(left), 'tensor')} that mflux does not read, {left[0]!r} first")
 
 
-def tokenizer_of(definition: Any, folder: Path) -> BaseTokenizer:
-    """The one tokenizer of a model."""
-    (own,) = definition.get_tokenizers()
-    try:
-        return TokenizerLoader.load(own, str(folder))
-    except (OSError, RuntimeError, ValueError) as error:
-        raise CalibError(f"{folder / own.hf_subdir}: {reason_of(error.__cause__ or error)}") from None
+def tokenizers_of(definition: Any, folder: Path, lengths: Mapping[str, int]) -> list[LanguageTokenizer]:
+    """A model's tokenizers; ``lengths``: the tokens of a text, by tokenizer, where not the definition's."""
+    found = []
+    for own in definition.get_tokenizers():
+        try:
+            made = TokenizerLoader.load(own, str(folder))
+        except (OSError, RuntimeError, ValueError) as error:
+            raise CalibError(f"{folder / own.hf_subdir}: {reason_of(error.__cause__ or error)}") from None
+        assert isinstance(made, LanguageTokenizer)
+        made.max_length = lengths.get(own.name, made.max_length)
+        found.append(made)
+    return found

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from calib.models.mflux.decoder import channels_first, drawing_bytes
 from calib.models.mflux.family import Family
 from calib.models.mflux.flux2.transformer import Flux2Architecture
+from calib.models.mflux.text import Encoder
 
 import mlx.core as mx
 from mflux.models.common.config.model_config import ModelConfig
@@ -58,8 +59,7 @@ FAMILY = Family(
     scheduler="flow_match_euler_discrete",
     architecture=lambda about: Flux2Architecture(Flux2Transformer(**about), about),
     sizes={name: name for name in SIZES},
-    text_sizes={name: name for name in TEXT_SIZES},
-    encoder=Qwen3TextEncoder,
+    encoders={"text_encoder": Encoder(Qwen3TextEncoder, {name: name for name in TEXT_SIZES})},
     encode=encode,
     padded=True,
     text_encoders="qwen3",

@@ -4,8 +4,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from calib.base.device import on_gpu
+from calib.models.mflux.decoder import unpacked
 from calib.models.mflux.family import Family
 from calib.models.mflux.qwen.transformer import QwenArchitecture
+from calib.models.mflux.text import Encoder
 
 import mlx.core as mx
 from mflux.models.common.config.model_config import ModelConfig
@@ -73,13 +75,6 @@ def noise(seed: int, height: int, width: int) -> mx.array:
     return made.reshape(height // 16, width // 16, -1)
 
 
-def unpacked(latents: mx.array) -> mx.array:
-    """The VAE's latents, whose channels come first, of places that are 2 by 2 of its own."""
-    rows, height, width, channels = latents.shape
-    parts = latents.reshape(rows, height, width, channels // 4, 2, 2).transpose(0, 3, 1, 4, 2, 5)
-    return parts.reshape(rows, channels // 4, 2 * height, 2 * width)
-
-
 def decoding_bytes(vae: QwenVAE, image_size: Sequence[int], dtype: mx.Dtype) -> int:
     """Bytes of activations of drawing a picture, in one piece."""
     channels = int(vae.decoder.conv_out.conv3d.weight.shape[-1])
@@ -94,8 +89,7 @@ FAMILY = Family(
     scheduler="linear",
     architecture=lambda about: QwenArchitecture(QwenTransformer(**about), about),
     sizes={name: name for name in SIZES},
-    text_sizes={name: name for name in (*OF_ENCODER, *OF_LAYERS)},
-    encoder=text_encoder,
+    encoders={"text_encoder": Encoder(text_encoder, {name: name for name in (*OF_ENCODER, *OF_LAYERS)})},
     encode=encode,
     encoder_dtype=mx.bfloat16,
     dropped=DROPPED,

@@ -2,6 +2,7 @@
 
 from calib.models.mflux.decoder import channels_first, drawing_bytes
 from calib.models.mflux.family import Family
+from calib.models.mflux.text import Encoder
 from calib.models.mflux.zimage.transformer import ZImageArchitecture
 
 import mlx.core as mx
@@ -34,8 +35,7 @@ FAMILY = Family(
     scheduler="linear",
     architecture=lambda about: ZImageArchitecture(ZImageTransformer(**about), about),
     sizes={name: name for name in SIZES},
-    text_sizes={name: name for name in TEXT_SIZES},
-    encoder=TextEncoder,
+    encoders={"text_encoder": Encoder(TextEncoder, {name: name for name in TEXT_SIZES})},
     encode=PromptEncoder.encode_prompt,
     text_encoders="qwen3",
     vae=lambda: VAE(),
