@@ -5,7 +5,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 
-from calib.analysis.backward import Backward, Rows
+from calib.analysis.backward import Backward
+from calib.analysis.by_parts import Rows
 from calib.analysis.measure import quantizable
 from calib.models import memory
 from calib.models.architecture import Conditioning

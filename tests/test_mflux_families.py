@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from calib.dataset.settings import SamplerSettings
 from calib.dataset.store import read_state
 from calib.evaluation.paired import rounded_to_bfloat16
 from calib.models.architecture import Conditioning, check_architecture
+from calib.models.mflux import decoder
 from calib.models.mflux.flux1 import schnell
 from calib.models.model import DiffusionModel, ModelDtype, weights
 
@@ -129,6 +131,30 @@ def test_latents_and_pictures_are_mfluxs(
     pixels = np.array(drawing.decode(drawn[-1].x))[0] * 255
     assert np.abs(pixels - picture).max() < 0.502  # rounded to whole shades
     assert picture.std() > 10
+
+
+def test_the_gradient_of_a_picture_is_that_of_mfluxs_decoder(own: Own, model: DiffusionModel) -> None:
+    """Though it computes each block of the decoder once more, not to keep what is in it."""
+    latents, taken = state_of(model, 1), []
+
+    def along(pictures: mx.array) -> mx.array:
+        return (pictures * mx.random.normal(pictures.shape, key=mx.random.key(1))).sum()
+
+    kinds = {kind: vars(kind).get("__call__") for kind in map(type, model.decoder.modules())}
+    found = []
+    for again in (True, False):
+        with pytest.MonkeyPatch.context() as patch:
+            if not again:
+                patch.setattr(decoder, "_computed_again", lambda vae: nullcontext())
+            mx.reset_peak_memory()
+            before = mx.get_active_memory()
+            found.append(mx.grad(lambda z: along(model.decode_latents(z)))(latents))
+            mx.eval(found[-1])
+            taken.append(mx.get_peak_memory() - before)
+    assert mx.array_equal(*found) and mx.abs(found[0]).max() > 0
+    if own.tiny.option != "qwen_image":  # of which one convolution takes more than all that is kept
+        assert taken[0] < taken[1]
+    assert all(vars(kind).get("__call__") is call for kind, call in kinds.items())
 
 
 def test_16_bits_are_mfluxs(own: Own) -> None:

@@ -9,17 +9,18 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import cast
 
 from calib.activations.batches import StoredStates
 from calib.activations.states import read_states
 from calib.activations.step import prompt_of
 from calib.activations.taps import TapPoint
-from calib.analysis.backward import Backward, Found, Rows, along
+from calib.analysis.backward import Backward, Found, along
+from calib.analysis.by_parts import ByParts, Ranges, Rows
+from calib.analysis.kept import Kept
 from calib.analysis.sensitivities import INPUT_BITS, Of
-from calib.base.errors import CalibError, ConfigError, reason_of
-from calib.dataset.manifest import Manifest
+from calib.analysis.sweep import Way, nbytes_of, sweep, units_of
+from calib.base.errors import CalibError, reason_of
 from calib.models.architecture import Conditioning
 from calib.models.model import DiffusionModel
 from calib.models.parallel import streams_of
@@ -48,20 +49,6 @@ class Gradients:
     inputs: dict[str, NDArray[np.float64]]
     outputs: dict[str, NDArray[np.float64]]
     reach: NDArray[np.float64]
-
-
-def check_complete(data_dir: Path, manifest: Manifest, of: Of = Of.PICTURE) -> None:
-    """Raise where the dataset lacks a state or a noise level, as a gradient of the picture goes through all of them."""
-    if not np.isfinite([*manifest.sigmas, *manifest.timesteps]).all():
-        raise ConfigError(
-            f"sensitivity.of={of}: {data_dir}, of the older layout, does not record all noise levels; "
-            "draw another data_dir, or set sensitivity.of=output"
-        )
-    if lacking := sorted(set(range(manifest.num_steps + 1)) - set(manifest.steps)):
-        raise ConfigError(
-            f"sensitivity.of={of}: {data_dir} keeps {len(manifest.steps)} of {manifest.num_steps + 1} states, not "
-            f"state {lacking[0]}; draw another data_dir with dataset.steps=all, or set sensitivity.of=output"
-        )
 
 
 #: What directions are in, for errors.
@@ -127,21 +114,29 @@ class Adjoint:
         reduce: Callable[[str, mx.array], mx.array] | None = None,
     ):
         self._model, self._states, self._points, self._ranges = model, states, points, ranges
-        self._backward = partial(Backward, model, layers, points, by_parts, reduce)
+        self._reduce, self._backward = reduce, partial(Backward, model, layers, points, by_parts, reduce)
 
     def of_picture(self, images: Sequence[int], key: mx.array) -> Gradients:
         """One probe of the pictures of ``images``: see :meth:`carried`."""
         (found,) = self.carried(Of.PICTURE, [Probe(images, key)])
         return found
 
-    def carried(self, of: Of, probes: Sequence[Probe], advance: Callable[[], None] = lambda: None) -> list[Gradients]:
+    def carried(
+        self,
+        of: Of,
+        probes: Sequence[Probe],
+        advance: Callable[[], None] = lambda: None,
+        kept: Kept | None = None,
+    ) -> list[Gradients]:
         """Carry random directions in pictures, or finished latents z, back to the first step; ``probes`` side by side.
 
-        Of latents E⟨G, ΔW⟩² is ‖Δz‖² / ‖z‖². All states must be stored: see :func:`check_complete`. Several probes are
-        for a CPU, in a :func:`calib.models.parallel.shared_cores` context.
+        Of latents E⟨G, ΔW⟩² is ‖Δz‖² / ‖z‖². All states must be stored
+        (:func:`calib.analysis.passes.check_complete`). Several probes are for a CPU, in a
+        :func:`calib.models.parallel.shared_cores` context, or for a streamed model (:mod:`calib.analysis.sweep`).
 
         Args:
-            advance: called after each step of each probe.
+            advance: called after each step of each probe; :meth:`units` times for each.
+            kept: for a streamed model, what has room for :meth:`kept_bytes` of all probes; None: in memory.
 
         Raises:
             CalibError: a gradient is not finite; the message names the step and a layer, or the decoder.
@@ -149,27 +144,66 @@ class Adjoint:
         num_steps, what = self._states.manifest.num_steps, WHAT[of]
         begin = self._of_pictures if of is Of.PICTURE else self._of_latents
         with self._backward().running() as backward:
+            sweeps = self._swept(backward)
             passes = [
-                _Carried(probe.images, probe.text or self._text(probe.images), λ, backward.no_gradients(), num_steps)
-                for probe, λ in [(probe, begin(probe.images, probe.key)) for probe in probes]
+                _Carried(
+                    probe.images,
+                    self._text_of(probe),
+                    begin(probe.images, probe.key),
+                    backward.no_gradients() if sweeps is None else {},
+                    num_steps,
+                )
+                for probe in probes
             ]
             if not all(mx.isfinite(each.adjoint).all().item() for each in passes):
                 raise CalibError(f"the gradient of {what} is not finite, first in the decoder")
-            for step in reversed(range(num_steps)):
-                self._step_back(backward, passes, step, what, advance)
+            if sweeps is not None:
+                ways = [self._way(backward, each, what) for each in passes]
+                sweep(sweeps, ways, num_steps, Kept() if kept is None else kept, self._reduce, advance)
+            else:
+                for step in reversed(range(num_steps)):
+                    self._step_back(backward, passes, step, what, advance)
         return [each.gradients(self._points) for each in passes]
+
+    def units(self) -> int:
+        """How often :meth:`carried` advances for each probe."""
+        parts, num_steps = self._swept(self._backward()), self._states.manifest.num_steps
+        return num_steps if parts is None else units_of(parts, num_steps)
+
+    def kept_bytes(self, probe: Probe) -> int:
+        """What is kept of a probe where the model is streamed, else 0."""
+        parts = self._swept(self._backward())
+        rows = self._rows(probe.images, 0, self._text_of(probe))
+        return 0 if parts is None else nbytes_of(parts, rows, self._states.manifest.num_steps)
+
+    def _swept(self, backward: Backward) -> ByParts | None:
+        """The parts of a streamed model."""
+        return None if self._model.streamed is None else backward.parts
+
+    def _way(self, backward: Backward, each: _Carried, what: str) -> Way:
+        rows = partial(self._rows, each.images, text=each.text)
+
+        def done(step: int, found: Found) -> None:
+            backward.check(found, {} if step else each.total, rows(step), f"{what} at step {step}")
+            each.add(step, found)
+
+        return Way(rows, partial(self._loss, each), self._range_at, done, each.total)
+
+    def _loss(self, each: _Carried, step: int) -> Callable[[mx.array], mx.array]:
+        """Of the output at ``step``, once λ of the state that follows is known."""
+        sigmas = self._states.manifest.sigmas
+        ahead = each.adjoint * (sigmas[step + 1] - sigmas[step])
+        return partial(along, self._model, ahead, self._states.manifest.cfg_weight)
 
     def _step_back(
         self, backward: Backward, passes: Sequence[_Carried], step: int, what: str, advance: Callable[[], None]
     ) -> None:
         """Carry λ of ``passes`` over one step."""
-        sigmas, founds = self._states.manifest.sigmas, []
+        founds = []
         given = [self._rows(each.images, step, each.text) for each in passes]
         for each, rows, stream in zip(passes, given, streams_of(len(passes)), strict=True):
             with mx.stream(stream):
-                ahead = each.adjoint * (sigmas[step + 1] - sigmas[step])
-                loss = partial(along, self._model, ahead, self._states.manifest.cfg_weight)
-                founds.append(backward.run(rows, loss, self._range_at(step), each.total))
+                founds.append(backward.run(rows, self._loss(each, step), self._range_at(step), each.total))
         # MLX hands out the work of arrays in their order: in turn of all passes, which are computed side by side so.
         mx.eval(list(zip(*(found.order for found in founds), strict=True)), [each.total for each in passes])
         for each, rows, found in zip(passes, given, founds, strict=True):
@@ -198,7 +232,7 @@ class Adjoint:
             direction = mx.random.normal(v.shape, key=probe.key) / mx.sqrt(mx.square(v).sum())
             return (v * mx.stop_gradient(direction)).sum()
 
-        rows = self._rows(probe.images, step, probe.text or self._text(probe.images))
+        rows = self._rows(probe.images, step, self._text_of(probe))
         with self._backward().running() as backward:
             total = backward.no_gradients()
             found = backward.run(rows, along, self._range_at(step), total)
@@ -208,20 +242,23 @@ class Adjoint:
         outputs = {name: np.array(g)[None] for name, g in found.outputs.items()}
         return Gradients(total, inputs, outputs, np.zeros(1))
 
-    def _range_at(self, step: int) -> Callable[[str], tuple[float, float]]:
+    def _range_at(self, step: int) -> Ranges:
         return lambda tap: self._ranges(tap, step)
 
-    def _text(self, images: Sequence[int]) -> Conditioning:
-        manifest = self._states.manifest
-        prompts = [prompt_of(self._states.data_dir, manifest.images[i]) for i in images]
-        return self._model.encode(prompts, manifest.cfg_weight)
+    def _text_of(self, probe: Probe) -> Conditioning:
+        """In float32."""
+        manifest, text = self._states.manifest, probe.text
+        if text is None:
+            prompts = [prompt_of(self._states.data_dir, manifest.images[i]) for i in probe.images]
+            text = self._model.encode(prompts, manifest.cfg_weight)
+        return text.astype(mx.float32)
 
     def _rows(self, images: Sequence[int], step: int, text: Conditioning) -> Rows:
         """States of ``images``, with guidance twice."""
         manifest = self._states.manifest
         x = mx.array(read_states(self._states.data_dir, manifest, images, step))
         x = mx.concatenate([x, x]) if manifest.cfg_weight > 0 else x
-        rows = Rows(x, text.astype(mx.float32), mx.array([manifest.timesteps[step]]))
+        rows = Rows(x, text, mx.array([manifest.timesteps[step]]))
         mx.eval(rows.x, rows.text.arrays(), rows.timestep)
         return rows
 

@@ -10,17 +10,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import islice
 from pathlib import Path
 
 from calib.activations.batches import StoredStates
 from calib.activations.step import prompt_of
 from calib.activations.taps import TapPoint
-from calib.analysis.adjoint import Adjoint, Probe, check_complete
+from calib.analysis.adjoint import Adjoint, Probe
 from calib.analysis.layers import LayerSummary
 from calib.analysis.measure import drawn_by, identity, observed_points, quantizable
-from calib.analysis.passes import Pass, of_output, of_typical, reach_of
+from calib.analysis.passes import Pass, check_complete, of_output, of_typical, reach_of
 from calib.analysis.ranges import StepRanges, ranges_to_json
 from calib.analysis.sensitivities import INPUT_BITS, Of, Sensitivities
+from calib.analysis.sweep import Room, rooms
 from calib.analysis.tables import Table, read_table, reducing, shares_of, tables_of, write_table
 from calib.base.affine import GROUP_SIZES, WEIGHT_BITS
 from calib.base.device import on_gpu
@@ -29,11 +31,10 @@ from calib.base.files import read_json, short_hash, write_json
 from calib.base.locks import locked
 from calib.base.progress import Progress, note, readable_bytes, say
 from calib.models.architecture import Architecture
-from calib.models.backward_memory import BackwardPlan, plan_backward
+from calib.models.backward_memory import BackwardPlan, plan_backward, streamed_backward
 from calib.models.memory import device_memory, nbytes
 from calib.models.model import DiffusionModel
 from calib.models.parallel import shared_cores
-from calib.models.streamed import OF_OUTPUT, refuse_streamed
 
 import mlx.core as mx
 import numpy as np
@@ -127,7 +128,7 @@ def gradient_sensitivities(
     folder = cache_dir / "gradients" / short_hash(made_by, digits=16)
     with locked(folder.with_suffix(".lock"), lambda: say(f"waiting for the process that measures the same ({folder})")):
         of, tables = _found(work, folder, of, probes)
-    doubt, found = None, list(tables.values())
+    doubt, found, named = None, list(tables.values()), list(dict.fromkeys(name for name, _, _ in options))
     importance = np.mean([table["outputs"] / (table["outputs"].max() or 1) for table in found], axis=0)
     if of is Of.OUTPUT:
         weights, inputs = of_output(tables, states.steps)
@@ -136,10 +137,7 @@ def gradient_sensitivities(
     return Sensitivities(
         steps=tuple(states.steps),
         num_steps=manifest.num_steps,
-        weights={
-            name: {(b, g): weights[i] for i, (n, b, g) in enumerate(options) if n == name}
-            for name in dict.fromkeys(name for name, _, _ in options)
-        },
+        weights={name: {(b, g): weights[i] for i, (n, b, g) in enumerate(options) if n == name} for name in named},
         activations={
             name: {bits: inputs[i, :, j] for j, bits in enumerate(INPUT_BITS)}
             for i, point in enumerate(points)
@@ -149,7 +147,7 @@ def gradient_sensitivities(
         of=of,
         reach=None if of is Of.OUTPUT else reach_of([table["reach"] for table in found], manifest.sigmas),
         doubt=doubt,
-        importance={} if of is Of.OUTPUT else dict(zip(linear, importance, strict=True)),
+        importance={} if of is Of.OUTPUT else dict(zip(named, importance, strict=True)),
         taps={point.name: point.names for point in points},
     )
 
@@ -166,22 +164,22 @@ def _found(work: _Work, folder: Path, of: Of, probes: int) -> tuple[Of, dict[Pas
             "latent, and no PSNR is predicted"
         )
         return _found(work, folder, Of.LATENT, probes)
-    for each, table in _run(work, of, todo) if todo else ():
+    for each, table in _run(work, folder, of, todo) if todo else ():
         found[each] = table
         write_table(folder / of / each.name, table)
     return of, {each: found[each] for each in passes}
 
 
-def _loaded(work: _Work, of: Of) -> DiffusionModel:
-    """The model; raises where it is streamed and a gradient is a sum over steps, which is kept of all weights."""
-    model = work.load()
-    if of is not Of.OUTPUT:
-        refuse_streamed(model.architecture, f"sensitivities of the {of}", OF_OUTPUT)
-    if model.streamed is None and (needed := work.plan.nbytes) > (memory := device_memory()):
-        note(
-            f"gradients take about {readable_bytes(needed)}, of {readable_bytes(memory)}: this may be slow or killed; "
-            "sensitivity.of=output with model.stream=true takes less"
-        )
+def _loaded(work: _Work) -> DiffusionModel:
+    """The model; a note says where gradients take more memory than there is."""
+    model, less = work.load(), "model.stream=true takes less"
+    needed = work.plan.nbytes
+    if model.streamed is not None:
+        manifest, less = work.states.manifest, "a smaller sampler.image_size takes less"
+        needed = streamed_backward(model.streamed, manifest.latent_shape, manifest.cfg_weight > 0)
+    if needed > (memory := device_memory()):
+        of = f"gradients take about {readable_bytes(needed)}, of {readable_bytes(memory)}"
+        note(f"{of}: this may be slow or killed; {less}")
     return model
 
 
@@ -191,7 +189,7 @@ def _undecodable(work: _Work, folder: Path) -> str | None:
     with suppress(CalibError, KeyError, TypeError):
         return str(read_json(path)["why"])
     work.check()
-    why = work.adjoint(_loaded(work, Of.PICTURE)).undecodable()
+    why = work.adjoint(_loaded(work)).undecodable()
     if why is not None:
         write_json(path, {"why": why})
     return why
@@ -205,26 +203,36 @@ def _passes(work: _Work, of: Of, probes: int) -> list[Pass]:
     return [Pass(block, probe, step) for probe in range(probes) for block in batches for step in steps]
 
 
-def _run(work: _Work, of: Of, todo: Sequence[Pass]) -> Iterator[tuple[Pass, Table]]:
+def _run(work: _Work, folder: Path, of: Of, todo: Sequence[Pass]) -> Iterator[tuple[Pass, Table]]:
     """Run passes; each has random numbers of its own, whatever was run before."""
     work.check()
-    states, manifest, model = work.states, work.states.manifest, _loaded(work, of)
-    layers = model.layers()
-    shares = shares_of(layers, work.options)
-    adjoint = work.adjoint(model, shares)
+    states, manifest, model = work.states, work.states.manifest, _loaded(work)
     prompts = [[prompt_of(states.data_dir, manifest.images[i]) for i in each.images] for each in todo]
     keep_text = model.text_bytes + nbytes(model.decoder) + work.plan.nbytes <= device_memory()
     texts = model.encode_batches(prompts, manifest.cfg_weight, keep_text)
-    at_once = work.side_by_side(of)
-    with Progress("gradients", len(todo) * (1 if of is Of.OUTPUT else manifest.num_steps), "step") as progress:
-        for group in [todo[i : i + at_once] for i in range(0, len(todo), at_once)]:
-            keys = [mx.random.key(int(short_hash([list(p.images), p.probe, p.step]), 16)) for p in group]
-            probes = [Probe(p.images, key, next(texts)) for p, key in zip(group, keys, strict=True)]
-            with shared_cores(len(group), len(group)):
+    keys = [mx.random.key(int(short_hash([list(p.images), p.probe, p.step]), 16)) for p in todo]
+    probes: Iterator[Probe] = (Probe(p.images, key, text) for p, key, text in zip(todo, keys, texts, strict=True))
+    swept, at_once = model.streamed is not None and of is not Of.OUTPUT, work.side_by_side(of)
+    groups = [Room(len(todo[i : i + at_once])) for i in range(0, len(todo), at_once)]
+    if swept:
+        probes = iter(every := list(probes))
+        instead = "choose a smaller sampler.image_size, or set sensitivity.of=output"
+        groups = rooms([work.adjoint(model).kept_bytes(probe) for probe in every], folder, instead)
+    layers = model.layers()
+    shares = shares_of(layers, work.options)
+    adjoint = work.adjoint(model, shares)
+    units, left = 1 if of is Of.OUTPUT else adjoint.units(), iter(todo)
+    with Progress("gradients", len(todo) * units, "part" if swept else "step") as progress:
+        for room in groups:
+            group, own = list(islice(left, room.passes)), list(islice(probes, room.passes))
+            if swept:
+                progress.say(room.describe())
+            side_by_side = 1 if swept else len(group)
+            with shared_cores(side_by_side, side_by_side):
                 if group[0].step is not None:
-                    found = [adjoint.of_output(group[0].step, probes[0])]
+                    found = [adjoint.of_output(group[0].step, own[0])]
                     progress.advance()
                 else:
-                    found = adjoint.carried(of, probes, progress.advance)
+                    found = adjoint.carried(of, own, progress.advance, room.kept())
                 tables = tables_of(found, layers, work.options, shares)
             yield from zip(group, tables, strict=True)

@@ -1,12 +1,15 @@
-"""Backward passes, and what their tables say together."""
+"""Backward passes, the states that they need, and what their tables say together."""
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from calib.analysis.sensitivities import Reach
+from calib.analysis.sensitivities import Of, Reach
 from calib.analysis.tables import KEYS, Table
+from calib.base.errors import ConfigError
 from calib.base.files import short_hash
+from calib.dataset.manifest import Manifest
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +30,20 @@ class Pass:
     def name(self) -> str:
         step = "" if self.step is None else f"_step{self.step}"
         return f"{short_hash(list(self.images))}_probe{self.probe}{step}.npz"
+
+
+def check_complete(data_dir: Path, manifest: Manifest, of: Of = Of.PICTURE) -> None:
+    """Raise where the dataset lacks a state or a noise level, as a gradient of the picture goes through all of them."""
+    if not np.isfinite([*manifest.sigmas, *manifest.timesteps]).all():
+        raise ConfigError(
+            f"sensitivity.of={of}: {data_dir}, of the older layout, does not record all noise levels; "
+            "draw another data_dir, or set sensitivity.of=output"
+        )
+    if lacking := sorted(set(range(manifest.num_steps + 1)) - set(manifest.steps)):
+        raise ConfigError(
+            f"sensitivity.of={of}: {data_dir} keeps {len(manifest.steps)} of {manifest.num_steps + 1} states, not "
+            f"state {lacking[0]}; draw another data_dir with dataset.steps=all, or set sensitivity.of=output"
+        )
 
 
 def of_output(tables: Mapping[Pass, Table], steps: Sequence[int]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

@@ -22,7 +22,7 @@ from calib.models.memory import plan_memory
 from calib.models.model import DiffusionModel
 from calib.models.packed import half_of
 from calib.models.parallel import by_parts, shared_cores
-from calib.models.streamed import OF_OUTPUT, refuse_streamed
+from calib.models.streamed import BY_GRADIENTS, refuse_streamed
 
 import mlx.core as mx
 import numpy as np
@@ -40,7 +40,7 @@ class TrialRunner:
     """Runs trials of one model on states that stay in memory, block by block."""
 
     def __init__(self, model: DiffusionModel, states: StoredStates, known: TrialCache):
-        refuse_streamed(model.architecture, "sensitivities by trials", OF_OUTPUT)
+        refuse_streamed(model.architecture, "sensitivities by trials (sensitivity.method=trials)", BY_GRADIENTS)
         self._model, self._states, self._known = model, states, known
         self._layers = model.architecture.layers()
         # Rows of several steps in one batch: one forward pass of many rows is cheaper than many.

@@ -49,6 +49,16 @@ class Zeros:
     outputs: dict[str, mx.array] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class LocalGradients:
+    """Gradients by weights, by inputs of taps (beside these) and by what is given; mean squares of those by outputs."""
+
+    weights: dict[str, mx.array]
+    inputs: dict[str, tuple[mx.array, mx.array]]
+    outputs: dict[str, mx.array]
+    given: list[mx.array]
+
+
 class Watch:
     """Taps on a model's layers for the time of the context, and the variables of a backward pass.
 
@@ -83,6 +93,30 @@ class Watch:
             {tap: mx.broadcast_to(zero, x.shape) for tap, (x, _) in self._seen.items()},
             {name: mx.broadcast_to(zero, shape) for name, shape in self._shapes.items() if name in layers},
         )
+
+    def gradients(
+        self,
+        layers: Mapping[str, nn.Module],
+        loss: Callable[[list[mx.array]], mx.array],
+        given: list[mx.array],
+        of_weights: bool = True,
+    ) -> LocalGradients:
+        """The gradients of ``loss(given)``, a number; by the weights of ``layers`` only where asked for. Lazy."""
+
+        def run(
+            own: dict[str, mx.array], inputs: dict[str, mx.array], outputs: dict[str, mx.array], given: list[mx.array]
+        ) -> tuple[mx.array, dict[str, mx.array]]:
+            with self.given(own, Zeros(inputs, outputs)):
+                return loss(given), self.inputs()
+
+        own = {name: layer.weight for name, layer in layers.items()} if of_weights else {}
+        run(own, {}, {}, given)  # nothing is computed: for the shapes of inputs and outputs
+        zeros = self.zeros(layers)
+        (_, seen), (weights, inputs, outputs, by_given) = mx.value_and_grad(run, argnums=(0, 1, 2, 3))(
+            own, zeros.inputs, zeros.outputs, given
+        )
+        squares = {name: mx.square(g.astype(mx.float32)).mean() for name, g in outputs.items()}
+        return LocalGradients(weights, {tap: (x, inputs[tap]) for tap, x in seen.items()}, squares, by_given)
 
     def inputs(self) -> dict[str, mx.array]:
         """The input of each tap in the last forward."""

@@ -20,8 +20,8 @@ from mlx.utils import tree_flatten
 
 Layer = TypeVar("Layer", bound=nn.Module)
 
-#: What is measured with less: one backward pass at a time.
-OF_OUTPUT = "set sensitivity.of=output with sensitivity.method=gradient, or choose analysis=sqnr, mse, range or cv"
+#: What is measured with less: by backward passes, a block at a time.
+BY_GRADIENTS = "set sensitivity.method=gradient, or choose analysis=sqnr, mse, range or cv"
 #: What quantizes without gradients.
 INSTEAD_OF_TRAINING = "choose quantizer=gptq with quantizer.pictures=0, fit or rtn"
 #: Blocks whose weights are in memory at once: while one computes the next is read.
@@ -120,11 +120,21 @@ class Streamed:
 
     def _compute(self, arrays: list[list[mx.array]], following: int) -> None:
         """Evaluate ``arrays``, and meanwhile read the weights of block number ``following``, if there is one."""
-        ahead = self._places[following].items() if following < len(self._places) else ()
-        try:
+        with self.reading():
             mx.async_eval(arrays)
-            mx.async_eval([module[key] for path, (module, key) in ahead if path not in self._unread])
+            self.read_ahead(following)
             mx.eval(arrays)
+
+    def read_ahead(self, block: int) -> None:
+        """Begin to read the weights of block number ``block``, if there is one."""
+        places = self._places[block].items() if 0 <= block < len(self._places) else ()
+        mx.async_eval([module[key] for path, (module, key) in places if path not in self._unread])
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Name the checkpoint where its weights cannot be read in the context."""
+        try:
+            yield
         except RuntimeError as error:
             if "[read]" not in str(error):
                 raise

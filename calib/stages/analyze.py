@@ -11,12 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from calib.analysis.adjoint import check_complete
 from calib.analysis.gradients import gradient_sensitivities
 from calib.analysis.input_bits import over_ranges
 from calib.analysis.layers import PROBE, LayerSummary, read_summaries
 from calib.analysis.measure import placeholder_sensitivities, sensitivities
 from calib.analysis.observed import average_activation_bits, drift_text, observed_ranges, plan_steps, ranges_by
+from calib.analysis.passes import check_complete
 from calib.analysis.plan import Plan
 from calib.analysis.ranges import Observed, per_step, static
 from calib.analysis.sensitivities import Of, Sensitivities

@@ -9,7 +9,7 @@ from calib.base.files import read_json
 from calib.base.layout import METRICS
 from calib.base.progress import counted
 from calib.models.model import DiffusionModel
-from calib.models.streamed import OF_OUTPUT, refusal
+from calib.models.streamed import BY_GRADIENTS, refusal
 from calib.runs.directory import RunDirectory
 from calib.stages import analyze, collect, evaluate, quantize
 from calib.stages.settings import Method, Settings
@@ -28,12 +28,10 @@ def check(settings: Settings) -> None:
 
 
 def _check_kept(settings: Settings) -> None:
-    """Raise where the heuristic measures sensitivities, and of pictures the dataset will not keep the states for it."""
+    """Raise where the heuristic measures sensitivities that need all weights, or states that the dataset will lack."""
     own = settings.analyze
-    by_trials = own.sensitivity.method is Method.TRIALS
-    if own.analysis.measures and (by_trials or own.sensitivity.of != "output") and settings.job.model.is_streamed():
-        what = "by trials" if by_trials else f"of the {own.sensitivity.of}"
-        raise refusal(f"sensitivities {what}", OF_OUTPUT)
+    if own.analysis.measures and own.sensitivity.method is Method.TRIALS and settings.job.model.is_streamed():
+        raise refusal("sensitivities by trials (sensitivity.method=trials)", BY_GRADIENTS)
     if own.analysis.measures and own.sensitivity.of != "output":
         kept, num_steps = settings.generate.kept_steps, settings.generate.sampler.num_steps
         if lacking := sorted(set(range(num_steps + 1)) - set(kept)):

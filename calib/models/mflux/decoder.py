@@ -1,11 +1,13 @@
 """mflux's VAEs as decoders of latents with the channels last."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 from calib.base.device import on_gpu
 from calib.models.mflux.precision import in_precision
 
 import mlx.core as mx
+from mflux.models.common.config.model_config import ModelConfig
 from mflux.models.common.vae.block_decoder import VAEBlockDecoder
 from mflux.models.common.vae.vae_util import VAEUtil
 from mlx import nn
@@ -37,8 +39,9 @@ class Decoder(nn.Module):
         self.vae, self._unpacked, self._rounded = vae, unpacked, rounded
 
     def __call__(self, latents: mx.array) -> mx.array:
-        """Pictures of ``latents``, in one piece: a gradient can pass."""
-        return self._decoded(latents, VAEBlockDecoder.LEGACY)
+        """Pictures of ``latents``, in one piece: a gradient can pass, which computes each block once more."""
+        with _computed_again(self.vae):
+            return self._decoded(latents, VAEBlockDecoder.LEGACY)
 
     def draw(self, latents: mx.array) -> mx.array:
         """The same as mflux draws them: layer by layer and in strips, evaluated as it goes, in less memory."""
@@ -49,6 +52,35 @@ class Decoder(nn.Module):
         with in_precision(self._rounded or latents.dtype):
             pictures: mx.array = VAEUtil.decode(self.vae, self._unpacked(latents))
         return pictures.transpose(0, 2, 3, 1)
+
+
+@contextmanager
+def _computed_again(vae: nn.Module) -> Iterator[None]:
+    """Have a gradient of what is built in the context keep of each block its input alone, not all that it computes."""
+    lists = ("resnets", "upsamplers")
+    blocks = [module for path, module in vae.named_modules() if set(lists) & set(path.split(".")[-2:-1])]
+    own = {kind: kind.__call__ for kind in map(type, blocks)}
+
+    def checkpointed(call: Callable[[nn.Module, mx.array], mx.array]) -> Callable[[nn.Module, mx.array], mx.array]:
+        def run(block: nn.Module, x: mx.array) -> mx.array:
+            precision = ModelConfig.precision  # a gradient computes when it may be another
+
+            def compute(given: mx.array) -> mx.array:
+                with in_precision(precision):
+                    return call(block, given)
+
+            found: mx.array = mx.checkpoint(compute)(x)
+            return found
+
+        return run
+
+    try:
+        for kind, call in own.items():
+            kind.__call__ = checkpointed(call)  # type: ignore[method-assign]
+        yield
+    finally:
+        for kind, call in own.items():
+            kind.__call__ = call  # type: ignore[method-assign]
 
 
 def channels_first(latents: mx.array) -> mx.array:

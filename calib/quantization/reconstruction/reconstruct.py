@@ -126,7 +126,7 @@ def reconstruct(work: QuantizerInput, method: Method, training: Training, made_b
         ConfigError: the transformer does not run in parts, or the run's training was interrupted by other parameters.
         CalibError: too few images to hold some out, too little room on disk, or numbers that 16 bits cannot hold.
     """
-    work.refuse_streamed("quantizers that train parts")
+    work.refuse_streamed(f"parts, which quantizer={made_by.get('method', type(method).__name__)} trains,")
     if not isinstance(work.architecture, Divisible):
         kind = type(work.architecture).__name__
         raise ConfigError(f"quantizer: {kind} does not run in parts (Divisible), which are trained; choose another")

@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 
-from calib.analysis.backward import Backward, Rows, along
+from calib.analysis.backward import Backward, along
+from calib.analysis.by_parts import Rows
 from calib.base.device import cores, on_gpu
 from calib.base.errors import CalibError
 from calib.base.progress import note, readable_bytes
