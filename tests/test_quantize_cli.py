@@ -143,7 +143,7 @@ def test_from_statistics_to_a_measured_model_within_a_budget(
     outcome = calib("analyze", *given, "ranges=grouped", run="plan")
     assert outcome.status == 0, outcome.err
     assert "gradients: " in outcome.err
-    assert "predicted PSNR = " in outcome.out and "of one before step 0 the picture keeps 1/" in outcome.out
+    assert "predicted PSNR = " in outcome.out and "of a squared error before step 0" in outcome.out
     metrics = read(folder / "plan" / "metrics.json")
     predicted, average = metrics["predicted_psnr"], metrics["average_activation_bits"]
     bits = read(folder / "plan" / "quantization_config.json")

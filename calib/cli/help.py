@@ -1,6 +1,7 @@
 """The text of ``calib --help`` and ``calib STAGE --help``."""
 
 import ast
+import textwrap
 
 from calib.cli.conf import PACKAGE, groups
 from calib.stages import Stage
@@ -48,7 +49,10 @@ examples
 
 def help_text(stage: Stage | None) -> str:
     """The help of a stage, or of all of calib, with the config groups and their options."""
-    options = "\n".join(f"  {group + '=':19}{' · '.join(names)}" for group, names in groups().items())
+    options = "\n".join(
+        textwrap.fill(f"  {group + '=':19}{' · '.join(names)}", 120, subsequent_indent=21 * " ")
+        for group, names in groups().items()
+    )
     head = HELP if stage is None else f"usage: calib {stage} [key=value …] [-m]\n\n{stage_help(stage)}\n"
     tail = "The whole configuration with its defaults: calib --cfg job. A comment tops every file under conf/."
     return f"{head}\nconfig groups\n{options}\n\n{tail}\n"

@@ -162,7 +162,12 @@ class DiffusionModel(Encoding):
         Args:
             entering: called before operations of a part are built: once, or where the model is streamed several times.
             taps: names of layers, where nothing but their inputs is wanted: a streamed model computes no more.
+
+        Raises:
+            ValueError: there are more or fewer rows of text.
         """
+        if len(text.tokens) != len(x):
+            raise ValueError(f"{len(x)} rows of states and {len(text.tokens)} of text")
         if self.streamed is not None:
             self.set_clock(timestep)
             times = timestep if isinstance(timestep, mx.array) else mx.array(timestep, self.time_dtype)
