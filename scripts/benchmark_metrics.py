@@ -2,6 +2,7 @@
 
     python scripts/benchmark_metrics.py                        # the shipped model, 200 held-out pictures a plan
     python scripts/benchmark_metrics.py --images 20 --calibration 24 --only W4 3.5
+    python scripts/benchmark_metrics.py --runs outputs/learned-4.5  # finished runs too, by the names of their folders
 
 Plans are drawn with the same noise as at full precision. Two plans are apart by a measure of pairs where the interval
 of the paired difference (bootstrap over prompts, 95%) leaves out 0, by a measure of sets where the two intervals do not
@@ -21,12 +22,14 @@ from typing import Any
 
 from calib.analysis.heuristics import allocate
 from calib.base.device import device_name
+from calib.base.layout import MODEL
 from calib.evaluation.measures import MEASURES, Chosen, Gathered, Sources, choose
 from calib.evaluation.metrics import Interval, bootstrap, bootstrap_difference
 from calib.evaluation.paired import Paired, rounded_to_bfloat16
 from calib.evaluation.reference import draw_reference
 from calib.quantization import fit, gptq, rtn
 from calib.quantization.apply import applied
+from calib.quantization.checkpoint import load
 
 import numpy as np
 from benchmark_quantization import configured, made, prepared
@@ -59,6 +62,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("benchmark_metrics"))
     parser.add_argument("--only", nargs="*", help="rows whose label holds one of these")
+    parser.add_argument("--runs", nargs="*", type=Path, default=[], help="directories of runs, shown beside the rows")
     parser.add_argument("--images", type=int, default=200, help="held-out images")
     parser.add_argument("--calibration", type=int, default=100, help="images calibrated on")
     arguments, overrides = parser.parse_known_args()
@@ -72,18 +76,24 @@ def main() -> None:
     paired = Paired(setup.model, draw_reference(setup.model, *what), measures)
     found: dict[str, dict[str, Any]] = {}
     print(device_name(), *(f"{key}={value}" for key, value in vars(arguments).items()), sep="; ", flush=True)
+
+    def saw(label: str, change: Any, bits: float) -> None:
+        start = time.monotonic()
+        found[label] = values(paired, measures, change, label) | {"bits": bits}
+        print(f"{label}: {time.monotonic() - start:.0f} s", flush=True)
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        (arguments.out / "metrics.json").write_text(json.dumps(found))
+
     for row in ROWS:
         if arguments.only and not any(word in row.label for word in arguments.only):
             continue
-        start = time.monotonic()
         quantized, about = made(setup, row)
+        saw(row.label, partial(applied, setup.model, quantized, dequantize=True), about["average_bits"])
+    for folder in arguments.runs:
+        quantized = load(folder / MODEL)
         change = partial(applied, setup.model, quantized, dequantize=True)
-        found[row.label] = values(paired, measures, change, row.label) | {"bits": about["average_bits"]}
-        print(f"{row.label}: {time.monotonic() - start:.0f} s", flush=True)
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        (arguments.out / "metrics.json").write_text(json.dumps(found))
-    found[CONTROL] = values(paired, measures, partial(rounded_to_bfloat16, setup.model), CONTROL) | {"bits": 16.0}
-    (arguments.out / "metrics.json").write_text(json.dumps(found))
+        saw(folder.name, change, quantized.size().average_bits)
+    saw(CONTROL, partial(rounded_to_bfloat16, setup.model), 16.0)
     show(found)
 
 

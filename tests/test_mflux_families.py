@@ -336,6 +336,30 @@ def _check_export(own: Own, folder: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "quantizer",
+    [
+        ("learned", "updates=2", "num_steps=2", "held_out=1", "pictures=1", "batch_size=1"),
+        ("gptq", "rotation=16", "pictures=1"),
+        ("taqdit", "iterations=2"),
+        ("percentile",),
+    ],
+    ids=lambda quantizer: quantizer[0],
+)
+def test_every_quantizer(quantizer: tuple[str, ...], own: Own, tmp_path: Path) -> None:
+    (tmp_path / "texts.txt").write_text("\n".join([*TEXTS, "one more", "and another"]) + "\n")
+    name, *more = quantizer
+    given = (
+        *(f"model={own.tiny.option}", "model.dtype=float32", f"model.checkpoint={own.files()}", "hydra.run.dir=run"),
+        *("prompts=file", "prompts.path=texts.txt", "num_images=3", "sampler.image_size=[64,64]", "analysis=uniform"),
+        *("sampler.num_steps=3", "timestep_schedule=all", "calibration.images=2", "analysis.weight_bits=4"),
+        *("evaluation.num_images=1", "evaluation.steps=1", f"quantizer={name}", *(f"quantizer.{own}" for own in more)),
+    )
+    well(run_in(tmp_path, *given))
+    assert 5 < read_json(tmp_path / "run" / "metrics.json")["psnr"] < 90
+
+
+@pytest.mark.slow
 def test_mflux_itself_loads_a_stand_in(tmp_path: Path) -> None:
     """Of full width and fewer blocks, which it counts; all other sizes are those in its code."""
     standin.write_mflux_standin(tmp_path, "flux1_schnell", (1, 1), None)
