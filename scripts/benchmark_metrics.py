@@ -6,7 +6,7 @@
 
 Plans are drawn with the same noise as at full precision. Two plans are apart by a measure of pairs where the interval
 of the paired difference (bootstrap over prompts, 95%) leaves out 0, by a measure of sets where the two intervals do not
-meet. Tables are printed in Markdown; ``metrics.json`` in --out has every value.
+meet. Tables are printed in Markdown; ``metrics.json`` in --out has every value, and what it has is not drawn again.
 """
 
 import calib  # isort: skip  (it sees to it that a fast BLAS is loaded before MLX)
@@ -74,26 +74,30 @@ def main() -> None:
     prompts = drawn.prompts[::-1]
     what = (own.evaluate.data_dir, prompts, wanted.num_images, drawn.sampler, wanted.base_seed, 1)
     paired = Paired(setup.model, draw_reference(setup.model, *what), measures)
-    found: dict[str, dict[str, Any]] = {}
+    kept = arguments.out / "metrics.json"
+    found: dict[str, dict[str, Any]] = json.loads(kept.read_text()) if kept.exists() else {}
     print(device_name(), *(f"{key}={value}" for key, value in vars(arguments).items()), sep="; ", flush=True)
 
     def saw(label: str, change: Any, bits: float) -> None:
         start = time.monotonic()
         found[label] = values(paired, measures, change, label) | {"bits": bits}
         print(f"{label}: {time.monotonic() - start:.0f} s", flush=True)
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        (arguments.out / "metrics.json").write_text(json.dumps(found))
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.write_text(json.dumps(found))
 
     for row in ROWS:
-        if arguments.only and not any(word in row.label for word in arguments.only):
+        if row.label in found or (arguments.only and not any(word in row.label for word in arguments.only)):
             continue
         quantized, about = made(setup, row)
         saw(row.label, partial(applied, setup.model, quantized, dequantize=True), about["average_bits"])
     for folder in arguments.runs:
+        if folder.name in found:
+            continue
         quantized = load(folder / MODEL)
         change = partial(applied, setup.model, quantized, dequantize=True)
         saw(folder.name, change, quantized.size().average_bits)
-    saw(CONTROL, partial(rounded_to_bfloat16, setup.model), 16.0)
+    if CONTROL not in found:
+        saw(CONTROL, partial(rounded_to_bfloat16, setup.model), 16.0)
     show(found)
 
 
