@@ -23,10 +23,11 @@ from typing import Any
 from calib.analysis.heuristics import allocate
 from calib.base.device import device_name
 from calib.base.layout import MODEL
-from calib.evaluation.measures import MEASURES, Chosen, Gathered, Sources, choose
+from calib.evaluation.measures import Chosen, Gathered, Sources, choose
 from calib.evaluation.metrics import Interval, bootstrap, bootstrap_difference
 from calib.evaluation.paired import Paired, rounded_to_bfloat16
 from calib.evaluation.reference import draw_reference
+from calib.evaluation.titles import TITLES
 from calib.quantization import fit, gptq, rtn
 from calib.quantization.apply import applied
 from calib.quantization.checkpoint import load
@@ -122,7 +123,7 @@ def show(found: Mapping[str, Mapping[str, Any]]) -> None:
     """The table of plans by measures, and the one of what is apart."""
     of_pairs, of_sets = (list(next(iter(found.values()))[kind]) for kind in ("pairs", "sets"))
     names = [*of_pairs, *of_sets]
-    titles = " | ".join(MEASURES[name].title for name in names)
+    titles = " | ".join(TITLES[name].title for name in names)
     print(f"\n| plan | bits a weight | {titles} |\n{'|---' * (len(names) + 2)}|")
     ordered = sorted(found, key=lambda label: -np.mean(found[label]["pairs"]["psnr"]))
     for label in ordered:
@@ -138,11 +139,11 @@ def show(found: Mapping[str, Mapping[str, Any]]) -> None:
         few = sum(differ(found, name, *two, FEW) for two in combinations(plans, 2)) if name in of_pairs else None
         close = [f"{a} / {b}" for a, b in pairwise(plans) if not differ(found, name, a, b)]
         first = "" if few is None else f"{few} ({FEW})"
-        print(f"| {MEASURES[name].title} | {apart} of {count} | {first} | {'; '.join(close) or 'none'} |")
+        print(f"| {TITLES[name].title} | {apart} of {count} | {first} | {'; '.join(close) or 'none'} |")
 
 
 def _cell(name: str, interval: Interval) -> str:
-    form = MEASURES[name].form
+    form = TITLES[name].form
     return f"{form.format(interval.mean)} [{form.format(interval.low)}, {form.format(interval.high)}]"
 
 

@@ -9,8 +9,8 @@ from typing import Any, TypeAlias
 from calib.base.files import read_json
 from calib.base.layout import DETAILS, FIDELITY, METRICS, PAGE
 from calib.dataset import prompt_files
-from calib.evaluation.measures import MEASURES
 from calib.evaluation.metrics import bootstrap
+from calib.evaluation.titles import TITLES
 
 import numpy as np
 import pytest
@@ -98,7 +98,7 @@ def test_the_page_shows_them_with_the_worst_pictures_first(evaluated: Path) -> N
     shown = re.findall(r'alt="([^<>]*?), quantized"', page)
     worst = sorted(range(5), key=lambda place: -distances[place])
     assert [text.replace("&#34;", '"') for text in shown] == [prompts[place] for place in worst]
-    form = MEASURES["lpips_effnet"].form
+    form = TITLES["lpips_effnet"].form
     captions = re.findall(r'<span class="sub">(.*?)</span>', page)
     for place, caption in zip(worst, [c for c in captions if " dB, " in c], strict=True):
         assert f"perceptual distance {form.format(distances[place])}" in caption

@@ -11,8 +11,10 @@ from calib.base.files import read_json
 from calib.base.graphs import watched
 from calib.base.layout import DETAILS, FIDELITY, FULL_PICTURES, METRICS, PAGE, QUANTIZED_PICTURES
 from calib.evaluation.agreement import score_lines
+from calib.evaluation.categories import categories_of
 from calib.evaluation.features.clip_features import ClipFeatures
 from calib.evaluation.measures import Sources, choose
+from calib.evaluation.metrics import Fidelity
 from calib.stages.build import build
 from calib.stages.evaluate import reference_sources
 
@@ -255,7 +257,7 @@ def test_a_run_has_scores_of_both_and_their_difference(calib: Calib, evaluated: 
     lines = (evaluated / "run" / FIDELITY).read_text().splitlines()
     assert any(line.startswith("CLIP score (100·cosine with the prompt)") and line.count("[") == 2 for line in lines)
     assert "CLIP score: of too few prompts to be told from full precision's (paired by prompt, 95%)" in lines
-    assert any(line.startswith("CMMD (U-statistic), lower is closer") and "over subsets" in line for line in lines)
+    assert any(line.startswith("CMMD (U), U-statistic, lower is closer") and "over subsets" in line for line in lines)
     assert any(line.startswith("note: ") and "longer than the CLIP reads" in line for line in lines)
     page = (evaluated / "run" / PAGE).read_text()
     columns = {column["key"] for column in json.loads(well(calib("compare", "run", "--json")).out)["columns"]}
@@ -276,6 +278,19 @@ def test_folders_have_the_same_figures_as_the_run(calib: Calib, evaluated: Path)
     same = ("evaluate", f"run/{FULL_PICTURES}", f"run/{FULL_PICTURES}", "--clip", "clip", "--json")
     equal = json.loads(well(calib(*same, "--metrics", "clip_similarity,cmmd")).out)["measures"]
     assert equal["clip_similarity"]["value"] == 1 and equal["cmmd"]["value"] == 0
+
+
+def test_the_worst_pairs_by_a_score_are_those_that_lost_most_of_it(calib: Calib, evaluated: Path) -> None:
+    """Not those with the lowest scores, which may have had lower ones before."""
+    command = folders("--clip", "clip", "--prompts", f"run/{DETAILS}", measures="clip_score")
+    pairs = json.loads(well(calib(*command, "--json")).out)["pairs"]
+    changes, scores = ([pair[name] for pair in pairs] for name in ("clip_score_change", "clip_score"))
+    assert changes == sorted(changes) and scores != sorted(scores)
+    assert "worst pairs by change of the CLIP score" in well(calib(*command)).out
+    own = Fidelity.from_json(read_json(evaluated / "run" / DETAILS)["quantized"])
+    categories = categories_of("Category", list("abcd"), ["clip_score", "psnr"], own)
+    assert categories.worst_by == "clip_score_change"
+    assert [own.further["clip_score_change"][place] for place in categories.order] == changes
 
 
 def test_another_clip_of_the_same_name_is_another_job(calib: Calib, evaluated: Path, tiny_run: Path) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from calib.base.errors import ConfigError
-from calib.base.layout import ACTIVATIONS, CONFIG, HYDRA, HYDRA_CONFIG, LOCK, METRICS, PLAN, STATUS, STEPS
+from calib.base.layout import ACTIVATIONS, CONFIG, DETAILS, HYDRA, HYDRA_CONFIG, LOCK, METRICS, PLAN, STATUS, STEPS
 from calib.runs.compare.comparison import compare, pareto_front, value_of
 from calib.runs.find import read_runs, short_names
 from calib.runs.record import RunRecord
@@ -50,11 +50,23 @@ def changed(path: Path, **values: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
+def evaluated(run: Path, psnr: float, error: float) -> None:
+    """Give a run values by prompt of these means, of enough prompts to be told from others."""
+    details = json.loads((run / DETAILS).read_text())
+    details["prompts"] += [f"prompt {number}" for number in range(8)]
+    spread = [0.1 * (-1) ** number for number in range(len(details["prompts"]))]
+    own = details["quantized"]
+    own |= {"psnr": [psnr + s for s in spread], "error": [[error * (1 + s)] * len(own["steps"]) for s in spread]}
+    own["ssim"] = [0.9] * len(spread)
+    (run / DETAILS).write_text(json.dumps(details))
+
+
 def sweep_of_copies(run: Path, sweep: Path) -> Path:
     """Three complete runs, one that failed, one whose process was killed, one half deleted, one damaged."""
     for analysis, (psnr, error, size) in FIGURES.items():
         job = copied(run, sweep / f"analysis={analysis}", analysis)
         changed(job / METRICS, psnr=psnr, output_error=error, quantized_bytes=size)
+        evaluated(job, psnr, error)
     failed = copied(run, sweep / "analysis=mse", "mse")
     changed(failed / STATUS, state="failed", error="RuntimeError: out of\nmemory")
     (failed / METRICS).unlink()
@@ -250,16 +262,18 @@ def test_patterns_folders_and_runs_mixed(sweep: Path) -> None:
     assert [run.name for run in runs[:2]] == ["analysis=sensitivity", "analysis=sqnr"]
 
 
-def test_imports(sweep: Path) -> None:
-    """Neither MLX nor Hydra, nor even NumPy."""
+@pytest.mark.parametrize(("which", "loaded"), [("analysis=range", []), ("", ["numpy"])])
+def test_imports(sweep: Path, which: str, loaded: list[str]) -> None:
+    """Neither MLX nor Hydra; NumPy where measures are to be told apart."""
     code = (
         "import sys; from calib.__main__ import main; sys.argv = ['calib', 'compare', sys.argv[1]]\n"
         "try: main()\n"
         "except SystemExit as end: assert not end.code\n"
-        "print([m for m in ('mlx', 'hydra', 'matplotlib', 'diffusionkit', 'numpy') if m in sys.modules])"
+        "print(*(m for m in ('mlx', 'hydra', 'matplotlib', 'diffusionkit', 'scipy', 'numpy') if m in sys.modules))"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(sweep)], env=environment(), capture_output=True, text=True)
-    assert done.stdout.splitlines()[-1] == "[]", done.stderr
+    given = [sys.executable, "-c", code, str(sweep / which)]
+    done = subprocess.run(given, env=environment(), capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1].split() == loaded, done.stderr
 
 
 # Plans

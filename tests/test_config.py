@@ -206,7 +206,7 @@ def test_keys_that_calib_0_3_0_did_not_have_change_no_fingerprint_unless_they_ar
     for key in ("metrics", "reference", "clip", "inception", "by"):
         del before["evaluation"][key]
     assert build(before).fingerprint == built().fingerprint == built("evaluation.metrics=[psnr,ssim]").fingerprint
-    set_otherwise = built("evaluation.metrics=[psnr,ssim,kid_effnet]"), built("evaluation=distribution")
+    set_otherwise = built("evaluation.metrics=[psnr,ssim,kid_effnet]"), built("evaluation=effnet")
     assert len({built().fingerprint, *(own.fingerprint for own in set_otherwise)}) == 3
 
 

@@ -214,10 +214,16 @@ def test_the_card_has_the_runs_figures(job: Path) -> None:
 
 def test_the_card_says_which_prompts_were_seen_and_has_further_measures(job: Path) -> None:
     record = read_run(job / "z-image", "z-image")
-    metrics = {**record.metrics, "prompts_seen": 1, "lpips_effnet": 0.25, "lpips_effnet_low": 0.2}
-    about = {"model": "z", "fingerprint": "0"}
-    card = Card(replace(record, metrics=metrics), about, metrics, [], None, 2, [], 0, [], "mlx")
+    of_sets = {"fid": 123.4, "fid_low": 120.5, "fid_high": 125.25, "kid_effnet": 0.5, "kid_effnet_low": 0.25}
+    metrics = {**record.metrics, "prompts_seen": 1, "lpips_effnet": 0.25, "lpips_effnet_low": 0.2, **of_sets}
+    about, notes = {"model": "z", "fingerprint": "0"}, ["fid: of 2 pictures it is biased"]
+    card = Card(replace(record, metrics=metrics), about, metrics, [], None, 2, notes, [], 0, [], "mlx")
     text = card_text(card)
+    assert "The whole set of 2 pictures against as many of full precision; 95% intervals." in text
+    assert "| FID, lower is closer | 123.4 [120.5, 125.2] |\n" in text
+    assert "| KID (EffNet), lower is closer | 0.5 [0.25] |" in text and "\n- fid: of 2 pictures it is biased\n" in text
+    of_folder = replace(card.record, config={**card.record.config, "evaluation.reference": "somewhere/real"})
+    assert "2 pictures against those of a folder, real;" in card_text(replace(card, record=of_folder))
     assert "Measured on 2 prompts (1 of them calibrated or trained on)" in text
     assert "| perceptual distance (EfficientNet, 0: equal) | 0.2500 [0.2000] |" in text
 

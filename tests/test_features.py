@@ -1,8 +1,13 @@
 """Features by EfficientNet-Lite0: the network, its weights, distances of pairs, and what is kept of them."""
 
 import io
+import os
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from calib.base.errors import CalibError
@@ -10,12 +15,13 @@ from calib.evaluation.features import weights
 from calib.evaluation.features.depthwise import Depthwise
 from calib.evaluation.features.efficientnet import STAGES, EfficientNetLite0
 from calib.evaluation.features.extract import EfficientNetFeatures, prepared
+from calib.evaluation.features.store import Store
 from calib.evaluation.features.weights import read_weights
 
 import mlx.core as mx
 import numpy as np
 import pytest
-from helpers import flip_byte, is_one_clear_line, run_here
+from helpers import contents, environment, flip_byte, is_one_clear_line, run_here, temporaries, wait_until
 from matplotlib import get_data_path
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
@@ -253,3 +259,43 @@ def test_damaged_entries_are_computed_again(tmp_path: Path, damage: str) -> None
 def test_a_cache_that_cannot_be_written_is_none(tmp_path: Path) -> None:
     (tmp_path / "features").write_text("")
     assert EfficientNetFeatures(tmp_path).vectors([shapes(0)]).shape == (1, 1280)
+
+
+KEEPING = """
+import numpy as np
+from pathlib import Path
+from calib.evaluation.features.store import Store
+
+store = Store(Path("cache"))
+while True:
+    for key in ("0" * 64, "1" * 64):
+        store.put(key, np.zeros(1 << 20, np.float32))
+"""
+
+
+def half_written() -> list[Path]:
+    """Files that are being written, and so locked."""
+    with suppress(FileNotFoundError):
+        return [path for path in temporaries(Path("cache")) if path.stat().st_size]
+    return []
+
+
+def test_what_a_killed_writer_leaves_is_removed_by_the_next_one(folder: Path) -> None:
+    """Not while the writer lives, though it may write nothing for a long time; what is kept stays."""
+    writer = subprocess.Popen([sys.executable, "-c", KEEPING], env=environment())
+    try:
+        while not (half := half_written()):
+            wait_until(lambda: bool(half_written()), writer, 0)
+            writer.send_signal(signal.SIGSTOP)
+            os.waitid(os.P_PID, writer.pid, os.WSTOPPED | os.WNOWAIT)
+            if not half_written():  # it was done with it just before
+                writer.send_signal(signal.SIGCONT)
+        Store(Path("cache")).put("aa", np.zeros(3, np.float32))
+        assert half_written() == half
+    finally:
+        writer.kill()
+        writer.wait()
+    before = contents(Path("cache"))
+    assert half_written() == half
+    Store(Path("cache")).put("ab", np.ones(3, np.float32))
+    assert not temporaries(Path("cache")) and contents(Path("cache")).items() > before.items()

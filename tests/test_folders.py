@@ -1,5 +1,7 @@
 """Two folders of pictures drawn by anybody: paired by name, and measured without a model."""
 
+import base64
+import io
 import json
 import shutil
 import struct
@@ -9,9 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeAlias
 
+from calib.base.errors import CalibError
 from calib.cli.commands import names_folders
 from calib.evaluation.folders import compare_folders
 from calib.evaluation.metrics import bootstrap, psnr, ssim
+from calib.evaluation.pictures import read_picture
+from calib.runs.pages.pictures import data_address
 
 import numpy as np
 import pytest
@@ -20,6 +25,17 @@ from numpy.typing import NDArray
 from PIL import Image
 
 Calib: TypeAlias = Callable[..., Outcome]
+#: EXIF's tag of a picture's orientation, and how each value is turned upright.
+TAG = 0x0112
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 COUNT = 5
 
 
@@ -99,6 +115,60 @@ def test_what_does_not_matter(calib: Calib) -> None:
     assert [p["psnr"] for p in after] == [p["psnr"] for p in before]
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_pictures_are_compared_as_they_are_seen(calib: Calib, orientation: int) -> None:
+    """Turned as their EXIF says, as a camera's and an editor's are; what the page shows, too."""
+    before = json.loads(well(calib("a", "b", "--json")).out)
+    exif, image = Image.Exif(), Image.open("b/p0.png")
+    exif[TAG] = orientation
+    undone = {**{own: own for own in range(1, 9)}, 6: 8, 8: 6}[orientation]
+    stored = image if undone == 1 else image.transpose(TURNS[undone])
+    stored.save("b/p0.webp", lossless=True, exif=exif)
+    Path("b/p0.png").unlink()
+    after = json.loads(well(calib("a", "b", "--json", "--html", "page.html")).out)
+    assert [pair["psnr"] for pair in after["pairs"]] == [pair["psnr"] for pair in before["pairs"]]
+    assert after["sizes"] == before["sizes"]
+    (shown, _), (kept, _) = data_address(Path("b/p0.webp")), data_address(Path("a/p0.png"))
+    sizes = [Image.open(io.BytesIO(base64.b64decode(own.partition(",")[2]))).size for own in (shown, kept)]
+    assert sizes == [image.size] * 2 and shown in Path("page.html").read_text()
+
+
+def test_sizes_are_those_that_are_seen(calib: Calib) -> None:
+    """A picture that is stored upright and turned by its EXIF has another size; damaged EXIF turns nothing."""
+    exif = Image.Exif()
+    exif[TAG] = 6
+    image = Image.open("b/p0.png")
+    image.save("b/p0.jpg", exif=exif)
+    Path("b/p0.png").unlink()
+    assert "a/p0.png and b/p0.jpg: of 24×16 and 16×24 pixels" in is_one_clear_line(calib("a", "b"), status=1)
+    image.save("b/p0.jpg", exif=b"Exif\0\0garbage")
+    assert json.loads(well(calib("a", "b", "--json")).out)["sizes"] == {"24x16": COUNT}
+
+
+def test_what_lies_behind_a_cameras_picture_is_not_seen(calib: Calib) -> None:
+    """As in JPEGs with a small copy or a map of brightness behind them."""
+    images = [Image.fromarray(picture(seed)) for seed in (0, 1)]
+    Path("b/p0.png").unlink()
+    found = []
+    for format_, more in (("JPEG", {}), ("MPO", {"save_all": True, "append_images": images[1:]})):
+        images[0].save("b/p0.jpg", format_, **more)
+        found.append(json.loads(well(calib("a", "b", "--json")).out)["measures"])
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("ending", ["png", "jpg", "webp"])
+def test_a_picture_cut_anywhere_is_whole_or_refused(folder: Path, ending: str) -> None:
+    path = folder / f"x.{ending}"
+    Image.fromarray(picture(0)).save(path)
+    content, whole = path.read_bytes(), read_picture(path).pixels
+    for length in range(0, len(content), 7):
+        path.write_bytes(content[:length])
+        try:
+            assert np.array_equal(read_picture(path).pixels, whole)
+        except CalibError as error:
+            assert str(error).startswith(f"{path}: ") and "\n" not in str(error)
+
+
 def test_grey_and_equal_pictures_are_noted(calib: Calib) -> None:
     for name in "ab":
         Image.open("a/p0.png").convert("L").save(f"{name}/p0.png")
@@ -156,7 +226,9 @@ BAD: dict[str, tuple[Callable[[], object], tuple[str, ...]]] = {
     "other sizes": (lambda: save(picture(0, (32, 16)), Path("b/p1.png")), ("a/p1.png and b/p1.png", "24×16 and 32×16")),
     "small": (lambda: [save(picture(0, (8, 8)), Path(f"{n}/p1.png")) for n in "ab"], ("a/p1.png: of 8×8", "needs 11")),
     "truncated": (truncated, ("b/p3.png: cannot be read as a PNG",)),
-    "no picture": (lambda: Path("b/p3.png").write_text("hello"), ("b/p3.png: cannot be read as a PNG",)),
+    "no picture": (lambda: Path("b/p3.png").write_text("hello"), ("b/p3.png: is no PNG, JPEG or WebP picture",)),
+    "no bytes": (lambda: Path("b/p3.png").write_text(""), ("b/p3.png: is empty",)),
+    "of another format": (lambda: Image.open("a/p3.png").save("b/p3.png", "GIF"), ("b/p3.png: is no PNG, JPEG",)),
     "animated PNG": (lambda: animated(Path("b/p3.png")), ("b/p3.png: is animated (3 frames)",)),
     "animated GIF": (lambda: animated(Path("b/p9.gif")), ("b/p9.gif: pictures are read as PNG, JPEG or WebP",)),
     "16 bits": (lambda: sixteen_bits(Path("a/p3.png")), ("a/p3.png: has 16 bits a channel; convert it to 8",)),
@@ -183,6 +255,8 @@ def test_bad_input_is_one_line(calib: Calib, case: str) -> None:
         (("a", "b", "--metrics", "psrn"), "--metrics=psrn: no such measure. Did you mean 'psnr'?"),
         (("a", "b", "--metrics", "psnr,psnr"), "--metrics: psnr is named twice"),
         (("a", "b", "--worst", "x"), "'x' is not a number of pairs"),
+        (("a", "b", "--html", "a"), "--html=a: is a folder; name a file"),
+        (("a", "b", "--json", "a/p0.png/x"), "--json=a/p0.png: cannot be written (Not a directory)"),
         (("--json",), "required: DIR_A, DIR_B"),
         (("run", "plan=x"), "run: comes first, one at a time"),
         (("report", "plan=x"), "report: neither a flag nor a setting"),

@@ -45,9 +45,10 @@ def pictures(folder: Path) -> Path:
 @absent
 @pytest.mark.parametrize("name", NAMES)
 def test_what_to_install_is_one_line(pictures: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
-    for arguments in (("evaluate", "a", "b", "--metrics", name), (f"evaluation.metrics=[{name}]", "hydra.run.dir=run")):
+    settings = (f"evaluation.metrics=[{name}]", "evaluation=distribution")
+    for arguments in (("evaluate", "a", "b", "--metrics", name), *((own, "hydra.run.dir=run") for own in settings)):
         line = is_one_clear_line(run_here(arguments, capsys))
-        assert "pip install torch-fidelity==0.4.0, or uv sync --group fid" in line
+        assert "pip install torch-fidelity==0.4.0, or uv sync --group fid" in line and "fd_effnet do without" in line
     assert not Path("run").exists() and run_here(("evaluate", "a", "b"), capsys).status == 0
 
 
@@ -95,6 +96,13 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("weights") / "inception.pth"
     torch.save(made, path)
     return path
+
+
+def others(weights: Path, path: Path) -> None:
+    """Write other weights of the same layout to ``path``."""
+    import torch
+
+    torch.save({name: own * 0.9 if own.ndim == 4 else own for name, own in torch.load(weights).items()}, path)
 
 
 DIRECTLY = """
@@ -159,15 +167,21 @@ def test_a_run_has_the_figures_of_its_pictures(
     notes = read_json(Path("run", DETAILS))["notes"]
     assert [note.partition(":")[0] for note in notes] == ["kid", "precision"]
     assert all(html.escape(note) in page for note in notes)
-    assert "Already complete" in well(run_here(("evaluate", *asked, "hydra.run.dir=run"), capsys)).out
+    again = ("evaluate", *asked, "hydra.run.dir=run", f"evaluation.inception={folder / 'w.pth'}", "report=none")
+    Path("w.pth").write_bytes(weights.read_bytes())
+    well(run_here(again, capsys))
+    assert read_json(Path("run", METRICS))["kid"] == own["kid"]
+    assert "Already complete" in well(run_here(again, capsys)).out
+    others(weights, Path("w.pth"))
+    assert "Already complete" not in well(run_here(again, capsys)).out
+    assert read_json(Path("run", METRICS))["kid"] != own["kid"]
 
 
 @installed
 def test_pictures_of_different_sizes(folder: Path, weights: Path) -> None:
     """As a reference has them: each gives what it gives by itself."""
     given = [picture(0), picture(1, (40, 30)), picture(2), picture(3, (40, 30))]
-    extractor = inception.InceptionFeatures(folder / "cache", weights)
-    alone = inception.InceptionFeatures(folder / "none", weights)
+    extractor, alone = (inception.InceptionFeatures(folder / cache, weights, "key") for cache in ("cache", "none"))
     expected = np.concatenate([alone.vectors([own]) for own in given])
     np.testing.assert_array_equal(extractor.vectors(given), expected)
     np.testing.assert_array_equal(extractor.vectors(given[::-1]), expected[::-1])
@@ -220,9 +234,10 @@ def test_a_file_that_is_something_else_is_one_line(
     make, words = BAD[case]
     make(weights.read_bytes())
     settings = ("evaluation.metrics=[kid]", "evaluation.inception=w.pth", "hydra.run.dir=run")
-    for arguments in (("evaluate", "a", "b", "--metrics", "kid", "--inception", "w.pth"), settings):
+    of_folders = ("evaluate", "a", "b", "--metrics", "kid", "--inception", "w.pth")
+    for key, arguments in {"--inception": of_folders, "evaluation.inception": settings}.items():
         line = is_one_clear_line(run_here(arguments, capsys))
-        assert line.startswith("w.pth: ") and words in line, line
+        assert line.startswith(f"{key}=w.pth: ") and words in line, line
     assert not Path("run").exists() and not Path("harmed").exists(), "nothing in it is executed"
 
 
@@ -246,7 +261,7 @@ def test_weights_that_cannot_be_downloaded(
     outcome = run_here(command, capsys)
     said, line = outcome.err.splitlines()
     assert outcome.status == 1 and said.startswith("Downloading: "), "by torch"
-    assert "cannot download" in line and URL_INCEPTION_V3 in line and "--inception FILE" in line
+    assert "cannot download" in line and URL_INCEPTION_V3 in line and "--inception=FILE" in line
     no_network.mkdir(parents=True, exist_ok=True)
     kept = no_network / URL_INCEPTION_V3.rpartition("/")[2]
     kept.write_bytes(weights.read_bytes()[:1000])

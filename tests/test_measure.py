@@ -287,7 +287,9 @@ def test_nothing_is_measured_twice(ask: Ask, tmp_path: Path, capsys: pytest.Capt
 def test_what_is_missing_is_measured(ask: Ask, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first = ask()
     capsys.readouterr()
+    (half := cached(tmp_path).with_name(f".{cached(tmp_path).name}.x.tmp")).write_text("of a killed process")
     more = ask(layers=(*FEW, "mm_block_1.text.attn.q_proj"))
+    assert not half.exists()
     assert trials(capsys) == 6, "another layer"
     groups = ask(sizes=[32, 64])
     assert trials(capsys) == 2 * 6, "another group size"

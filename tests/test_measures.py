@@ -2,21 +2,22 @@
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from calib.base.files import read_json, write_json
 from calib.base.layout import DETAILS, FIDELITY, FULL_PICTURES, METRICS, PAGE, QUANTIZED_PICTURES
 from calib.evaluation.measures import MEASURES, check_names
+from calib.evaluation.titles import TITLES
 from calib.runs.compare.columns import metric_of
-from calib.runs.compare.comparison import compare
-from calib.runs.find import read_runs
 from calib.runs.pages.run import run_page
+from calib.stages.build import build
+from calib.stages.evaluate import reference_sources
 
 import pytest
 from helpers import Outcome, check_config_error, is_one_clear_line, run_here, run_in, well
+from test_config import composed
 from test_folders import BAD
 
 Calib: TypeAlias = Callable[..., Outcome]
@@ -25,6 +26,7 @@ SETS = ("kid_effnet", "fd_effnet", "fid", "kid", "precision", "recall", "cmmd")
 ALL = f"evaluation.metrics=[psnr,ssim,{','.join(OFFLINE)}]"
 #: Of their own, as other tests compare what lies beside the shared run.
 DATA = "data_dir=dataset"
+HALF = "calibration_cache/evaluation/.control.json.x.tmp"
 SIZES = ("evaluation.num_images=4", "evaluation.steps=2", "sampler.num_steps=4", "sampler.batch_size=2")
 
 
@@ -32,6 +34,8 @@ SIZES = ("evaluation.num_images=4", "evaluation.steps=2", "sampler.num_steps=4",
 def evaluated(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the run directory ``all`` of an evaluation by all measures, and the cache that it filled."""
     folder = tmp_path_factory.mktemp("measures")
+    (folder / HALF).parent.mkdir(parents=True)
+    (folder / HALF).write_text("of a killed process")
     well(run_in(folder, "evaluate", f"plan={tiny_run}", DATA, ALL, *SIZES, "hydra.run.dir=all"))
     return folder
 
@@ -70,13 +74,12 @@ def test_a_report_shows_them_with_intervals_and_the_control(evaluated: Path) -> 
     row = next(line for line in lines if line.startswith("perceptual distance (EfficientNet, 0: equal)"))
     assert row.count("[") == 2
     assert any(
-        line.startswith("KID (EfficientNet), lower is closer") and "over subsets of 2 pictures" in line
-        for line in lines
+        line.startswith("KID (EffNet), lower is closer: ") and "over subsets of 2 pictures" in line for line in lines
     )
-    assert any(line.startswith("Fréchet distance (EfficientNet), lower is closer") for line in lines)
+    assert any(line.startswith("FD (EffNet), Fréchet distance, lower is closer: ") for line in lines)
     assert any(line.startswith("note: fd_effnet: of 4 pictures") for line in lines)
     metrics = read_json(evaluated / "all" / METRICS)
-    assert 0 < metrics["control_lpips_effnet"] < metrics["lpips_effnet"]
+    assert 0 < metrics["control_lpips_effnet"] < metrics["lpips_effnet"] and not (evaluated / HALF).exists()
 
 
 def test_a_page_and_comparisons_show_them(calib: Calib, evaluated: Path) -> None:
@@ -102,26 +105,10 @@ def test_prompts_seen_in_training_are_noted(calib: Calib, evaluated: Path) -> No
     assert "note: evaluated on prompts that were calibrated or trained on, which say little of others: seen (3)" in out
 
 
-#: Changes of the second of two runs' figures, and which are marked as the best: of sets where intervals are apart.
-RANKED: Mapping[str, tuple[Mapping[str, float], list[bool]]] = {
-    "apart": ({"kid_effnet": 1.0, "kid_effnet_low": 0.9, "kid_effnet_high": 1.1}, [True, False]),
-    "overlapping": ({"kid_effnet": 1.0, "kid_effnet_low": -9.0, "kid_effnet_high": 11.0}, [False, False]),
-    "of pairs": ({"psnr": 99.0, "psnr_low": 0.0, "psnr_high": 199.0}, [False, True]),
-}
-
-
-@pytest.mark.parametrize("case", RANKED)
-def test_the_best_of_sets_are_those_that_intervals_tell_apart(evaluated: Path, case: str) -> None:
-    changes, expected = RANKED[case]
-    (run,) = read_runs([str(evaluated / "all")])
-    other = replace(run, name="other", metrics={**run.metrics, **changes})
-    best = compare([run, other]).best[next(iter(changes))]
-    assert [own.name in best for own in (run, other)] == expected
-
-
-@pytest.mark.parametrize("name", MEASURES)
-def test_tables_of_measures_agree(name: str) -> None:
-    assert metric_of(name).better == ("higher" if MEASURES[name].higher else "lower")
+def test_every_measure_has_a_title_and_belongs_to_pairs_or_sets() -> None:
+    assert [*MEASURES, "output_error"] == list(TITLES)
+    for name, measure in MEASURES.items():
+        assert TITLES[name].of_sets == (measure.sets is not None) == (measure.pair is None and measure.seen is None)
 
 
 def test_a_reference_of_the_users_own(calib: Calib, evaluated: Path, tiny_run: Path) -> None:
@@ -139,6 +126,18 @@ def test_a_reference_of_the_users_own(calib: Calib, evaluated: Path, tiny_run: P
     assert "Already complete" not in well(calib(*command)).out
 
 
+def test_other_weights_of_inception_are_another_job(folder: Path) -> None:
+    """By their content; where nothing is drawn they are not read."""
+    asked = ("evaluation.metrics=[kid]", "evaluation.inception=w.pth")
+    found = []
+    for content in ("a", "b", "a"):
+        Path("w.pth").write_text(content)
+        found.append(reference_sources(build(composed(*asked))))
+    assert found[0] == found[2] != found[1]
+    Path("w.pth").unlink()
+    assert reference_sources(build(composed(*asked, "evaluation.num_images=0"))) == []
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
@@ -146,11 +145,18 @@ def test_a_reference_of_the_users_own(calib: Calib, evaluated: Path, tiny_run: P
         (("evaluation.metrics=[ssim,ssim]",), "evaluation.metrics: ssim is named twice"),
         (("evaluation.metrics=[kid_effnet]", "evaluation.num_images=3"), "of 4 pictures or more, and there are 3"),
         (("evaluation.reference=own",), f"it is what {', '.join(SETS)} compare with"),
-        (("evaluation.inception=x.pth",), "it is what fid, kid, precision, recall are by; name one, or leave it out"),
+        (
+            ("evaluation.inception=x.pth",),
+            "evaluation.inception=x.pth: no measure that is asked for reads it; it is for f",
+        ),
+        (
+            ("evaluation.clip=x", "evaluation=none"),
+            "evaluation.clip=x: no measure that is asked for reads it; it is for c",
+        ),
         (("evaluation.metrics=[precision]", "evaluation.num_images=7"), "of 8 pictures or more, and there are 7"),
-        (("evaluation=distribution", "evaluation.reference=few"), "of 4 pictures or more, and there are 1"),
-        (("evaluation=distribution", "evaluation.reference=none"), "none: cannot be read as a folder of pictures"),
-        (("evaluation=distribution", "evaluation.reference=empty"), "empty: no picture in it"),
+        (("evaluation=effnet", "evaluation.reference=few"), "of 4 pictures or more, and there are 1"),
+        (("evaluation=effnet", "evaluation.reference=none"), "none: cannot be read as a folder of pictures"),
+        (("evaluation=effnet", "evaluation.reference=empty"), "empty: no picture in it"),
     ],
 )
 def test_wrong_settings_are_one_line(calib: Calib, evaluated: Path, settings: tuple[str, ...], words: str) -> None:

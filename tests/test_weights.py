@@ -38,7 +38,9 @@ def test_measured_once(layers: dict[str, nn.Module], tmp_path: Path) -> None:
 
 def test_further_layers(layers: dict[str, nn.Module], tmp_path: Path) -> None:
     cached_weight_sqnr(tmp_path, "0123", ["a"], lambda: layers)
+    (half := tmp_path / "weights" / ".0123.json.x.tmp").write_text("of a killed process")
     cached_weight_sqnr(tmp_path, "0123", ["zero"], lambda: {"zero": layers["zero"]})
+    assert not half.exists()
     assert set(cached_weight_sqnr(tmp_path, "0123", NAMES[:2], never)) == {"a", "zero"}
 
 

@@ -7,7 +7,7 @@ from typing import cast
 
 from calib.base.affine import DEFAULT_GROUP_SIZE, WEIGHT_BITS
 from calib.base.errors import CalibError, Unsettled
-from calib.base.files import read_json, write_json
+from calib.base.files import read_json, remove_abandoned, write_json
 from calib.base.locks import locked
 from calib.base.progress import Progress, say
 from calib.models.packed import Packed
@@ -52,6 +52,7 @@ def cached_weight_sqnr(
     known = _known(path)
     if not set(names) <= set(known):
         with locked(path.with_suffix(".lock"), lambda: say(f"waiting for the process that measures weights ({path})")):
+            remove_abandoned(path.parent)  # what a killed process was writing
             known = _known(path)
             _measure([name for name in names if name not in known], layers, known)
             write_json(path, known)

@@ -27,7 +27,7 @@ from calib.analysis.tables import Table, read_table, reducing, shares_of, tables
 from calib.base.affine import GROUP_SIZES, WEIGHT_BITS
 from calib.base.device import on_gpu
 from calib.base.errors import CalibError
-from calib.base.files import read_json, short_hash, write_json
+from calib.base.files import read_json, remove_abandoned, short_hash, write_json
 from calib.base.locks import locked
 from calib.base.progress import Progress, note, readable_bytes, say
 from calib.models.architecture import Architecture
@@ -127,6 +127,7 @@ def gradient_sensitivities(
     }
     folder = cache_dir / "gradients" / short_hash(made_by, digits=16)
     with locked(folder.with_suffix(".lock"), lambda: say(f"waiting for the process that measures the same ({folder})")):
+        remove_abandoned(folder)  # what a killed process was writing
         of, tables = _found(work, folder, of, probes)
     doubt, found, named = None, list(tables.values()), list(dict.fromkeys(name for name, _, _ in options))
     importance = np.mean([table["outputs"] / (table["outputs"].max() or 1) for table in found], axis=0)

@@ -17,7 +17,7 @@ from calib.analysis.run_trials import TrialRunner
 from calib.analysis.sensitivities import INPUT_BITS, Of, Sensitivities
 from calib.analysis.trials import Task, Trial, TrialCache
 from calib.base.affine import GROUP_SIZES, WEIGHT_BITS
-from calib.base.files import short_hash
+from calib.base.files import remove_abandoned, short_hash
 from calib.base.locks import locked
 from calib.base.progress import say
 from calib.base.versions import numerics_of
@@ -70,6 +70,7 @@ def measure(
     known = TrialCache(cache_dir / "sensitivity" / f"{short_hash(described, digits=16)}.json", described)
     waiting = f"waiting for the process that measures the same sensitivities ({known.path})"
     with locked(known.path.with_suffix(".lock"), lambda: say(waiting)):
+        remove_abandoned(known.path.parent)  # what a killed process was writing
         known.load()
         todo = _todo(known, trials, points, input_ranges)
         if todo:

@@ -32,24 +32,30 @@ UMASK = _umask()
 
 
 @contextmanager
-def replacing(path: Path, lock: bool = True) -> Iterator[Path]:
+def replacing(path: Path, lock: bool = True, beside: Path | None = None, sync: bool = True) -> Iterator[Path]:
     """Yield a temporary path beside ``path``, which is synced and renamed to ``path`` unless the body raises.
 
     The temporary file is locked while its writer lives; an unlocked one was left by a killed process. Not so without
     ``lock``, for a writer in a folder that is its own, and whose library may lock the file.
+
+    Args:
+        beside: a path of the same file system, beside which the temporary one is made instead.
+        sync: False for files whose readers find what a power cut leaves of them, and do without.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = _new_temporary(path, lock)
+    handle, temporary = _new_temporary(beside or path, lock)
     try:
         try:
             yield temporary
-            _sync(handle)
+            if sync:
+                _sync(handle)
             temporary.chmod(0o666 & ~UMASK)
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
             os.close(handle)  # with its lock, which readers of the finished file would meet
-        sync_folder(path.parent)
+        if sync:
+            sync_folder(path.parent)
     except OSError as error:
         if error.filename in (str(temporary), None):
             error.filename = str(path)

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from calib.base.encoding import print_documents
-from calib.base.files import write_json, write_text
+from calib.base.errors import ConfigError
+from calib.base.files import check_writable, write_json, write_text
 from calib.cli.parser import Parser
 
 HELP = """Compares the pictures in DIR_B with those of the same name in DIR_A, whoever drew them; no model is needed.
@@ -58,11 +59,13 @@ def folders_command(arguments: Sequence[str]) -> int:
         "--cache-dir", type=Path, default=Path("calibration_cache"), metavar="DIR", help="of features (%(default)s)"
     )
     given = parser.parse_args(arguments)
+    _check_output("--html", given.html)
+    _check_output("--json", None if given.json in (None, "-") else Path(given.json))
     from calib.evaluation.folders import compare_folders
     from calib.evaluation.folders_report import folders_json, folders_text
     from calib.evaluation.measures import Sources
 
-    sources = Sources(given.cache_dir, given.clip, "--clip", given.inception)
+    sources = Sources(given.cache_dir, given.clip, given.inception, "--clip", "--inception")
     found = compare_folders(given.a, given.b, given.metrics.split(","), sources, given.prompts)
     if given.html is not None:
         from calib.runs.pages.folders import folders_page
@@ -78,6 +81,14 @@ def folders_command(arguments: Sequence[str]) -> int:
         print(f"json: {given.json}", file=sys.stderr)
     print(folders_text(found, given.worst), end="")
     return 0
+
+
+def _check_output(flag: str, path: Path | None) -> None:
+    """Raise where a file cannot be written in the end, before anything is computed."""
+    if path is not None:
+        check_writable(flag, path.parent)
+        if path.is_dir():
+            raise ConfigError.bad_value(flag, path, "is a folder; name a file")
 
 
 def _count(text: str) -> int:

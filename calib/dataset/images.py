@@ -18,7 +18,7 @@ from calib.dataset.store import SAMPLES, StateDtype, StorageFormat, UnstorableLa
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
 IMAGES, LATENTS = "images", "latents"
@@ -48,6 +48,14 @@ def open_picture(path: Path) -> Iterator[Image.Image]:
             if math.prod(picture.size) > MOST_PIXELS:
                 raise ValueError(f"announces more than {MOST_PIXELS:,} pixels")
             yield picture
+
+
+def upright(picture: Image.Image) -> Image.Image:
+    """A picture as it is seen: turned as its EXIF says; as it is stored where that says nothing, or is damaged."""
+    try:
+        return ImageOps.exif_transpose(picture)
+    except Exception:  # of damaged EXIF; pixels that cannot be read are found by who reads them next
+        return picture
 
 
 DREW_NAN = "the model drew NaN or infinity"

@@ -4,12 +4,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from calib.base.progress import counted
-from calib.evaluation.measures import MEASURES
+from calib.evaluation.measures import ordering, worst_first
 from calib.evaluation.metrics import FEW_PROMPTS, LEVEL, Fidelity, Interval, bootstrap_columns
-from calib.evaluation.report import ROWS, aligned, cell
+from calib.evaluation.report import aligned, cell
+from calib.evaluation.titles import TITLES
 
 import numpy as np
-from numpy.typing import NDArray
 
 #: Stands for prompts whose cell is empty.
 NO_NAME = "(none)"
@@ -80,25 +80,20 @@ class Categories:
 def categories_of(by: str, of_list: Sequence[str], metrics: Iterable[str], found: Fidelity) -> Categories:
     """Categories of an evaluation's prompts, which are the last of a list; ``of_list`` has those of the whole list.
 
-    The worst are those by the first measure of pairs that was asked for.
+    The worst are those by the first measure of pairs that was asked for, of a score those by its change.
     """
     last = of_list[::-1]
     names = [last[i % len(last)] or NO_NAME for i in range(found.prompts)]
-    return Categories(by, names, next((name for name in metrics if name in found.values()), "psnr"), found)
-
-
-def worst_first(values: NDArray[np.float64], name: str) -> list[int]:
-    """Places of values of the measure ``name``, the worst first."""
-    return [int(place) for place in np.argsort(values if MEASURES[name].higher else -values, kind="stable")]
+    return Categories(by, names, ordering(metrics) or "psnr", found)
 
 
 def category_rows(categories: Categories) -> list[list[str]]:
     """Rows of the table of categories, its head first: name, number of pictures, a cell for each measure."""
     found = categories.intervals()
     measures = list(next(iter(found.values())))
-    rows = [[categories.by, "pictures", *(ROWS[name][0] for name in measures)]]
+    rows = [[categories.by, "pictures", *(TITLES[name].title for name in measures)]]
     for category, intervals in found.items():
-        cells = (cell(ROWS[name][2], intervals[name]) for name in measures)
+        cells = (cell(TITLES[name].form, intervals[name]) for name in measures)
         rows.append([category, str(categories.pictures[category]), *cells])
     return rows
 
@@ -115,7 +110,7 @@ def category_notes(categories: Categories) -> list[str]:
 
 def categories_text(categories: Categories, prompts: Sequence[str]) -> str:
     """The table, its notes, and the worst prompts."""
-    title, _, form = ROWS[categories.worst_by]
+    title, form = TITLES[categories.worst_by].title, TITLES[categories.worst_by].form
     worst, values = categories.order[:WORST], categories.found.values()[categories.worst_by]
     rows = [[form.format(values[place]), categories.names[place], prompts[place]] for place in worst]
     return "".join(

@@ -10,7 +10,17 @@ from calib.base.device import cores
 from calib.base.errors import CalibError, ConfigError
 from calib.base.progress import Progress
 from calib.evaluation.agreement import FORM, read_prompts
-from calib.evaluation.measures import DEFAULT, MEASURES, Chosen, Sources, check_inception, check_names, choose
+from calib.evaluation.measures import (
+    DEFAULT,
+    MEASURES,
+    Chosen,
+    Sources,
+    check_names,
+    check_sources,
+    choose,
+    ordering,
+    worst_first,
+)
 from calib.evaluation.metrics import MOST_PSNR, WINDOW, Interval, bootstrap_columns
 from calib.evaluation.pictures import Picture, matched, pictures_in, read_picture
 from calib.evaluation.sets import SetDistance
@@ -51,12 +61,16 @@ class FolderComparison:
         return dict(zip(self.values, bootstrap_columns(columns), strict=True))
 
     @property
+    def worst_by(self) -> str | None:
+        """The measure by which pairs are ordered; None where there is none of pairs."""
+        return ordering(self.values)
+
+    @property
     def order(self) -> list[int]:
-        """Places of the pairs, worst first by the first measure of pairs."""
-        if not self.values:
+        """Places of the pairs, worst first by :attr:`worst_by`; of none, in the order of their names."""
+        if self.worst_by is None:
             return list(range(len(self.pairs)))
-        name, own = next(iter(self.values.items()))
-        return [int(place) for place in np.argsort(own if MEASURES[name].higher else -own, kind="stable")]
+        return worst_first(self.values[self.worst_by], self.worst_by)
 
 
 def compare_folders(
@@ -72,7 +86,7 @@ def compare_folders(
     """
     pairs = matched(a, b)
     check_names("--metrics", names, len(pairs))
-    check_inception("--inception", sources.inception, names)
+    check_sources(names, sources)
     texts = _texts(prompts, names, list(pairs))
     chosen = choose(names, sources)
     values: dict[str, list[NDArray[np.float64]]] = {name: [] for name in chosen.pairs}

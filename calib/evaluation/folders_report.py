@@ -6,8 +6,8 @@ from typing import Any
 from calib.base.progress import counted
 from calib.evaluation.agreement import cut_lines, score_lines
 from calib.evaluation.folders import FolderComparison
-from calib.evaluation.measures import MEASURES
 from calib.evaluation.metrics import FEW_PROMPTS, LEVEL, MOST_PSNR
+from calib.evaluation.titles import TITLES
 
 import numpy as np
 
@@ -33,7 +33,7 @@ def folders_json(found: FolderComparison) -> dict[str, Any]:
 
 
 def _figures(found: FolderComparison, name: str) -> dict[str, Any]:
-    about = {"title": MEASURES[name].title, "better": "higher" if MEASURES[name].higher else "lower"}
+    about = {"title": TITLES[name].title, "better": TITLES[name].better}
     if name in found.sets:
         own = found.sets[name]
         return {**about, "value": own.value, "low": own.low, "high": own.high, **own.further}
@@ -66,7 +66,7 @@ def folders_text(found: FolderComparison, most: int) -> str:
     one, other = found.folders
     lines = [f"{one} and {other}: {counted(len(found.pairs), 'pair')}", *_aligned(measure_rows(found), (1, 2))]
     if found.values and most:
-        heads = [worst_pairs(found), *(MEASURES[name].title for name in found.values)]
+        heads = [worst_pairs(found), *(TITLES[name].title for name in found.values)]
         names, rows = list(found.pairs), []
         for place in found.order[:most]:
             rows.append([names[place], *(shown(name, float(own[place])) for name, own in found.values.items())])
@@ -80,25 +80,24 @@ def measure_rows(found: FolderComparison) -> list[list[str]]:
     """Rows of the table of measures, its head first: name, value, interval, remark."""
     rows = [["", "value" if found.sets else "mean", f"{LEVEL:.0%} interval", ""]]
     for name, interval in found.intervals.items():
-        own = MEASURES[name]
+        own = TITLES[name]
         low, mean, high = (own.form.format(value) for value in (interval.low, interval.mean, interval.high))
-        rows.append([f"{own.title} ({own.how})", mean, f"[{low}, {high}]", ""])
+        rows.append([own.label, mean, f"[{low}, {high}]", ""])
     for name, distance in found.sets.items():
-        own = MEASURES[name]
+        own = TITLES[name]
         low, value, high = (own.form.format(v) for v in (distance.low, distance.value, distance.high))
-        rows.append([f"{own.title}, {own.how}", value, f"[{low}, {high}]", distance.text])
+        rows.append([own.label, value, f"[{low}, {high}]", distance.text])
     return rows
 
 
 def worst_pairs(found: FolderComparison) -> str:
     """A heading of the pairs in their order, which says by what the worst are first; of none, 'pairs'."""
-    first = next(iter(found.values), None)
-    return "pairs" if first is None else f"worst pairs by {MEASURES[first].title}"
+    return "pairs" if found.worst_by is None else f"worst pairs by {TITLES[found.worst_by].title}"
 
 
 def shown(name: str, value: float) -> str:
     """A value of a measure for people; 'equal' for an infinite one."""
-    return MEASURES[name].form.format(value) if np.isfinite(value) else "equal"
+    return TITLES[name].form.format(value) if np.isfinite(value) else "equal"
 
 
 def _aligned(rows: Sequence[Sequence[str]], right: Collection[int]) -> list[str]:

@@ -1,8 +1,7 @@
-"""The table of measures of pictures: what each is called, how it reads, what it needs, how it is computed.
+"""The table of measures of pictures: what each needs, how it is computed.
 
 A measure of pairs gives a value for each pair of pictures; a measure of sets one value for two sets, from vectors that
-an extractor makes of every picture. To add a measure is to add an entry, here and where tables show it
-(:mod:`calib.runs.compare.columns`).
+an extractor makes of every picture. To add a measure is to add an entry, here and to :mod:`calib.evaluation.titles`.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,6 +14,7 @@ from calib.base.errors import ConfigError, suggest
 from calib.evaluation.features.inception import InceptionFeatures, fid, kid, precision, recall
 from calib.evaluation.metrics import psnr, ssim
 from calib.evaluation.sets import FEWEST, SetDistance, frechet_distance, gaussian, kernel_distance
+from calib.evaluation.titles import TITLES
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,38 +47,35 @@ class Sources:
     Attributes:
         cache_dir: the folder of caches.
         clip: the CLIP that the user names by ``clip_key``.
-        inception: a file of Inception's weights; None: torch-fidelity downloads them.
+        inception: a file of Inception's weights, by ``inception_key``; None: torch-fidelity downloads them.
     """
 
     cache_dir: Path
     clip: str | None = None
-    clip_key: str = "evaluation.clip"
     inception: Path | None = None
+    clip_key: str = "evaluation.clip"
+    inception_key: str = "evaluation.inception"
 
 
 @dataclass(frozen=True)
 class Measure:
-    """How a measure is shown: its title, how to read it, the format of its numbers, whether higher ones are better.
+    """How a measure is computed; how it is shown is in :data:`~calib.evaluation.titles.TITLES`.
 
     Attributes:
         extractor: opens what it needs; raises a ConfigError where a package or a CLIP is missing, or a file is
             something else.
         pair: the value of two pictures, for one that needs no extractor.
         seen: values of pairs by its extractor, for one of pairs, with the prompt of each where it is ``of_texts``.
-        beside: measures that come with it.
+        change: the measure, which comes with it, of what became of its value in a pair; by that pairs are ordered.
         sets: the distance of two sets, of vectors, for one of sets; whether these are paired; and a name for a bar.
         fewest: pictures that one of sets is of at least.
     """
 
-    title: str
-    how: str
-    form: str
-    higher: bool
     extractor: Callable[[Sources], Extractor] | None = None
     pair: Callable[[Picture, Picture], float] | None = None
     seen: Callable[[Any, Sequence[tuple[Pixels, Pixels]], Sequence[str]], NDArray[np.float64]] | None = None
     of_texts: bool = False
-    beside: Sequence[str] = ()
+    change: str | None = None
     sets: Callable[[NDArray[Any], NDArray[Any], bool, str], SetDistance] | None = None
     fewest: int = FEWEST
 
@@ -103,7 +100,7 @@ def clip(sources: Sources) -> "ClipFeatures":
 
 def inception(sources: Sources) -> Extractor:
     """Inception's features, by torch-fidelity."""
-    return InceptionFeatures(sources.cache_dir, sources.inception)
+    return InceptionFeatures(sources.cache_dir, sources.inception, sources.inception_key)
 
 
 def _change(features: "ClipFeatures", pairs: Sequence[tuple[Pixels, Pixels]], texts: Sequence[str]) -> Any:
@@ -112,39 +109,24 @@ def _change(features: "ClipFeatures", pairs: Sequence[tuple[Pixels, Pixels]], te
 
 
 MEASURES: Mapping[str, Measure] = {
-    "psnr": Measure("PSNR", "dB, higher is closer", "{:.2f}", True, pair=psnr),
-    "ssim": Measure("SSIM", "1: equal", "{:.4f}", True, pair=ssim),
-    "lpips_effnet": Measure(
-        *("perceptual distance", "EfficientNet, 0: equal", "{:.4f}", False, efficientnet),
-        seen=lambda features, pairs, texts: features.distances(pairs),
-    ),
-    "kid_effnet": Measure("KID (EfficientNet)", "lower is closer", "{:.4g}", False, efficientnet, sets=kernel_distance),
-    "fd_effnet": Measure(
-        "Fréchet distance (EfficientNet)", "lower is closer", "{:.4g}", False, efficientnet, sets=frechet_distance
-    ),
-    "fid": Measure("FID", "lower is closer", "{:.4g}", False, inception, sets=fid),
-    "kid": Measure("KID", "lower is closer", "{:.4g}", False, inception, sets=kid),
-    "precision": Measure(
-        "precision", "1: all within the reference", "{:.4f}", True, inception, sets=precision, fewest=8
-    ),
-    "recall": Measure("recall", "1: all of the reference", "{:.4f}", True, inception, sets=recall, fewest=8),
-    "clip_similarity": Measure(
-        *("CLIP similarity", "cosine, 1: equal", "{:.4f}", True, clip),
-        seen=lambda features, pairs, texts: features.similarities(pairs),
-    ),
+    "psnr": Measure(pair=psnr),
+    "ssim": Measure(pair=ssim),
+    "lpips_effnet": Measure(efficientnet, seen=lambda features, pairs, texts: features.distances(pairs)),
+    "kid_effnet": Measure(efficientnet, sets=kernel_distance),
+    "fd_effnet": Measure(efficientnet, sets=frechet_distance),
+    "fid": Measure(inception, sets=fid),
+    "kid": Measure(inception, sets=kid),
+    "precision": Measure(inception, sets=precision, fewest=8),
+    "recall": Measure(inception, sets=recall, fewest=8),
+    "clip_similarity": Measure(clip, seen=lambda features, pairs, texts: features.similarities(pairs)),
     "clip_score": Measure(
-        *("CLIP score", "100·cosine with the prompt", "{:.2f}", True, clip),
+        clip,
         seen=lambda features, pairs, texts: features.scores([after for _, after in pairs], texts),
         of_texts=True,
-        beside=("clip_score_change",),
+        change="clip_score_change",
     ),
-    "clip_score_change": Measure(
-        *("change of the CLIP score", "0: the reference's", "{:+.2f}", True, clip), seen=_change, of_texts=True
-    ),
-    "cmmd": Measure(
-        *("CMMD (U-statistic)", "lower is closer", "{:.4g}", False, clip),
-        sets=partial(kernel_distance, kernel=gaussian),
-    ),
+    "clip_score_change": Measure(clip, seen=_change, of_texts=True),
+    "cmmd": Measure(clip, sets=partial(kernel_distance, kernel=gaussian)),
 }
 
 
@@ -245,28 +227,38 @@ def check_names(key: str, names: Sequence[str], pictures: int | None = None) -> 
             raise ConfigError(f"{key}={name}: is of {fewest} pictures or more, and there are {pictures}")
 
 
-def check_inception(key: str, weights: Path | None, names: Sequence[str]) -> None:
-    """Raise where ``weights`` of Inception are named by ``key``, and no measure is by them."""
-    by_it = [name for name, measure in MEASURES.items() if measure.extractor is inception]
-    if weights is not None and not set(by_it) & set(names):
-        allowed = f"it is what {', '.join(by_it)} are by; name one, or leave it out"
-        raise ConfigError(f"{key}={weights}: {allowed}")
+def check_sources(names: Sequence[str], sources: Sources) -> None:
+    """Raise where a CLIP or a file of weights is named that none of the measures ``names`` reads."""
+    named = {clip: (sources.clip_key, sources.clip), inception: (sources.inception_key, sources.inception)}
+    for extractor, (key, value) in named.items():
+        readers = [name for name, measure in MEASURES.items() if measure.extractor is extractor]
+        if value is not None and not set(readers) & set(names):
+            allowed = f"no measure that is asked for reads it; it is for {', '.join(readers)}"
+            raise ConfigError.bad_value(key, value, allowed)
 
 
 def choose(names: Sequence[str], sources: Sources) -> Chosen:
     """The measures of these names, and those that come with them; opens what they need.
 
     Raises:
-        CalibError: a package or a CLIP that one needs is missing or damaged, or no measure needs the CLIP.
+        CalibError: a package, a CLIP or a file of weights that one needs is missing or damaged.
     """
-    needed = {name: MEASURES[name].extractor for given in names for name in (given, *MEASURES[given].beside)}
-    if sources.clip is not None and clip not in needed.values():
-        measures = ", ".join(name for name, own in MEASURES.items() if own.extractor is clip)
-        allowed = f"no measure that is asked for reads it; it is for {measures}"
-        raise ConfigError.bad_value(sources.clip_key, sources.clip, allowed)
+    every = list(dict.fromkeys(each for given in names for each in (given, MEASURES[given].change) if each is not None))
+    needed = {name: MEASURES[name].extractor for name in every}
     opened = {extractor: extractor(sources) for extractor in needed.values() if extractor is not None}
     sets = {name: opened[e] for name, e in needed.items() if e is not None and MEASURES[name].sets is not None}
     return Chosen({name: e and opened[e] for name, e in needed.items() if name not in sets}, sets)
+
+
+def ordering(names: Iterable[str]) -> str | None:
+    """The measure by which pairs are ordered: the first of pairs among ``names``, or its change; None without one."""
+    first = next((name for name in names if MEASURES[name].sets is None), None)
+    return first and (MEASURES[first].change or first)
+
+
+def worst_first(values: NDArray[np.float64], name: str) -> list[int]:
+    """Places of values of the measure ``name``, the worst first."""
+    return [int(place) for place in np.argsort(values if TITLES[name].higher else -values, kind="stable")]
 
 
 def eight_bits(picture: Picture) -> Pixels:

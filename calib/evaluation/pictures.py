@@ -9,11 +9,11 @@ from pathlib import Path
 from calib.base.errors import CalibError, reason_of
 from calib.base.locks import open_regular
 from calib.base.progress import counted
-from calib.dataset.images import PNG, open_picture
+from calib.dataset.images import PNG, open_picture, upright
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 READABLE = (".png", ".jpg", ".jpeg", ".webp")
 #: Of pictures that are refused; any other file in a folder is left alone.
@@ -75,7 +75,9 @@ def _few(names: Iterable[str]) -> str:
 
 
 def read_picture(path: Path) -> Picture:
-    """Read a picture; of an opaque one the alpha channel is left out, and grey counts as three equal channels.
+    """Read a picture as it is seen, turned as its EXIF says; grey counts as three equal channels.
+
+    The alpha channel of an opaque one is left out.
 
     Raises:
         CalibError: it is damaged, animated, transparent, CMYK, or of more than eight bits a channel.
@@ -83,7 +85,7 @@ def read_picture(path: Path) -> Picture:
     with _opened(path) as picture:
         if picture.has_transparency_data and np.asarray(picture.convert("RGBA"))[..., 3].min() < 255:
             raise CalibError(f"{path}: has transparent pixels; put it on a background")
-        return Picture(np.asarray(picture.convert("RGB")), picture.mode in ("1", "L", "LA"))
+        return Picture(np.asarray(upright(picture).convert("RGB")), picture.mode in ("1", "L", "LA"))
 
 
 def check_pictures(folder: Path) -> int:
@@ -107,6 +109,8 @@ def _opened(path: Path) -> Iterator[Image.Image]:
             yield picture
     except CalibError:
         raise
+    except UnidentifiedImageError:
+        raise CalibError(f"{path}: {'is no PNG, JPEG or WebP picture' if start else 'is empty'}") from None
     except Exception as error:  # readers of damaged files raise what they like
         reason = error.strerror if isinstance(error, OSError) and error.strerror else reason_of(error)
         raise CalibError(f"{path}: cannot be read as a PNG, JPEG or WebP picture ({reason})") from None
@@ -114,7 +118,7 @@ def _opened(path: Path) -> Iterator[Image.Image]:
 
 def _refused(picture: Image.Image, start: bytes) -> str:
     """Why a picture of another kind cannot be compared; '' where it can."""
-    if getattr(picture, "is_animated", False):
+    if getattr(picture, "is_animated", False) and picture.format != "MPO":  # a JPEG with others behind what is seen
         return f"is animated ({getattr(picture, 'n_frames', 0)} frames); save the one to compare"
     # Pillow reads colours of 16 bits as 8 without a word.
     if picture.mode.startswith(("I", "F")) or (start.startswith(PNG) and start[DEPTH_AT:] == b"\x10"):

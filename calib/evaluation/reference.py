@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from calib.base.errors import CalibError
-from calib.base.files import read_json, short_hash, write_json
+from calib.base.files import read_json, remove_abandoned, short_hash, write_json
 from calib.base.locks import locked
 from calib.base.progress import say
 from calib.base.versions import numerics
@@ -83,6 +83,7 @@ def _control_of(
         if path.exists():
             with suppress(CalibError, KeyError, TypeError, ValueError):  # a damaged one is measured again
                 return Fidelity.from_json(read_json(path))
+        remove_abandoned(path.parent)  # what a killed process was writing
         found = paired.compare(partial(rounded_to_bfloat16, model), "control", chosen)
         write_json(path, found.to_json())
     return found

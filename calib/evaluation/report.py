@@ -9,7 +9,6 @@ from calib.base.errors import CalibError
 from calib.base.files import replacing
 from calib.base.progress import counted
 from calib.evaluation.agreement import score_lines
-from calib.evaluation.measures import MEASURES
 from calib.evaluation.metrics import (
     FEW_PROMPTS,
     LEVEL,
@@ -23,6 +22,7 @@ from calib.evaluation.metrics import (
     growth,
 )
 from calib.evaluation.sets import SetDistance
+from calib.evaluation.titles import TITLES
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,13 +31,6 @@ from PIL import Image, ImageDraw, ImageFont
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-#: Rows of the table by metric: title, how to read it, format of its numbers.
-ROWS = {
-    **{name: (own.title, own.how, own.form) for name, own in MEASURES.items() if own.sets is None},
-    "output_error": ("relative output error", "0: equal", "{:.2e}"),
-}
-#: Metrics of which lower values are worse.
-CLOSENESS = tuple(name for name, own in MEASURES.items() if own.higher)
 #: Largest ratio between the first and the last fifth of the steps at which an error counts as level.
 LEVEL_GROWTH = 1.1
 
@@ -67,8 +60,8 @@ def _table(quantized: Fidelity, control: Fidelity) -> list[str]:
     ours, floor = quantized.intervals(), control.intervals()
     rows = [("", f"quantized [{LEVEL:.0%} interval]", f"control, noise floor [{LEVEL:.0%} interval]")]
     for name in ours:
-        title, how, form = ROWS[name]
-        rows.append((f"{title} ({how})", cell(form, ours[name]), cell(form, floor[name])))
+        own = TITLES[name]
+        rows.append((own.label, cell(own.form, ours[name]), cell(own.form, floor[name])))
     return aligned(rows)
 
 
@@ -120,7 +113,7 @@ def _notes(quantized: Fidelity, control: Fidelity) -> list[str]:
         return [*notes, f"only {few}: with fewer than {FEW_PROMPTS} the intervals are too narrow to be trusted"]
     if control.prompts < quantized.prompts:
         return notes
-    alike = "; ".join(ROWS[name][0] for name in quantized.values() if not _beyond(name, quantized, control))
+    alike = "; ".join(TITLES[name].title for name in quantized.values() if not _beyond(name, quantized, control))
     if alike:
         notes.append(f"not beyond the noise floor (paired by prompt, {LEVEL:.0%}): {alike}")
     return notes
@@ -129,7 +122,7 @@ def _notes(quantized: Fidelity, control: Fidelity) -> list[str]:
 def _beyond(name: str, quantized: Fidelity, control: Fidelity) -> bool:
     """Whether the quantized model is significantly worse than the control, paired by prompt."""
     better, worse = (found.values()[name] for found in (quantized, control))
-    if name not in CLOSENESS:
+    if not TITLES[name].higher:
         better, worse = worse, better
     return bootstrap_difference(better, worse).high < 0
 
@@ -138,9 +131,9 @@ def sets_text(found: Mapping[str, SetDistance], with_what: str) -> str:
     """Lines on distances of sets, and their notes; '' where there are none."""
     lines = [f"the whole set of pictures against {with_what} [{LEVEL:.0%} interval]"] if found else []
     for name, distance in found.items():
-        own = MEASURES[name]
+        own = TITLES[name]
         value = cell(own.form, Interval(distance.value, distance.low, distance.high))
-        lines.append(f"{own.title}, {own.how}: {value}; {distance.text}")
+        lines.append(f"{own.label}: {value}; {distance.text}")
     lines += [f"note: {note}" for note in sets_notes(found)]
     return "".join(f"{line}\n" for line in lines)
 

@@ -10,14 +10,9 @@ from typing import Any
 
 from calib.base import VERSION
 from calib.base.progress import counted, readable_bytes
-from calib.evaluation.measures import MEASURES
+from calib.evaluation.titles import TITLES
 from calib.runs.record import RunRecord
 
-#: Figures of pairs of an evaluation by key of ``metrics.json``: their names for people, and their format.
-FIGURES = {
-    **{name: (f"{own.title} ({own.how})", own.form) for name, own in MEASURES.items() if own.sets is None},
-    "output_error": ("relative error of the model's output (0: equal)", "{:.2e}"),
-}
 LIBRARIES = {"mflux": "mflux", "mlx": "mlx", "recipe": None}
 
 
@@ -31,6 +26,7 @@ class Card:
         layers: bits and group size of each quantized layer.
         repository: of the hub, which the weights came from.
         prompts: how many the model was evaluated on; 0: it was not.
+        notes: what a reader of the evaluation's figures must know.
         use: lines that say how the folder is used.
         left_out: of so many layers the run rounded the inputs, which the folder does not.
         command: the command that exported it.
@@ -42,6 +38,7 @@ class Card:
     layers: Sequence[tuple[int, int]]
     repository: str | None
     prompts: int
+    notes: Sequence[str]
     use: Sequence[str]
     left_out: int
     command: Sequence[str]
@@ -116,10 +113,12 @@ def _quality(card: Card) -> str:
         lines.append(f"Predicted for these weights, rounded to nearest: PSNR {predicted:.2f} dB.")
     if not card.prompts:
         return "\n\n".join([*lines, "Not measured in this run; `calib evaluate` does."])
-    rows = []
-    for key, (label, form) in FIGURES.items():
-        if key in metrics:
-            rows.append((label, _interval(metrics, key, form), _interval(metrics, f"control_{key}", form)))
+    measured = {key: title for key, title in TITLES.items() if key in metrics}
+    rows = [
+        (title.label, _interval(metrics, key, title.form), _interval(metrics, f"control_{key}", title.form))
+        for key, title in measured.items()
+        if not title.of_sets
+    ]
     seen = int(metrics.get("prompts_seen", 0))
     prompts = counted(card.prompts, "prompt" if seen else "held-out prompt")
     known = f" ({seen} of them calibrated or trained on)" if seen else ""
@@ -129,6 +128,14 @@ def _quality(card: Card) -> str:
         "be told from rounding."
     )
     lines.append(_table([("", "quantized", "control"), *rows]))
+    if sets := {key: title for key, title in measured.items() if title.of_sets}:
+        whole = [(title.label, _interval(metrics, key, title.form)) for key, title in sets.items()]
+        reference = card.record.config.get("evaluation.reference")
+        against = f"those of a folder, {Path(str(reference)).name}" if reference else "as many of full precision"
+        lines.append(f"The whole set of {counted(card.prompts, 'picture')} against {against}; 95% intervals.")
+        lines.append(_table([("", "quantized"), *whole]))
+    if card.notes:
+        lines.append("\n".join(f"- {note}" for note in card.notes))
     if card.left_out:
         bits = card.about.get("average_activation_bits")
         average = "" if bits is None else f", to {bits:.2f} bits on average"

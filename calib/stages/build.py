@@ -20,7 +20,7 @@ from calib.dataset import timesteps
 from calib.dataset.settings import SamplerSettings
 from calib.dataset.shards import Shard
 from calib.dataset.store import StateDtype
-from calib.evaluation.measures import DEFAULT, MEASURES, check_inception, check_names
+from calib.evaluation.measures import DEFAULT, MEASURES, Sources, check_names, check_sources
 from calib.runs.record import WITHOUT_EFFECT
 from calib.stages import Stage
 from calib.stages.options import (
@@ -112,7 +112,7 @@ def build(config: Mapping[str, Any], multirun: bool = False) -> Settings:
         tap_points(model.skeleton(), collect.taps)
     if stage in (Stage.RUN, Stage.COLLECT) and collect.generate_missing:
         collect.subset(range(generate.num_images), None)
-    evaluation = _evaluation(config["evaluation"])
+    evaluation = _evaluation(config["evaluation"], job.cache_dir)
     beside = generate.data_dir.parent / _evaluation_folder(config, prompts, sampler, evaluation)
     evaluation = replace(evaluation, steps=min(evaluation.steps, sampler.num_steps))
     ranges = ranges_of(config["ranges"], steps, sampler.num_steps, stage is Stage.RUN)
@@ -227,10 +227,10 @@ def _collect(
     )
 
 
-def _evaluation(node: Any) -> EvaluationSettings:
+def _evaluation(node: Any, cache_dir: Path) -> EvaluationSettings:
     found = build_dataclass("evaluation", node, EvaluationSettings)
     check_names("evaluation.metrics", found.metrics, found.num_images or None)
-    check_inception("evaluation.inception", found.inception, found.metrics)
+    check_sources(found.metrics, Sources(cache_dir, found.clip, found.inception))
     if found.reference is not None and not any(MEASURES[name].sets for name in found.metrics):
         sets = ", ".join(name for name, measure in MEASURES.items() if measure.sets)
         allowed = f"it is what {sets} compare with; name one in evaluation.metrics, or leave it out"

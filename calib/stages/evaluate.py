@@ -1,8 +1,8 @@
 """Draws held-out prompts at full precision and with a quantized model, same seeds and noise.
 
 Main keys: plan (the run directory of calib quantize), evaluation.num_images, evaluation.seed, evaluation.steps,
-evaluation.metrics (further ones: lpips_effnet, kid_effnet, fd_effnet; with evaluation.clip clip_score, clip_similarity,
-cmmd; fid, kid, precision, recall), evaluation.by
+evaluation.metrics (further ones: lpips_effnet, kid_effnet, fd_effnet, all with evaluation=effnet; fid, kid, precision,
+recall, with evaluation=distribution; with evaluation.clip clip_score, clip_similarity, cmmd), evaluation.by
 
 Two folders of pictures that anything drew, without a model: calib evaluate DIR_A DIR_B; calib evaluate A B --help
 """
@@ -95,7 +95,9 @@ def sources(settings: Settings) -> list[str]:
 def reference_sources(settings: Settings) -> list[str]:
     """Hashes of what was named: the CLIP, the pictures (names, sizes, times), Inception's weights, categories."""
     own, wanted = settings.evaluate, settings.evaluate.evaluation
-    found = _measures(settings).clips if wanted.clip is not None and wanted.num_images else list[str]()
+    if not wanted.num_images:
+        return []
+    found = [] if wanted.clip is None else _measures(settings).clips
     if (folder := wanted.reference) is not None:
         files = {name: path.stat() for name, path in pictures_in(folder).items()}
         found.append(short_hash([[name, s.st_size, s.st_mtime_ns] for name, s in files.items()], digits=16))
@@ -110,7 +112,7 @@ def _measures(settings: Settings) -> Chosen:
     """Measures besides those that are always there; raises where one lacks a package or a CLIP."""
     wanted = settings.evaluate.evaluation
     named = [name for name in wanted.metrics if name not in DEFAULT]
-    return choose(named, Sources(settings.job.cache_dir, wanted.clip, inception=wanted.inception))
+    return choose(named, Sources(settings.job.cache_dir, wanted.clip, wanted.inception))
 
 
 def run(settings: Settings, run: RunDirectory, model: Callable[[], DiffusionModel], config: Mapping[str, Any]) -> None:

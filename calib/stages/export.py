@@ -5,7 +5,7 @@ Forms are folders of their own, each with a model card. What a form cannot hold 
 
 import errno
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,13 +98,15 @@ def export(run: Path, form: str, into: Path, base: Path | None = None, weights_o
     what = f"{counted(len(quantized.layers), 'layer')} at {size.average_bits:.2f} bits a weight"
     command = ["calib", "export", str(run), "--format", form, "--into", str(into)]
     command += ["--weights-only"] * weights_only + ([] if base is None else ["--base", str(base)])
+    evaluation = _evaluation(home)
     card = Card(
         record=source.record,
         about=quantized.about,
         size=size.metrics(),
         layers=[(packed.bits, packed.group_size) for packed in quantized.layers.values()],
         repository=source.setting("repository"),
-        prompts=_prompts(home),
+        prompts=len(evaluation.get("prompts", ())),
+        notes=evaluation.get("notes", ()),
         use=tuple(line.replace("DIR", into.name) for line in made.use),
         left_out=len(quantized.inputs) if form in OF_WEIGHTS else 0,
         command=command,
@@ -183,16 +185,16 @@ def _refuse(home: Path, form: str, quantized: QuantizedModel, weights_only: bool
         )
 
 
-def _prompts(home: Path) -> int:
-    """On how many prompts the model was evaluated; 0 where it was not, or another one was."""
+def _evaluation(home: Path) -> Mapping[str, Sequence[str]]:
+    """Prompts on which the model was evaluated, and notes; none where it was not, or another one was."""
     if not (home / DETAILS).is_file():
-        return 0
+        return {}
     details = read_json(home / DETAILS)
     made_from = details.get("made_from") if isinstance(details, dict) else None
     if not isinstance(made_from, dict) or made_from.get("quantized") != content_of(home / MODEL_CONFIG):
-        return 0
-    prompts = details.get("prompts")
-    return len(prompts) if isinstance(prompts, list) else 0
+        return {}
+    lists = {key: details.get(key) for key in ("prompts", "notes")}
+    return {key: list(map(str, found)) for key, found in lists.items() if isinstance(found, list)}
 
 
 def _mlx(source: Source) -> Form:

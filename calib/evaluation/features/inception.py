@@ -14,7 +14,6 @@ from typing import Any
 
 from calib.base.errors import CalibError, ConfigError, first_line
 from calib.base.files import checksum, short_hash
-from calib.base.locks import open_regular
 from calib.evaluation.features.store import Store, key_of
 from calib.evaluation.sets import (
     SUBSET_SIZE,
@@ -46,14 +45,14 @@ Pixels = NDArray[np.uint8]
 class InceptionFeatures:
     """What torch-fidelity's Inception network sees in pictures of eight bits, (height, width, 3) each."""
 
-    def __init__(self, cache_dir: Path, weights: Path | None):
-        """``weights`` is a file in torch-fidelity's layout; None: those that it downloads, or downloaded before.
+    def __init__(self, cache_dir: Path, weights: Path | None, key: str):
+        """``weights`` is a file in torch-fidelity's layout, named by ``key``; None: those that it downloads, once.
 
         Raises:
             CalibError: a package is missing, or the weights are missing or something else.
         """
         _check_installed()
-        self._network, used = _loaded(weights, None if weights is None else checksum(_there(weights)))
+        self._network, used = _loaded(weights, None if weights is None else _content(weights, key), key)
         #: What features depend on besides pictures.
         self.content = short_hash([checksum(used), VERSION, metadata.version("torch"), _device()], digits=16)
         self._store = Store(cache_dir / "features" / f"inception-{self.content}")
@@ -87,7 +86,7 @@ def _check_installed() -> None:
     if util.find_spec("torch_fidelity") is None:
         raise ConfigError(
             f"fid, kid, precision and recall need a package that is not installed: pip install {PACKAGE}=={VERSION}, "
-            "or uv sync --group fid (with torch, gigabytes)"
+            "or uv sync --group fid (with torch, gigabytes); kid_effnet and fd_effnet do without (evaluation=effnet)"
         )
     try:
         import torch_fidelity
@@ -105,16 +104,17 @@ def _device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _there(weights: Path) -> Path:
+def _content(weights: Path, key: str) -> str:
+    """The checksum of a file that ``key`` names."""
     try:
-        open_regular(weights).close()
+        return checksum(weights)
     except OSError as error:
-        raise ConfigError(f"{weights}: cannot be read as weights of Inception ({error.strerror})") from None
-    return weights
+        allowed = f"cannot be read as weights of Inception ({error.strerror})"
+        raise ConfigError.bad_value(key, weights, allowed) from None
 
 
 @cache
-def _loaded(weights: Path | None, content: str | None) -> tuple[Any, Path]:
+def _loaded(weights: Path | None, content: str | None, key: str) -> tuple[Any, Path]:
     """The network, and the file that it has its weights from; ``content``: its checksum, as it may be another later."""
     from torch.hub import get_dir
     from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
@@ -130,11 +130,11 @@ def _loaded(weights: Path | None, content: str | None) -> tuple[Any, Path]:
         if weights is None and used.exists():
             raise CalibError(f"{used}: {_why(error)}; remove it, and it is downloaded again") from None
         if weights is None:
-            instead = "name the file, evaluation.inception=FILE (of folders: --inception FILE)"
+            instead = f"name the file, {key}=FILE"
             failed = f"{PACKAGE} cannot download its Inception weights ({first_line(error)})"
             raise CalibError(f"{failed}; fetch {URL_INCEPTION_V3} elsewhere and {instead}") from None
         instead = f"name the file that {PACKAGE} downloads, {URL_INCEPTION_V3}"
-        raise ConfigError(f"{weights}: {_why(error)}; {instead}") from None
+        raise ConfigError.bad_value(key, weights, f"{_why(error)}; {instead}") from None
 
 
 @contextmanager

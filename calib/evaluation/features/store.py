@@ -1,14 +1,12 @@
 """Keeps vectors of numbers by content, a small file each: what was computed of a picture once is read from then on."""
 
 import hashlib
-import os
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TypeVar
 
-from calib.base.files import TEMPORARY_SUFFIX, UMASK
+from calib.base.files import remove_abandoned, replacing
 from calib.base.locks import open_regular
 from calib.base.progress import Progress
 
@@ -42,7 +40,7 @@ class Store:
     """Vectors of float32 in ``folder``, by the hexadecimal hash of what they are of."""
 
     def __init__(self, folder: Path):
-        self._folder = folder
+        self._folder, self._cleaned = folder, False
 
     def get(self, key: str, length: int) -> NDArray[np.float32] | None:
         """The vector of ``length`` numbers; None where there is none, or its file is damaged."""
@@ -79,18 +77,14 @@ class Store:
         """Keep a vector; one that cannot be written is computed again another time.
 
         Files are not synced, which would take longer than computing: what a power cut leaves is found by its checksum.
+        Temporary ones lie directly in the store's folder, where those of killed processes are removed once.
         """
-        values, path = vector.astype("<f4").tobytes(), self._path(key)
-        with suppress(OSError):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            handle, name = tempfile.mkstemp(prefix=f".{key}.", suffix=TEMPORARY_SUFFIX, dir=path.parent)
-            try:
-                with open(handle, "wb") as file:
-                    file.write(hashlib.sha256(values).digest() + values)
-                os.chmod(name, 0o666 & ~UMASK)  # a cache may be shared
-                os.replace(name, path)
-            finally:
-                Path(name).unlink(missing_ok=True)
+        if not self._cleaned:
+            remove_abandoned(self._folder)
+            self._cleaned = True
+        values = vector.astype("<f4").tobytes()
+        with suppress(OSError), replacing(self._path(key), beside=self._folder / key, sync=False) as temporary:
+            temporary.write_bytes(hashlib.sha256(values).digest() + values)
 
     def _path(self, key: str) -> Path:
         return self._folder / key[:2] / key[2:]

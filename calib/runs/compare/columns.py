@@ -1,8 +1,9 @@
-"""Columns of a comparison, and the titles, units and better sides of metrics."""
+"""Columns of a comparison, and the titles, units and better sides of metrics; measures have :data:`TITLES`."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from calib.evaluation.titles import TITLES
 from calib.runs.record import Scalar
 
 
@@ -11,7 +12,7 @@ class Metric:
     """How a metric is shown: title, unit, better side ('higher', 'lower' or None), format, factor to its unit.
 
     Attributes:
-        overlaps: of sets of pictures; one value is better than another only where their intervals are apart.
+        counted: it is what it is: of two values the better one is better. Others are measured, and vary.
     """
 
     title: str
@@ -19,27 +20,19 @@ class Metric:
     better: str | None = None
     form: str = "{:.4g}"
     scale: float = 1.0
-    overlaps: bool = False
+    counted: bool = False
 
 
+#: Measures of pictures, and of the model's output.
+MEASURED: Mapping[str, Metric] = {
+    name: Metric(own.title, own.unit, own.better, own.form) for name, own in TITLES.items()
+}
 #: The metrics of a table, in this order.
 METRICS: Mapping[str, Metric] = {
-    "psnr": Metric("PSNR", "dB", "higher", "{:.2f}"),
-    "ssim": Metric("SSIM", "", "higher", "{:.4f}"),
-    "lpips_effnet": Metric("perceptual distance", "", "lower", "{:.4f}"),
-    "kid_effnet": Metric("KID (EffNet)", "", "lower", "{:.3g}", overlaps=True),
-    "fd_effnet": Metric("FD (EffNet)", "", "lower", "{:.4g}", overlaps=True),
-    "fid": Metric("FID", "", "lower", "{:.4g}", overlaps=True),
-    "kid": Metric("KID", "", "lower", "{:.3g}", overlaps=True),
-    "precision": Metric("precision", "", "higher", "{:.4f}", overlaps=True),
-    "recall": Metric("recall", "", "higher", "{:.4f}", overlaps=True),
-    "clip_similarity": Metric("CLIP similarity", "", "higher", "{:.4f}"),
-    "clip_score": Metric("CLIP score", "", "higher", "{:.2f}"),
-    "cmmd": Metric("CMMD (U)", "", "lower", "{:.4g}", overlaps=True),
-    "output_error": Metric("output error", "", "lower", "{:.2e}"),
-    "average_weight_bits": Metric("bits a weight", "bits", "lower", "{:.2f}"),
-    "average_activation_bits": Metric("activation bits", "bits", "lower", "{:.2f}"),
-    "quantized_bytes": Metric("size", "MB", "lower", "{:.2f}", 1e-6),
+    **{name: metric for name, metric in MEASURED.items() if name != "clip_score_change"},  # its score is there
+    "average_weight_bits": Metric("bits a weight", "bits", "lower", "{:.2f}", counted=True),
+    "average_activation_bits": Metric("activation bits", "bits", "lower", "{:.2f}", counted=True),
+    "quantized_bytes": Metric("size", "MB", "lower", "{:.2f}", 1e-6, counted=True),
     "images": Metric("images collected", "", None, "{:.0f}"),
     "steps": Metric("steps collected", "", None, "{:.0f}"),
 }
@@ -47,14 +40,9 @@ METRICS: Mapping[str, Metric] = {
 FURTHER: Mapping[str, Metric] = {
     "predicted_psnr": Metric("predicted PSNR", "dB", None, "{:.2f}"),
     "predicted_weights_psnr": Metric("predicted PSNR, weights alone", "dB", None, "{:.2f}"),
-    "clip_score_change": Metric("change of the CLIP score", "", "higher", "{:.2f}"),
-    "control_psnr": Metric("control's PSNR", "dB", None, "{:.2f}"),
-    "control_ssim": Metric("control's SSIM", "", None, "{:.4f}"),
-    "control_lpips_effnet": Metric("control's perceptual distance", "", None, "{:.4f}"),
-    "control_output_error": Metric("control's output error", "", None, "{:.2e}"),
-    "mean_activation_bits": Metric("mean activation bits", "bits", "lower", "{:.2f}"),
-    "mean_weight_bits": Metric("mean weight bits", "bits", "lower", "{:.2f}"),
-    "bits_per_weight": Metric("bits a weight over all", "bits", "lower", "{:.2f}"),
+    "mean_activation_bits": Metric("mean activation bits", "bits", "lower", "{:.2f}", counted=True),
+    "mean_weight_bits": Metric("mean weight bits", "bits", "lower", "{:.2f}", counted=True),
+    "bits_per_weight": Metric("bits a weight over all", "bits", "lower", "{:.2f}", counted=True),
     "unquantized_bytes": Metric("size at 16 bits", "MB", None, "{:.2f}", 1e-6),
 }
 
@@ -62,13 +50,16 @@ FURTHER: Mapping[str, Metric] = {
 def metric_of(key: str) -> Metric:
     """How the metric ``key`` is shown, ``psnr/Animals`` as ``psnr``; an unknown one by its key and as it is stored."""
     of_all, _, category = key.partition("/")
-    known = METRICS.get(of_all) or FURTHER.get(of_all)
+    known = METRICS.get(of_all) or MEASURED.get(of_all) or FURTHER.get(of_all)
     if known is not None:
         return replace(known, title=f"{known.title}, {category}") if category else known
+    if (measure := MEASURED.get(of_all.removeprefix("control_"))) is not None:
+        return replace(measure, title=f"control's {measure.title}", better=None)
     if key.endswith("_seconds"):
         return Metric(key.removesuffix("_seconds").replace("_", " "), "s", "lower", "{:.1f}")
     if key.endswith("_bytes"):
-        return Metric(key.removesuffix("_bytes").replace("_", " "), "MB", "lower", "{:.1f}", 1e-6)
+        counted = not key.endswith("_peak_bytes")
+        return Metric(key.removesuffix("_bytes").replace("_", " "), "MB", "lower", "{:.1f}", 1e-6, counted)
     return Metric(key.replace("_", " "))
 
 
@@ -94,5 +85,5 @@ class Column:
         if self.kind == "config" or isinstance(value, str | bool):
             return str(value)
         metric = metric_of(self.key)
-        form = metric.form.replace("{:", "{:+") if signed else metric.form
+        form = metric.form.replace("{:+", "{:").replace("{:", "{:+") if signed else metric.form
         return form.format(value * metric.scale)

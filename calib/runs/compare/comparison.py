@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from calib.base.errors import ConfigError, suggest
+from calib.runs.compare.best import Ranking
 from calib.runs.compare.columns import METRICS, Column, metric_of
 from calib.runs.compare.notes import models_of, notes_on, plain
 from calib.runs.record import WITHOUT_EFFECT, RunRecord, Scalar
@@ -33,7 +34,8 @@ class Comparison:
     """Runs and columns, in the order of the table.
 
     Attributes:
-        best: by metric, names of the runs with the best value.
+        best: by metric, names of the best run and of those that cannot be told from it; none where these are all.
+        undecided: titles of the metrics in which runs differ, and none can be told from the best.
         pareto: names of the runs that no other one beats in both metrics ``pareto_axes``.
         notes: what a reader of the table must know.
     """
@@ -42,6 +44,7 @@ class Comparison:
     columns: tuple[Column, ...]
     baseline: RunRecord | None = None
     best: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    undecided: tuple[str, ...] = ()
     pareto: frozenset[str] = frozenset()
     pareto_axes: tuple[str, str] = DEFAULT_PARETO
     notes: tuple[str, ...] = ()
@@ -98,12 +101,16 @@ def compare(
     columns = (*_config_columns(ordered, every), *_metric_columns(ordered, every))
     # Metrics of different models cannot be ranked.
     ranked = [run for run in ordered if run.state is RunState.COMPLETE] if len(models_of(ordered)) <= 1 else []
+    ranking = Ranking(ranked)
+    best = {column.key: ranking.best(column.key) for column in columns if column.better}
+    differing = [key for key in best if key in METRICS and len({run.metrics.get(key) for run in ranked} - {None}) > 1]
     front = pareto_front([(run.name, [_cost(run, key) for key in axes]) for run in ranked])
     return Comparison(
         runs=tuple(ordered),
         columns=columns,
         baseline=base,
-        best={column.key: _best(ranked, column) for column in columns if column.better},
+        best=best,
+        undecided=tuple(metric_of(key).title for key in differing if not best[key]),
         pareto=front,
         pareto_axes=axes,
         notes=tuple(notes_on(ordered, base)),
@@ -243,20 +250,3 @@ def pareto_front(costs: Sequence[tuple[str, Sequence[float | None]]]) -> frozens
         )
 
     return frozenset(name for name, own in whole if not beaten(own))
-
-
-def _best(runs: Sequence[RunRecord], column: Column) -> frozenset[str]:
-    values = {r.name: r.metrics[column.key] for r in runs if column.key in r.metrics and r.state is RunState.COMPLETE}
-    if len(set(values.values())) < 2:
-        return frozenset()
-    best = max(values.values()) if column.better == "higher" else min(values.values())
-    if not metric_of(column.key).overlaps:
-        return frozenset(name for name, value in values.items() if value == best)
-    ends = {
-        r.name: [r.metrics.get(f"{column.key}_{end}", values[r.name]) for end in ("low", "high")]
-        for r in runs
-        if r.name in values
-    }
-    low, high = next(ends[name] for name, value in values.items() if value == best)
-    found = frozenset(name for name, (own_low, own_high) in ends.items() if own_low <= high and low <= own_high)
-    return found if len(found) < len(values) else frozenset()

@@ -13,6 +13,9 @@ from calib.runs.record import RunRecord
 from calib.runs.standing import RunState
 
 BEST, FRONT = "*", "◆"
+#: What the first mark means.
+BEST_IS = "best of its column, or not to be told from it"
+BY = "measures by 95% intervals, paired by prompt where each prompt's value is stored"
 #: Number of metrics that take precedence over settings where there is no room for both.
 _FIRST = 3
 _BOLD, _DIM, _PLAIN = "\x1b[1m", "\x1b[2m", "\x1b[0m"
@@ -111,10 +114,13 @@ def legend(comparison: Comparison) -> list[str]:
     x, y = (metric_of(key).title for key in comparison.pareto_axes)
     lines = []
     if any(comparison.best.values()):
-        alike = any(len(names) > 1 and metric_of(key).overlaps for key, names in comparison.best.items())
-        lines.append(f"{BEST} best of its column{', or not told apart from it, as intervals overlap' * alike}")
+        lines.append(f"{BEST} {BEST_IS} ({BY})")
+    if comparison.undecided:
+        lines.append(f"no mark, as no run can be told from the best: {', '.join(comparison.undecided)}")
     if comparison.pareto:
-        lines.append(f"{FRONT} Pareto-optimal: no run here is as good in both {x} and {y}, and better in one")
+        lines.append(
+            f"{FRONT} Pareto-optimal: by its figures no run here is as good in both {x} and {y}, and better in one"
+        )
     if comparison.baseline is not None:
         lines.append(f"(±) difference to {comparison.baseline.name}")
     return [*lines, *(f"note: {note}" for note in comparison.notes)]

@@ -16,7 +16,7 @@ from calib.base.layout import DETAILS, PAGE
 from calib.base.progress import counted
 from calib.runs.compare.columns import Column, Metric, metric_of
 from calib.runs.compare.comparison import Comparison
-from calib.runs.compare.tables import heading, legend
+from calib.runs.compare.tables import BEST_IS, heading, legend
 from calib.runs.pages.charts import Curve, Dot, error_chart, scatter
 from calib.runs.pages.page import render, trusted
 from calib.runs.pages.parts import Part, curve_of, labels
@@ -45,6 +45,7 @@ def comparison_page(comparison: Comparison, folder: Path) -> str:
         rows=[_row(comparison, run, folder, names[run.name]) for run in done],
         others=[run for run in comparison.runs if run.state is not RunState.COMPLETE],
         legend=legend(comparison),
+        best_is=BEST_IS,
         parts=[*_front(comparison, done, names), *_errors(shown)],
         pictures=rows,
         picture_columns=["full precision", *shown.labels],

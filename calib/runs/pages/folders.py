@@ -6,7 +6,7 @@ import sys
 from calib.base.progress import counted
 from calib.evaluation.folders import FolderComparison
 from calib.evaluation.folders_report import measure_rows, notes, shown, worst_pairs
-from calib.evaluation.measures import MEASURES
+from calib.evaluation.titles import TITLES
 from calib.runs.pages.page import render
 from calib.runs.pages.pictures import LOSSLESS, data_address
 
@@ -20,7 +20,7 @@ def folders_page(found: FolderComparison, most: int) -> str:
             address, size = data_address(path)
             cells.append(address)
             small = small and max(size) <= LOSSLESS
-        values = [(MEASURES[name].title, shown(name, float(own[place]))) for name, own in found.values.items()]
+        values = [(TITLES[name].title, shown(name, float(own[place]))) for name, own in found.values.items()]
         rows.append({"name": names[place], "cells": cells, "values": values})
     head, *measures = measure_rows(found)
     sizes = [f"{width}×{height}" for width, height in list(found.sizes)[:3]]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from calib.base.layout import FULL_PICTURES, QUANTIZED_PICTURES
-from calib.dataset.images import open_picture
+from calib.dataset.images import open_picture, upright
 from calib.evaluation.categories import Categories
 from calib.runs.compare.columns import metric_of
 
@@ -34,7 +34,7 @@ class Pair:
 def data_address(path: Path) -> tuple[str, tuple[int, int]]:
     """Return a ``data:`` address that holds a picture, and the size of what it holds in pixels."""
     with open_picture(path) as opened:
-        image = opened.convert("RGB")
+        image = upright(opened).convert("RGB")
     out = io.BytesIO()
     if max(image.size) <= LOSSLESS:
         image.save(out, format="PNG", optimize=True)

@@ -22,7 +22,8 @@ from calib.base.progress import readable_duration
 from calib.evaluation.categories import Categories
 from calib.evaluation.metrics import Fidelity
 from calib.evaluation.report import seen_note
-from calib.runs.compare.columns import METRICS, metric_of
+from calib.evaluation.titles import TITLES
+from calib.runs.compare.columns import metric_of
 from calib.runs.pages.categories import category_table
 from calib.runs.pages.charts import error_chart, histogram_charts
 from calib.runs.pages.layers import (
@@ -229,7 +230,7 @@ def _tiles(metrics: Mapping[str, float]) -> list[dict[str, str]]:
             value = _alone(metric.form).format(metrics[key] * metric.scale)
             tiles.append({"title": metric.title, "value": value, "unit": metric.unit, "note": note})
 
-    sets = (key for key, metric in METRICS.items() if metric.overlaps)
+    sets = (key for key, title in TITLES.items() if title.of_sets)
     by_clip = ("clip_similarity", "clip_score", "clip_score_change")
     for key in ("psnr", "ssim", "lpips_effnet", "output_error", *by_clip, *sets):
         form, note = _alone(metric_of(key).form), ""
