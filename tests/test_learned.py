@@ -184,6 +184,13 @@ def test_what_gains_nothing_is_the_start(drawn: tuple[DiffusionModel, StoredStat
     assert "no update made the 1 held-out calibration pictures better than gptq's" in made.notes[-1]
 
 
+@pytest.mark.parametrize(
+    ("batch_size", "images", "held_out"), [(4, 24, 8), (48, 100, 33), (20, 100, 20), (4, 12, 4), (4, 3, 1), (4, 2, 1)]
+)
+def test_images_held_out(batch_size: int, images: int, held_out: int) -> None:
+    assert learned.images_held_out(batch_size, images) == held_out
+
+
 @pytest.mark.skipif(on_gpu(), reason="by its memory, there")
 def test_pictures_of_an_update(drawn: tuple[DiffusionModel, StoredStates], monkeypatch: pytest.MonkeyPatch) -> None:
     own, sizes = PictureLoss.gradients, list[int]()
