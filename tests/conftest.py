@@ -1,10 +1,16 @@
 """What tests share: the loaded emoji model, one small dataset, and statistics collected from it."""
 
 import os
+import sys
+from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the processors; a BLAS reads this when it is loaded
     for _name in ("MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"):
         os.environ.setdefault(_name, "1")
+if sys.dont_write_bytecode:  # as containers have it; else every process compiles a thousand modules for itself
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    sys.dont_write_bytecode, sys.pycache_prefix = False, str(Path(__file__).parents[1] / ".pytest_cache/bytecode")
+    os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix
 
 import calib  # isort: skip  (its BLAS must be loaded before mlx)
 
@@ -14,7 +20,6 @@ import signal
 import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from calib.activations.collect import Collection
@@ -35,12 +40,14 @@ from damage import IMAGES, SETTINGS
 from helpers import PROMPTS, SAMPLER, STEPS, TINY, run_in
 from hydra._internal import config_loader_impl
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
-from hydra._internal.config_repository import IConfigRepository
+from hydra._internal.config_repository import ConfigRepository, IConfigRepository
 from hydra._internal.defaults_list import DefaultsList, Overrides
 from hydra.core.default_element import ResultDefault
 from hydra.core.override_parser.types import Override
+from hydra.plugins.config_source import ConfigResult
 from hypothesis import settings
 from omegaconf import DictConfig
+from tiny_models import tiny_model
 from watching import Whole, collected, collection_of, recording
 
 assert calib.__version__
@@ -73,25 +80,37 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 @pytest.fixture(scope="session", autouse=True)
 def composed_once() -> Iterator[None]:
-    """Hydra reads and merges the files of the same options once; of 70 ms for each of a command's four compositions.
+    """Hydra reads its files once, and merges those of the same options once; of 70 ms for each of three compositions.
 
     Not where folders of a user's own are searched, as their files may change.
     """
-    create, compose = config_loader_impl.create_defaults_list, ConfigLoaderImpl._compose_config_from_defaults_list
+    load, create = ConfigRepository.load_config, config_loader_impl.create_defaults_list
+    compose = ConfigLoaderImpl._compose_config_from_defaults_list
+    files: dict[str, ConfigResult | None] = {}
     lists: dict[tuple[Any, ...], DefaultsList] = {}
     configs: dict[int, DictConfig] = {}
+
+    def are_calibs_alone(repo: IConfigRepository) -> bool:
+        return [source.path.removeprefix("file://") for source in repo.get_sources()] == ["hydra.conf", str(CONF), ""]
+
+    def load_config(self: ConfigRepository, config_path: str) -> ConfigResult | None:
+        if not are_calibs_alone(self):
+            return load(self, config_path)
+        if config_path not in files:
+            files[config_path] = load(self, config_path)
+        return copy.deepcopy(files[config_path])
 
     def create_defaults_list(
         repo: IConfigRepository, config_name: str, overrides_list: list[Override], *more: Any, **options: Any
     ) -> DefaultsList:
-        paths = [source.path.removeprefix("file://") for source in repo.get_sources()]
-        if paths != ["hydra.conf", str(CONF), ""]:
+        if not are_calibs_alone(repo):
             return create(repo, config_name, overrides_list, *more, **options)
         values = Overrides(repo=repo, overrides_list=overrides_list).config_overrides
         chosen = [o.input_line for o in overrides_list if o not in values]
         key = (config_name, *chosen, *options.items())
-        if key not in lists:
-            lists[key] = create(repo, config_name, overrides_list, *more, **options)
+        # Where none is missing, none is skipped.
+        known = lists.get(key) or lists.get((config_name, *chosen, *(options | {"skip_missing": False}).items()))
+        lists[key] = known or create(repo, config_name, overrides_list, *more, **options)
         return replace(lists[key], config_overrides=values)
 
     def composed(self: ConfigLoaderImpl, defaults: list[ResultDefault], repo: IConfigRepository) -> DictConfig:
@@ -102,6 +121,7 @@ def composed_once() -> Iterator[None]:
         return copy.deepcopy(configs[id(defaults)])
 
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ConfigRepository, "load_config", load_config)
         patch.setattr(config_loader_impl, "create_defaults_list", create_defaults_list)
         patch.setattr(ConfigLoaderImpl, "_compose_config_from_defaults_list", composed)
         yield
@@ -111,6 +131,12 @@ def composed_once() -> Iterator[None]:
 def model() -> DiffusionModel:
     """The shipped model; tests leave it as they found it."""
     return emoji.load()
+
+
+@pytest.fixture(scope="session")
+def quick(model: DiffusionModel) -> DiffusionModel:
+    """One that draws in milliseconds, noise; for what is the same whatever is drawn."""
+    return tiny_model(model, "sd3")
 
 
 @pytest.fixture(scope="session")

@@ -46,8 +46,15 @@ STEPS = (0, 3, 8)
 TINY = (
     *("num_images=2", "sampler.num_steps=4", "timestep_schedule=quarters", "sampler.batch_size=2"),
     *("analysis=range", "ranges=static", "quantizer=rtn"),  # of all plans the one that takes the least time
-    *("evaluation.num_images=2", "evaluation.steps=2", "report=none"),
+    *("evaluation.num_images=2", "evaluation.steps=2", "quantizer.search=false", "report=none"),
 )
+
+
+def tiny(*more: str) -> list[str]:
+    """TINY and ``more``, without what ``more`` sets anew, and without parameters of a quantizer that it replaces."""
+    keys = {argument.split("=")[0] for argument in more}
+    return [t for t in TINY if (key := t.split("=")[0]) not in keys and key.split(".")[0] not in keys] + [*more]
+
 
 MLX_DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
 SMALLEST_NORMAL = float(np.finfo(np.float32).tiny)

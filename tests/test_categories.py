@@ -28,7 +28,7 @@ ROWS = [
 ]
 TABLE = "Prompt\tCategory\tChallenge\n" + "".join("\t".join(row) + "\n" for row in ROWS)
 OF_FILE = ("prompts=file", "prompts.path=parti.tsv", "prompts.column=Prompt")
-SIZES = ("evaluation.num_images=5", "evaluation.steps=2", "sampler.num_steps=4", "sampler.batch_size=2")
+SIZES = ("evaluation.num_images=5", "evaluation.steps=1", "sampler.num_steps=2", "sampler.batch_size=2")
 METRICS_WANTED = "evaluation.metrics=[lpips_effnet,psnr,ssim]"
 
 

@@ -115,6 +115,7 @@ def test_the_default_job(folder: Path, capsys: pytest.CaptureFixture[str]) -> No
         "data_dir=dataset",
         "report=none",
         "evaluation.steps=2",
+        "sensitivity.images=1",
     ]
     outcome = well(run_here([*sizes, "evaluation.num_images=2", "hydra.run.dir=run"], capsys))
     metrics, about = (json.loads((folder / "run" / name).read_text()) for name in ("metrics.json", MODEL_CONFIG))
@@ -124,8 +125,6 @@ def test_the_default_job(folder: Path, capsys: pytest.CaptureFixture[str]) -> No
     short, last = outcome.out.splitlines()[-2:]
     assert short.startswith(f"In short: {bits:.2f} bits a weight, {size:.1f} MB for ") and last == "Run directory: run"
     assert short.endswith(f"%); 2 held-out pictures at PSNR {metrics['psnr']:.2f} dB, {predicted:.2f} predicted")
-    outcome = well(run_here([*sizes, "evaluation=none", "hydra.run.dir=undrawn"], capsys))
-    assert outcome.out.splitlines()[-2] == short.partition(";")[0]
 
 
 @pytest.mark.parametrize(

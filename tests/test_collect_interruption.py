@@ -74,7 +74,7 @@ def check_same_end(folder: Path, undisturbed: Path, run: str = "run") -> None:
 # Errors
 
 
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("error", [pytest.param(RuntimeError, marks=pytest.mark.slow), KeyboardInterrupt])
 @pytest.mark.parametrize("where", ["see", "end_forward", "settle", "results"])
 def test_the_model_is_the_loaded_one_again_however_a_collection_ends(
     model: DiffusionModel,

@@ -211,7 +211,7 @@ def test_flag_before_a_word(folder: Path, capsys: pytest.CaptureFixture[str], wo
     assert f"calib {word} -m seed=1" in is_one_clear_line(run_here(["-m", str(word), "seed=1"], capsys))
 
 
-@pytest.mark.parametrize("others", ["{},mine", "mine,{}", "{}"])
+@pytest.mark.parametrize("others", [pytest.param("{},mine", marks=pytest.mark.slow), "mine,{}", "{}"])
 @pytest.mark.parametrize("name", FOR_ALL)
 def test_what_a_sweep_has_once(own: Path, folder: Path, name: str, others: str) -> None:
     """An option that varies cannot set it; one for all jobs can."""

@@ -184,6 +184,7 @@ def test_activations_are_passed_on() -> None:
         assert np.array_equal(np.array(observer.tie(x)), np.array(x))
 
 
+@pytest.mark.slow
 def test_the_self_test_notices_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     def observer(stride: int, finite_only: bool = False) -> Observer:
         return MlxObserver(stride, finite_only) if finite_only else CudaObserver(stride)

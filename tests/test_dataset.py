@@ -99,9 +99,9 @@ def test_hdf5_samples_hold_every_state(data_dir: Path, model: DiffusionModel, ma
                 np.testing.assert_array_equal(read_state(data_dir, manifest, image, step), expected)
 
 
-def test_npz_samples_have_the_layout_of_older_datasets(model: DiffusionModel, tmp_path: Path) -> None:
-    folder = make(model, tmp_path, 2, storage=StorageFormat.NPZ, dtype=StateDtype.FLOAT32)
-    manifest, states = load_manifest(folder), drawn_states(model, (0, 1), QUICK)
+def test_npz_samples_have_the_layout_of_older_datasets(quick: DiffusionModel, tmp_path: Path) -> None:
+    folder = make(quick, tmp_path, 2, storage=StorageFormat.NPZ, dtype=StateDtype.FLOAT32)
+    manifest, states = load_manifest(folder), drawn_states(quick, (0, 1), QUICK)
     for image in (0, 1):
         assert manifest.images[image].samples == [f"samples/{image:04d}_{step:03d}.npz" for step in range(3)]
         for step in range(3):
@@ -139,9 +139,9 @@ def test_pictures_explain_themselves(data_dir: Path, model: DiffusionModel) -> N
         assert (text["model"], text["fingerprint"]) == ("emoji", model.fingerprint)
 
 
-def test_a_prompt_in_any_language_is_kept(model: DiffusionModel, tmp_path: Path) -> None:
+def test_a_prompt_in_any_language_is_kept(quick: DiffusionModel, tmp_path: Path) -> None:
     texts = ("Süße Öl-Äpfel — 日本語 😀", "a=b, 'c' \"d\"")
-    folder = make(model, tmp_path, 2, replace(QUICK, num_steps=1), prompts=texts)
+    folder = make(quick, tmp_path, 2, replace(QUICK, num_steps=1), prompts=texts)
     assert [load_manifest(folder).images[i].prompt for i in (0, 1)] == list(texts)
     for image, prompt in enumerate(texts):
         with Image.open(folder / f"images/{image:04d}.png") as picture:
@@ -150,8 +150,8 @@ def test_a_prompt_in_any_language_is_kept(model: DiffusionModel, tmp_path: Path)
             assert file.attrs["prompt"] == prompt
 
 
-def test_prompts_start_again_when_they_run_out(model: DiffusionModel, tmp_path: Path) -> None:
-    folder = make(model, tmp_path, 3, replace(QUICK, num_steps=1), prompts=("octopus", "rocket"))
+def test_prompts_start_again_when_they_run_out(quick: DiffusionModel, tmp_path: Path) -> None:
+    folder = make(quick, tmp_path, 3, replace(QUICK, num_steps=1), prompts=("octopus", "rocket"))
     images = load_manifest(folder).images
     assert [images[i].prompt for i in range(3)] == ["octopus", "rocket", "octopus"]
     assert images[0].seed != images[2].seed
@@ -180,20 +180,20 @@ def test_a_seed_gives_diffusionkits_pixels(
 
 @pytest.mark.parametrize("batch_size", [2, 3])
 def test_two_and_then_four_images_are_the_bytes_of_four_at_once(
-    model: DiffusionModel, tmp_path: Path, batch_size: int
+    quick: DiffusionModel, tmp_path: Path, batch_size: int
 ) -> None:
     settings = replace(QUICK, batch_size=batch_size)
-    at_once = make(model, tmp_path / "once", 4, settings)
-    in_turn = make(model, tmp_path / "turn", 2, settings)
+    at_once = make(quick, tmp_path / "once", 4, settings)
+    in_turn = make(quick, tmp_path / "turn", 2, settings)
     assert len(load_manifest(in_turn).images) == 2
-    make(model, in_turn, 4, settings)
+    make(quick, in_turn, 4, settings)
     assert contents(in_turn) == contents(at_once)
 
 
-def test_a_resume_keeps_the_datasets_own_batch_size(model: DiffusionModel, tmp_path: Path) -> None:
-    at_once = make(model, tmp_path / "once", 4, replace(QUICK, batch_size=3))
-    in_turn = make(model, tmp_path / "turn", 1, replace(QUICK, batch_size=3))
-    make(model, in_turn, 4, replace(QUICK, batch_size=2))
+def test_a_resume_keeps_the_datasets_own_batch_size(quick: DiffusionModel, tmp_path: Path) -> None:
+    at_once = make(quick, tmp_path / "once", 4, replace(QUICK, batch_size=3))
+    in_turn = make(quick, tmp_path / "turn", 1, replace(QUICK, batch_size=3))
+    make(quick, in_turn, 4, replace(QUICK, batch_size=2))
     assert load_manifest(in_turn).batch_size == 3
     assert contents(in_turn) == contents(at_once)
 
@@ -313,12 +313,12 @@ def test_a_manifest_that_lacks_a_field_is_an_error_that_names_it(data_dir: Path,
 
 
 def test_latents_that_do_not_fit_the_stored_type_are_refused_and_leave_no_image(
-    model: DiffusionModel, tmp_path: Path
+    quick: DiffusionModel, tmp_path: Path
 ) -> None:
     with pytest.raises(CalibError, match=r"dataset\.dtype=float32"):
-        make(model, tmp_path, 1, replace(QUICK, num_steps=2, cfg_weight=1e7))
+        make(quick, tmp_path, 1, replace(QUICK, num_steps=2, cfg_weight=1e7))
     assert load_manifest(tmp_path).images == {}
     assert set(contents(tmp_path)) == {"manifest.json"}
     # Nothing is lost by beginning anew, as the line advises.
-    make(model, tmp_path, 1, replace(QUICK, cfg_weight=1.0), dtype=StateDtype.FLOAT32)
+    make(quick, tmp_path, 1, replace(QUICK, cfg_weight=1.0), dtype=StateDtype.FLOAT32)
     assert load_manifest(tmp_path).dtype == "float32"

@@ -27,7 +27,7 @@ import mlx.core as mx
 import numpy as np
 import plain_dit
 import pytest
-from helpers import CHECKOUT, TINY, Outcome, is_one_clear_line, run_in, well
+from helpers import CHECKOUT, TINY, Outcome, is_one_clear_line, run_in, tiny, well
 from mlx import nn
 from mlx.utils import tree_flatten
 from tiny_models import tiny_transformer
@@ -308,7 +308,7 @@ def wrong(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def test_a_wrong_option_ends_in_one_line_before_anything_is_drawn(
     group: str, name: str, wrong: Path, tmp_path: Path
 ) -> None:
-    line = is_one_clear_line(calib(tmp_path, *TINY, f"{group}={name}", conf=wrong))
+    line = is_one_clear_line(calib(tmp_path, *tiny(f"{group}={name}"), conf=wrong))
     assert line.startswith(f"{group}._target_=wrong_options.{name}: {OPTIONS[group][name]}")
     assert not list(tmp_path.iterdir())
 
@@ -351,7 +351,9 @@ def test_edited_code_runs_again(folder: Path, tmp_path: Path, monkeypatch: pytes
     command = ("analyze", "stats=run", "analysis=edited", "report=none", "hydra.run.dir=edited")
     for bits, complete in ((4, False), (4, True), (6, False)):
         source = f"from calib.analysis.plan import LayerPlan\n\n\ndef plan(layer): return LayerPlan({bits}, 8)\n"
-        (tmp_path / "edited_option.py").write_text(source)
+        (tmp_path / "edited_option.py").write_text(
+            source + "#" * bits
+        )  # compiled anew for its size, in the same second
         sys.modules.pop("edited_option", None)
         importlib.invalidate_caches()
         out = well(calib(folder, *command, conf=tmp_path / "conf")).out

@@ -43,6 +43,13 @@ NAMES = ("whole", *RUNS)
 every_file = pytest.mark.parametrize("name", NAMES)
 
 
+def some_files(*by_default: str) -> pytest.MarkDecorator:
+    """Every file, of which those that are not named are slow."""
+    return pytest.mark.parametrize(
+        "name", [pytest.param(name, marks=() if name in by_default else pytest.mark.slow) for name in NAMES]
+    )
+
+
 @pytest.fixture(scope="module")
 def files(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("format")
@@ -372,7 +379,7 @@ def test_shards(files: dict[str, Path]) -> None:
             assert np.all(np.abs(np.sqrt(np.maximum(second - first**2 / count, 0) / count) - std) <= 1e-3 * scale)
 
 
-@every_file
+@some_files("whole", "sampled", "shard 0")
 def test_xarray(files: dict[str, Path], name: str) -> None:
     with h5py.File(files[name]) as file:
         paths = [path for path, _ in layer_groups(file)]
@@ -399,7 +406,7 @@ def test_xarray_tree(files: dict[str, Path]) -> None:
 
 
 @pytest.mark.skipif(shutil.which("h5dump") is None, reason="h5dump is not installed (Debian's package hdf5-tools)")
-@every_file
+@some_files("whole", "sampled")
 def test_h5dump(files: dict[str, Path], name: str, tmp_path: Path) -> None:
     surroundings = os.environ | {"HDF5_PLUGIN_PATH": str(tmp_path / "nowhere")}
     done = subprocess.run(["h5dump", str(files[name])], capture_output=True, text=True, env=surroundings)

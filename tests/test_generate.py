@@ -44,6 +44,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
+from tiny_models import enlarged
 from watching import collection_of
 
 QUICK = SETTINGS
@@ -66,10 +67,10 @@ def make(model: DiffusionModel, folder: Path, num_images: int, given: SamplerSet
 
 
 def test_other_batch_sizes_agree_within_the_tolerance(model: DiffusionModel, tmp_path: Path) -> None:
-    drawn = {}
+    drawn, own = {}, replace(model, decode_latents=enlarged)  # states are compared, not pictures
     for size in (1, 2, 3):
         how = SamplerSettings(num_steps=4, cfg_weight=3.0, batch_size=size)
-        folder = make(model, tmp_path / str(size), 3, how, dtype=StateDtype.FLOAT32)
+        folder = make(own, tmp_path / str(size), 3, how, dtype=StateDtype.FLOAT32)
         manifest = load_manifest(folder)
         assert manifest.batch_size == size
         drawn[size] = np.array([[read_state(folder, manifest, image, step) for image in range(3)] for step in range(5)])
@@ -79,28 +80,28 @@ def test_other_batch_sizes_agree_within_the_tolerance(model: DiffusionModel, tmp
 
 
 @pytest.mark.parametrize("image", [0, 1, 2])
-def test_what_fills_a_block_changes_nothing(model: DiffusionModel, tmp_path: Path, image: int) -> None:
+def test_what_fills_a_block_changes_nothing(quick: DiffusionModel, tmp_path: Path, image: int) -> None:
     """One image that is drawn alone, its block padded, has the bytes that it has among others."""
-    folder = make(model, tmp_path, 3, replace(QUICK, batch_size=3))
+    folder = make(quick, tmp_path, 3, replace(QUICK, batch_size=3))
     before = contents(folder)
     for name in load_manifest(folder).images[image].files:
         (folder / name).unlink()
-    make(model, folder, 3, replace(QUICK, batch_size=3))
+    make(quick, folder, 3, replace(QUICK, batch_size=3))
     assert contents(folder) == before
 
 
-def test_a_block_of_only_padding_beside_one_image_is_the_same_image(model: DiffusionModel, tmp_path: Path) -> None:
-    alone = make(model, tmp_path / "alone", 1, replace(QUICK, batch_size=3))
-    among = make(model, tmp_path / "among", 3, replace(QUICK, batch_size=3))
+def test_a_block_of_only_padding_beside_one_image_is_the_same_image(quick: DiffusionModel, tmp_path: Path) -> None:
+    alone = make(quick, tmp_path / "alone", 1, replace(QUICK, batch_size=3))
+    among = make(quick, tmp_path / "among", 3, replace(QUICK, batch_size=3))
     found, expected = contents(alone), contents(among)
     del found["manifest.json"]
     assert len(found) == 3
     assert found.items() <= expected.items()
 
 
-def test_the_batch_size_is_the_memorys_where_none_is_asked_for(model: DiffusionModel, tmp_path: Path) -> None:
-    planned = plan_memory(model, guidance=True).batch_size
-    folder = make(model, tmp_path, 1, replace(QUICK, num_steps=1, batch_size=None))
+def test_the_batch_size_is_the_memorys_where_none_is_asked_for(quick: DiffusionModel, tmp_path: Path) -> None:
+    planned = plan_memory(quick, guidance=True).batch_size
+    folder = make(quick, tmp_path, 1, replace(QUICK, num_steps=1, batch_size=None))
     assert load_manifest(folder).batch_size == planned > 1
 
 
@@ -122,14 +123,14 @@ class Counted:
         self.model = replace(model, encode_text=encode_text, unload_text=lambda: self.unloaded.append(len(self.texts)))
 
 
-def test_a_prompt_is_encoded_once_and_the_empty_one_once_for_all(model: DiffusionModel, tmp_path: Path) -> None:
-    counted = Counted(model)
+def test_a_prompt_is_encoded_once_and_the_empty_one_once_for_all(quick: DiffusionModel, tmp_path: Path) -> None:
+    counted = Counted(quick)
     # Two images of a prompt in a block, and a last block of which two thirds are padding.
     texts = ("octopus", "octopus", "rocket", "red apple")
     make(counted.model, tmp_path, 4, replace(QUICK, batch_size=3), prompts=texts)
     assert sorted(counted.texts) == ["", "octopus", "red apple", "rocket"]
     assert counted.unloaded == []
-    without = Counted(model)
+    without = Counted(quick)
     make(without.model, tmp_path / "without", 2, replace(QUICK, cfg_weight=0.0))
     assert sorted(without.texts) == ["octopus", "red apple"], "no guidance, no empty prompt"
 
@@ -157,18 +158,18 @@ def small_memory(model: DiffusionModel, guidance: bool, batch_size: int | None =
 
 
 def test_text_encoders_are_unloaded_where_memory_is_short_and_the_files_are_the_same(
-    model: DiffusionModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    quick: DiffusionModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     brief = replace(QUICK, num_steps=1)
-    roomy = make(model, tmp_path / "roomy", 5, brief)
-    counted = Counted(model)
+    roomy = make(quick, tmp_path / "roomy", 5, brief)
+    counted = Counted(quick)
     with monkeypatch.context() as patch:
         patch.setattr(calib.dataset.generate, "plan_memory", small_memory)
         short = make(counted.model, tmp_path / "short", 5, brief)
         assert counted.unloaded == [6], "once, after all five prompts and the empty one, before anything is drawn"
         # As with many images, whose prompts are encoded some at a time.
         patch.setattr(calib.models.encoding, "ENCODE_AHEAD", 2)
-        again = Counted(model)
+        again = Counted(quick)
         groups = make(again.model, tmp_path / "groups", 5, brief)
         assert again.unloaded == [3, 5, 6]
     assert contents(short) == contents(roomy)
@@ -179,19 +180,19 @@ def test_text_encoders_are_unloaded_where_memory_is_short_and_the_files_are_the_
 
 
 @pytest.fixture(scope="module")
-def trajectories(model: DiffusionModel) -> Sequence[State]:
+def trajectories(quick: DiffusionModel) -> Sequence[State]:
     """The states of the first two images, computed in the parts of a dataset."""
     seeds, rows = [image_seed(0, i) for i in (0, 1)], 4
     with shared_cores(rows):
-        return list(trajectory(model, PROMPTS[:2], seeds, QUICK, parts_for(rows)))
+        return list(trajectory(quick, PROMPTS[:2], seeds, QUICK, parts_for(rows)))
 
 
 @pytest.mark.parametrize("storage", list(StorageFormat))
 @pytest.mark.parametrize("dtype", list(StateDtype))
 def test_states_are_stored_as_their_type_rounds_them(
-    model: DiffusionModel, trajectories: Sequence[State], tmp_path: Path, storage: StorageFormat, dtype: StateDtype
+    quick: DiffusionModel, trajectories: Sequence[State], tmp_path: Path, storage: StorageFormat, dtype: StateDtype
 ) -> None:
-    folder = make(model, tmp_path, 2, storage=storage, dtype=dtype)
+    folder = make(quick, tmp_path, 2, storage=storage, dtype=dtype)
     manifest = load_manifest(folder)
     for state in trajectories:
         for image in (0, 1):
@@ -221,11 +222,11 @@ def test_bfloat16_makes_the_round_trip_for_all_values(bits: list[int]) -> None:
 
 @pytest.mark.parametrize("storage", list(StorageFormat))
 def test_only_the_states_asked_for_are_stored_and_they_are_those_of_a_full_dataset(
-    model: DiffusionModel, tmp_path: Path, storage: StorageFormat
+    quick: DiffusionModel, tmp_path: Path, storage: StorageFormat
 ) -> None:
     four = replace(QUICK, num_steps=4)
-    full = make(model, tmp_path / "full", 2, four, storage=storage)
-    some = make(model, tmp_path / "some", 2, four, storage=storage, steps=(4, 0, 3))
+    full = make(quick, tmp_path / "full", 2, four, storage=storage)
+    some = make(quick, tmp_path / "some", 2, four, storage=storage, steps=(4, 0, 3))
     manifest = load_manifest(some)
     assert manifest.steps == [0, 3, 4]
     assert len(manifest.sigmas) == 5
@@ -289,10 +290,10 @@ def test_a_dataset_of_chosen_states_serves_its_schedule_and_no_other(
     ],
 )
 def test_the_expected_bytes_are_at_least_and_not_far_above_what_is_written(
-    model: DiffusionModel, tmp_path: Path, storage: StorageFormat, dtype: StateDtype
+    quick: DiffusionModel, tmp_path: Path, storage: StorageFormat, dtype: StateDtype
 ) -> None:
     how = SamplerSettings(num_steps=12, cfg_weight=0.0, batch_size=3)
-    folder = make(model, tmp_path, 3, how, storage=storage, dtype=dtype)
+    folder = make(quick, tmp_path, 3, how, storage=storage, dtype=dtype)
     expected = 3 * bytes_per_image(load_manifest(folder), (64, 64))
     sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
     on_disk = sum(-(-size // 4096) * 4096 for size in sizes)  # file systems give away blocks
@@ -302,17 +303,17 @@ def test_the_expected_bytes_are_at_least_and_not_far_above_what_is_written(
 
 
 def test_what_is_expected_is_said_before_and_what_remains_after_the_first_batch(
-    model: DiffusionModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    quick: DiffusionModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    make(model, tmp_path, 6)
+    make(quick, tmp_path, 6)
     lines = capsys.readouterr().err.splitlines()
     assert lines[0].startswith("generate: 6 images to do in batches of 2, up to ")
     assert lines[0].endswith(f" free in {tmp_path}")
     (estimate,) = [line for line in lines if " s an image; about " in line]
     assert "for the other 4, until " in estimate
-    make(model, tmp_path, 5)
+    make(quick, tmp_path, 5)
     assert capsys.readouterr().err == "", "nothing to do, nothing to say"
-    make(model, tmp_path, 7)
+    make(quick, tmp_path, 7)
     lines = capsys.readouterr().err.splitlines()
     assert lines[0].startswith("generate: 1 image to do")
     assert not [line for line in lines if "s an image" in line], "there is no other batch"
@@ -344,22 +345,22 @@ def test_fifty_steps_of_32_by_32_latents_take_the_room_of_their_values(
 
 
 @pytest.fixture(scope="module")
-def whole(model: DiffusionModel, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def whole(quick: DiffusionModel, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """What one process makes of seven images."""
-    return contents(make(model, tmp_path_factory.mktemp("whole"), 7, BRIEF))
+    return contents(make(quick, tmp_path_factory.mktemp("whole"), 7, BRIEF))
 
 
 @settings(max_examples=3)
 @given(data=st.data())
 def test_shards_in_any_order_give_the_files_of_one_process(
-    model: DiffusionModel, whole: dict[str, str], tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+    quick: DiffusionModel, whole: dict[str, str], tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:
     parts = tmp_path_factory.mktemp("parts")
     for num_images in (data.draw(st.integers(1, 6)), 7):
         count = data.draw(st.integers(1, 5))
         for index in data.draw(st.permutations(range(count))):
             before = set(load_manifest(parts).images) if (parts / "manifest.json").exists() else set()
-            make(model, parts, num_images, BRIEF, shard=Shard(index, count))
+            make(quick, parts, num_images, BRIEF, shard=Shard(index, count))
             found = set(load_manifest(parts).images)
             assert {image // 2 % count for image in found - before} <= {index}
             assert {image for image in range(num_images) if image // 2 % count == index} <= found
@@ -472,7 +473,7 @@ def test_other_text_encoders_are_another_dataset(model: DiffusionModel, dataset:
 
 
 def test_an_image_that_cannot_be_stored_is_left_out_and_told_and_the_others_are_drawn(
-    model: DiffusionModel, tmp_path: Path
+    quick: DiffusionModel, tmp_path: Path
 ) -> None:
     """The model gives one image NaN: the second row of the first block."""
 
@@ -482,13 +483,13 @@ def test_an_image_that_cannot_be_stored_is_left_out_and_told_and_the_others_are_
             first = mx.all(text.tokens[1] == octopus)
             return mx.concatenate([good[:1], mx.where(first, mx.array(float("nan")), good[1:])])
 
-    octopus = model.encode([PROMPTS[1]], 0.0).tokens[0]
+    octopus = quick.encode([PROMPTS[1]], 0.0).tokens[0]
     failing = Failing.__new__(Failing)
-    vars(failing).update(vars(model))
+    vars(failing).update(vars(quick))
     with pytest.raises(CalibError, match=r"image 1: the model drew NaN.*left out; 3 of 4 images done and kept"):
         make(failing, tmp_path, 4)
     assert sorted(load_manifest(tmp_path).images) == [0, 2, 3]
-    make(model, tmp_path, 4)
+    make(quick, tmp_path, 4)
     assert sorted(load_manifest(tmp_path).images) == [0, 1, 2, 3]
 
 
@@ -503,7 +504,7 @@ def test_an_image_that_cannot_be_stored_is_left_out_and_told_and_the_others_are_
     ],
 )
 def test_advice_for_images_that_cannot_be_stored(
-    model: DiffusionModel, tmp_path: Path, computed: mx.Dtype, stored: StateDtype, factor: float, told: str, untold: str
+    quick: DiffusionModel, tmp_path: Path, computed: mx.Dtype, stored: StateDtype, factor: float, told: str, untold: str
 ) -> None:
     """It is none that is followed already. Six images have one line, which numbers five."""
 
@@ -512,7 +513,7 @@ def test_advice_for_images_that_cannot_be_stored(
             return x * factor
 
     failing = Failing.__new__(Failing)
-    vars(failing).update(vars(model), dtype=computed)
+    vars(failing).update(vars(quick), dtype=computed)
     given = SamplerSettings(num_steps=1, cfg_weight=3.0, batch_size=6)
     with pytest.raises(CalibError) as error:
         make(failing, tmp_path, 6, given, dtype=stored)
@@ -522,10 +523,10 @@ def test_advice_for_images_that_cannot_be_stored(
     assert "left out; 0 of 6 images done and kept" in line
 
 
-def test_a_picture_of_nan_is_left_out(model: DiffusionModel, tmp_path: Path) -> None:
+def test_a_picture_of_nan_is_left_out(quick: DiffusionModel, tmp_path: Path) -> None:
     """Its latent is as it should be: the decoder failed."""
     failing = DiffusionModel.__new__(DiffusionModel)
-    vars(failing).update(vars(model), decode_latents=lambda x: mx.full((1, 64, 64, 3), np.nan))
+    vars(failing).update(vars(quick), decode_latents=lambda x: mx.full((1, 64, 64, 3), np.nan))
     with pytest.raises(CalibError, match=r"^image 0: the model drew NaN or infinity: left out; 0 of 1 image done"):
         make(failing, tmp_path, 1, BRIEF)
 
@@ -539,7 +540,7 @@ def test_levels_that_are_not_finite(model: DiffusionModel, tmp_path: Path) -> No
     assert not (tmp_path / "dataset").exists()
 
 
-def test_a_device_that_fails_ends_with_one_line_that_says_what_is_done(model: DiffusionModel, tmp_path: Path) -> None:
+def test_a_device_that_fails_ends_with_one_line_that_says_what_is_done(quick: DiffusionModel, tmp_path: Path) -> None:
     calls = 0
 
     class Failing(DiffusionModel):
@@ -551,7 +552,7 @@ def test_a_device_that_fails_ends_with_one_line_that_says_what_is_done(model: Di
             return super().denoise(*arguments, **named)
 
     failing = Failing.__new__(Failing)
-    vars(failing).update(vars(model))
+    vars(failing).update(vars(quick))
     with pytest.raises(CalibError, match=r"Unable to allocate 9 bytes.*2 of 4 images done and kept.*smaller") as error:
         make(failing, tmp_path, 4)
     assert "\n" not in str(error.value)
@@ -560,7 +561,7 @@ def test_a_device_that_fails_ends_with_one_line_that_says_what_is_done(model: Di
     assert sorted(load_manifest(tmp_path).images) == [0, 1]
 
 
-def test_what_is_no_failure_of_the_device_is_not_called_one(model: DiffusionModel, tmp_path: Path) -> None:
+def test_what_is_no_failure_of_the_device_is_not_called_one(quick: DiffusionModel, tmp_path: Path) -> None:
     """A time limit, say: submitit ends a job with an error that is a RuntimeError by descent."""
 
     class TimedOut(RuntimeError): ...
@@ -570,13 +571,13 @@ def test_what_is_no_failure_of_the_device_is_not_called_one(model: DiffusionMode
             raise TimedOut("timed-out too many times")
 
     ending = Ending.__new__(Ending)
-    vars(ending).update(vars(model))
+    vars(ending).update(vars(quick))
     with pytest.raises(TimedOut):
         make(ending, tmp_path, 2)
 
 
 def test_a_slow_manifest_is_written_less_often_and_complete_in_the_end(
-    model: DiffusionModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    quick: DiffusionModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     writes: list[int] = []
 
@@ -587,10 +588,10 @@ def test_a_slow_manifest_is_written_less_often_and_complete_in_the_end(
 
     monkeypatch.setattr(calib.dataset.writer, "add_entries", slow)
     singly = replace(BRIEF, batch_size=1)
-    folder = make(model, tmp_path / "slow", 7, singly)
+    folder = make(quick, tmp_path / "slow", 7, singly)
     assert writes[0] == 1 and sum(writes) == 7 and len(writes) == 2
     monkeypatch.undo()
-    assert contents(folder) == contents(make(model, tmp_path / "plain", 7, singly))
+    assert contents(folder) == contents(make(quick, tmp_path / "plain", 7, singly))
 
 
 def test_a_dataset_keeps_its_batch_size_and_says_so(

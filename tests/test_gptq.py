@@ -22,7 +22,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from quantizing import DTYPES, Array, Case, Modulated, States, integers_of, same, tiny_states, values_of, work_on
-from tiny_models import STRUCTURES
 
 # One layer
 
@@ -260,7 +259,7 @@ def watched(work: QuantizerInput, **parameters: Any) -> tuple[Quantized, Replays
     return gptq.quantize(replace(work, replay=replay), **parameters), replays
 
 
-@pytest.fixture(scope="module", params=STRUCTURES)
+@pytest.fixture(scope="module", params=["sd3", "flux", pytest.param("serial", marks=pytest.mark.slow)])
 def whole(request: pytest.FixtureRequest) -> tuple[States, Quantized, Replays]:
     """A transformer at 4 bits."""
     states = tiny_states(request.param)

@@ -41,7 +41,7 @@ from helpers import (
     wait_until,
 )
 
-STEPS = 3
+STEPS = 2
 #: Of each storage format's processes.
 KILLS = 10
 Undisturbed: TypeAlias = Callable[[int, StorageFormat], dict[str, str]]
@@ -143,7 +143,7 @@ def test_killed_at_any_moment_the_next_process_goes_on_to_the_same_files(
 def test_shards_fill_one_dataset_at_the_same_time_and_one_of_them_may_die(
     undisturbed: Undisturbed, folder: Path
 ) -> None:
-    shards = [arguments(10, STEPS, f"shard.index={i}", "shard.count=2", f"hydra.run.dir=run{i}") for i in range(2)]
+    shards = [arguments(8, STEPS, f"shard.index={i}", "shard.count=2", f"hydra.run.dir=run{i}") for i in range(2)]
     process = start_process(folder, *shards[1])
     wait_until(lambda: (folder / "dataset/samples/0002.h5").exists(), process)
     process.kill()
@@ -154,8 +154,8 @@ def test_shards_fill_one_dataset_at_the_same_time_and_one_of_them_may_die(
     assert outcome.status == 0, outcome.err
     status, err = end(process)
     assert status == 0, err
-    assert listed(folder / "dataset") == set(range(10))
-    assert contents(folder / "dataset") == undisturbed(10, StorageFormat.HDF5)
+    assert listed(folder / "dataset") == set(range(8))
+    assert contents(folder / "dataset") == undisturbed(8, StorageFormat.HDF5)
     assert temporaries(folder) == set()
 
 
@@ -242,19 +242,19 @@ def test_a_signal_ends_the_drawing_within_a_step(tmp_path: Path, number: signal.
 
 
 def test_terminated_between_blocks_what_is_done_is_kept(undisturbed: Undisturbed, tmp_path: Path) -> None:
-    process = start_process(tmp_path, *arguments(10))
+    process = start_process(tmp_path, *arguments(8))
     wait_until(lambda: len(listed(tmp_path / "dataset")) >= 2, process)
     process.terminate()
     status, err = end(process)
     assert status == 143, err
     kept = listed(tmp_path / "dataset")
-    assert 2 <= len(kept) < 10
+    assert 2 <= len(kept) < 8
     (line,) = lines_of(err)
-    assert line.startswith(f"interrupted; {len(kept)} of 10 images done and kept in dataset;")
-    outcome = run_in(tmp_path, *arguments(10))
+    assert line.startswith(f"interrupted; {len(kept)} of 8 images done and kept in dataset;")
+    outcome = run_in(tmp_path, *arguments(8))
     assert outcome.status == 0, outcome.err
-    assert f"(10 images, {10 - len(kept)} new)" in outcome.out
-    assert contents(tmp_path / "dataset") == undisturbed(10, StorageFormat.HDF5)
+    assert f"(8 images, {8 - len(kept)} new)" in outcome.out
+    assert contents(tmp_path / "dataset") == undisturbed(8, StorageFormat.HDF5)
 
 
 @pytest.mark.slow
@@ -322,7 +322,7 @@ def test_a_disk_that_cannot_hold_the_images_is_refused_before_anything_is_made(
 def test_a_disk_that_fills_while_images_are_drawn_loses_nothing(
     small_disk: Path, undisturbed: Undisturbed, folder: Path, run: str
 ) -> None:
-    given = [*arguments(10), "data_dir=disk/dataset", f"hydra.run.dir={run}"]
+    given = [*arguments(8), "data_dir=disk/dataset", f"hydra.run.dir={run}"]
     process = start_process(folder, *given)
     wait_until(lambda: bool(listed(small_disk / "dataset")), process)
     process.send_signal(signal.SIGSTOP)
@@ -331,15 +331,15 @@ def test_a_disk_that_fills_while_images_are_drawn_loses_nothing(
     status, err = end(process)
     assert status == 1, err
     kept = listed(small_disk / "dataset")
-    assert 2 <= len(kept) < 10
+    assert 2 <= len(kept) < 8
     (line,) = lines_of(err)
     assert "No space left on device" in line
-    assert f"{len(kept)} of 10 images done and kept in disk/dataset" in line
+    assert f"{len(kept)} of 8 images done and kept in disk/dataset" in line
     assert temporaries(small_disk) == set()
     ballast.unlink()
     outcome = run_in(folder, *given)
     assert outcome.status == 0, outcome.err
-    assert contents(small_disk / "dataset") == undisturbed(10, StorageFormat.HDF5)
+    assert contents(small_disk / "dataset") == undisturbed(8, StorageFormat.HDF5)
 
 
 def test_a_disk_that_is_full_from_the_start_ends_with_one_clear_line(small_disk: Path, folder: Path) -> None:

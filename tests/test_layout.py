@@ -3,6 +3,7 @@
 import ast
 import re
 from collections.abc import Iterator, Mapping
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -36,15 +37,21 @@ def modules_of(root: Path) -> dict[str, Path]:
     return found
 
 
-def imported(path: Path) -> Iterator[str]:
+def imported(path: Path) -> list[str]:
     """Dotted names that a module imports, anywhere in it; ``from a import b`` gives both a and a.b."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    return imported_by(path.read_text(encoding="utf-8"))
+
+
+@cache
+def imported_by(text: str) -> list[str]:
+    found: list[str] = []
+    for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            found.extend(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0 and node.module is not None, f"{path}: import by absolute names"
-            yield node.module
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            assert node.level == 0 and node.module is not None, f"import by absolute names in\n{text}"
+            found += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+    return found
 
 
 def imports_within(modules: Mapping[str, Path]) -> dict[str, set[str]]:

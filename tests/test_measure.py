@@ -32,7 +32,7 @@ from damage import restated, set_states
 from diffusionkit.mlx.mmdit import MMDiT
 from helpers import end, lines_of, run_here, start_process, temporaries, wait_until
 from mlx import nn
-from tiny_models import STRUCTURES, draw, tiny_model
+from tiny_models import draw, tiny_model
 
 Ranges = Mapping[str, tuple[float, float]]
 
@@ -149,7 +149,10 @@ class Slow:
             return self._changed()
 
 
-@pytest.fixture(scope="module", params=[*STRUCTURES, pytest.param("emoji", marks=pytest.mark.slow)])
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("serial", "emoji")]
+
+
+@pytest.fixture(scope="module", params=["sd3", "flux", *SLOW])
 def drawn(
     request: pytest.FixtureRequest, model: DiffusionModel, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[str, DiffusionModel, Path]:

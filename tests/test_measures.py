@@ -27,7 +27,7 @@ ALL = f"evaluation.metrics=[psnr,ssim,{','.join(OFFLINE)}]"
 #: Of their own, as other tests compare what lies beside the shared run.
 DATA = "data_dir=dataset"
 HALF = "calibration_cache/evaluation/.control.json.x.tmp"
-SIZES = ("evaluation.num_images=4", "evaluation.steps=2", "sampler.num_steps=4", "sampler.batch_size=2")
+SIZES = ("evaluation.num_images=4", "evaluation.steps=1", "sampler.num_steps=2", "sampler.batch_size=2")
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,12 @@ FIVE = (
     *("num_images=5", "sampler.num_steps=2", "sampler.batch_size=2", "data_dir=dataset"),
     *("timestep_schedule=all", "report=none"),
 )
-KEPT = ("taps=all", "taps.cfg_halves=apart", "storage=sampled", "taps.include=[x_embedder,'*.fc2',mm_block_1]")
+KEPT = (
+    "taps=all",
+    "taps.cfg_halves=apart",
+    "storage=sampled",
+    "taps.include=[x_embedder,'mm_block_1.*.fc2',mm_block_1]",
+)
 SHARDS = 3
 
 

@@ -61,8 +61,8 @@ JOB = (
     *("model=zimage_turbo", "model.dtype=float32", "prompts=file", "prompts.path=texts.txt", "num_images=3"),
     *("sampler.image_size=[64,64]", "sampler.num_steps=3", "sampler.batch_size=2"),
     *("data_dir=dataset", "dataset.dtype=float32"),
-    *("timestep_schedule=all", "taps=all", "sensitivity.images=2", "sensitivity.group_sizes=[32,64]"),
-    *("calibration.images=2", "calibration.steps=2", "evaluation.num_images=2", "evaluation.steps=2"),
+    *("timestep_schedule=all", "taps=all", "sensitivity.images=1", "sensitivity.group_sizes=[32,64]"),
+    *("calibration.images=1", "calibration.steps=1", "evaluation.num_images=1", "evaluation.steps=1"),
 )
 
 

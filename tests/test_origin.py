@@ -11,7 +11,7 @@ from calib.base.layout import ACTIVATIONS, MODEL, PAGE, PLAN, STATISTICS, STATUS
 
 import h5py
 import pytest
-from helpers import TINY, Outcome, contents, everything, is_one_clear_line, run_here, well
+from helpers import Outcome, contents, everything, is_one_clear_line, run_here, tiny, well
 
 #: ``calib`` with these arguments, the settings of the shared run, and no dataset or cache but those in the folder.
 Calib = Callable[..., Outcome]
@@ -27,8 +27,8 @@ def calib(tiny_run: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> C
         shutil.copytree(tiny_run.parent / name, folder / name)
 
     def call(*arguments: str) -> Outcome:
-        settings = () if arguments[0] in ("verify", "compare") else TINY
-        return run_here([*arguments, *(t for t in settings if t.split("=")[0] not in " ".join(arguments))], capsys)
+        first, *more = arguments
+        return run_here([first, *(more if first in ("verify", "compare") else tiny(*more))], capsys)
 
     return call
 
@@ -161,6 +161,7 @@ def test_an_analysis_made_again_takes_what_followed_from_it(calib: Calib, folder
     assert "run: no quantized model there; calib quantize plan=run hydra.run.dir=run" in line
 
 
+@pytest.mark.slow
 def test_what_renews_keeps_the_options(calib: Calib, folder: Path) -> None:
     """Of a model by another quantizer than the default; and of a plan whose options came with it."""
     well(calib("analyze", "stats=run", "analysis=uniform", "analysis.weight_bits=6", "hydra.run.dir=plan"))

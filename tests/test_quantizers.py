@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from typing import Any
 
 from calib.analysis.plan import LayerPlan
@@ -191,8 +192,14 @@ CHECKS: dict[str, Callable[[Case], None]] = {
 }
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("group_size", GROUP_SIZES)
+#: Group size and type; of one size both types by default.
+GRIDS = [
+    pytest.param(size, dtype, marks=pytest.mark.slow if (size, dtype) in ((32, "bfloat16"), (128, "bfloat16")) else ())
+    for size, dtype in product(GROUP_SIZES, DTYPES)
+]
+
+
+@pytest.mark.parametrize(("group_size", "dtype"), GRIDS)
 @pytest.mark.parametrize("bits", WEIGHT_BITS)
 @pytest.mark.parametrize("quantizer", CHECKS)
 def test_oracle(quantizer: str, bits: int, group_size: int, dtype: str) -> None:

@@ -37,10 +37,10 @@ TEXTS = ("Süße Öl-Äpfel — 日本語 😀", "a=b, 'c' \"d\"", "  two\nlines
 
 
 @pytest.fixture(scope="session")
-def drawn(model: DiffusionModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def drawn(quick: DiffusionModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four images of two steps; tests copy them."""
     folder = tmp_path_factory.mktemp("drawn") / "dataset"
-    generate(model, PROMPTS, 4, folder, SETTINGS)
+    generate(quick, PROMPTS, 4, folder, SETTINGS)
     return folder
 
 
@@ -83,16 +83,16 @@ def check_restored(folder: Path) -> None:
     ],
 )
 def test_a_lost_manifest_comes_back_to_the_byte(
-    model: DiffusionModel, tmp_path: Path, storage: StorageFormat, dtype: StateDtype
+    quick: DiffusionModel, tmp_path: Path, storage: StorageFormat, dtype: StateDtype
 ) -> None:
     settings = replace(SETTINGS, cfg_weight=2.5, shift=3.0)
-    generate(model, TEXTS, 4, tmp_path, settings, seed=7, storage=storage, dtype=dtype, steps=[0, 2])
+    generate(quick, TEXTS, 4, tmp_path, settings, seed=7, storage=storage, dtype=dtype, steps=[0, 2])
     check_restored(tmp_path)
 
 
-def test_shards_in_any_order_come_back_to_the_byte(model: DiffusionModel, tmp_path: Path) -> None:
+def test_shards_in_any_order_come_back_to_the_byte(quick: DiffusionModel, tmp_path: Path) -> None:
     for index in (1, 0):
-        generate(model, PROMPTS, 5, tmp_path, SETTINGS, shard=Shard(index, 2))
+        generate(quick, PROMPTS, 5, tmp_path, SETTINGS, shard=Shard(index, 2))
     check_restored(tmp_path)
 
 
@@ -131,7 +131,7 @@ def test_a_damaged_manifest_is_kept_beside_the_restored_one(dataset: Path, conte
     assert verify(dataset).sound
 
 
-def test_images_that_are_not_whole_are_listed_and_left_out(model: DiffusionModel, dataset: Path) -> None:
+def test_images_that_are_not_whole_are_listed_and_left_out(quick: DiffusionModel, dataset: Path) -> None:
     before = contents(dataset)
     (dataset / "manifest.json").unlink()
     (dataset / "latents/0001.npy").unlink()
@@ -143,14 +143,14 @@ def test_images_that_are_not_whole_are_listed_and_left_out(model: DiffusionModel
         (2, "unreadable", "samples/0002.h5"),
     }
     assert sorted(load_manifest(dataset).images) == [0, 3]
-    generate(model, PROMPTS, 4, dataset, SETTINGS)
+    generate(quick, PROMPTS, 4, dataset, SETTINGS)
     assert contents(dataset) == before
 
 
-def test_the_settings_of_most_images_win(model: DiffusionModel, dataset: Path, tmp_path: Path) -> None:
+def test_the_settings_of_most_images_win(quick: DiffusionModel, dataset: Path, tmp_path: Path) -> None:
     expected = [line for line in (dataset / "manifest.json").read_text().splitlines() if '"image_id": 0' not in line]
     other = tmp_path / "other"
-    generate(model, PROMPTS, 1, other, replace(SETTINGS, cfg_weight=2.0))
+    generate(quick, PROMPTS, 1, other, replace(SETTINGS, cfg_weight=2.0))
     (other / "manifest.json").unlink()
     shutil.copytree(other, dataset, dirs_exist_ok=True)
     (dataset / "manifest.json").unlink()

@@ -42,7 +42,7 @@ import numpy as np
 import plain_dit
 import pytest
 import wide_model
-from helpers import TINY, command, contents, environment, is_one_clear_line, run_in, well
+from helpers import command, contents, environment, is_one_clear_line, run_in, tiny, well
 from tiny_models import draw, tiny_model
 from watching import collected, collection_of
 
@@ -85,12 +85,14 @@ class Case:
 
 #: DiffusionKit's smallest, and the family whose activations are of another type than its weights; further ones.
 CASES = ("sd3", "qwen bfloat16")
-FURTHER = (
-    pytest.param(case, marks=pytest.mark.slow) for case in ("flux bfloat16", "zimage", "flux2", "flux1_dev bfloat16")
-)
+FURTHER = ("flux bfloat16", "zimage", "flux2", "flux1_dev bfloat16")
 
 
-@pytest.fixture(scope="module", params=[*CASES, *FURTHER])
+def cases(*by_default: str) -> list[Any]:
+    return [pytest.param(c, marks=() if c in by_default else pytest.mark.slow) for c in (*CASES, *FURTHER)]
+
+
+@pytest.fixture(scope="module", params=cases(*CASES))
 def case(request: pytest.FixtureRequest, model: DiffusionModel, tmp_path_factory: pytest.TempPathFactory) -> Case:
     structure, _, kind = request.param.partition(" ")
     folder = tmp_path_factory.mktemp("streamed")
@@ -105,6 +107,7 @@ def test_it_draws_the_same_bytes(case: Case, tmp_path: Path) -> None:
     assert contents(draw(case.model, tmp_path)) == contents(case.data_dir)
 
 
+@pytest.mark.parametrize("case", cases("sd3"), indirect=True)
 def test_statistics_and_kept_activations_are_the_same(case: Case, tmp_path: Path) -> None:
     settings = {"samples": SampleSettings(Samples.ROWS, 3)}
     found = []
@@ -172,6 +175,7 @@ def test_packed_weights_and_what_they_draw_are_the_same(
     assert not any(np.array_equal(a, b) for a, b in zip(drawn[0], plain, strict=True))
 
 
+@pytest.mark.parametrize("case", cases("qwen bfloat16"), indirect=True)
 def test_sensitivities_of_the_output_are_the_same(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As of a model in memory whose backward passes go by parts; no gradient outlasts its block."""
     monkeypatch.setattr(gradients, "plan_backward", lambda *_: BackwardPlan(2, by_parts=True, nbytes=0))
@@ -382,7 +386,7 @@ def test_a_job_that_was_finished_stays_so_whether_or_not_it_is_streamed(tmp_path
 def test_a_whole_job_that_cannot_be_done_is_refused_before_anything_is_drawn(
     wanted: Sequence[str], instead: str, tmp_path: Path
 ) -> None:
-    assert instead in is_one_clear_line(run_in(tmp_path, *TINY, *wanted, "model.stream=true"))
+    assert instead in is_one_clear_line(run_in(tmp_path, *tiny(*wanted, "model.stream=true")))
     assert not list(tmp_path.iterdir())
 
 

@@ -24,10 +24,11 @@ from helpers import (
     run_without_rights,
     start_process,
     wait_until,
+    well,
 )
 
 #: A job in a second: nothing is drawn again.
-SMALL = (*TINY[:7], "evaluation=none", "taps.include=['*.fc2']", "report=none")
+SMALL = (*TINY[:7], "quantizer.search=false", "evaluation=none", "taps.include=['*.fc2']", "report=none")
 
 BROKEN = '''
 """A heuristic that is broken, until a file says that it was mended."""
@@ -45,9 +46,13 @@ def plan_layer(layer: LayerSummary) -> LayerPlan:
 ANALYSES = ("analyze,analysis=range", "analyze,analysis=broken", "analyze,analysis=uniform")
 
 
-def of_statistics(run: Path) -> list[str]:
-    """A sweep of jobs that take a tenth of a second: plans from what a run has collected."""
-    return ["analyze", "-m", f"stats={run}", *(override for override in TINY if override != "analysis=range")]
+@pytest.fixture(scope="module")
+def of_statistics(tiny_run: Path) -> list[str]:
+    """A sweep of jobs that take a tenth of a second: plans from what a run has collected of a few layers."""
+    here = ("data_dir=dataset", "taps.include=['*.fc2']", "hydra.run.dir=swept")
+    well(run_in(tiny_run.parent, "collect", *TINY, *here))
+    given = (override for override in TINY if override != "analysis=range")
+    return ["analyze", "-m", f"stats={tiny_run.parent / 'swept'}", *given]
 
 
 def states(sweep: Path) -> dict[str, str]:
@@ -77,9 +82,9 @@ def own_heuristic(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_job_that_fails_in_any_way_is_recorded_and_the_others_run(
-    tiny_run: Path, own_heuristic: Path, capsys: pytest.CaptureFixture[str]
+    of_statistics: list[str], own_heuristic: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    given = [*of_statistics(tiny_run), "analysis=range,broken,uniform", "--config-dir=own"]
+    given = [*of_statistics, "analysis=range,broken,uniform", "--config-dir=own"]
     outcome = run_here(given, capsys)
     assert outcome.status == 1
     sweep = the_sweep(own_heuristic)
@@ -110,33 +115,23 @@ def test_a_job_that_fails_in_any_way_is_recorded_and_the_others_run(
     }
 
 
-def test_a_job_that_cannot_begin_is_recorded_too(
-    data_dir: Path, folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The second job asks for images that the dataset loses to the first: known only when it begins."""
-    (folder / "own" / "analysis").mkdir(parents=True)
-    (folder / "damaged").mkdir()
-    (folder / "damaged" / "manifest.json").write_text((data_dir / "manifest.json").read_text())
-    given = ["collect", "-m", f"data_dir=damaged,{data_dir}", "sampler.num_steps=8", "timestep_schedule=quarters"]
-    given += ["generate_missing=false", "taps.include=['*.fc2']", "report=none"]
+def test_jobs_that_cannot_begin_fail_alone(data_dir: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of datasets that lack what they list, and that cannot be read: known only when a job begins."""
+    for name, manifest in (("lacking", (data_dir / "manifest.json").read_text()), ("damaged", "{")):
+        (folder / name).mkdir()
+        (folder / name / "manifest.json").write_text(manifest)
+    given = ["collect", "-m", f"data_dir=lacking,damaged,{data_dir}", "sampler.num_steps=8", "timestep_schedule=list"]
+    given += ["timestep_schedule.steps=[0]", "generate_missing=false", "taps.include=[x_embedder]", "report=none"]
     outcome = run_here([*given, "hydra.sweep.dir=sweep"], capsys)
     assert outcome.status == 1
     found = {path.parent.name: json.loads(path.read_text()) for path in folder.glob("sweep/*/status.json")}
-    assert sorted(status["state"] for status in found.values()) == ["complete", "failed"]
-    (failed,) = (name for name, status in found.items() if status["state"] == "failed")
-    assert "damaged" in failed and "samples" in found[failed]["error"]
-    assert "Traceback" in (folder / "sweep" / failed / "run.log").read_text()
-
-
-def test_a_damaged_dataset_fails_its_own_job_alone(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (folder / "damaged").mkdir()
-    (folder / "damaged" / "manifest.json").write_text("{")
-    outcome = run_here(["-m", *SMALL, "data_dir=damaged,whole", "hydra.sweep.dir=sweep"], capsys)
-    assert outcome.status == 1
-    found = {path.parent.name: json.loads(path.read_text()) for path in folder.glob("sweep/*/status.json")}
-    assert sorted(status["state"] for status in found.values()) == ["complete", "failed"]
-    (error,) = (status["error"] for status in found.values() if status["error"])
-    assert error.startswith("damaged/manifest.json: not valid JSON"), "said without the name of a class"
+    assert sorted(status["state"] for status in found.values()) == ["complete", "failed", "failed"]
+    errors = {name: status["error"] for name, status in found.items() if status["state"] == "failed"}
+    (lacking,) = (name for name in errors if "lacking" in name)
+    (damaged,) = (name for name in errors if "damaged" in name)
+    assert "samples" in errors[lacking]
+    assert errors[damaged].startswith("damaged/manifest.json: not valid JSON"), "said without the name of a class"
+    assert "Traceback" in (folder / "sweep" / lacking / "run.log").read_text()
 
 
 def test_no_jobs_at_once_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -158,8 +153,10 @@ def test_jobs_that_another_process_runs_are_not_called_failed() -> None:
     assert "1 of the sweep's 4 jobs ended without a word (c)" in told
 
 
-def test_more_values_go_on_in_the_same_folder(tiny_run: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    stage, *given = of_statistics(tiny_run)
+def test_more_values_go_on_in_the_same_folder(
+    of_statistics: list[str], folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stage, *given = of_statistics
     assert run_here([stage, *given, "analysis=range,uniform"], capsys).status == 0
     outcome = run_here([stage, "analysis=uniform,range,cv", *reversed(given)], capsys)
     assert outcome.status == 0, outcome.err

@@ -47,9 +47,9 @@ from helpers import PROMPTS, contents, everything, flip_byte
 @pytest.mark.parametrize("storage", list(StorageFormat))
 @pytest.mark.parametrize("dtype", list(StateDtype))
 def test_a_sound_dataset_gives_nothing(
-    model: DiffusionModel, tmp_path: Path, storage: StorageFormat, dtype: StateDtype
+    quick: DiffusionModel, tmp_path: Path, storage: StorageFormat, dtype: StateDtype
 ) -> None:
-    generate(model, PROMPTS, 1, tmp_path, SETTINGS, storage=storage, dtype=dtype, steps=[0, 2])
+    generate(quick, PROMPTS, 1, tmp_path, SETTINGS, storage=storage, dtype=dtype, steps=[0, 2])
     before = everything(tmp_path)
     assert is_sound(tmp_path)
     assert everything(tmp_path) == before

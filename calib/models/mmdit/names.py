@@ -5,6 +5,7 @@ denotes a layer, and in statistics that layer's input; ``mm_block_0.image`` deno
 """
 
 import re
+from functools import cache
 
 _TO_NAME = (
     (r"multimodal_transformer_blocks\.(\d+)", r"mm_block_\1"),
@@ -29,6 +30,7 @@ _TO_PATH = (
 _WITHIN_BLOCK = ("adaln", "attn.q_proj", "attn.k_proj", "attn.v_proj", "attn.o_proj", "mlp.fc1", "mlp.fc2", "linear")
 
 
+@cache
 def layer_name(path: str) -> str:
     """The canonical name of the module at ``path`` in a DiffusionKit MMDiT."""
     for pattern, replacement in _TO_NAME:
@@ -36,6 +38,7 @@ def layer_name(path: str) -> str:
     return path
 
 
+@cache
 def module_path(name: str) -> str:
     """The module path of a canonical layer name; the inverse of :func:`layer_name`."""
     for pattern, replacement in _TO_PATH:
