@@ -104,6 +104,14 @@ def test_the_page_shows_them_with_the_worst_pictures_first(evaluated: Path) -> N
         assert f"perceptual distance {form.format(distances[place])}" in caption
 
 
+def test_several_pictures_of_a_prompt_are_noted(calib: Calib, evaluated: Path, tiny_run: Path) -> None:
+    command = ("evaluate", f"plan={tiny_run}", *OF_FILE, *SIZES, "hydra.run.dir=more", "report=none")
+    note = "8 pictures of 6 different prompts: intervals are over pictures"
+    assert f"note: {note}" in well(calib(*command, "evaluation.num_images=8")).out
+    assert any(line.startswith(note) for line in read_json(Path("more", DETAILS))["notes"])
+    assert "different prompt" not in (evaluated / "run" / FIDELITY).read_text()
+
+
 def test_a_changed_column_is_another_job(calib: Calib, evaluated: Path, tiny_run: Path) -> None:
     command = ("evaluate", f"plan={tiny_run}", *OF_FILE, *SIZES, METRICS_WANTED, "evaluation.by=Category")
     assert "Already complete" in well(calib(*command, "hydra.run.dir=run")).out

@@ -15,6 +15,7 @@ from typing import TypeAlias
 
 from calib.base.errors import ConfigError
 from calib.base.layout import ACTIVATIONS, CONFIG, DETAILS, HYDRA, HYDRA_CONFIG, LOCK, METRICS, PLAN, STATUS, STEPS
+from calib.runs.compare.best import Ranking
 from calib.runs.compare.comparison import compare, pareto_front, value_of
 from calib.runs.find import read_runs, short_names
 from calib.runs.record import RunRecord
@@ -384,3 +385,16 @@ def test_only_finite_metrics(sweep: Path, tmp_path: Path) -> None:
     (record,) = read_runs([str(run)])
     assert record.metrics == {"steps": 5.0}
     assert all(math.isfinite(value) for value in record.metrics.values())
+
+
+@pytest.mark.parametrize("name", ["fid", "fd_effnet", "kid_effnet", "psnr"])
+@pytest.mark.parametrize("differing", ["evaluation.num_images", "evaluation.reference", ""])
+def test_figures_of_different_sets_are_not_ranked(name: str, differing: str) -> None:
+    runs = [
+        RunRecord(Path(own), own, RunState.COMPLETE, config={differing: own}, metrics={name: value, **ends})
+        for own, value in (("a", 40.0), ("b", 60.0))
+        for ends in [{f"{name}_low": value - 2, f"{name}_high": value + 2}]
+    ]
+    best = "b" if name == "psnr" else "a"
+    of_different_sets = bool(differing) and name != "psnr"
+    assert Ranking(runs).best(name) == (frozenset() if of_different_sets else {best})

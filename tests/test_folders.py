@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import os
 import shutil
 import struct
 import tracemalloc
@@ -13,7 +14,7 @@ from typing import TypeAlias
 
 from calib.base.errors import CalibError
 from calib.cli.commands import names_folders
-from calib.evaluation.folders import compare_folders
+from calib.evaluation.folders import BATCH, compare_folders
 from calib.evaluation.metrics import bootstrap, psnr, ssim
 from calib.evaluation.pictures import read_picture
 from calib.runs.pages.pictures import data_address
@@ -91,6 +92,13 @@ def test_the_table_has_the_worst_pairs_first(calib: Calib) -> None:
     assert "PSNR (dB, higher is closer)" in out and "and 3 pairs more" in out
     assert "worst pairs by PSNR" in out
     assert "only 5 pairs" in out
+
+
+def test_each_pair_is_one_line_whatever_its_name(calib: Calib) -> None:
+    for name in "ab":
+        Path(name, "p0.png").rename(Path(name, "new\nline \x1b[31m\u2028é👨\u200d👩.png"))
+    out = well(calib("a", "b")).out
+    assert "\nnew\\nline \\x1b[31m\\u2028é👨\u200d👩  " in out and "\x1b" not in out
 
 
 def test_a_page_and_a_document_are_written(calib: Calib) -> None:
@@ -234,6 +242,9 @@ BAD: dict[str, tuple[Callable[[], object], tuple[str, ...]]] = {
     "16 bits": (lambda: sixteen_bits(Path("a/p3.png")), ("a/p3.png: has 16 bits a channel; convert it to 8",)),
     "16 bits of grey": (lambda: sixteen_bits(Path("a/p3.png"), True), ("a/p3.png: has 16 bits a channel",)),
     "CMYK": (cmyk, ("a/p0.jpg: is CMYK", "convert it")),
+    "a link to nowhere": (lambda: [Path(f"{n}/q.png").symlink_to("gone") for n in "ab"], ("a/q.png: is a link that",)),
+    "a pipe": (lambda: [os.mkfifo(f"{n}/q.png") for n in "ab"], ("a/q.png: is no regular file",)),
+    "a line break in a name": (lambda: Path("b/new\nline.png").write_text(""), ("only in b: new\\nline;",)),
     "transparent": (transparent, ("a/p0.png: has transparent pixels",)),
 }  # fmt: skip
 
@@ -308,9 +319,10 @@ def test_help_is_that_of_what_is_asked(calib: Calib) -> None:
     assert "usage: calib evaluate [key=value" in stage and "calib evaluate DIR_A DIR_B" in stage
 
 
-def test_memory_does_not_grow_with_the_pictures(folder: Path) -> None:
-    """Of 16 times as many, of half a megabyte of floats each, less than four more would take."""
-    peaks = []
+def test_memory_does_not_grow_with_the_pictures(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 16 times as many, half a megabyte of floats each, less than four more would take; few are floats at once."""
+    monkeypatch.setattr("calib.evaluation.folders.cores", lambda: 2)
+    peaks, floats = [], 160 * 140 * 3 * 8
     for count in (16, 256):
         for name in ("a", "b"):
             (folder / f"{name}{count}").mkdir()
@@ -318,7 +330,7 @@ def test_memory_does_not_grow_with_the_pictures(folder: Path) -> None:
             for number in range(1, count):
                 (folder / f"{name}{count}" / f"{number:04d}.png").hardlink_to(folder / f"{name}{count}" / "0000.png")
         tracemalloc.start()
-        compare_folders(folder / f"a{count}", folder / f"b{count}", ["psnr"])
+        compare_folders(folder / f"a{count}", folder / f"b{count}", ["psnr", "ssim"])
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-    assert peaks[1] < peaks[0] + 4 * 160 * 140 * 3 * 8
+    assert peaks[1] < peaks[0] + 4 * floats and peaks[0] < 2 * BATCH * floats

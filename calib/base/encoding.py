@@ -3,6 +3,10 @@
 import io
 import os
 import sys
+import unicodedata
+
+#: Categories of characters that would break a line or a terminal: controls, separators of lines, lone surrogates.
+BREAKING = ("Cc", "Zl", "Zp", "Cs")
 
 
 def ensure_utf8_names() -> None:
@@ -27,3 +31,8 @@ def print_documents() -> None:
     """Let stdout write UTF-8 from now on, for documents that are to be read by others."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
+
+
+def printable(text: str) -> str:
+    """``text`` in one line, whoever wrote it: breaks, controls of terminals and what is no letter become escapes."""
+    return "".join(c.encode("unicode_escape").decode() if unicodedata.category(c) in BREAKING else c for c in text)

@@ -3,6 +3,8 @@
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
 
+from calib.base.encoding import printable
+
 MOST_NAMES = 20
 
 
@@ -44,9 +46,9 @@ def in_a_line(error: BaseException, path: object = "files") -> str:
     ``path`` names what an OSError without a file name is about.
     """
     if isinstance(error, CalibError):
-        return str(error)
+        return printable(str(error))
     if isinstance(error, OSError):
-        return f"{error.filename or path}: {error.strerror or reason_of(error)}"
+        return printable(f"{error.filename or path}: {error.strerror or reason_of(error)}")
     return " ".join(f"{type(error).__name__}: {error}".split())
 
 

@@ -104,9 +104,7 @@ def compare_folders(
                 height, width, _ = one.pixels.shape
                 sizes[width, height] = sizes.get((width, height), 0) + 1
             said = [texts[name] for name in shown if texts]
-            for name, own in chosen.of_pairs(
-                [(a.pixels / 255, b.pixels / 255) for a, b in read], said, pool.map
-            ).items():
+            for name, own in chosen.of_pairs([(a.pixels, b.pixels) for a, b in read], said, pool.map).items():
                 values[name].append(own)
             a_vectors.append(chosen.vectors([one.pixels for one, _ in read]))
             b_vectors.append(chosen.vectors([other.pixels for _, other in read]))

@@ -3,6 +3,7 @@
 from collections.abc import Collection, Sequence
 from typing import Any
 
+from calib.base.encoding import printable
 from calib.base.progress import counted
 from calib.evaluation.agreement import cut_lines, score_lines
 from calib.evaluation.folders import FolderComparison
@@ -64,7 +65,8 @@ def notes(found: FolderComparison) -> list[str]:
 def folders_text(found: FolderComparison, most: int) -> str:
     """The report for people: a table of measures, and the ``most`` worst pairs."""
     one, other = found.folders
-    lines = [f"{one} and {other}: {counted(len(found.pairs), 'pair')}", *_aligned(measure_rows(found), (1, 2))]
+    head = printable(f"{one} and {other}: {counted(len(found.pairs), 'pair')}")
+    lines = [head, *_aligned(measure_rows(found), (1, 2))]
     if found.values and most:
         heads = [worst_pairs(found), *(TITLES[name].title for name in found.values)]
         names, rows = list(found.pairs), []
@@ -101,6 +103,7 @@ def shown(name: str, value: float) -> str:
 
 
 def _aligned(rows: Sequence[Sequence[str]], right: Collection[int]) -> list[str]:
+    rows = [list(map(printable, row)) for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join(

@@ -139,7 +139,7 @@ class Chosen:
 
     def of_pairs(
         self,
-        pairs: Sequence[tuple[Picture, Picture]],
+        pairs: Sequence[tuple[Picture | Pixels, Picture | Pixels]],
         texts: Sequence[str] = (),
         each: Callable[..., Iterable[float]] = map,
     ) -> dict[str, NDArray[np.float64]]:
@@ -151,7 +151,7 @@ class Chosen:
         for name, extractor in self.pairs.items():
             pair, seen = MEASURES[name].pair, MEASURES[name].seen
             if pair is not None:
-                found[name] = np.array(list(each(pair, *zip(*pairs, strict=True))))
+                found[name] = np.array(list(each(partial(_of_floats, pair), *zip(*pairs, strict=True))))
             elif seen is not None:
                 found[name] = seen(extractor, [(eight_bits(a), eight_bits(b)) for a, b in pairs], texts)
         return found
@@ -261,7 +261,16 @@ def worst_first(values: NDArray[np.float64], name: str) -> list[int]:
     return [int(place) for place in np.argsort(values if TITLES[name].higher else -values, kind="stable")]
 
 
-def eight_bits(picture: Picture) -> Pixels:
+def _of_floats(pair: Callable[[Picture, Picture], float], a: Picture | Pixels, b: Picture | Pixels) -> float:
+    """``pair`` of pictures that become floats here, two at a time, as a batch of large ones would not fit."""
+    return pair(_floats(a), _floats(b))
+
+
+def _floats(picture: Picture | Pixels) -> Picture:
+    return picture / 255 if picture.dtype == np.uint8 else picture.astype(np.float64, copy=False)
+
+
+def eight_bits(picture: Picture | Pixels) -> Pixels:
     """A picture as it is stored and shown."""
-    found: Pixels = np.rint(255 * np.clip(picture, 0, 1)).astype(np.uint8)
-    return found
+    stored = picture if picture.dtype == np.uint8 else np.rint(255 * np.clip(picture, 0, 1))
+    return stored.astype(np.uint8, copy=False)

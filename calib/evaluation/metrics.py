@@ -52,6 +52,11 @@ def ssim(reference: NDArray[Any], image: NDArray[Any]) -> float:
     x, y = _pair(reference, image)
     if min(x.shape[:2]) < WINDOW:
         raise ValueError(f"pictures of {x.shape[1]}×{x.shape[0]} are smaller than SSIM's window of {WINDOW}")
+    # Each by itself, as that takes a dozen arrays of its size.
+    return float(np.mean([_ssim_of_channel(x[..., channel], y[..., channel]) for channel in range(x.shape[2])]))
+
+
+def _ssim_of_channel(x: NDArray[np.float64], y: NDArray[np.float64]) -> float:
     mean_x, mean_y = _windowed(x), _windowed(y)
     variance_x, variance_y = _windowed(x * x) - mean_x**2, _windowed(y * y) - mean_y**2
     covariance = _windowed(x * y) - mean_x * mean_y
@@ -68,7 +73,7 @@ def _pair(reference: NDArray[Any], image: NDArray[Any]) -> tuple[NDArray[np.floa
 
 
 def _windowed(x: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Gaussian mean at every position whose window is within the picture, (height - 10, width - 10, channels)."""
+    """Gaussian mean at every position of (height, width) whose window is within, (height - 10, width - 10)."""
     from scipy import ndimage  # slow to import, and every command would wait for it
 
     edge = WINDOW // 2
@@ -169,7 +174,7 @@ class Fidelity:
     """Comparison of a model with the full-precision one: same prompts, seeds and noise.
 
     Attributes:
-        psnr: (prompts,) dB, inf where pictures are equal. One value per prompt: several pictures of one are averaged.
+        psnr: (prompts,) dB, inf where pictures are equal. Of several pictures of one prompt each has a value.
         ssim: (prompts,), 1 where pictures are equal.
         error: (prompts, steps), :func:`relative_error` of the outputs on the full-precision model's states.
         steps: (steps,) step indices, ascending.

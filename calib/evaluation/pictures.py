@@ -34,10 +34,10 @@ def pictures_in(folder: Path) -> dict[str, Path]:
     """Pictures directly in ``folder``, by name without ending, in the order of their names; hidden files are left out.
 
     Raises:
-        CalibError: there is none, or one of another format, or two of one name.
+        CalibError: there is none, or one of another format, or two of one name, or a link that leads nowhere.
     """
     try:
-        files = sorted(entry.name for entry in os.scandir(folder) if not entry.name.startswith(".") and entry.is_file())
+        files = sorted(e.name for e in os.scandir(folder) if not (e.name.startswith(".") or e.is_dir()))
     except OSError as error:
         raise CalibError(f"{folder}: cannot be read as a folder of pictures ({error.strerror})") from None
     found: dict[str, Path] = {}
@@ -46,6 +46,9 @@ def pictures_in(folder: Path) -> dict[str, Path]:
             raise CalibError(f"{path}: pictures are read as PNG, JPEG or WebP; convert it, or move it elsewhere")
         if path.suffix.lower() not in READABLE:
             continue
+        if not path.is_file():
+            kind = "a link that leads nowhere" if path.is_symlink() else "no regular file"
+            raise CalibError(f"{path}: is {kind}; remove it, or put the picture in its place")
         if path.stem in found:
             raise CalibError(f"{path}: {found[path.stem].name} has the same name; leave one of them")
         found[path.stem] = path

@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from calib.base.encoding import printable
 from calib.base.errors import CalibError
 from calib.base.files import replacing
 from calib.base.progress import counted
@@ -67,6 +68,7 @@ def _table(quantized: Fidelity, control: Fidelity) -> list[str]:
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     """Rows of a table as lines."""
+    rows = [list(map(printable, row)) for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(f"{own:{width}}" for own, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
@@ -141,6 +143,14 @@ def sets_text(found: Mapping[str, SetDistance], with_what: str) -> str:
 def sets_notes(found: Mapping[str, SetDistance]) -> list[str]:
     """What a reader of distances of sets must know."""
     return [f"{name}: {note}" for name, distance in found.items() for note in distance.notes]
+
+
+def repeated_note(prompts: Sequence[str]) -> str:
+    """A note where several pictures are of one prompt, as intervals take each for a prompt; '' where none are."""
+    different = len(set(prompts))
+    counts = f"{len(prompts)} pictures of {counted(different, 'different prompt')}"
+    narrow = "intervals are over pictures, and too narrow for what other prompts would give"
+    return f"{counts}: {narrow}" if different < len(prompts) else ""
 
 
 def seen_note(seen: int, prompts: int) -> str:

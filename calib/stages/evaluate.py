@@ -42,6 +42,7 @@ from calib.evaluation.report import (
     fidelity_text,
     picture_grid,
     plot_error,
+    repeated_note,
     save_pictures,
     seen_note,
     sets_notes,
@@ -143,8 +144,8 @@ def run(settings: Settings, run: RunDirectory, model: Callable[[], DiffusionMode
     about = {key: quantized.about[key] for key in CARRIED if key in quantized.about}
     text = fidelity_text(found, control, drawn.sampler.num_steps)
     cut = paired.measures.truncated(reference.prompts)
-    cut_off = cut_lines(cut, len(reference.prompts))
-    text += "".join(f"note: {line}\n" for line in cut_off)
+    about_prompts = [*filter(None, [repeated_note(reference.prompts)]), *cut_lines(cut, len(reference.prompts))]
+    text += "".join(f"note: {line}\n" for line in about_prompts)
     text += sets_text(sets, "the full-precision model's" if wanted.reference is None else str(wanted.reference))
     known, prompts = prompts_seen(quantized, reference.prompts), reference.prompts
     text += _planned(quantized, about) + (f"note: {seen_note(known, len(prompts))}\n" if known else "")
@@ -153,7 +154,7 @@ def run(settings: Settings, run: RunDirectory, model: Callable[[], DiffusionMode
     details = {"prompts": prompts, "quantized": found.to_json(), "control": control.to_json()}
     of_sets = {key: value for name, own in sets.items() for key, value in own.summary(name).items()}
     details |= {"sets": of_sets} if of_sets else {}
-    notes = [*score_lines(found.further, "full precision"), *cut_off, *sets_notes(sets)]
+    notes = [*score_lines(found.further, "full precision"), *about_prompts, *sets_notes(sets)]
     details |= {"notes": notes} if notes else {}
     if wanted.by is not None and settings.evaluate.categories is not None:
         categories = categories_of(wanted.by, settings.evaluate.categories, wanted.metrics, found)

@@ -11,6 +11,8 @@ from calib.evaluation.titles import TITLES
 from calib.runs.compare.columns import metric_of
 from calib.runs.record import RunRecord
 
+#: Settings on which measures of sets depend: biases go with the number of pictures.
+OF_SETS = ("evaluation.num_images", "evaluation.reference")
 #: A picture of an evaluation: its prompt, and how many of the same prompt come before.
 Picture = tuple[str, int]
 #: Values of a measure of pairs, by picture.
@@ -96,8 +98,11 @@ def _stored(path: Path) -> Mapping[str, Values]:
 
 
 def _are_apart(first: RunRecord, other: RunRecord, key: str) -> bool:
-    """Whether the intervals of both are known and have nothing in common."""
+    """Whether the intervals of both are known and have nothing in common; never of different sets of pictures."""
     measure, slash, category = key.partition("/")
+    of_sets = measure in TITLES and TITLES[measure].of_sets
+    if of_sets and any(first.config.get(setting) != other.config.get(setting) for setting in OF_SETS):
+        return False
     low, high = (f"{measure}_{end}{slash}{category}" for end in ("low", "high"))
     if not all(end in run.metrics for end in (low, high) for run in (first, other)):
         return False
