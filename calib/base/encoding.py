@@ -4,6 +4,7 @@ import io
 import os
 import sys
 import unicodedata
+from collections.abc import Sequence
 
 #: Categories of characters that would break a line or a terminal: controls, separators of lines, lone surrogates.
 BREAKING = ("Cc", "Zl", "Zp", "Cs")
@@ -36,3 +37,12 @@ def print_documents() -> None:
 def printable(text: str) -> str:
     """``text`` in one line, whoever wrote it: breaks, controls of terminals and what is no letter become escapes."""
     return "".join(c.encode("unicode_escape").decode() if unicodedata.category(c) in BREAKING else c for c in text)
+
+
+def aligned(rows: Sequence[Sequence[str]], sides: str = "") -> list[str]:
+    """Rows of a table as lines; ``sides`` has ``>`` for each of the first columns that is aligned to the right."""
+    rows = [list(map(printable, row)) for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    columns = list(zip(widths, sides.ljust(len(widths), "<"), strict=True))
+    lines = (zip(row, columns, strict=True) for row in rows)
+    return ["  ".join(f"{text:{side}{width}}" for text, (width, side) in line).rstrip() for line in lines]

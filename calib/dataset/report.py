@@ -5,6 +5,7 @@ from dataclasses import asdict
 from itertools import groupby
 from typing import Any
 
+from calib.base.encoding import aligned
 from calib.base.progress import counted, readable_bytes
 from calib.dataset.checks import Finding
 from calib.dataset.manifest import MANIFEST
@@ -37,7 +38,7 @@ def findings_table(findings: Sequence[Finding]) -> list[str]:
             rows.append((*(first if i == 0 else ("", "", "")), f"{_where(finding)}: {finding.detail}"))
         if len(of_kind) > EXAMPLES:
             rows.append(("", "", "", f"… and {len(of_kind) - EXAMPLES} more; --json has all"))
-    return ["", *_aligned(rows, "<>><")] if findings else []
+    return ["", *aligned(rows, "<>>")] if findings else []
 
 
 def _where(finding: Finding) -> str:
@@ -49,13 +50,7 @@ def _storage_table(report: DatasetReport) -> list[str]:
     for name, part in report.storage.items():
         each = readable_bytes(part.bytes / report.images) if report.images and part.files else "–"
         rows.append((name, str(part.files), readable_bytes(part.bytes), each))
-    return _aligned(rows, "<>>>")
-
-
-def _aligned(rows: Sequence[Sequence[str]], sides: str) -> list[str]:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(sides))]
-    cells = [[f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, widths, strict=True)] for row in rows]
-    return ["  ".join(row).rstrip() for row in cells]
+    return aligned(rows, "<>>>")
 
 
 def report_json(report: DatasetReport) -> dict[str, Any]:

@@ -3,10 +3,11 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from calib.base.encoding import aligned
 from calib.base.progress import counted
 from calib.evaluation.measures import ordering, worst_first
 from calib.evaluation.metrics import FEW_PROMPTS, LEVEL, Fidelity, Interval, bootstrap_columns
-from calib.evaluation.report import aligned, cell
+from calib.evaluation.report import cell
 from calib.evaluation.titles import TITLES
 
 import numpy as np

@@ -1,9 +1,8 @@
 """Report a comparison of two folders of pictures: as text for people, and as JSON."""
 
-from collections.abc import Collection, Sequence
 from typing import Any
 
-from calib.base.encoding import printable
+from calib.base.encoding import aligned, printable
 from calib.base.progress import counted
 from calib.evaluation.agreement import cut_lines, score_lines
 from calib.evaluation.folders import FolderComparison
@@ -66,13 +65,13 @@ def folders_text(found: FolderComparison, most: int) -> str:
     """The report for people: a table of measures, and the ``most`` worst pairs."""
     one, other = found.folders
     head = printable(f"{one} and {other}: {counted(len(found.pairs), 'pair')}")
-    lines = [head, *_aligned(measure_rows(found), (1, 2))]
+    lines = [head, *aligned(measure_rows(found), "<>>")]
     if found.values and most:
         heads = [worst_pairs(found), *(TITLES[name].title for name in found.values)]
         names, rows = list(found.pairs), []
         for place in found.order[:most]:
             rows.append([names[place], *(shown(name, float(own[place])) for name, own in found.values.items())])
-        lines += ["", *_aligned([heads, *rows], range(1, len(heads)))]
+        lines += ["", *aligned([heads, *rows], "<" + ">" * len(found.values))]
         left = len(found.pairs) - len(rows)
         lines += [f"and {counted(left, 'pair')} more; --json has all"] if left > 0 else []
     return "\n".join([*lines, *(f"note: {note}" for note in notes(found))]) + "\n"
@@ -100,15 +99,3 @@ def worst_pairs(found: FolderComparison) -> str:
 def shown(name: str, value: float) -> str:
     """A value of a measure for people; 'equal' for an infinite one."""
     return TITLES[name].form.format(value) if np.isfinite(value) else "equal"
-
-
-def _aligned(rows: Sequence[Sequence[str]], right: Collection[int]) -> list[str]:
-    rows = [list(map(printable, row)) for row in rows]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            f"{cell:>{w}}" if i in right else f"{cell:<{w}}"
-            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]

@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from calib.base.encoding import printable
+from calib.base.encoding import aligned
 from calib.base.errors import CalibError
 from calib.base.files import replacing
 from calib.base.progress import counted
@@ -64,13 +64,6 @@ def _table(quantized: Fidelity, control: Fidelity) -> list[str]:
         own = TITLES[name]
         rows.append((own.label, cell(own.form, ours[name]), cell(own.form, floor[name])))
     return aligned(rows)
-
-
-def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Rows of a table as lines."""
-    rows = [list(map(printable, row)) for row in rows]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(f"{own:{width}}" for own, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def cell(form: str, interval: Interval) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 from calib.analysis.plan import LayerPlan
 from calib.analysis.plan_file import read_layers
 from calib.analysis.steps import StepPlan, read_steps
+from calib.base.encoding import aligned
 from calib.base.errors import ConfigError
 from calib.base.layout import PLAN, STEPS
 from calib.base.progress import counted
@@ -164,9 +165,7 @@ def _verdict(found: PlanDifference) -> list[str]:
 
 def plans_text(found: PlanDifference) -> str:
     """A table for the terminal."""
-    rows = _rows(found)
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(f"{text:<{w}}" for text, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines = aligned(_rows(found))
     return "\n".join([*(lines if found.layers else []), *([""] if found.layers else []), *_verdict(found)]) + "\n"
 
 
