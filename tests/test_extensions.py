@@ -241,6 +241,9 @@ from calib.analysis.plan import LayerPlan, Plan
 def schedule(n=3): return [0]
 def no_steps(num_steps): return None
 def fails(num_steps): return [1 // 0]
+class Mute(Exception):
+    def __str__(self): return 1 // 0
+def mute(num_steps): raise Mute
 def of_nothing(bits=4): return LayerPlan(4, 8)
 def of_both(layer, layers): return LayerPlan(4, 8)
 def seven(layer): return LayerPlan(7, 8)
@@ -263,6 +266,7 @@ OPTIONS = {
         "schedule": "must take num_steps; this one takes n",
         "no_steps": "must return step indices, 0 to 4 (sampler.num_steps); returned None",
         "fails": "raised ZeroDivisionError: ",
+        "mute": "raised Mute (",
     },
     "analysis": {
         "of_nothing": "a heuristic must take layer, or layers, or layers and sensitivities; this one takes bits",

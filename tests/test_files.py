@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from calib.base.errors import CalibError, ConfigError, check_format, in_a_line, lacks_or_garbles, reason_of
+from calib.base.errors import CalibError, ConfigError, check_format, first_line, in_a_line, lacks_or_garbles, reason_of
 from calib.base.files import (
     abandoned_temporaries,
     checksum,
@@ -187,6 +187,20 @@ def test_checksum(tmp_path: Path) -> None:
 
 
 # Errors
+
+
+def no_text(error: BaseException) -> str:
+    raise RuntimeError("no text")
+
+
+@pytest.mark.parametrize(
+    ("kind", "line"), [(CalibError, "Mute"), (OSError, "run: Mute"), (ValueError, "Mute:")], ids=["calib", "os", "any"]
+)
+def test_an_error_without_a_text(kind: type[Exception], line: str) -> None:
+    """Its class says what it is, where its own ``__str__`` fails."""
+    error = type("Mute", (kind,), {"__str__": no_text})()
+    assert in_a_line(error, "run") == line
+    assert reason_of(error) == first_line(error) == "Mute"
 
 
 @pytest.mark.parametrize(

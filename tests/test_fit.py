@@ -2,6 +2,7 @@
 
 from itertools import pairwise
 
+from calib.models import grids
 from calib.models.grids import searched
 from calib.models.mmdit.architecture import MMDiTArchitecture
 from calib.models.packed import Packed
@@ -15,6 +16,7 @@ from helpers import check_config_error
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from quantizing import same
 from tiny_models import tiny_transformer
 
 ROWS, COLUMNS = 6, 128
@@ -63,6 +65,18 @@ def test_weights_on_a_grid_are_kept(bits: int) -> None:
     weight = mx.array((q * 0.125 - 3.0).astype(np.float32))
     packed = searched(weight, bits, 32, mx.float16, rounds=1)
     assert mx.array_equal(packed.dequantize(), weight)
+
+
+@pytest.mark.parametrize("whole_rows", [False, True])
+def test_a_layer_in_parts(whole_rows: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Comes out as in one piece, whatever rows are left for the last."""
+    weight = mx.random.normal((11, 96), key=mx.random.key(0))
+    found = []
+    for rows in (11, 4, 1):
+        monkeypatch.setattr(grids, "PART_CPU", rows * 96)
+        monkeypatch.setattr(grids, "PART", rows * 96)
+        found.append(searched(weight, 5, 32, mx.bfloat16, rounds=2, whole_rows=whole_rows))
+    assert all(same(part, found[0]) for part in found[1:])
 
 
 @pytest.mark.parametrize("value", [0.0, 1.5, -60000.0])

@@ -8,8 +8,9 @@ from typing import Any, TypeAlias
 from calib.activations.taps import TapPoint
 from calib.base.affine import GROUP_SIZES, WEIGHT_BITS
 from calib.models.packed import Packed
-from calib.quantization import cuda_columns, gptq, output_side, rtn
-from calib.quantization.curvature import Curvature, prepared
+from calib.quantization import columns as gptq_columns
+from calib.quantization import cuda_columns, gptq, output_side, rtn, strips
+from calib.quantization.curvature import Curvature, curvature_of
 from calib.quantization.quantizer import Quantized, QuantizerInput
 
 import cuda_emulator
@@ -34,16 +35,11 @@ def random_layer(columns: int, seed: int = 0, rows: int = 7) -> tuple[NDArray[np
     return 0.1 * random.randn(rows, columns).astype(np.float32), 2 / len(x) * x.T @ x
 
 
-def prepare(hessian: mx.array, damping: float, act_order: bool) -> Curvature:
-    ((_, curvature),) = prepared([("", lambda: hessian)], damping, act_order)
-    return curvature
-
-
 def solved(
     weight: NDArray[np.float32], hessian: Array, damping: float = 0.01, act_order: bool = False, **grid: Any
 ) -> Packed:
     given = {"bits": 4, "group_size": 32, "dtype": mx.float16} | grid
-    curvature = prepare(mx.array(hessian.astype(np.float32)), damping, act_order)
+    curvature = curvature_of(mx.array(hessian.astype(np.float32)), damping, act_order)
     (packed,) = gptq.gptq_layers([mx.array(weight)], [Packed.nearest(mx.array(weight), **given)], curvature)
     return packed
 
@@ -69,7 +65,7 @@ def test_gptq_loses_much_less(columns: int, act_order: bool) -> None:
 def test_layers_with_the_same_inputs_at_once() -> None:
     """Of any bits, they come out as each does alone."""
     weight, hessian = random_layer(160, rows=9)
-    curvature = prepare(mx.array(hessian.astype(np.float32)), 0.1, act_order=True)
+    curvature = curvature_of(mx.array(hessian.astype(np.float32)), 0.1, act_order=True)
     parts, every = (weight[:4], weight[4:5], weight[5:]), (3, 8, 4)
     grids = [Packed.nearest(mx.array(part), bits, 32, mx.float16) for part, bits in zip(parts, every, strict=True)]
     together = gptq.gptq_layers([mx.array(part) for part in parts], grids, curvature)
@@ -81,6 +77,55 @@ def test_layers_with_the_same_inputs_at_once() -> None:
     np.testing.assert_allclose(
         np.array(curvature.loss(mx.array(difference))), np.sum((difference @ relative) * difference, axis=1), rtol=1e-4
     )
+
+
+@both_orders
+@pytest.mark.parametrize("exact", [True, False], ids=["exact", "factors rounded"])
+@pytest.mark.parametrize("damping", [1.0, 1e-3], ids=["float32", "float64"])
+@pytest.mark.parametrize(("strip", "columns"), [(512, 192), (64, 192), (64, 224)])
+def test_the_factor(
+    strip: int, columns: int, damping: float, exact: bool, act_order: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """U (H + λI) Uᵀ = I, however many strips there are, and where a device would round the factors of products."""
+    monkeypatch.setattr(strips, "STRIP", strip)
+    monkeypatch.setattr(strips, "rounds_factors", lambda: not exact)
+    x = np.random.RandomState(columns).randn(2 * columns, columns).astype(np.float32)
+    x *= np.exp(np.random.RandomState(1).randn(columns)).astype(np.float32)
+    given = strips.plus_squares(strips.zeros(columns), mx.array(x), mx.array(x))
+    assert sum(part.nbytes for part in given) == strips.nbytes(columns)
+    hessian = strips.whole(given)
+    wide = x.T.astype(np.float64) @ x
+    np.testing.assert_allclose(np.array(hessian), wide, rtol=1e-4, atol=1e-5 * wide.max())
+    curvature = curvature_of(hessian, damping, act_order)
+    factor = float64(curvature.rows(0, columns))
+    damped = wide / wide.diagonal().mean() + damping * np.eye(columns)
+    identity = factor @ damped[np.ix_(curvature.order, curvature.order)] @ factor.T
+    np.testing.assert_allclose(identity, np.eye(columns), atol=1e-4)
+    assert not np.tril(factor, -1).any()
+    for first, last in ((0, 64), (64, columns), (60, 70), (100, columns - 1)):
+        assert np.array_equal(float64(curvature.rows(first, last)), factor[first:last, first:])
+
+
+@pytest.mark.parametrize("place", [0, 40, 99, 199])
+def test_what_float32_cannot_factorise(place: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A root that is not positive is noticed in any strip, and then λ is increased in float64."""
+    monkeypatch.setattr(strips, "STRIP", 64)
+    diagonal = np.ones(200, np.float32)
+    for value in (0.0, -1e-3, np.nan):
+        diagonal[place] = value
+        assert not strips.inverse_factor([mx.diag(mx.array(diagonal))[a:b, :b] for a, b in strips.bounds(200)])
+    diagonal[place] = -0.5
+    factor = float64(curvature_of(mx.diag(mx.array(diagonal)), 0.1, act_order=False).rows(0, 200))
+    assert np.isfinite(factor).all() and (factor.diagonal() > 0).all()
+
+
+def test_numbers_in_two_parts() -> None:
+    """The first has TF32's 11 significant bits, and what is left out of products is 10⁻⁶ of them."""
+    x = mx.random.normal((64, 64), key=mx.random.key(0)) * 10.0 ** mx.arange(-30, 34)
+    high, rest = strips.split(x)
+    assert not (high.view(mx.uint32) & 0x1FFF).any().item()
+    assert mx.array_equal(high + rest, x)
+    assert mx.all(mx.abs(rest) <= 2**-10 * mx.abs(x)).item()
 
 
 @pytest.mark.skipif(cuda_emulator.COMPILER is None, reason="no g++ to compile the CUDA source for the CPU with")
@@ -97,7 +142,7 @@ def test_the_cuda_kernel(rows: int, columns: int, tmp_path: Path, monkeypatch: p
     groups = random.randint(0, 2, columns)
     found = cuda_columns.round_block(*arrays, groups, most)
     cuda_columns._kernel.cache_clear()
-    expected = gptq.round_block(*arrays, groups, most)
+    expected = gptq_columns.round_block(*arrays, groups, most)
     assert mx.array_equal(found[0], expected[0])
     np.testing.assert_allclose(np.array(found[1]), np.array(expected[1]), rtol=1e-4, atol=1e-4)
 
@@ -131,7 +176,7 @@ def test_dead_inputs_take_no_part(act_order: bool) -> None:
     scales = np.repeat(float64(packed.scales), 32, axis=1)
     inside = dead & (integers_of(packed) > 0) & (integers_of(packed) < 15)
     assert np.all(np.abs(weight - values_of(packed))[inside] <= 0.5001 * np.abs(scales[inside])), "rounded all the same"
-    factor = np.array(prepare(mx.array(hessian.astype(np.float32)), 0.01, act_order=False).factor)
+    factor = np.array(curvature_of(mx.array(hessian.astype(np.float32)), 0.01, act_order=False).rows(0, 160))
     assert not np.any((factor - np.diag(factor.diagonal()))[dead]), "and their errors reach no other column"
 
 
@@ -150,8 +195,8 @@ def both_sides(seed: int) -> tuple[NDArray[np.float32], Curvature, Curvature, Ar
     """A weight, curvatures of correlated inputs and outputs, and B + λI in float64."""
     weight, of_inputs = random_layer(64, seed, rows=48)
     _, of_outputs = random_layer(48, seed + 1)
-    inputs = prepare(mx.array(of_inputs.astype(np.float32)), 1.0, act_order=True)
-    outputs = prepare(mx.array(of_outputs.astype(np.float32)), output_side.DAMPING, act_order=True)
+    inputs = curvature_of(mx.array(of_inputs.astype(np.float32)), 1.0, act_order=True)
+    outputs = curvature_of(mx.array(of_outputs.astype(np.float32)), output_side.DAMPING, act_order=True)
     relative = of_outputs / of_outputs.diagonal().mean() + output_side.DAMPING * np.eye(48)
     return weight, inputs, outputs, relative
 

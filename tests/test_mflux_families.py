@@ -1,5 +1,6 @@
 """Every family of mflux's: drawn as mflux draws it, and tapped without a trace."""
 
+import importlib
 import shutil
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -12,7 +13,7 @@ pytest.importorskip("mflux", reason="mflux is not installed: uv sync --group mfl
 
 from calib.activations.taps import TapKind, TapPoint, TapSelection, tap_points, tapped
 from calib.base.device import on_gpu
-from calib.base.errors import CalibError
+from calib.base.errors import CalibError, ConfigError
 from calib.base.files import read_json
 from calib.dataset.generate import trajectory, trajectory_from
 from calib.dataset.load import load_manifest
@@ -20,6 +21,7 @@ from calib.dataset.settings import SamplerSettings
 from calib.dataset.store import read_state
 from calib.evaluation.paired import rounded_to_bfloat16
 from calib.models.architecture import Conditioning, check_architecture
+from calib.models.families import MFLUX as MODULES
 from calib.models.mflux import decoder
 from calib.models.mflux.flux1 import schnell
 from calib.models.model import DiffusionModel, ModelDtype, weights
@@ -397,6 +399,13 @@ def test_guidance_that_the_transformer_is_told(own: Own, tmp_path: Path) -> None
     more = (f"data_dir={first}", "num_images=2", "model.guidance=7")
     line = is_one_clear_line(run_in(tmp_path, "generate", *given, *more), status=1)
     assert "text_encoders=clip_l+t5 at guidance" in line and "not clip_l+t5 at guidance 7" in line
+
+
+@pytest.mark.parametrize("name", sorted({*MODULES} - {"flux1_dev"}))
+def test_transformers_that_are_told_none(name: str) -> None:
+    family = importlib.import_module(MODULES[name]).FAMILY
+    with pytest.raises(ConfigError, match=r"^model\.guidance=2\.0: the transformer of x is told none; leave it out$"):
+        family.skeleton("x", "nobody/nothing", guidance=2.0)
 
 
 def test_the_table_of_memory(capsys: pytest.CaptureFixture[str]) -> None:

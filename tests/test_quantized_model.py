@@ -12,7 +12,7 @@ from calib.activations.taps import TapPoint, tapped
 from calib.analysis.plan import LayerPlan
 from calib.analysis.ranges import StepRanges, static
 from calib.analysis.steps import StepPlan
-from calib.base.affine import GROUP_SIZES
+from calib.base.affine import GROUP_SIZES, WEIGHT_BITS
 from calib.base.errors import CalibError
 from calib.base.files import checksum
 from calib.dataset.timesteps import phase_bounds
@@ -429,6 +429,24 @@ def test_sizes(own: DiffusionModel, quantized: QuantizedModel, tmp_path: Path) -
     assert size.quantized_values == sum(
         before[f"{own.architecture.path(name)}.weight"].size for name in quantized.layers
     )
+
+
+@pytest.mark.parametrize("bits", WEIGHT_BITS)
+def test_dequantized_as_mlx_does(bits: int) -> None:
+    """To the bit, whatever the types; and in less memory than an array of the single bits."""
+    weight = mx.random.normal((512, 1024), key=mx.random.key(bits))
+    for half, size in ((mx.float16, 32), (mx.bfloat16, 64), (mx.float16, 128)):
+        packed = Packed.nearest(weight, bits, size, half)
+        for dtype in (mx.float32, mx.float16, mx.bfloat16):
+            ends = (packed.scales.astype(dtype), packed.biases.astype(dtype))
+            expected = mx.dequantize(packed.weight, *ends, group_size=size, bits=bits)
+            mx.eval(expected)
+            before = mx.get_active_memory()
+            mx.reset_peak_memory()
+            found = packed.dequantize(dtype)
+            mx.eval(found)
+            assert dtype != mx.float32 or mx.get_peak_memory() - before < 2.8 * weight.nbytes
+            assert found.dtype == dtype and mx.array_equal(found, expected)
 
 
 def test_four_bits_take_four_and_a_half(model: DiffusionModel) -> None:

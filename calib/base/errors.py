@@ -46,20 +46,28 @@ def in_a_line(error: BaseException, path: object = "files") -> str:
     ``path`` names what an OSError without a file name is about.
     """
     if isinstance(error, CalibError):
-        return printable(str(error))
+        return printable(text_of(error) or type(error).__name__)
     if isinstance(error, OSError):
         return printable(f"{error.filename or path}: {error.strerror or reason_of(error)}")
-    return " ".join(f"{type(error).__name__}: {error}".split())
+    return " ".join(f"{type(error).__name__}: {text_of(error)}".split())
+
+
+def text_of(error: BaseException) -> str:
+    """An error's message; nothing where its class cannot make one."""
+    try:
+        return str(error)
+    except Exception:
+        return ""
 
 
 def reason_of(error: BaseException) -> str:
     """A library's message in one line, to stand in a line that names the file; its class where it has no message."""
-    return " ".join(str(error).split()) or type(error).__name__
+    return " ".join(text_of(error).split()) or type(error).__name__
 
 
 def first_line(error: BaseException) -> str:
     """The first line of a library's message, where only that is about the cause; its class where it has none."""
-    lines = str(error).strip().splitlines()
+    lines = text_of(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 
 

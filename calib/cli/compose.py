@@ -11,7 +11,7 @@ from calib.base.errors import CalibError, ConfigError, first_line, suggest
 from calib.base.files import check_writable
 from calib.cli.blocked import check_targets
 from calib.cli.conf import CONF
-from calib.cli.explain import FUNCTIONS, OPTIONAL, explain, known_keys, lacks_header, not_removed
+from calib.cli.explain import FUNCTIONS, OPTIONAL, explain, known_keys, lacks_header, not_removed, several
 from calib.cli.launchers import is_joblib, sensible_jobs, side_by_side
 from calib.cli.names import job_name
 from calib.cli.one_sweep import check_parts, check_same, folder_of, text_of
@@ -99,6 +99,8 @@ def _check_overrides(overrides: Sequence[Override]) -> None:
     for override in overrides:
         if override.is_delete() and not _may_be_removed(override.key_or_group):
             raise ConfigError(not_removed(override))
+        if (line := several(override)) is not None:
+            raise ConfigError(line)
         if override.is_hydra_override() and override.is_sweep_override():
             allowed = "is one for the whole sweep and cannot be listed; name one value"
             raise ConfigError(f"{override.input_line}: {allowed}")

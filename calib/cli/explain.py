@@ -13,7 +13,7 @@ from calib.cli.overrides import FILE, SEARCH_PATH, parse
 import yaml
 from hydra import compose
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import ChoiceSweep, Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -64,8 +64,8 @@ def _of_hydra(message: str, overrides: Sequence[str], files: str, cause: str) ->
         file = _file_of(match[1], overrides)
         where = f"{_short(file)}: " if file is not None and CONF not in file.parents else ""
     lines = message.splitlines() or [cause.removeprefix(": ") or "not possible"]
-    if match := re.match(r"Could not find '(.+)'", message):
-        asked = match[1] in [o.replace("=", "/", 1).lstrip("+") for o in overrides]
+    if match := re.match(r"Could not (?:find|load) '(.+)'", message):
+        asked = match[1] in [name for o in overrides for name in _chosen(o)]
         return f"{'' if asked or '=' in files else f'{files}: '}{_no_option(match[1], overrides)}"
     if match := re.match(r"Could not override '(.+?)'\.(?: No match in the defaults list)?", message):
         if where:
@@ -87,6 +87,23 @@ def _of_hydra(message: str, overrides: Sequence[str], files: str, cause: str) ->
     if message.startswith("Config group override must be"):
         return _no_name(parse(overrides), lines[0])
     return f"{where or f'{files}: '}{lines[0]}"
+
+
+def _chosen(override: str) -> list[str]:
+    """What an override chooses, should it be one of a group: the group and the option, with a slash, or several."""
+    key, _, value = override.lstrip("+").partition("=")
+    return [f"{key}/{name.strip()}" for name in value.strip("[]").split(",")]
+
+
+def several(override: Override) -> str | None:
+    """The line for an override that gives several options to a group of one; None where it does not."""
+    key, value = override.key_or_group, override.value()
+    listed = [one for one in (value.list if isinstance(value, ChoiceSweep) else [value]) if isinstance(one, list)]
+    if not listed or key in OPTIONAL or not options(key):
+        return None
+    names = ",".join(map(str, listed[0]))
+    instead = "name one" if override.is_hydra_override() else f"to sweep over them: -m {key}={names}"
+    return f"{override.input_line}: one option of this group is needed; {instead}"
 
 
 def _no_option(path: str, overrides: Sequence[str]) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from calib.base import VERSION, interrupts
 from calib.base.encoding import print_any_text
-from calib.base.errors import CalibError, in_a_line
+from calib.base.errors import CalibError, in_a_line, text_of
 from calib.cli.commands import FOLDERS, command_of, unknown_word
 from calib.stages import Stage
 
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt as error:
         makes_nothing = given[:1] in (["compare"], ["doctor"]) or command_of(given) == FOLDERS
         goes_on = "" if makes_nothing else "the same command goes on from what is finished"
-        print("; ".join(filter(None, ["calib: interrupted", str(error) or goes_on])), file=sys.stderr)
+        print("; ".join(filter(None, ["calib: interrupted", text_of(error) or goes_on])), file=sys.stderr)
         sys.exit(error.exit_status if isinstance(error, interrupts.Terminated) else 130)
 
 

@@ -8,7 +8,7 @@ from calib.activations.histogram import BINS, ordered_keys
 from calib.analysis.grid import Grid
 from calib.cli.selftest_check import Check, differing, normal, relative
 from calib.models.packed import Packed
-from calib.quantization.gptq import round_block
+from calib.quantization.columns import round_block
 
 import mlx.core as mx
 import numpy as np

@@ -7,7 +7,7 @@ biases are rounded to 16 bits before integers are chosen for them.
 
 from collections.abc import Sequence
 
-from calib.base.device import compiled
+from calib.base.device import compiled, on_gpu
 from calib.models.packed import Packed
 
 import mlx.core as mx
@@ -15,8 +15,8 @@ import numpy as np
 
 #: Shares of a group's range that are tried.
 SHARES = (1.0, 0.95, 0.9, 0.83, 0.75, 0.65, 0.5)
-#: Numbers of a layer that are searched at once.
-PART = 1 << 22
+#: Numbers of a layer that are searched at once; on a CPU as many as its caches hold.
+PART, PART_CPU = 1 << 22, 1 << 19
 
 
 def searched(
@@ -43,8 +43,8 @@ def searched(
     rows, width = weight.shape
     size = width if whole_rows else group_size
     h = mx.ones((width // size, size)) if columns is None else columns.reshape(-1, size)
-    at_once = max(1, PART // width)
-    parts = []
+    at_once = max(1, (PART if on_gpu() else PART_CPU) // width)
+    parts: list[Packed] = []
     for first in range(0, rows, at_once):
         part = weight[first : first + at_once]
         w = part.astype(mx.float32).reshape(-1, width // size, size)
@@ -54,14 +54,12 @@ def searched(
             search.grid(grids[0], grids[1])
         search.ranges(each_end)
         search.regressions(rounds)
-        parts.append(search.result())
-        mx.eval(parts[-1])
-    integers, scales, biases = (mx.concatenate(list(arrays)) for arrays in zip(*parts, strict=True))
-    if whole_rows:
-        scales, biases = (mx.repeat(array, width // group_size, axis=1) for array in (scales, biases))
-    packed = Packed.of_integers(integers.reshape(rows, width), scales, biases, bits, group_size)
-    mx.eval(packed.weight)
-    return packed
+        integers, *grids = search.result()
+        if whole_rows:
+            grids = [mx.repeat(array, width // group_size, axis=1) for array in grids]
+        parts.append(Packed.of_integers(integers.reshape(-1, width), grids[0], grids[1], bits, group_size))
+        mx.eval(parts[-1].weight, parts[-1].scales, parts[-1].biases)
+    return Packed.of_rows(parts)
 
 
 def left_by_search(weights: Sequence[mx.array], bits: int, group_size: int, dtype: mx.Dtype) -> mx.array:
@@ -121,7 +119,7 @@ class _Search:
 
     def result(self) -> tuple[mx.array, mx.array, mx.array]:
         """Integers (rows, groups, size), scales and biases (rows, groups)."""
-        return self._integers().astype(mx.uint32), self._scale.astype(self._dtype), self._bias.astype(self._dtype)
+        return self._integers().astype(mx.uint8), self._scale.astype(self._dtype), self._bias.astype(self._dtype)
 
     def _integers(self) -> mx.array:
         return mx.clip(mx.round((self._w - self._bias[..., None]) / self._scale[..., None]), 0, self._most)

@@ -4,11 +4,10 @@ The estimate depends on shapes and the machine's total memory, not on the memory
 machine always makes the same plan.
 """
 
-import math
-import resource
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from calib.base import limits
 from calib.base.device import on_cuda, on_gpu, on_metal
 from calib.base.progress import note, readable_bytes
 from calib.models.architecture import Architecture
@@ -87,17 +86,12 @@ def device_memory() -> int:
 
     On Metal the working set that the system recommends, two thirds to three quarters of the memory. Elsewhere MLX's
     limit, a fixed share of the total: 80% of the main memory on a CPU, 95% of the card's with CUDA; and 80% of what the
-    system limits the process to.
+    system limits the process to. A control group, which limits main memory alone, counts on a CPU.
     """
     if on_metal():
         return int(mx.device_info()["max_recommended_working_set_size"]) // _jobs
-    return int(min(mx.get_memory_limit(), SHARE * _limit())) // _jobs
-
-
-def _limit() -> float:
-    """Bytes of data that the system lets this process have (``ulimit -d``, ``ulimit -v``)."""
-    limits = [resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_DATA, resource.RLIMIT_AS)]
-    return min((limit for limit in limits if limit != resource.RLIM_INFINITY), default=math.inf)
+    limit = limits.of_process() if on_gpu() else min(limits.of_process(), limits.of_control_groups())
+    return int(min(mx.get_memory_limit(), SHARE * limit)) // _jobs
 
 
 def nbytes(module: nn.Module) -> int:

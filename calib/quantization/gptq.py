@@ -3,7 +3,7 @@
 GPTQ, Frantar et al. 2022 (arXiv 2210.17323), Algorithm 1, for MLX's groups, on grids that are searched and fitted.
 Over n calibration inputs x the error of a layer is Σ ‖Wx − Ŵx‖² = n/2 · tr((W − Ŵ) H (W − Ŵ)ᵀ), where H = 2/n Σ x xᵀ.
 Where the plan was made by gradients of the picture each x counts by how much an error of the layer's output at its step
-reaches the picture. Everything but the factorisation of H runs on MLX's device.
+reaches the picture.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,21 +12,20 @@ from functools import partial
 from itertools import groupby
 
 from calib.activations.taps import TapPoint, TapSelection, tap_points
-from calib.base.device import compiled, on_cuda
 from calib.base.errors import ConfigError
 from calib.base.progress import Progress
-from calib.models.grids import searched
+from calib.models.grids import PART, searched
 from calib.models.packed import Packed
 from calib.models.rotation import BLOCKS, block_of, rotated
-from calib.quantization import cuda_columns
-from calib.quantization.curvature import Curvature, prepared
+from calib.quantization import strips
+from calib.quantization.columns import round_block
+from calib.quantization.curvature import Curvature, curvature_of
 from calib.quantization.output_side import loss_of, output_hessians, rounded_in_turn
 from calib.quantization.quantizer import Quantized, QuantizerInput
 from calib.quantization.rotation import rotated_ranges
 
 import mlx.core as mx
 import numpy as np
-from numpy.typing import NDArray
 
 #: Number of columns whose errors are applied to later columns in one product: B of Algorithm 1.
 BLOCK = 128
@@ -59,8 +58,8 @@ def quantize(
             their number, but 0.3 at least and 1 at most.
         act_order: round columns with the largest inputs first, an option of the authors' code.
         search: search and fit each group's grid; else MLX's.
-        memory_gb: memory for the Hessians of one replay, 10⁹ bytes; less means more replays. In addition three Hessians
-            are factorised at once, each in four times its size.
+        memory_gb: memory for the sums of one replay, 10⁹ bytes; less means more replays. In addition the whole Hessian
+            of one input array and its factor take 6 bytes for each pair of columns.
         pictures: pictures drawn for what errors of a layer's outputs do to them together; rows are then rounded in
             turn too, and make up for those before. 0: each by itself. Not for layers after a SiLU, which read one
             vector a picture.
@@ -91,13 +90,14 @@ def quantize(
         for points in tap_groups(work, memory_gb * 1e9):
             hessians = gather_hessians(work, points, done)
             blocks = {point.name: block_of(_columns(work, point), rotation) for point in points}
-            waiting = [(point, partial(_turned, hessians, point.name, blocks[point.name])) for point in points]
-            for point, curvature in prepared(waiting, damping, act_order):
+            for point in points:
+                curvature = curvature_of(_turned(hessians, point.name, blocks[point.name]), damping, act_order)
                 for names in _together(work, [name for name in point.names if name in work.layers]):
                     found, better = _rounded(work, names, curvature, search, outputs, blocks[point.name])
                     done.update(found)
                     ratios += better
                     progress.advance(len(names))
+                del curvature  # else it would stay beside the next
     made = {name: done[name] for name in work.layers}
     turned = {name: packed.rotation for name, packed in made.items() if packed.rotation}
     ranges = rotated_ranges(work, turned, made)
@@ -105,9 +105,9 @@ def quantize(
     return Quantized(made, ranges=ranges, rotations=rotations, notes=[_summary(ratios)], drawn=drawn)
 
 
-def _turned(hessians: dict[str, mx.array], name: str, block: int) -> mx.array:
+def _turned(hessians: dict[str, list[mx.array]], name: str, block: int) -> mx.array:
     """H of the inputs rotated in blocks, taken out of ``hessians``."""
-    hessian = hessians.pop(name)
+    hessian = strips.whole(hessians.pop(name))
     return rotated(rotated(hessian, block).T, block) if block else hessian
 
 
@@ -128,7 +128,7 @@ def tap_groups(work: QuantizerInput, memory: float) -> Iterator[list[TapPoint]]:
         stage: list[TapPoint] = []
         taken = 0
         for point in block:
-            size = 4 * _columns(work, point) ** 2
+            size = strips.nbytes(_columns(work, point))
             if stage and taken + size > memory:
                 yield stage
                 stage, taken = [], 0
@@ -144,23 +144,24 @@ def _columns(work: QuantizerInput, point: TapPoint) -> int:
 
 def gather_hessians(
     work: QuantizerInput, points: Sequence[TapPoint], replaced: Mapping[str, Packed]
-) -> dict[str, mx.array]:
-    """H by tap, (columns, columns), summed in float32 on the device; ``replaced`` weights replace the model's."""
-    sums = {point.name: mx.zeros((_columns(work, point),) * 2) for point in points}
+) -> dict[str, list[mx.array]]:
+    """H by tap, up to a factor, in strips, summed in float32 on the device.
+
+    ``replaced`` weights replace the model's.
+    """
+    sums = {point.name: strips.zeros(_columns(work, point)) for point in points}
     shares = {point.name: _shares(work, point) for point in points}
-    counts = dict.fromkeys(sums, 0.0)
 
     def record(name: str, activation: mx.array, steps: Sequence[int]) -> mx.array:
         x = activation.reshape(len(steps), -1, activation.shape[-1]).astype(mx.float32)
         share = shares[name]
-        weights = np.ones(len(steps)) if share is None else share[list(steps)]
-        counts[name] += float(weights.sum()) * x.shape[1]
-        weighted = x if share is None else x * mx.array(weights.astype(np.float32))[:, None, None]
-        sums[name] += weighted.reshape(-1, x.shape[-1]).T @ x.reshape(-1, x.shape[-1])
+        weighted = x if share is None else x * mx.array(share[list(steps)].astype(np.float32))[:, None, None]
+        flat = (array.reshape(-1, x.shape[-1]) for array in (weighted, x))
+        sums[name] = strips.plus_squares(sums[name], *flat)
         return activation
 
-    work.replay(points, record, lambda: list(sums.values()), replaced)
-    return {name: total * (2 / (counts[name] or 1)) for name, total in sums.items()}
+    work.replay(points, record, lambda: [strip for own in sums.values() for strip in own], replaced)
+    return sums
 
 
 def _shares(work: QuantizerInput, point: TapPoint) -> np.ndarray | None:
@@ -210,6 +211,17 @@ def _rounded(
     def rounded(name: str, rows: mx.array) -> Packed:
         return gptq_layers([rows], [nearest(name, rows)], curvature)[0]
 
+    def lost(name: str, packed: Packed) -> float:
+        def wrong(first: int, last: int) -> mx.array:
+            return weights[name][first:last].astype(mx.float32) - packed.rows(first, last).dequantize()
+
+        (rows, width), both = weights[name].shape, outputs.get(name)
+        if both is not None:
+            return float(np.array(loss_of(wrong(0, rows), curvature, both)))
+        at_once = max(1, PART // width)
+        losses = [curvature.loss(wrong(first, first + at_once)) for first in range(0, rows, at_once)]
+        return float(np.array(mx.concatenate(losses).sum()))
+
     weights = {name: work.layers[name].weight for name in names}
     if block:
         weights = {name: rotated(weight.astype(mx.float32), block) for name, weight in weights.items()}
@@ -220,10 +232,7 @@ def _rounded(
         made |= zip(alone, gptq_layers([weights[n] for n in alone], [plain[n] for n in alone], curvature), strict=True)
     found, ratios = {}, []
     for name in names:
-        wrong = [weights[name].astype(mx.float32) - p.dequantize() for p in (made[name], plain[name])]
-        both = outputs.get(name)
-        losses = [curvature.loss(w).sum() if both is None else loss_of(w, curvature, both) for w in wrong]
-        error, before = np.array(mx.stack(losses)).tolist()
+        error, before = (lost(name, p) for p in (made[name], plain[name]))
         better = error < before
         found[name] = replace(made[name] if better else plain[name], rotation=block)
         ratios.append(error / before if better else 1.0)
@@ -240,54 +249,23 @@ def gptq_layers(weights: Sequence[mx.array], grids: Sequence[Packed], curvature:
         for part in ("scales", "biases")
     )
     most = mx.concatenate([mx.full((n,), float(2**grid.bits - 1)) for n, grid in zip(sizes, grids, strict=True)])
-    factor, groups = curvature.factor, curvature.order // group_size
+    groups = curvature.order // group_size
     columns, rounded = len(left), []
     for first in range(0, columns, BLOCK):
         last = min(first + BLOCK, columns)
-        own = factor[first:last, first:last]
+        own, following = mx.split(curvature.rows(first, last), [last - first], axis=1)
         integers, errors = round_block(left[:BLOCK], own, scales, biases, groups[first:last], most)
-        left = left[BLOCK:] - factor[first:last, last:].T @ errors
-        rounded.append(integers)
-        mx.async_eval(left, integers)
+        left = left[BLOCK:] - following.T @ errors
+        rounded.append(integers.astype(mx.uint8))
+        mx.async_eval(left, rounded[-1])
     back = np.argsort(curvature.order)
     parts = mx.split(mx.concatenate(rounded)[mx.array(back)].T, np.cumsum(sizes)[:-1].tolist())
-    return [
+    made = [
         Packed.of_integers(q, grid.scales, grid.biases, grid.bits, group_size)
         for q, grid in zip(parts, grids, strict=True)
     ]
-
-
-def round_block(
-    block: mx.array, own: mx.array, scales: mx.array, biases: mx.array, groups: NDArray[np.intp], most: mx.array
-) -> tuple[mx.array, mx.array]:
-    """Round the columns of a block in order: their integers, uint32, and errors, both (columns, rows).
-
-    Args:
-        block: transposed weights, (columns, rows).
-        own: the block's own part of the factor, (columns, columns).
-        scales: of all groups, (groups, rows); so are biases.
-        groups: the group of each column.
-        most: each row's largest integer, (rows,).
-    """
-    if on_cuda():
-        return cuda_columns.round_block(block, own, scales, biases, groups, most)
-    pivots, integers, errors = 1 / mx.diag(own), [], []
-    for i, g in enumerate(groups.tolist()):
-        q, error, block = _column(block, own[i], block[i], scales[g], biases[g], pivots[i], most)
-        integers.append(q)
-        errors.append(error)
-    return mx.stack(integers).astype(mx.uint32), mx.stack(errors)
-
-
-@compiled
-def _column(
-    block: mx.array, row: mx.array, column: mx.array, scale: mx.array, bias: mx.array, pivot: mx.array, most: mx.array
-) -> tuple[mx.array, mx.array, mx.array]:
-    """Round a column of a block: its integers (rows,), its error, and the block with the error moved on."""
-    # A scale underflows to zero in 16 bits where a group's weights are next to nothing.
-    q = mx.clip(mx.round((column - bias) / mx.where(scale == 0, 1.0, scale)), 0, most)
-    error = (column - (scale * q + bias)) * pivot
-    return q, error, block - row[:, None] * error[None]
+    mx.eval([packed.weight for packed in made])
+    return made
 
 
 def _summary(ratios: Sequence[float]) -> str:

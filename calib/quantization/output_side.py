@@ -12,7 +12,7 @@ from calib.base.progress import Progress
 from calib.base.seeds import generator
 from calib.models.memory import device_memory
 from calib.models.packed import Packed
-from calib.quantization.curvature import Curvature, prepared
+from calib.quantization.curvature import Curvature, curvature_of
 from calib.quantization.quantizer import QuantizerInput
 from calib.quantization.texts import drawn_from, others, prompts_of
 from calib.quantization.training.pictures import Drawn, picture_loss
@@ -56,8 +56,11 @@ def output_hessians(work: QuantizerInput, pictures: int) -> tuple[dict[str, Curv
             sums = {name: sums.get(name, 0) + share * (g @ g.T) for name, g in gradients.items()}
             mx.eval(sums)
             progress.advance()
-    waiting = [(name, lambda total=total: total) for name, total in sums.items() if total.any().item()]
-    return dict(prepared(waiting, DAMPING, act_order=True)), more
+    found = {}
+    for name in list(sums):
+        if (total := sums.pop(name)).any().item():
+            found[name] = curvature_of(total, DAMPING, act_order=True)
+    return found, more
 
 
 def _chosen(work: QuantizerInput) -> dict[str, nn.Linear]:
@@ -78,14 +81,15 @@ def rounded_in_turn(weight: mx.array, outputs: Curvature, round_rows: Callable[[
     Args:
         round_rows: rounds some rows, (n, columns).
     """
-    left, factor = weight.astype(mx.float32)[mx.array(outputs.order)], outputs.factor
+    left = weight.astype(mx.float32)[mx.array(outputs.order)]
     made: list[Packed] = []
     for first, last in _groups(len(outputs.order)):
         rounded = round_rows(left[: last - first])
         wrong = left[: last - first] - rounded.dequantize()
         # E = U₁₁⁻ᵀ ΔW: what one row's error is to GPTQ's columns.
-        own = mx.linalg.solve_triangular(factor[first:last, first:last].T, wrong, upper=False, stream=mx.cpu)
-        left = left[last - first :] - factor[first:last, last:].T @ own
+        factor, following = mx.split(outputs.rows(first, last), [last - first], axis=1)
+        own = mx.linalg.solve_triangular(factor.T, wrong, upper=False, stream=mx.cpu)
+        left = left[last - first :] - following.T @ own
         made.append(rounded)
         mx.eval(left)
     back = mx.array(np.argsort(outputs.order))

@@ -4,9 +4,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from calib.base.errors import ConfigError
+from calib.base.values import AtLeast, AtMost
 from calib.models.architecture import Architecture
 from calib.models.memory import preflight
 from calib.models.mflux import note_version
@@ -35,6 +36,8 @@ from mlx import nn
 MULTIPLE = 16
 #: Parts of names of tensors of the other components that mflux does not read.
 UNUSED = ("rotary_emb.", "lm_head.", "visual.", "num_batches_tracked", "position_ids")
+#: A weight of guidance that a user may ask for, of a transformer that is told one; None: mflux's own.
+Told = Annotated[float, AtLeast(0), AtMost(1000)] | None
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,8 @@ class Family:
         noise, noise_kind: as :class:`MfluxFlow` has them.
         times: what the transformer takes for levels, where weights are of a type.
         guidance: how it is combined; None where it is distilled.
+        told: makes the family of a weight of guidance that is an input of the transformer, and of a type of weights;
+            None where there is no such input.
         activations: the one type in which mflux computes them; None: that of the weights.
     """
 
@@ -82,6 +87,7 @@ class Family:
     of_length: str = ""
     in_strips: bool = True
     guidance: Guidance | None = None
+    told: "Callable[[Family, Told, mx.Dtype], Family] | None" = None
     activations: mx.Dtype | None = None
 
     def skeleton(
@@ -94,9 +100,14 @@ class Family:
         image_size: Sequence[int] = (1024, 1024),
         cfg_weight: float = 0.0,
         stream: bool | None = None,
+        guidance: Told = None,
     ) -> Architecture:
         """Check the parameters of :meth:`load`, and build the transformer without weights."""
         check_dtype(dtype)
+        if guidance is not None and self.told is None:
+            raise ConfigError.bad_value(
+                "model.guidance", guidance, f"the transformer of {name} is told none; leave it out"
+            )
         if shift != 1:
             how = "shifts by the picture's size" if self.config.requires_sigma_shift else "does not shift"
             allowed = f"{name} takes only 1: mflux {how}"
@@ -120,6 +131,7 @@ class Family:
         shift: float = 1.0,
         image_size: Sequence[int] = (1024, 1024),
         stream: bool | None = None,
+        guidance: Told = None,
     ) -> DiffusionModel:
         """Load the model, from the hub or from a folder in its layout or as mflux saves it.
 
@@ -127,19 +139,22 @@ class Family:
             shift: mflux's alone, by size: must be 1.
             image_size: height and width, pixels.
             stream: read the transformer's weights in each forward; None: where they do not fit into memory.
+            guidance: what the transformer is told of guidance, where it is: one forward a step, as without.
         """
         note_version()
-        preflight(name, self.skeleton(name, repository, checkpoint, dtype, shift, image_size).module, dtype, stream)
+        plain = self.skeleton(name, repository, checkpoint, dtype, shift, image_size, guidance=guidance)
+        preflight(name, plain.module, dtype, stream)
+        own = self if self.told is None else self.told(self, guidance, dtype.mlx)
         folder = folder_of(repository, checkpoint, self.definition)
-        text = self.text(folder, dtype.mlx)
-        architecture = self.architecture(sizes(folder, "transformer", self.sizes))
+        text = own.text(folder, dtype.mlx)
+        architecture = own.architecture(sizes(folder, "transformer", self.sizes))
         component = component_for(self.definition, "transformer", architecture.module)
         read = partial(component_weights, folder, component, dtype.mlx)
         read()  # what is wrong with the transformer is said first
         vae = self.vae()
         vae.pop("encoder", None)
         load_component(vae, folder, component_of(self.definition, "vae"), dtype.mlx, ("encoder.", *UNUSED))
-        model = self.model(name, architecture, vae, text, dtype.mlx, image_size)
+        model = own.model(name, architecture, vae, text, dtype.mlx, image_size)
         return placed(model, read, str(folder / component.hf_subdir), stream, dtype=dtype.mlx)
 
     def components(self, folder: Path) -> dict[str, nn.Module]:

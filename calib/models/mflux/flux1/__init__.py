@@ -1,13 +1,13 @@
 """FLUX.1 as mflux draws it: what ``dev`` and ``schnell``, its two models, have in common."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 from calib.base.device import on_gpu
 from calib.models.memory import DECODER_WIDTHS_GPU
 from calib.models.mflux.decoder import unpacked
-from calib.models.mflux.family import Family
+from calib.models.mflux.family import Family, Told
 from calib.models.mflux.flux1.sizes import CLIP_SIZES, SIZES, T5_SIZES, make_clip, make_t5, make_transformer
 from calib.models.mflux.flux1.transformer import Flux1Architecture
 from calib.models.mflux.text import Encoder
@@ -22,7 +22,6 @@ from mflux.models.flux.model.flux_text_encoder.t5_encoder.t5_encoder import T5En
 from mflux.models.flux.model.flux_vae.vae import VAE
 from mflux.models.flux.weights.flux_weight_definition import FluxWeightDefinition
 
-F = TypeVar("F", bound=Family)
 #: What decoding takes at once on a CPU, in units of (pixels, channels at full size), in float32: 643, 2570 and 10408 MB
 #: of 128, 256 and 512 px. On a GPU it is SD3's decoder, of the same layers.
 DECODER_WIDTHS_CPU = 78
@@ -60,9 +59,14 @@ def architecture(config: ModelConfig, kind: str, guidance: float, about: Mapping
     return Flux1Architecture(make_transformer(config, **about), f"flux1_{kind}", about, guidance)
 
 
-def family(made: type[F], config: ModelConfig, kind: str, guidance: float = 0.0) -> F:
-    """The family, of the class ``made``, of one of the models: mflux's settings for it, and its name for its kind."""
-    return made(
+def family(
+    config: ModelConfig,
+    kind: str,
+    guidance: float = 0.0,
+    told: Callable[[Family, Told, mx.Dtype], Family] | None = None,
+) -> Family:
+    """The family of one of the models: of mflux's settings for it, and mflux's name for its kind."""
+    return Family(
         command=f"mflux-generate --base-model {kind}",
         definition=FluxWeightDefinition,
         config=config,
@@ -83,5 +87,6 @@ def family(made: type[F], config: ModelConfig, kind: str, guidance: float = 0.0)
         # mflux rounds them to the type of the weights.
         times=lambda levels, dtype: (levels * 1000).astype(dtype).astype(mx.float32),
         noise_kind="mlx-channels-last",
+        told=told,
         activations=mx.float32,
     )
