@@ -106,10 +106,12 @@ def test_the_factor(
         assert np.array_equal(float64(curvature.rows(first, last)), factor[first:last, first:])
 
 
+@pytest.mark.parametrize("on_cuda", [False, True], ids=["mlx", "scipy"])
 @pytest.mark.parametrize("place", [0, 40, 99, 199])
-def test_what_float32_cannot_factorise(place: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_float32_cannot_factorise(place: int, on_cuda: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """A root that is not positive is noticed in any strip, and then λ is increased in float64."""
     monkeypatch.setattr(strips, "STRIP", 64)
+    monkeypatch.setattr(strips, "on_cuda", lambda: on_cuda)
     diagonal = np.ones(200, np.float32)
     for value in (0.0, -1e-3, np.nan):
         diagonal[place] = value
@@ -117,6 +119,16 @@ def test_what_float32_cannot_factorise(place: int, monkeypatch: pytest.MonkeyPat
     diagonal[place] = -0.5
     factor = float64(curvature_of(mx.diag(mx.array(diagonal)), 0.1, act_order=False).rows(0, 200))
     assert np.isfinite(factor).all() and (factor.diagonal() > 0).all()
+
+
+def test_blocks_are_factorised_alike_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By SciPy there, by MLX elsewhere."""
+    x = mx.random.normal((96, 64), key=mx.random.key(0))
+    block = x.T @ x + mx.eye(64)
+    for on_cuda in (False, True):
+        monkeypatch.setattr(strips, "on_cuda", lambda on_cuda=on_cuda: on_cuda)
+        found = float64(strips._inverse_of_block(block))
+        np.testing.assert_allclose(found, np.linalg.inv(np.linalg.cholesky(float64(block))), atol=1e-6)
 
 
 def test_numbers_in_two_parts() -> None:

@@ -7,12 +7,14 @@ reaches the picture.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from itertools import groupby
+from typing import Any
 
 from calib.activations.taps import TapPoint, TapSelection, tap_points
 from calib.base.errors import ConfigError
+from calib.base.files import short_hash
 from calib.base.progress import Progress
 from calib.models.grids import PART, searched
 from calib.models.packed import Packed
@@ -20,6 +22,7 @@ from calib.models.rotation import BLOCKS, block_of, rotated
 from calib.quantization import strips
 from calib.quantization.columns import round_block
 from calib.quantization.curvature import Curvature, curvature_of
+from calib.quantization.finished import Finished
 from calib.quantization.output_side import loss_of, output_hessians, rounded_in_turn
 from calib.quantization.quantizer import Quantized, QuantizerInput
 from calib.quantization.rotation import rotated_ranges
@@ -35,6 +38,8 @@ MOST_ROWS = 1 << 14
 DAMPED_IMAGES, LEAST_DAMPING = 32, 0.3
 #: Largest damping. Long before, columns no longer interact and the result is rounding to nearest.
 MOST_DAMPING = 1000
+#: Of the procedure; to be raised where it makes something else of the same work.
+VERSION = 1
 #: Regressions of the searched grids, of columns weighted by H's diagonal.
 ROUNDS = 4
 
@@ -50,7 +55,8 @@ def quantize(
 ) -> Quantized:
     """Quantize layers in network order, each on the inputs that result from the quantized layers before it.
 
-    A layer with no smaller error than by rounding to nearest is rounded to nearest.
+    A layer with no smaller error than by rounding to nearest is rounded to nearest. Where ``work.scratch`` is a folder,
+    work of minutes that was interrupted goes on there to the same bits.
 
     Args:
         damping: λ relative to the mean of H's diagonal. The authors' code has 0.01, which overfits a calibration: with
@@ -83,26 +89,46 @@ def quantize(
         raise ConfigError.bad_value("quantizer.rotation", rotation, f"must be 0 (none) or one of {list(BLOCKS)}")
     if pictures:
         work.refuse_streamed(f"gradients of pictures (quantizer.pictures={pictures})")
-    outputs, drawn = output_hessians(work, pictures) if pictures and work.layers else ({}, [])
-    done: dict[str, Packed] = {}
-    ratios: list[float] = []
-    with Progress("gptq", len(work.layers), "layer", delay=2) as progress:
+    kept = Finished(
+        work.scratch,
+        _key(work, pictures, [damping, act_order, search, memory_gb, rotation]),
+        {"ratios": [], "drawn": []},
+    )
+    outputs: dict[str, Curvature] = {}
+    left = work.layers.keys() - kept.layers.keys()
+    if pictures and left:
+        outputs, kept.rest["drawn"] = output_hessians(work, pictures)
+    with Progress("gptq", len(left), "layer", delay=2) as progress:
         for points in tap_groups(work, memory_gb * 1e9):
-            hessians = gather_hessians(work, points, done)
+            if not left & {name for point in points for name in point.names}:
+                continue
+            hessians = gather_hessians(work, points, kept.layers)
             blocks = {point.name: block_of(_columns(work, point), rotation) for point in points}
+            group: dict[str, Packed] = {}
             for point in points:
                 curvature = curvature_of(_turned(hessians, point.name, blocks[point.name]), damping, act_order)
                 for names in _together(work, [name for name in point.names if name in work.layers]):
                     found, better = _rounded(work, names, curvature, search, outputs, blocks[point.name])
-                    done.update(found)
-                    ratios += better
+                    group |= found
+                    kept.rest["ratios"] += better
                     progress.advance(len(names))
                 del curvature  # else it would stay beside the next
-    made = {name: done[name] for name in work.layers}
+            kept.add(group)
+    kept.close()
+    made = {name: kept.layers[name] for name in work.layers}
     turned = {name: packed.rotation for name, packed in made.items() if packed.rotation}
     ranges = rotated_ranges(work, turned, made)
     rotations = {name: turned[name] for name in ranges}
-    return Quantized(made, ranges=ranges, rotations=rotations, notes=[_summary(ratios)], drawn=drawn)
+    return Quantized(
+        made, ranges=ranges, rotations=rotations, notes=[_summary(kept.rest["ratios"])], drawn=kept.rest["drawn"]
+    )
+
+
+def _key(work: QuantizerInput, pictures: int, others: Sequence[Any]) -> str:
+    """Names what is made, by all that it depends on beside weights, states and statistics (``work.scratch``)."""
+    plan = {name: asdict(work.plan[name]) for name in work.layers}
+    texts = list(work.prompts()) if pictures else []
+    return short_hash([VERSION, pictures, list(others), texts, plan], digits=16)
 
 
 def _turned(hessians: dict[str, list[mx.array]], name: str, block: int) -> mx.array:

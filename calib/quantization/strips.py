@@ -91,6 +91,8 @@ def _inverse_of_block(block: mx.array) -> mx.array | None:
         lower = cholesky(np.array(block), lower=True, check_finite=False)
     except LinAlgError:
         return None
+    if not (lower.diagonal() > 0).all():  # NaN is no error of OpenBLAS's
+        return None
     return mx.array(np.ascontiguousarray(lapack.strtri(lower, lower=1)[0]))
 
 

@@ -29,6 +29,7 @@ from calib.models.architecture import Architecture
 from calib.models.model import DiffusionModel
 from calib.quantization.build import Calibration, check_names, quantize_layers
 from calib.quantization.checkpoint import save
+from calib.quantization.finished import forget
 from calib.quantization.model import QuantizedModel
 from calib.quantization.quantizer import QuantizerInput
 from calib.quantization.texts import prompts_of
@@ -122,6 +123,7 @@ def run(settings: Settings, run: RunDirectory, model: Callable[[], DiffusionMode
         quantized.about["average_activation_bits"] = average_activation_bits(source.statistics, bits)
     save(quantized, run.path / MODEL)
     done(run.home)
+    forget(scratch)
     if settings.stage is not Stage.RUN:
         _copy_plan(run, path, steps)
     for line in notes:
