@@ -216,7 +216,7 @@ def test_weights_in_several_files(tmp_path: Path) -> None:
 # In runs and of folders
 
 MEASURES = ("clip_similarity", "clip_score", "cmmd")
-SIZES = ("evaluation.num_images=4", "evaluation.steps=1", "sampler.num_steps=2", "sampler.batch_size=2")
+SIZES = ("evaluation.num_images=4", "evaluation.steps=1", "sampler.num_steps=3", "sampler.batch_size=2")
 ASKED = (f"evaluation.metrics=[psnr,ssim,{','.join(MEASURES)}]", "evaluation.clip=clip", "data_dir=dataset", *SIZES)
 
 
