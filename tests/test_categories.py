@@ -104,6 +104,7 @@ def test_the_page_shows_them_with_the_worst_pictures_first(evaluated: Path) -> N
         assert f"perceptual distance {form.format(distances[place])}" in caption
 
 
+@pytest.mark.slow
 def test_several_pictures_of_a_prompt_are_noted(calib: Calib, evaluated: Path, tiny_run: Path) -> None:
     command = ("evaluate", f"plan={tiny_run}", *OF_FILE, *SIZES, "hydra.run.dir=more", "report=none")
     note = "8 pictures of 6 different prompts: intervals are over pictures"

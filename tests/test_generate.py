@@ -421,6 +421,7 @@ def test_a_file_that_is_not_what_was_written_is_drawn_again(model: DiffusionMode
 # Memory
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_images(
     model: DiffusionModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

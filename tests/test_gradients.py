@@ -326,6 +326,7 @@ def summaries(case: Case) -> dict[str, LayerSummary]:
     return {name: replace(PROBE, minimum=LOW, maximum=HIGH) for point in case.points for name in point.names}
 
 
+@pytest.mark.slow
 def test_trials(case_of_trials: Case, tmp_path: Path) -> None:
     """One backward pass for each batch and step tells of layers and options what trials do."""
     case = case_of_trials

@@ -252,6 +252,7 @@ def test_it_goes_on(drawn: tuple[DiffusionModel, StoredStates], tmp_path: Path) 
     assert len(list(tmp_path.glob("*.safetensors"))) == 3, "and from another start"
 
 
+@pytest.mark.slow
 def test_texts(drawn: tuple[DiffusionModel, StoredStates], monkeypatch: pytest.MonkeyPatch) -> None:
     """Those given are drawn beside the dataset's that are not held out; the model names what it saw, and no more."""
     model, states = drawn

@@ -149,10 +149,10 @@ class Slow:
             return self._changed()
 
 
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("serial", "emoji")]
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("flux", "serial", "emoji")]
 
 
-@pytest.fixture(scope="module", params=["sd3", "flux", *SLOW])
+@pytest.fixture(scope="module", params=["sd3", *SLOW])
 def drawn(
     request: pytest.FixtureRequest, model: DiffusionModel, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[str, DiffusionModel, Path]:

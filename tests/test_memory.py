@@ -198,6 +198,7 @@ def test_decoding_an_emoji(model: DiffusionModel) -> None:
     assert estimate == pytest.approx(peak_over_weights(lambda: model.decode(x)), rel=0.25)
 
 
+@pytest.mark.slow
 @on_cpu
 def test_blocks_of_sd3() -> None:
     """Two of 24 blocks: one lives at a time."""
