@@ -56,7 +56,10 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n in ("SD3", "FLUX") else ()) for n in JOBS])
+SLOW = ("SD3", "FLUX")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in JOBS])
 def test_metal_has_kernels_for_every_stage(name: str, hub: None, tmp_path: Path) -> None:
     with watched() as graphs:
         for command in JOBS[name]:
