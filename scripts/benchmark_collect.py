@@ -48,7 +48,7 @@ from calib.models.diffusionkit import sd3_config
 from calib.models.mflux import zimage
 from calib.models.mmdit.architecture import MMDiTArchitecture
 from calib.models.model import DiffusionModel, ModelDtype
-from calib.models.parallel import shared_cores, streams_of
+from calib.models.parallel import shared_cores
 from calib.stages.collect import summarise, summarising
 
 import mlx.core as mx
@@ -80,21 +80,7 @@ class Bare:
     def velocity(self, x: mx.array, text: Conditioning, timestep: float) -> mx.array:
         return self.architecture.velocity(x, text, mx.array(timestep, self.dtype))
 
-    def velocities(
-        self,
-        x: mx.array,
-        text: Conditioning,
-        timestep: float,
-        parts: Sequence[slice],
-        entering: Callable[[slice], None],
-        taps: Sequence[str] | None = None,
-    ) -> list[mx.array]:
-        found = []
-        for part, stream in zip(parts, streams_of(len(parts)), strict=True):
-            with mx.stream(stream):
-                entering(part)
-                found.append(self.velocity(x[part], text[part], timestep))
-        return found
+    velocities = DiffusionModel.velocities
 
 
 @dataclass

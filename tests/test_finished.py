@@ -66,6 +66,14 @@ def test_it_goes_on(
         assert alike(again.layers, whole[0].layers) and again.notes == whole[0].notes
 
 
+def test_files_behind_a_damaged_one_go(kept: list[Path], sd3: States, tmp_path: Path) -> None:
+    """They are parts of work that is done again, and may be cut elsewhere then."""
+    kept[1].write_bytes(kept[1].read_bytes()[:-100])
+    with pytest.raises(KeyboardInterrupt):
+        made_by(sd3, tmp_path, stop=0)
+    assert [path.exists() for path in kept] == [True, False, False]
+
+
 @pytest.mark.parametrize("parameters", [{"damping": 0.5}, {"act_order": False}, {"memory_gb": 1.0}, {"rotation": 16}])
 def test_other_parameters_begin_anew(parameters: dict[str, Any], kept: list[Path], sd3: States, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):

@@ -43,6 +43,9 @@ class Finished:
             remove_abandoned(self._folder)  # what a killed process was writing
             while self._read():
                 pass
+            for path in self._folder.glob("*.safetensors"):
+                if path >= self._path():  # behind a damaged or lost one: of what is made again in other parts
+                    path.unlink(missing_ok=True)
 
     def add(self, layers: Mapping[str, Packed]) -> None:
         """Add layers, evaluated; they are written if that was done a while ago."""

@@ -75,7 +75,7 @@ def _computed_again(vae: nn.Module) -> Iterator[None]:
         return run
 
     try:
-        for kind, call in own.items():
+        for kind, call in own.items():  # Python looks for it in the class: an object's own would not be called
             kind.__call__ = checkpointed(call)  # type: ignore[method-assign]
         yield
     finally:
