@@ -18,7 +18,7 @@ from calib.base.errors import CalibError, reason_of
 from calib.base.files import read_json, read_text, write_text
 from calib.base.layout import ACTIVATIONS, DETAILS, ENVIRONMENT, HYDRA_OVERRIDES, LOG, PAGE, PLAN, STEPS, SUMMARY
 from calib.base.locks import open_regular
-from calib.base.progress import readable_duration
+from calib.base.progress import readable_bytes, readable_duration
 from calib.evaluation.categories import Categories
 from calib.evaluation.metrics import Fidelity
 from calib.evaluation.report import seen_note
@@ -246,8 +246,10 @@ def _tiles(metrics: Mapping[str, float]) -> list[dict[str, str]]:
         tile(key, note)
     tile("average_weight_bits", "quantized layers, scales and biases counted")
     if "quantized_bytes" in metrics and metrics.get("unquantized_bytes"):
-        whole = metrics["unquantized_bytes"]
-        tile("quantized_bytes", f"of {whole / 1e6:.1f} MB at 16 bits ({metrics['quantized_bytes'] / whole:.0%})")
+        own, whole = metrics["quantized_bytes"], metrics["unquantized_bytes"]
+        number, _, unit = readable_bytes(own).partition(" ")
+        note = f"of {readable_bytes(whole)} at 16 bits ({own / whole:.0%})"
+        tiles.append({"title": metric_of("quantized_bytes").title, "value": number, "unit": unit, "note": note})
     tile("average_activation_bits", "over the numbers that layers read, at all steps")
     if "average_activation_bits" not in metrics:  # of calib 0.2.0 and earlier
         tile("mean_activation_bits", "mean over layers")
