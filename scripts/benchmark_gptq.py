@@ -5,8 +5,8 @@
 
 First factorisations alone, by the number of columns: on this device in float32, and as before on the host in float64.
 The error is that of U (H + λI) Uᵀ = I, times random vectors, relative. Then ``gptq`` as it is, on a transformer of few
-blocks: every part waits for the device, and a second run of the same is the one that counts. Of 34 blocks all parts but
-the replays take as many times more; a replay goes up to each block.
+blocks: every part waits for the device, and a second run of the same is the one that counts. Of 34 blocks all takes as
+many times more.
 """
 
 import calib  # isort: skip  (it sees to it that a fast BLAS is loaded before MLX)
@@ -14,20 +14,24 @@ import calib  # isort: skip  (it sees to it that a fast BLAS is loaded before ML
 import argparse
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
-from calib.activations.taps import TapPoint, tapped
+from calib.activations.batches import Batch
 from calib.analysis.plan import LayerPlan
 from calib.base.device import device_name
-from calib.models.architecture import Architecture, Conditioning
+from calib.models import emoji
+from calib.models.architecture import Conditioning
 from calib.models.mflux.zimage import FAMILY
-from calib.models.packed import Packed
+from calib.models.model import DiffusionModel
 from calib.quantization import curvature, gptq, strips
-from calib.quantization.apply import unpacked
 from calib.quantization.quantizer import QuantizerInput
+from calib.quantization.replays import Replays
 
 import mlx.core as mx
 import numpy as np
@@ -102,36 +106,23 @@ def factorisations(columns: Sequence[int], damping: float, times: int) -> None:
         print(f"| {n} | of it: diagonal blocks, on the host | {time.perf_counter() - start:.2f} | |", flush=True)
 
 
-class Replays:
-    """Random states, replayed as ``calib quantize`` does, a batch at a time."""
+class RandomStates:
+    """Random states with random texts, in batches, in place of a dataset's."""
 
-    def __init__(self, architecture: Architecture, size: int, states: int, batch: int, width: int):
-        self._architecture, self._batches = architecture, -(-states // batch)
-        self._x = mx.random.normal((batch, size // 8, size // 8, 16)).astype(mx.bfloat16)
-        self._text = Conditioning(mx.random.normal((batch, TEXT, width)).astype(mx.bfloat16), None)
-        self.seconds = 0.0
+    manifest = SimpleNamespace(cfg_weight=0.0)
 
-    def __call__(
-        self,
-        points: Sequence[TapPoint],
-        record: Callable[[str, mx.array, Sequence[int]], mx.array],
-        pending: Callable[[], Sequence[mx.array]],
-        replaced: Mapping[str, Packed],
-    ) -> None:
-        def recorded(name: str, x: mx.array) -> mx.array:
-            return record(name, x, range(len(x)))
+    def __init__(self, size: int, states: int, batch: int, width: int):
+        self._shape, self._count, self._width = (batch, size // 8, size // 8, 16), -(-states // batch), width
 
-        with unpacked(self._architecture, replaced), tapped(self._architecture, points, recorded):
-            for _ in range(self._batches):
-                self._architecture.velocity(self._x, self._text, mx.array(0.5))
-                mx.eval(pending())
+    def batches(self, model: DiffusionModel, size: int, mixed: bool) -> list[Callable[[], Batch]]:
+        return [partial(self._batch, seed) for seed in range(self._count)]
 
-    def forward(self) -> float:
-        """Seconds of a forward of all blocks, of all batches."""
-        start = time.perf_counter()
-        for _ in range(self._batches):
-            mx.eval(self._architecture.velocity(self._x, self._text, mx.array(0.5)))
-        return time.perf_counter() - start
+    def _batch(self, seed: int) -> Batch:
+        rows, key = self._shape[0], mx.random.key(seed)
+        x = mx.random.normal(self._shape, key=key).astype(mx.bfloat16)
+        text = mx.random.normal((rows, TEXT, self._width), key=key).astype(mx.bfloat16)
+        mx.eval(x, text)
+        return Batch(tuple(range(rows)), (0,) * rows, x, Conditioning(text), mx.array([0.5]))
 
 
 @contextmanager
@@ -171,11 +162,11 @@ def whole(heads: int, layers: int, size: int, states: int, batch: int, damping: 
     linear = {name: layer for name, layer in own.layers().items() if isinstance(layer, nn.Linear)}
     linear = {name: layer for name, layer in linear.items() if layer.weight.shape[1] % 64 == 0}
     plan = {name: LayerPlan(4, 16) for name in linear}
-    replays = Replays(own, size, states, batch, width)
-    work = QuantizerInput(
-        own, linear, plan, mx.bfloat16, replays, lambda size=None: iter(()), lambda _: None, lambda *_: None
-    )
+    model = replace(emoji.load(), architecture=own, latent_shape=(size // 8, size // 8, 16), dtype=mx.bfloat16)
+    random = RandomStates(size, states, batch, width)
     for _ in range(2):
+        replays = Replays(model, lambda: random)  # type: ignore[arg-type, return-value]
+        work = QuantizerInput(own, linear, plan, mx.bfloat16, replays, replays.batches, lambda _: None, lambda *_: None)
         mx.reset_peak_memory()
         with timed() as seconds:
             start = time.perf_counter()
@@ -185,18 +176,9 @@ def whole(heads: int, layers: int, size: int, states: int, batch: int, damping: 
     seconds["losses, and the rest"] = total - sum(seconds.values())
     print(f"\n| {len(linear)} layers in {blocks} blocks, {states} states of {size} px | s | of {BLOCKS} blocks, s |")
     print("|---|---|---|")
-    replay, *others = seconds.items()
-    each = replays.forward() / blocks
-    # One stage for what precedes the blocks, one a block: up to block b it has run b times.
-    estimate = replay[1] - each * blocks * (blocks + 1) / 2
-    estimate = estimate * BLOCKS / blocks + each * BLOCKS * (BLOCKS + 1) / 2
-    print(f"| {replay[0]} | {replay[1]:.2f} | {estimate:.0f} |")
-    forwards = [f"{each * count * (count + 1) / 2:.2f}" for count in (blocks, BLOCKS)]
-    print(f"| of it: forwards, {each:.3f} s a block | {' | '.join(forwards)} |")
-    for name, value in others:
+    for name, value in seconds.items():
         print(f"| {name} | {value:.2f} | {value * BLOCKS / blocks:.0f} |")
-    everything = estimate + sum(value for _, value in others) * BLOCKS / blocks
-    print(f"| all, peak memory {mx.get_peak_memory() / 1e9:.2f} GB | {total:.2f} | {everything:.0f} |")
+    print(f"| all, peak memory {mx.get_peak_memory() / 1e9:.2f} GB | {total:.2f} | {total * BLOCKS / blocks:.0f} |")
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ from helpers import CHECKOUT, environment
 SMALL = {
     "benchmark_collect": ("--emoji", "--batch", "2", "--forwards", "1", "--steps", "1", "--rounds", "1"),
     "benchmark_features": ("--pictures", "4"),
+    "benchmark_gptq": ("--heads", "2", "--columns", "512", "--size", "64", "--states", "2"),
     "benchmark_metrics": (
         *("--images", "4", "--calibration", "4", "--only", "W2"),
         *("sampler.num_steps=2", "subset.num_images=2", "timestep_schedule=all"),

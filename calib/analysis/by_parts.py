@@ -11,7 +11,7 @@ from typing import TypeAlias
 
 from calib.activations.taps import TapPoint
 from calib.analysis.watch import Watch, Zeros, in_float32, input_errors
-from calib.models.architecture import Conditioning, Divisible, Part
+from calib.models.architecture import Conditioning, Divisible, Part, part_of
 from calib.models.model import DiffusionModel
 
 import mlx.core as mx
@@ -62,8 +62,9 @@ class ByParts:
         self._blocks = [f"{model.architecture.path(name)}." for name in model.architecture.blocks()]
         self._layers: list[dict[str, nn.Module]] = [{} for _ in range(self.count)]
         for name, layer in layers.items():
-            self._layers[self._place(name)][name] = layer
-        self._places = {point.name: {self._place(name) for name in point.names} for point in points}
+            self._layers[part_of(model.architecture, name)][name] = layer
+        own = model.architecture
+        self._places = {point.name: {part_of(own, name) for name in point.names} for point in points}
 
     @property
     def count(self) -> int:
@@ -171,11 +172,6 @@ class ByParts:
             return {}
         total |= {name: total[name] + gradient for name, gradient in gradients.items()}
         return {name: total[name] for name in self._layers[place]}
-
-    def _place(self, name: str) -> int:
-        """The part in which a layer runs: 0 before the blocks."""
-        block = self._model.architecture.block_of(name)
-        return 0 if block is None else block + 1
 
 
 def no_gradients(layers: Mapping[str, nn.Module]) -> dict[str, mx.array]:

@@ -1,9 +1,9 @@
 """Arrays kept by key: in memory, or where that takes too much in a file without a name."""
 
 import errno
-import math
 import os
 from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryFile
 
@@ -13,8 +13,17 @@ import mlx.core as mx
 import numpy as np
 
 
+@dataclass(frozen=True)
+class _Place:
+    """Bytes of a file, from ``start`` on, and the arrays that they hold."""
+
+    start: int
+    nbytes: int
+    arrays: Sequence[tuple[tuple[int, ...], mx.Dtype]]
+
+
 class Kept:
-    """Lists of float32 arrays by key.
+    """Lists of arrays by key.
 
     Args:
         nbytes: bytes of all that will be kept in ``folder``.
@@ -27,7 +36,7 @@ class Kept:
 
     def __init__(self, nbytes: int = 0, folder: Path | None = None):
         self._arrays: dict[Hashable, list[mx.array]] = {}
-        self._places: dict[Hashable, tuple[int, list[tuple[int, ...]]]] = {}
+        self._places: dict[Hashable, _Place] = {}
         self._end = 0
         self._file = None
         if folder is not None:
@@ -39,29 +48,31 @@ class Kept:
                 os.posix_fallocate(self._file.fileno(), 0, nbytes)
 
     def put(self, key: Hashable, arrays: Sequence[mx.array]) -> None:
-        """Keep ``arrays``, evaluated, in float32."""
+        """Keep ``arrays``, evaluated, in place of what was kept by that key."""
         if self._file is None:
             self._arrays[key] = list(arrays)
             return
-        self._places[key] = (self._end, [array.shape for array in arrays])
-        self._file.seek(self._end)
+        size, place = sum(array.nbytes for array in arrays), self._places.get(key, _Place(self._end, 0, ()))
+        if size > place.nbytes:
+            place = _Place(self._end, size, ())
+            self._end += size
+        self._places[key] = replace(place, arrays=[(array.shape, array.dtype) for array in arrays])
+        self._file.seek(place.start)
         for array in arrays:
-            view = np.array(array).reshape(-1).view(np.uint8).data
+            view = np.array(array.reshape(-1).view(mx.uint8)).data
             while len(view):
                 view = view[self._file.write(view) :]
-        self._end = self._file.tell()
 
     def get(self, key: Hashable) -> list[mx.array]:
         """What was kept by that key."""
         if self._file is None:
             return self._arrays[key]
-        start, shapes = self._places[key]
-        self._file.seek(start)
-        found = []
-        for shape in shapes:
-            values = np.empty(math.prod(shape), np.float32)
-            view = values.view(np.uint8).data
+        place, found = self._places[key], []
+        self._file.seek(place.start)
+        for shape, dtype in place.arrays:
+            values = np.empty(int(np.prod(shape, dtype=np.int64)) * dtype.size, np.uint8)
+            view = values.data
             while len(view):
                 view = view[self._file.readinto(view) :]
-            found.append(mx.array(values).reshape(shape))
+            found.append(mx.array(values).view(dtype).reshape(shape))
         return found

@@ -227,6 +227,13 @@ def names_in_order(architecture: Architecture) -> list[str]:
     return found
 
 
+def part_of(architecture: Architecture, name: str) -> int:
+    """The number of the part (:class:`Divisible`) in which a layer or a block runs: 0 before the blocks."""
+    blocks = architecture.blocks()
+    block = blocks.index(name) if name in blocks else architecture.block_of(name)
+    return 0 if block is None else block + 1
+
+
 def parent_of(root: nn.Module, path: str) -> tuple[Any, str | int]:
     """The container of the module at ``path``, and its key there."""
     *parents, last = path.split(".")

@@ -155,13 +155,11 @@ class DiffusionModel(Encoding):
         timestep: float | mx.array,
         parts: Sequence[slice],
         entering: Callable[[slice], None] = lambda part: None,
-        taps: Sequence[str] | None = None,
     ) -> list[mx.array]:
         """:meth:`velocity` for ``parts`` of the rows, each on a stream of its own; lazy unless the model is streamed.
 
         Args:
             entering: called before operations of a part are built: once, or where the model is streamed several times.
-            taps: names of layers, where nothing but their inputs is wanted: a streamed model computes no more.
 
         Raises:
             ValueError: there are more or fewer rows of text.
@@ -171,7 +169,7 @@ class DiffusionModel(Encoding):
         if self.streamed is not None:
             self.set_clock(timestep)
             times = timestep if isinstance(timestep, mx.array) else mx.array(timestep, self.time_dtype)
-            return self.streamed.velocities(x, text, times, parts, entering, taps)
+            return self.streamed.velocities(x, text, times, parts, entering)
         outputs = []
         for part, stream in zip(parts, streams_of(len(parts)), strict=True):
             with mx.stream(stream):

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from calib.base.errors import CalibError, ConfigError
-from calib.models.architecture import Architecture, Conditioning, Divisible, parent_of
+from calib.models.architecture import Architecture, Conditioning, Divisible, parent_of, part_of
 from calib.models.parallel import reading, streams_of
 from calib.models.tensors import fingerprint_of, set_weights
 
@@ -83,26 +83,23 @@ class Streamed:
         timestep: mx.array,
         parts: Sequence[slice],
         entering: Callable[[slice], None] = lambda part: None,
-        taps: Sequence[str] | None = None,
     ) -> list[mx.array]:
         """The outputs for ``parts`` of the rows, which go through each block side by side: it is read once.
 
         Args:
             entering: called before any operation of a part is built.
-            taps: names of layers: what comes after the last of them is not computed, and nothing returned; None: all.
         """
-        last = len(self._places) + 1 if taps is None else max(map(self._place, taps), default=0)
         steps = [self._parts(text[part], of_rows(timestep, part), x[part].shape) for part in parts]
         passed, streams = [[x[part]] for part in parts], streams_of(len(parts))
-        for place in range(last + 1):
+        for place in range(len(self._places) + 2):
             for i, (part, stream) in enumerate(zip(parts, streams, strict=True)):
                 with mx.stream(stream):
                     entering(part)
                     passed[i] = steps[i][place](passed[i])
             if place <= len(self._places):
-                self._compute(passed, place if place < last else len(self._places))
+                self.compute(passed, place)
                 self.release(place - 1)
-        return [] if taps is not None else [own[0] for own in passed]
+        return [own[0] for own in passed]
 
     def fresh(self) -> dict[str, mx.array]:
         """All weights by path, not read yet, apart from those that it runs with."""
@@ -112,17 +109,12 @@ class Streamed:
                 raise CalibError(f"{self._source}: was changed while it was read, first in {path}; run this again")
         return {path: found[path].astype(self._dtype) for path in self._shapes}
 
-    def _place(self, name: str) -> int:
-        """The part of a forward in which a layer or block runs: 0 before the blocks."""
-        blocks = self.inner.blocks()
-        block = blocks.index(name) if name in blocks else self.inner.block_of(name)
-        return 0 if block is None else block + 1
-
-    def _compute(self, arrays: list[list[mx.array]], following: int) -> None:
+    def compute(self, arrays: list[list[mx.array]], following: int | None) -> None:
         """Evaluate ``arrays``, and meanwhile read the weights of block number ``following``, if there is one."""
         with self.reading():
             mx.async_eval(arrays)
-            self.read_ahead(following)
+            if following is not None:
+                self.read_ahead(following)
             mx.eval(arrays)
 
     def read_ahead(self, block: int) -> None:
@@ -204,7 +196,7 @@ class _InTurn(Mapping[str, Layer]):
         self._taken: int | None = None
 
     def __getitem__(self, name: str) -> Layer:
-        block = self._streamed._place(name) - 1
+        block = part_of(self._streamed.inner, name) - 1
         if self._taken not in (None, block):
             self._streamed.release(self._taken)
         self._taken = block

@@ -5,9 +5,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from calib.activations.batches import Batch, StoredStates
+from calib.activations.batches import StoredStates
 from calib.activations.reader import ActivationFile
-from calib.activations.taps import TapPoint, tapped
 from calib.analysis.measure import quantizable
 from calib.analysis.observed import channel_extremes, channel_powers, observe, observed_ranges, plan_steps
 from calib.analysis.plan import UNQUANTIZED, LayerPlan, Plan
@@ -19,24 +18,19 @@ from calib.base.errors import CalibError, suggest
 from calib.base.files import short_hash
 from calib.base.layout import STEPS
 from calib.base.targets import described
-from calib.models.memory import plan_memory
 from calib.models.model import DiffusionModel, weights
 from calib.models.packed import Packed, half_of
-from calib.models.parallel import parts_of, shared_cores
 from calib.quantization import rtn
-from calib.quantization.apply import unpacked
 from calib.quantization.check import checked_quantizer, model_kept
 from calib.quantization.checkpoint import origin_of
 from calib.quantization.model import InputRule, QuantizedModel
 from calib.quantization.quantizer import (
-    Batches,
     ChannelRange,
     Quantized,
     Quantizer,
     QuantizerInput,
-    Replay,
-    StepRecorder,
 )
+from calib.quantization.replays import Replays
 from calib.quantization.texts import prompts_of
 
 import mlx.core as mx
@@ -145,7 +139,8 @@ def quantize_layers(
         return replayed[-1]
 
     states = None if source.states is None else seen
-    given = (*_replay(model, states), *_statistics(plan, source, steps), steps.importance.get)
+    replays = Replays(model, states, source.scratch)
+    given = (replays, replays.batches, *_statistics(plan, source, steps), steps.importance.get)
     own = (input_bits, source.scratch, model, states, source.prompts, source.home)
     work = QuantizerInput(model.architecture, linear, {**plan, **chosen}, half, *given, *own)
     if model.streamed is not None:
@@ -256,45 +251,3 @@ def _statistics(plan: Mapping[str, LayerPlan], source: Calibration, steps: StepP
             return checked_rule(source.rule)(observe(file, name, clip or plan[name].clip_percentile, divisors))
 
     return channel_range, ranges, channel_power
-
-
-def _replay(model: DiffusionModel, states: Callable[[], StoredStates] | None) -> tuple[Replay, Batches]:
-    """The functions ``replay`` and ``batches`` of :class:`QuantizerInput`."""
-
-    def batches(size: int | None = None) -> Iterator[Batch]:
-        if states is None:
-            lost = "this quantizer replays stored states: name the run that collected them, stats=DIR"
-            raise CalibError(f"{lost}; quantizer=rtn takes none")
-        stored = states()
-        size = size or plan_memory(model, stored.manifest.cfg_weight > 0).batch_size
-        for batch in stored.batches(model, size, mixed=True):
-            yield batch()
-
-    def replay(
-        points: Sequence[TapPoint],
-        record: StepRecorder,
-        pending: Callable[[], Sequence[mx.array]],
-        replaced: Mapping[str, Packed],
-    ) -> None:
-        steps: Sequence[int] = ()  # of the rows whose graph is being built
-
-        def recorded(name: str, x: mx.array) -> mx.array:
-            x = record(name, x, steps)
-            # What a streamed model computes of an input must not outlast the block that it is in.
-            tied: mx.array = x if model.streamed is None else mx.depends([x], list(pending()))[0]
-            return tied
-
-        with unpacked(model.architecture, replaced), tapped(model.architecture, points, recorded):
-            for batch in batches():
-                of_rows = batch.steps * (len(batch.x) // len(batch.steps))
-
-                def entering(part: slice, of_rows: Sequence[int] = of_rows) -> None:
-                    nonlocal steps
-                    steps = of_rows[part]
-
-                with shared_cores(len(batch.x)):
-                    parts, taps = parts_of(len(batch.x)), [point.name for point in points]
-                    model.velocities(batch.x, batch.text, batch.timesteps, parts, entering, taps)
-                    mx.eval(pending())
-
-    return replay, batches

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TypeAlias
 
-from calib.models.architecture import Architecture, Divisible, parent_of
+from calib.models.architecture import Architecture, Divisible, parent_of, part_of
 from calib.models.model import weights
 from calib.models.wrapper import Wrapper
 from calib.quantization.reconstruction.kept import Kept
@@ -26,8 +26,7 @@ def planned_parts(architecture: Architecture, plan: Iterable[str]) -> list[tuple
     found: list[dict[str, nn.Module]] = [{} for _ in names]
     for name in layers:
         if name in chosen:
-            block = architecture.block_of(name)
-            found[0 if block is None else block + 1][name] = layers[name]
+            found[part_of(architecture, name)][name] = layers[name]
     return list(zip(names, found, strict=True))
 
 

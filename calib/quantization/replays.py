@@ -1,0 +1,161 @@
+"""Replays of the calibration states, in which layers are replaced as they are quantized.
+
+What a part of the transformer is given is kept for all states, so that a replay begins where the last one ended and not
+at the first block: the forwards of GPTQ are then two of each of n blocks, where they would be n²/2. A part runs on all
+states before the next one does, so that a streamed model reads its weights once in a replay.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from tempfile import gettempdir
+
+from calib.activations.batches import Batch, LazyBatch, StoredStates
+from calib.activations.taps import TapPoint, tapped
+from calib.analysis.kept import Kept
+from calib.base.errors import CalibError
+from calib.base.files import free_bytes
+from calib.base.progress import note, readable_bytes
+from calib.models.architecture import Conditioning, Divisible, Part, part_of
+from calib.models.memory import plan_memory
+from calib.models.model import DiffusionModel
+from calib.models.packed import Packed
+from calib.models.parallel import parts_of, shared_cores, streams_of
+from calib.models.streamed import of_rows
+from calib.quantization.apply import unpacked
+from calib.quantization.quantizer import StepRecorder
+
+import mlx.core as mx
+
+#: Share of the memory that drawing leaves in which what is kept may stay: Hessians and quantized layers need the rest.
+OF_WHAT_IS_LEFT = 1 / 3
+
+
+class Replays:
+    """The function ``replay`` of :class:`~calib.quantization.quantizer.QuantizerInput`, and its ``batches``.
+
+    Args:
+        states: returns the calibration set; None where no run is known.
+        folder: where what memory has no room for is kept; None: that of temporary files.
+    """
+
+    def __init__(self, model: DiffusionModel, states: Callable[[], StoredStates] | None, folder: Path | None = None):
+        self._model, self._states, self._folder = model, states, folder
+        whole = model.architecture if model.streamed is None else model.streamed.inner
+        self._divisible = whole if isinstance(whole, Divisible) else None
+        self._batches: Sequence[LazyBatch] = ()
+        #: By batch and its first row what the part ``_reached`` is given, where ``_before`` replaced layers before it.
+        self._kept, self._reached, self._before = Kept(), 0, dict[str, Packed]()
+
+    def batches(self, size: int | None = None) -> Iterator[Batch]:
+        """Yield the states; raises a CalibError where no run is known."""
+        for batch in self._stored(size):
+            yield batch()
+
+    def __call__(
+        self,
+        points: Sequence[TapPoint],
+        record: StepRecorder,
+        pending: Callable[[], Sequence[mx.array]],
+        replaced: Mapping[str, Packed],
+    ) -> None:
+        if not self._batches:
+            self._begin()
+        places = [self._place(point.name) for point in points]
+        before = {name: packed for name, packed in replaced.items() if self._place(name) < self._reached}
+        if self._reached > min(places) or {n: id(p) for n, p in before.items()} != self._ids():
+            self._reached = 0
+        with unpacked(self._model.architecture, replaced):
+            for place in range(self._reached, min(places)):
+                self._run(place, passing=True)
+            steps: Sequence[int] = ()  # of the rows whose graph is being built
+
+            def entering(batch: Batch, rows: slice) -> None:
+                nonlocal steps
+                steps = (batch.steps * (len(batch.x) // len(batch.steps)))[rows]
+
+            with tapped(self._model.architecture, points, lambda name, x: record(name, x, steps)):
+                for place in range(min(places), max(places) + 1):
+                    self._run(place, place < max(places), entering, pending)
+        self._before = {name: packed for name, packed in replaced.items() if self._place(name) < self._reached}
+
+    def _ids(self) -> dict[str, int]:
+        return {name: id(packed) for name, packed in self._before.items()}
+
+    def _stored(self, size: int | None = None) -> list[LazyBatch]:
+        if self._states is None:
+            lost = "this quantizer replays stored states: name the run that collected them, stats=DIR"
+            raise CalibError(f"{lost}; quantizer=rtn takes none")
+        stored = self._states()
+        size = size or plan_memory(self._model, stored.manifest.cfg_weight > 0).batch_size
+        return stored.batches(self._model, size, mixed=True)
+
+    def _begin(self) -> None:
+        """Choose where to keep what parts are given."""
+        batches = self._stored()
+        if self._divisible is None:
+            self._batches = batches
+            return
+        needed = sum(self._bytes_of(batch()) for batch in batches)
+        plan = plan_memory(self._model, guidance=True)
+        if needed <= OF_WHAT_IS_LEFT * (plan.memory - plan.peak):
+            self._batches = [cache(batch) for batch in batches]
+            return
+        folder = Path(gettempdir()) if self._folder is None else self._folder
+        size = f"{readable_bytes(needed)} of what blocks are given"
+        if (free := free_bytes(folder)) < needed:
+            remedy = "choose another cache_dir, or fewer calibration.images or calibration.steps"
+            raise CalibError(f"{folder}: {size} are to be kept there, and {readable_bytes(free)} are free; {remedy}")
+        note(f"{size} are kept in {folder} while layers are quantized")
+        self._batches, self._kept = batches, Kept(needed, folder)
+
+    def _bytes_of(self, batch: Batch) -> int:
+        """What is to be kept of a batch: states and text, and what passes between parts. Nothing is computed."""
+        passed = self._parts(batch.text, batch.timesteps, batch.x.shape)[0]([batch.x])
+        return sum(array.nbytes for array in (batch.x, *batch.text.arrays(), *passed))
+
+    def _parts(self, text: Conditioning, timestep: mx.array, shape: tuple[int, ...]) -> Sequence[Part]:
+        """The parts of a forward; one, where the transformer does not run in parts."""
+        if self._divisible is not None:
+            return self._divisible.parts(text, timestep, shape)
+        return [lambda given: [self._model.architecture.velocity(given[0], text, timestep)]]
+
+    def _place(self, name: str) -> int:
+        """The number of the part in which a layer runs."""
+        return 0 if self._divisible is None else part_of(self._model.architecture, name)
+
+    def _run(
+        self,
+        place: int,
+        passing: bool,
+        entering: Callable[[Batch, slice], None] = lambda batch, rows: None,
+        pending: Callable[[], Sequence[mx.array]] = lambda: (),
+    ) -> None:
+        """Run a part on all states; where ``passing`` the next one is given what it passes on, else it is the last."""
+        streamed = self._model.streamed
+        if passing:
+            self._reached = 0  # until it is done
+        for number, lazily in enumerate(self._batches):
+            batch = lazily()
+            self._model.set_clock(batch.timesteps)
+            found: list[tuple[tuple[int, int], list[mx.array]]] = []
+            with shared_cores(len(batch.x)):
+                parts = parts_of(len(batch.x))
+                for rows, stream in zip(parts, streams_of(len(parts)), strict=True):
+                    with mx.stream(stream):
+                        entering(batch, rows)
+                        key, x = (number, rows.start), batch.x[rows]
+                        given = self._kept.get(key) if place else [x]
+                        own = self._parts(batch.text[rows], of_rows(batch.timesteps, rows), x.shape)[place]
+                        found.append((key, own(given)))
+                wanted = [[*pending()], *(passed for _, passed in found if passing)]
+                if streamed is None:
+                    mx.eval(wanted)
+                else:
+                    streamed.compute(wanted, place if passing and not number else None)
+            for key, passed in found if passing else ():
+                self._kept.put(key, passed)
+        if passing:
+            self._reached = place + 1
+            if streamed is not None:
+                streamed.release(place - 1)
