@@ -16,6 +16,7 @@ from calib.cli.conf import CONF
 from calib.dataset.load import load_manifest
 from calib.quantization.checkpoint import load
 from calib.runs.pages.run import run_page
+from calib.runs.record import read_run
 from calib.stages.build import build
 from calib.stages.quantize import spare_prompts
 from calib.stages.settings import Settings
@@ -717,6 +718,18 @@ def test_a_quantized_model_that_is_not_there_is_told_before_anything_is_made(
     line = is_one_clear_line(calib("evaluate", "plan=made"), status)
     assert all(word in line for word in words)
     assert everything(folder) == before
+
+
+def test_a_model_alone_says_what_made_it(calib: Calib, quantized: Path, folder: Path) -> None:
+    """The quantizer, and not the one that is there by default; what is unknown is none."""
+    rewritten("quantized/config.json", lambda c: c.update(quantizer={"name": "fit", "parameters": {"rounds": 3}}))(
+        quantized
+    )
+    outcome = calib("evaluate", "plan=made")
+    assert outcome.status == 0, outcome.err
+    config = read_run(folder / "run", "run").config
+    assert (config["quantizer"], config["quantizer.rounds"], config["analysis"]) == ("fit", 3, None)
+    assert config["evaluation.num_images"] == 2
 
 
 def test_no_images_is_nothing_to_evaluate(calib: Calib, quantized: Path, folder: Path) -> None:

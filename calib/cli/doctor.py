@@ -115,8 +115,10 @@ def examine() -> Report:
     report.blas = {"library": blas.status().library, "reason": blas.status().reason, "needed": blas.needed()}
     try:
         from calib.base.device import describe_device
+        from calib.models.memory import device_memory
 
         report.device = describe_device()
+        report.memory["planned_gb"] = device_memory() / 1e9
         report.blas |= measure_blas(report.device["kind"])
     except Exception as error:  # MLX fails in many ways where its backend is missing or does not match
         report.problems.append(f"MLX does not work ({in_a_line(error, 'mlx')}): {mlx_advice()}")
@@ -220,11 +222,13 @@ def render(report: Report) -> str:
     """The report as an aligned table, with problems and advice at the end."""
     memory, disk = report.memory, report.disk
     available = "" if memory["available_gb"] is None else f", {memory['available_gb']:.1f} GB available"
+    planned = memory.get("planned_gb")
+    limits = "" if planned is None else f"; calib plans with {planned:.1f} GB"
     rows = {
         "system": [platform.platform()],
         "device": [device_line(report.device)],
         "BLAS": blas_lines(report.blas),
-        "memory": [f"{memory['total_gb']:.1f} GB{available}"],
+        "memory": [f"{memory['total_gb']:.1f} GB{available}{limits}"],
         "disk": [f"{disk['free_gb']:.1f} GB free of {disk['total_gb']:.1f} GB, where the current folder lies"],
         "versions": version_lines({name: text for name, text in report.versions.items() if name != "torch"}),
         "torch": [f"{report.versions['torch']} (not needed)"],

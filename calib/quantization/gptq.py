@@ -64,8 +64,8 @@ def quantize(
             their number, but 0.3 at least and 1 at most.
         act_order: round columns with the largest inputs first, an option of the authors' code.
         search: search and fit each group's grid; else MLX's.
-        memory_gb: memory for the sums of one replay, 10⁹ bytes; less means more of a block. In addition the whole Hessian
-            of one input array and its factor take 6 bytes for each pair of columns.
+        memory_gb: memory for the sums of one replay, 10⁹ bytes; less means more replays of a block. In addition the
+            whole Hessian of one input array and its factor take 6 bytes for each pair of columns.
         pictures: pictures drawn for what errors of a layer's outputs do to them together; rows are then rounded in
             turn too, and make up for those before. 0: each by itself. Not for layers after a SiLU, which read one
             vector a picture.

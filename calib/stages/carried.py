@@ -1,11 +1,15 @@
 """The configuration that a run directory records: of what the job did not make, that of the job that made it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from calib.base.files import read_json
+from calib.base.layout import CONFIG
+from calib.quantization.checkpoint import CHECKPOINT
 from calib.runs.record import read_configuration
+from calib.runs.standing import mapping_in
 from calib.stages import Stage
 from calib.stages.origin import plan_of, quantized_of, stats_of
 from calib.stages.settings import Analyze, Collect, Generate, Quantize, Settings
@@ -30,9 +34,19 @@ def carried(settings: Settings) -> tuple[dict[str, Any], dict[str, str]]:
     kinds = _EARLIER[settings.stage]
     keys = [field.name for kind in kinds for field in fields(kind) if field.name not in _OWN]
     keys += _DATASET if settings.stage is Stage.EVALUATE else ()
+    if settings.stage is Stage.EVALUATE and not (source / CONFIG).exists():
+        return _of_model(quantized_of(settings), keys)
     found = read_configuration(source, [])
     values = {key: found.values[key] for key in keys if key in found.values}
     return values, {key: found.options[key] for key in values if key in found.options}
+
+
+def _of_model(folder: Path, keys: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
+    """What a quantized model that was copied from its run says of what it was made by; None where that is unknown."""
+    document = mapping_in(folder / CHECKPOINT, [], read_json)  # what is wrong with it is the stage's to say
+    made_by = {key: document[key] for key in ("quantizer", "ranges") if isinstance(document.get(key), dict)}
+    options = {key: str(entry["name"]) for key, entry in made_by.items() if "name" in entry}
+    return dict.fromkeys(keys) | {key: dict(made_by[key].get("parameters", {})) for key in options}, options
 
 
 def _source(settings: Settings) -> Path | None:
