@@ -108,6 +108,12 @@ def calls(model: DiffusionModel, count: int) -> Iterator[tuple[list[TapPoint], d
                 taken[name] = Packed.nearest(layers[name].weight, 2 + number % 3, 32, mx.float16)
 
 
+def no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have nothing of what parts are given stay in memory."""
+    monkeypatch.setattr(replays, "OF_WHAT_IS_LEFT", 0.0)
+    monkeypatch.setattr(replays, "LEAST_ROOM", 0)
+
+
 @pytest.mark.parametrize(
     ("case", "where"),
     [(c, "memory") for c in CASES]
@@ -124,7 +130,7 @@ def test_taps_see_what_they_do_in_whole_forwards(
     """Whatever replays precede: of later parts, of others in their places, of several parts."""
     model, states = case
     if where == "file":
-        monkeypatch.setattr(replays, "OF_WHAT_IS_LEFT", 0.0)
+        no_memory(monkeypatch)
     replay = Replays(model, lambda: states, tmp_path)
     differ = set()
     for points, packed in calls(model, 9):
@@ -149,7 +155,7 @@ def test_taps_see_what_they_do_in_whole_forwards(
 @pytest.mark.parametrize("case", ["sd3"], indirect=True)
 def test_no_room(case: tuple[DiffusionModel, StoredStates], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, states = case
-    monkeypatch.setattr(replays, "OF_WHAT_IS_LEFT", 0.0)
+    no_memory(monkeypatch)
     monkeypatch.setattr(replays, "free_bytes", lambda folder: 1000)
     with pytest.raises(CalibError, match=r"are to be kept there, and 1\.0 kB are free; choose another cache_dir"):
         Replays(model, lambda: states, tmp_path)([TapPoint("x", "")], lambda *_: mx.array(0), tuple, {})

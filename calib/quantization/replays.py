@@ -29,6 +29,8 @@ import mlx.core as mx
 
 #: Share of the memory that drawing leaves in which what is kept may stay: Hessians and quantized layers need the rest.
 OF_WHAT_IS_LEFT = 1 / 3
+#: Bytes that may stay there in any case.
+LEAST_ROOM = 50_000_000
 
 
 class Replays:
@@ -98,7 +100,7 @@ class Replays:
             return
         needed = sum(self._bytes_of(batch()) for batch in batches)
         plan = plan_memory(self._model, guidance=True)
-        if needed <= OF_WHAT_IS_LEFT * (plan.memory - plan.peak):
+        if needed <= max(LEAST_ROOM, OF_WHAT_IS_LEFT * (plan.memory - plan.peak)):
             self._batches = [cache(batch) for batch in batches]
             return
         folder = Path(gettempdir()) if self._folder is None else self._folder
