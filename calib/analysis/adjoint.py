@@ -20,10 +20,11 @@ from calib.analysis.by_parts import ByParts, Ranges, Rows
 from calib.analysis.kept import Kept
 from calib.analysis.sensitivities import INPUT_BITS, Of
 from calib.analysis.sweep import Way, nbytes_of, sweep, units_of
+from calib.base.device import cores, on_gpu
 from calib.base.errors import CalibError, reason_of
 from calib.models.architecture import Conditioning
 from calib.models.model import DiffusionModel
-from calib.models.parallel import streams_of
+from calib.models.parallel import compute_in_turn, streams_of
 
 import mlx.core as mx
 import numpy as np
@@ -161,8 +162,10 @@ class Adjoint:
                 ways = [self._way(backward, each, what) for each in passes]
                 sweep(sweeps, ways, num_steps, Kept() if kept is None else kept, self._reduce, advance)
             else:
+                at_once = 1 if on_gpu() else cores()
                 for step in reversed(range(num_steps)):
-                    self._step_back(backward, passes, step, what, advance)
+                    for first in range(0, len(passes), at_once):
+                        self._step_back(backward, passes[first : first + at_once], step, what, advance)
         return [each.gradients(self._points) for each in passes]
 
     def units(self) -> int:
@@ -204,8 +207,8 @@ class Adjoint:
         for each, rows, stream in zip(passes, given, streams_of(len(passes)), strict=True):
             with mx.stream(stream):
                 founds.append(backward.run(rows, self._loss(each, step), self._range_at(step), each.total))
-        # MLX hands out the work of arrays in their order: in turn of all passes, which are computed side by side so.
-        mx.eval(list(zip(*(found.order for found in founds), strict=True)), [each.total for each in passes])
+        compute_in_turn([found.order for found in founds])
+        mx.eval([each.total for each in passes])
         for each, rows, found in zip(passes, given, founds, strict=True):
             backward.check(found, each.total, rows, f"{what} at step {step}")
             each.add(step, found)

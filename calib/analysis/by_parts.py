@@ -176,7 +176,8 @@ class ByParts:
 
 def no_gradients(layers: Mapping[str, nn.Module]) -> dict[str, mx.array]:
     """Sums of gradients of ``layers`` before the first: zeros by layer, (rows, columns) float32."""
-    return {name: mx.zeros(layer.weight.shape) for name, layer in layers.items()}
+    # Column after column, as a matrix product's gradient lies in memory: other sums take a CPU six times as long.
+    return {name: mx.zeros(layer.weight.shape[::-1]).T for name, layer in layers.items()}
 
 
 def _along(passed: Sequence[mx.array], gradients: Sequence[mx.array]) -> mx.array:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from calib.activations.taps import TapPoint
 from calib.analysis.grid import Grid
@@ -28,6 +28,24 @@ def in_float32(model: DiffusionModel, chosen: Callable[[str], bool] = lambda pat
     finally:
         model.dtype = dtype
         model.transformer.update(tree_unflatten(list(own.items())))
+
+
+@mx.custom_function
+def _beside(x: mx.array, zero: mx.array) -> mx.array:
+    """x + zero, where ``zero`` is a variable that is zero: nothing is computed."""
+    return x
+
+
+@_beside.vjp
+def _to_both(given: Sequence[mx.array], gradient: mx.array, output: mx.array) -> tuple[mx.array, mx.array]:
+    return gradient, gradient
+
+
+def _with(x: mx.array, zero: mx.array | None) -> mx.array:
+    """``x``, of which ``zero`` has the gradient, too; in the type of both."""
+    if zero is None:
+        return x
+    return cast(mx.array, _beside(x.astype(zero.dtype), zero))
 
 
 class _Watched(Wrapper):
@@ -141,13 +159,13 @@ class Watch:
         """What a layer is to read in place of ``x``."""
         tap, zeros = self._tap_of[name], self._zeros.inputs
         if tap not in self._seen or self._seen[tap][0] is not x:
-            self._seen[tap] = (x, x + zeros[tap] if tap in zeros else x)
+            self._seen[tap] = (x, _with(x, zeros.get(tap)))
         return self._seen[tap][1]
 
     def see_output(self, name: str, y: mx.array) -> mx.array:
         """What a layer is to give in place of ``y``."""
         self._shapes[name] = y.shape
-        return y + self._zeros.outputs[name] if name in self._zeros.outputs else y
+        return _with(y, self._zeros.outputs.get(name))
 
 
 def input_errors(x: mx.array, gradient: mx.array, low: float, high: float) -> mx.array:

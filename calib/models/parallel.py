@@ -7,7 +7,7 @@ Matrix products of fewer rows differ in the last bits. So whoever promises equal
 passes it: a dataset keeps the number that it was begun with.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from itertools import pairwise
@@ -38,6 +38,17 @@ def streams_of(parts: int) -> list[mx.Stream]:
         return [mx.default_stream(mx.default_device())]
     _streams.extend(mx.new_stream(mx.cpu) for _ in range(parts - len(_streams)))
     return _streams[:parts]
+
+
+def compute_in_turn(passes: Sequence[Sequence[mx.array]]) -> None:
+    """Evaluate arrays of passes that run side by side, each pass's in the order in which they are best computed.
+
+    MLX computes what one call names on one stream after the other, as far as it can: so a call for each place in turn.
+    """
+    if len(passes) > 1:
+        for arrays in zip(*passes, strict=True):
+            mx.async_eval(arrays)
+    mx.eval(passes)
 
 
 @cache

@@ -21,7 +21,7 @@ from calib.models.architecture import Conditioning
 from calib.models.backward_memory import BackwardPlan, plan_backward
 from calib.models.memory import decoding_bytes, device_memory
 from calib.models.model import DiffusionModel
-from calib.models.parallel import shared_cores, streams_of
+from calib.models.parallel import compute_in_turn, shared_cores, streams_of
 
 import mlx.core as mx
 import numpy as np
@@ -208,9 +208,9 @@ class PictureLoss:
                     loss = partial(along, self._model, ahead, self._guidance)
                     founds.append(self._backward.run(rows, loss, _no_range, one.total))
                     given.append(rows)
-            # In turn of all passes, from the last layer on: MLX hands out the work of arrays in their order.
-            order = [[*reversed(one.total.values()), f.rows, f.finite] for one, f in zip(passes, founds, strict=True)]
-            mx.eval(list(zip(*order, strict=True)))
+            compute_in_turn(
+                [[*reversed(one.total.values()), f.rows, f.finite] for one, f in zip(passes, founds, strict=True)]
+            )
             for one, rows, found in zip(passes, given, founds, strict=True):
                 self._backward.check(found, one.total, rows, f"the pictures at step {step} of {num_steps}")
                 one.adjoint = one.adjoint + found.rows.reshape(-1, *one.adjoint.shape).sum(axis=0)
