@@ -433,7 +433,7 @@ def test_impossible_parameters(parameters: Any, words: Sequence[str]) -> None:
 
 
 def lacking_room(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr("calib.quantization.reconstruction.rows.free_bytes", lambda _: 1000)
+    patch.setattr("calib.quantization.scratch.free_bytes", lambda _: 1000)
 
 
 @pytest.mark.parametrize(

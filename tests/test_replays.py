@@ -16,7 +16,7 @@ from calib.dataset.load import load_manifest
 from calib.models.model import DiffusionModel
 from calib.models.packed import Packed
 from calib.models.parallel import parts_of, shared_cores
-from calib.quantization import gptq, replays
+from calib.quantization import gptq, replays, scratch
 from calib.quantization.apply import unpacked
 from calib.quantization.build import Calibration, quantize_layers
 from calib.quantization.replays import Replays
@@ -156,7 +156,7 @@ def test_taps_see_what_they_do_in_whole_forwards(
 def test_no_room(case: tuple[DiffusionModel, StoredStates], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, states = case
     no_memory(monkeypatch)
-    monkeypatch.setattr(replays, "free_bytes", lambda folder: 1000)
+    monkeypatch.setattr(scratch, "free_bytes", lambda folder: 1000)
     with pytest.raises(CalibError, match=r"are to be kept there, and 1\.0 kB are free; choose another cache_dir"):
         Replays(model, lambda: states, tmp_path)([TapPoint("x", "")], lambda *_: mx.array(0), tuple, {})
 

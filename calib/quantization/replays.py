@@ -8,14 +8,11 @@ states before the next one does, so that a streamed model reads its weights once
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from tempfile import gettempdir
 
 from calib.activations.batches import Batch, LazyBatch, StoredStates
 from calib.activations.taps import TapPoint, tapped
 from calib.analysis.kept import Kept
 from calib.base.errors import CalibError
-from calib.base.files import free_bytes
-from calib.base.progress import note, readable_bytes
 from calib.models.architecture import Conditioning, Divisible, Part, part_of
 from calib.models.memory import plan_memory
 from calib.models.model import DiffusionModel
@@ -24,6 +21,7 @@ from calib.models.parallel import parts_of, shared_cores, streams_of
 from calib.models.streamed import of_rows
 from calib.quantization.apply import unpacked
 from calib.quantization.quantizer import StepRecorder
+from calib.quantization.scratch import folder_for
 
 import mlx.core as mx
 
@@ -103,12 +101,7 @@ class Replays:
         if needed <= max(LEAST_ROOM, OF_WHAT_IS_LEFT * (plan.memory - plan.peak)):
             self._batches = [cache(batch) for batch in batches]
             return
-        folder = Path(gettempdir()) if self._folder is None else self._folder
-        size = f"{readable_bytes(needed)} of what blocks are given"
-        if (free := free_bytes(folder)) < needed:
-            remedy = "choose another cache_dir, or fewer calibration.images or calibration.steps"
-            raise CalibError(f"{folder}: {size} are to be kept there, and {readable_bytes(free)} are free; {remedy}")
-        note(f"{size} are kept in {folder} while layers are quantized")
+        folder = folder_for(needed, "what blocks are given", "while layers are quantized", self._folder)
         self._batches, self._kept = batches, Kept(needed, folder)
 
     def _bytes_of(self, batch: Batch) -> int:

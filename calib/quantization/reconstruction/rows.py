@@ -3,15 +3,14 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import gettempdir
 from typing import TypeAlias
 
 from calib.base.errors import CalibError
-from calib.base.files import free_bytes
-from calib.base.progress import counted, note, readable_bytes
+from calib.base.progress import counted
 from calib.models.architecture import Conditioning, Divisible
 from calib.quantization.quantizer import QuantizerInput
 from calib.quantization.reconstruction.kept import Kept, bytes_of
+from calib.quantization.scratch import folder_for
 
 import mlx.core as mx
 import numpy as np
@@ -123,10 +122,5 @@ def _folder(
         most = max(most, bytes_of([array.shape[1:] for array in passed], rows))
     if (total := COPIES * most + read) <= memory:
         return None
-    folder = Path(gettempdir()) if work.scratch is None else work.scratch
-    size = f"{readable_bytes(total)} of what blocks read and pass on"
-    if (free := free_bytes(folder)) < total:
-        remedy = "choose another cache_dir, or fewer calibration.images or calibration.steps"
-        raise CalibError(f"{folder}: {size} are to be kept there, and {readable_bytes(free)} are free; {remedy}")
-    note(f"{size} are kept in {folder}, more than quantizer.memory_gb={memory / 1e9:g}")
-    return folder
+    why = f"more than quantizer.memory_gb={memory / 1e9:g}"
+    return folder_for(total, "what blocks read and pass on", why, work.scratch)
