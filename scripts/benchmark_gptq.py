@@ -5,8 +5,8 @@
 
 First factorisations alone, by the number of columns: on this device in float32, and as before on the host in float64.
 The error is that of U (H + λI) Uᵀ = I, times random vectors, relative. Then ``gptq`` as it is, on a transformer of few
-blocks: every part waits for the device, and a second run of the same is the one that counts. Of 34 blocks all takes as
-many times more.
+blocks: every part waits for the device, and a second run of the same is the one that counts. The last column multiplies
+by the number of blocks, what precedes and follows them too.
 """
 
 import calib  # isort: skip  (it sees to it that a fast BLAS is loaded before MLX)
@@ -118,9 +118,9 @@ class RandomStates:
         return [partial(self._batch, seed) for seed in range(self._count)]
 
     def _batch(self, seed: int) -> Batch:
-        rows, key = self._shape[0], mx.random.key(seed)
-        x = mx.random.normal(self._shape, key=key).astype(mx.bfloat16)
-        text = mx.random.normal((rows, TEXT, self._width), key=key).astype(mx.bfloat16)
+        rows, keys = self._shape[0], mx.random.split(mx.random.key(seed))
+        x = mx.random.normal(self._shape, key=keys[0]).astype(mx.bfloat16)
+        text = mx.random.normal((rows, TEXT, self._width), key=keys[1]).astype(mx.bfloat16)
         mx.eval(x, text)
         return Batch(tuple(range(rows)), (0,) * rows, x, Conditioning(text), mx.array([0.5]))
 

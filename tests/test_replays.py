@@ -13,6 +13,7 @@ from calib.analysis.ranges import static
 from calib.analysis.steps import StepPlan
 from calib.base.errors import CalibError
 from calib.dataset.load import load_manifest
+from calib.models import encoding
 from calib.models.model import DiffusionModel
 from calib.models.packed import Packed
 from calib.models.parallel import parts_of, shared_cores
@@ -89,6 +90,25 @@ def whole(
     return values(seen)
 
 
+def seen_by(replay: Replays, points: Sequence[TapPoint], packed: Mapping[str, Packed]) -> Seen:
+    """What taps see in a replay."""
+    seen: Seen = defaultdict(list)
+
+    def record(name: str, x: mx.array, steps: Sequence[int]) -> mx.array:
+        return keep(seen, name, x, steps)
+
+    replay(points, record, lambda: [x for own in seen.values() for _, x in own], packed)
+    return values(seen)
+
+
+def equal(one: Seen, other: Seen) -> bool:
+    return one.keys() == other.keys() and all(
+        steps == others and np.array_equal(x, y)
+        for tap in one
+        for (steps, x), (others, y) in zip(one[tap], other[tap], strict=True)
+    )
+
+
 def calls(model: DiffusionModel, count: int) -> Iterator[tuple[list[TapPoint], dict[str, Packed]]]:
     """Taps, mostly of one part and each time a later one; and layers that are replaced, some by others in between."""
     random, taken = np.random.RandomState(0), dict[str, Packed]()
@@ -134,22 +154,55 @@ def test_taps_see_what_they_do_in_whole_forwards(
     replay = Replays(model, lambda: states, tmp_path)
     differ = set()
     for points, packed in calls(model, 9):
-        seen: Seen = defaultdict(list)
-
-        def record(name: str, x: mx.array, steps: Sequence[int], seen: Seen = seen) -> mx.array:
-            return keep(seen, name, x, steps)
-
-        replay(points, record, lambda seen=seen: [x for own in seen.values() for _, x in own], packed)
-        wanted = whole(model, states, points, packed)
-        assert seen.keys() == wanted.keys()
-        for tap, own in values(seen).items():
-            assert [steps for steps, _ in own] == [steps for steps, _ in wanted[tap]]
-            for (_, x), (_, y) in zip(own, wanted[tap], strict=True):
-                np.testing.assert_array_equal(x, y, err_msg=tap)
-            differ.add(float(np.sum([x.astype(float).sum() for _, x in own])))
+        seen = seen_by(replay, points, packed)
+        assert equal(seen, whole(model, states, points, packed))
+        differ |= {float(np.sum([x.astype(float).sum() for _, x in own])) for own in seen.values()}
     assert len(differ) > 5
     assert not list(tmp_path.iterdir())
     assert ("of what blocks are given are kept in" in capsys.readouterr().err) == (where == "file")
+
+
+@pytest.mark.parametrize("case", ["sd3"], indirect=True)
+def test_one_that_failed_leaves_nothing_to_go_on_from(case: tuple[DiffusionModel, StoredStates]) -> None:
+    """Nor does one after a release."""
+    model, states = case
+    replay, taps = Replays(model, lambda: states), tap_points(model.architecture, TapSelection())
+    late = [tap for tap in taps if tap.name.startswith("mm_block_2")][:1]
+    layer = model.architecture.layers()["mm_block_0.image.attn.q_proj"]
+    packed = {"mm_block_0.image.attn.q_proj": Packed.nearest(layer.weight, 2, 32, mx.float16)}
+
+    def fail(*_: Any) -> mx.array:
+        raise ZeroDivisionError
+
+    for replaced in (packed, {}, packed):
+        with pytest.raises(ZeroDivisionError):
+            replay(late, fail, tuple, packed)
+        if replaced:
+            replay.release()
+        assert equal(seen_by(replay, late, replaced), whole(model, states, late, replaced))
+
+
+@pytest.mark.parametrize("case", ["sd3"], indirect=True)
+def test_texts_are_encoded_once(
+    case: tuple[DiffusionModel, StoredStates], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However few are kept by default, and though batches are read anew for each part."""
+    model, states = case
+    encoded: list[str] = []
+
+    def encode(text: str) -> Any:
+        encoded.append(text)
+        return model.encode_text(text)
+
+    own = replace(model, encode_text=encode)
+    own._kept = 1
+    monkeypatch.setattr(encoding, "ROWS_KEPT", 1)
+    no_memory(monkeypatch)
+    replay = Replays(own, lambda: states, tmp_path)
+    replay._begin()
+    encoded.clear()
+    seen_by(replay, tap_points(model.architecture, TapSelection())[-1:], {})
+    assert not encoded
 
 
 @pytest.mark.parametrize("case", ["sd3"], indirect=True)

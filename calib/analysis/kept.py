@@ -1,6 +1,7 @@
 """Arrays kept by key: in memory, or where that takes too much in a file without a name."""
 
 import errno
+import math
 import os
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
@@ -11,6 +12,9 @@ from calib.base.files import free_bytes
 
 import mlx.core as mx
 import numpy as np
+
+#: NumPy has no bfloat16: arrays pass as whole numbers of their size, in bytes. (In bytes MLX counts no more than 2³¹.)
+_BITS = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,7 @@ class Kept:
         self._places[key] = replace(place, arrays=[(array.shape, array.dtype) for array in arrays])
         self._file.seek(place.start)
         for array in arrays:
-            view = np.array(array.reshape(-1).view(mx.uint8)).data
+            view = np.array(array.reshape(-1).view(_BITS[array.dtype.size])).view(np.uint8).data
             while len(view):
                 view = view[self._file.write(view) :]
 
@@ -70,8 +74,8 @@ class Kept:
         place, found = self._places[key], []
         self._file.seek(place.start)
         for shape, dtype in place.arrays:
-            values = np.empty(int(np.prod(shape, dtype=np.int64)) * dtype.size, np.uint8)
-            view = values.data
+            values = np.empty(math.prod(shape), np.dtype(f"u{dtype.size}"))
+            view = values.view(np.uint8).data
             while len(view):
                 view = view[self._file.readinto(view) :]
             found.append(mx.array(values).view(dtype).reshape(shape))

@@ -37,7 +37,7 @@ class Streamed:
     Args:
         inner: the transformer; divisible.
         first: its weights by path, none of them read yet.
-        read: returns others of the same names and shapes; called about once a forward.
+        read: returns others of the same names and shapes; called when weights of a block are read again, once for all.
         dtype: of the weights that it runs with.
         source: the checkpoint, for errors.
     """
@@ -109,12 +109,11 @@ class Streamed:
                 raise CalibError(f"{self._source}: was changed while it was read, first in {path}; run this again")
         return {path: found[path].astype(self._dtype) for path in self._shapes}
 
-    def compute(self, arrays: list[list[mx.array]], following: int | None) -> None:
+    def compute(self, arrays: list[list[mx.array]], following: int) -> None:
         """Evaluate ``arrays``, and meanwhile read the weights of block number ``following``, if there is one."""
         with self.reading():
             mx.async_eval(arrays)
-            if following is not None:
-                self.read_ahead(following)
+            self.read_ahead(following)
             mx.eval(arrays)
 
     def read_ahead(self, block: int) -> None:

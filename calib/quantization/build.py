@@ -143,6 +143,7 @@ def quantize_layers(
     given = (replays, replays.batches, *_statistics(plan, source, steps), steps.importance.get)
     own = (input_bits, source.scratch, model, states, source.prompts, source.home)
     work = QuantizerInput(model.architecture, linear, {**plan, **chosen}, half, *given, *own)
+    work = replace(work, release=replays.release)
     if model.streamed is not None:
         work = replace(work, layers=model.streamed.in_turn(linear), streamed=True)
     with model_kept(model) as changed:

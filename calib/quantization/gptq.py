@@ -118,10 +118,9 @@ def quantize(
     made = {name: kept.layers[name] for name in work.layers}
     turned = {name: packed.rotation for name, packed in made.items() if packed.rotation}
     ranges = rotated_ranges(work, turned, made)
-    rotations = {name: turned[name] for name in ranges}
-    return Quantized(
-        made, ranges=ranges, rotations=rotations, notes=[_summary(kept.rest["ratios"])], drawn=kept.rest["drawn"]
-    )
+    work.release()
+    rotations, notes = {name: turned[name] for name in ranges}, [_summary(kept.rest["ratios"])]
+    return Quantized(made, ranges=ranges, rotations=rotations, notes=notes, drawn=kept.rest["drawn"])
 
 
 def _key(work: QuantizerInput, pictures: int, others: Sequence[Any]) -> str:

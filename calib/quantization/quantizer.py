@@ -53,11 +53,13 @@ class QuantizerInput:
             whose width the plan's group size divides.
         plan: bits and group size of each of ``layers`` (and of others, which are not quantized).
         dtype: 16-bit type of scales and biases.
-        replay: runs the calibration states through it with the inputs at the given taps recorded; a
-            recorder gets (tap name, activation (rows, …, channels), step of each row) in a lazy graph,
-            and only the arrays that ``pending`` returns after each forward are evaluated: what comes after
-            the last tap is never computed. ``replay(points, record, pending, replaced)``, where ``replaced`` holds
-            packed weights by layer name that stand in for the full-precision ones during these forwards.
+        replay: ``replay(points, record, pending, replaced)`` runs the calibration states through it and records the
+            inputs at taps ``points``: ``record(tap name, activation (rows, …, channels), step of each row)`` is called
+            while a lazy graph is built, block after block, of each block for all states in batches. After a batch of a
+            block the arrays that ``pending`` returns are evaluated; what comes after the last tap is never computed.
+            ``replaced`` holds packed weights by layer name that stand in for the full-precision ones meanwhile. What
+            blocks are given is kept, so that the next replay of the same or a later block begins there.
+        release: frees what replays keep; to be called when there will be no more of them.
         batches: ``batches(size)`` yields the calibration states in batches of at most ``size``, by default as many as
             this device draws at once; each is read, and its prompts encoded, when it is reached: ``for batch in
             work.batches(): v = work.architecture.velocity(batch.x, batch.text, batch.timesteps)``. Gradients may be
@@ -100,6 +102,7 @@ class QuantizerInput:
     prompts: Callable[[], Sequence[str]] = lambda: ()
     home: Path | None = None
     streamed: bool = False
+    release: Callable[[], None] = lambda: None
 
     def refuse_streamed(self, what: str) -> None:
         """Raise where the model is streamed; ``what`` needs all of its weights at once."""

@@ -22,8 +22,10 @@ from calib.models.streamed import of_rows
 from calib.quantization.apply import unpacked
 from calib.quantization.quantizer import StepRecorder
 from calib.quantization.scratch import folder_for
+from calib.quantization.texts import prompts_of
 
 import mlx.core as mx
+import numpy as np
 
 #: Share of the memory that drawing leaves in which what is kept may stay: Hessians and quantized layers need the rest.
 OF_WHAT_IS_LEFT = 1 / 3
@@ -43,13 +45,18 @@ class Replays:
         self._model, self._states, self._folder = model, states, folder
         whole = model.architecture if model.streamed is None else model.streamed.inner
         self._divisible = whole if isinstance(whole, Divisible) else None
+        self._replaced: Mapping[str, Packed] = {}
+        self.release()
+
+    def release(self) -> None:
+        """Let go of what is kept; the next replay begins at the first block."""
         self._batches: Sequence[LazyBatch] = ()
         #: By batch and its first row what the part ``_reached`` is given, where ``_before`` replaced layers before it.
         self._kept, self._reached, self._before = Kept(), 0, dict[str, Packed]()
 
     def batches(self, size: int | None = None) -> Iterator[Batch]:
         """Yield the states; raises a CalibError where no run is known."""
-        for batch in self._stored(size):
+        for batch in self._batches_of(self._stored(), size):
             yield batch()
 
     def __call__(
@@ -61,9 +68,8 @@ class Replays:
     ) -> None:
         if not self._batches:
             self._begin()
-        places = [self._place(point.name) for point in points]
-        before = {name: packed for name, packed in replaced.items() if self._place(name) < self._reached}
-        if self._reached > min(places) or {n: id(p) for n, p in before.items()} != self._ids():
+        places, self._replaced = [self._place(point.name) for point in points], replaced
+        if self._reached > min(places) or _ids(self._replaced_before()) != _ids(self._before):
             self._reached = 0
         with unpacked(self._model.architecture, replaced):
             for place in range(self._reached, min(places)):
@@ -77,37 +83,41 @@ class Replays:
             with tapped(self._model.architecture, points, lambda name, x: record(name, x, steps)):
                 for place in range(min(places), max(places) + 1):
                     self._run(place, place < max(places), entering, pending)
-        self._before = {name: packed for name, packed in replaced.items() if self._place(name) < self._reached}
 
-    def _ids(self) -> dict[str, int]:
-        return {name: id(packed) for name, packed in self._before.items()}
+    def _replaced_before(self) -> dict[str, Packed]:
+        """What is replaced in the parts before the one that is reached."""
+        return {name: packed for name, packed in self._replaced.items() if self._place(name) < self._reached}
 
-    def _stored(self, size: int | None = None) -> list[LazyBatch]:
+    def _stored(self) -> StoredStates:
         if self._states is None:
             lost = "this quantizer replays stored states: name the run that collected them, stats=DIR"
             raise CalibError(f"{lost}; quantizer=rtn takes none")
-        stored = self._states()
+        return self._states()
+
+    def _batches_of(self, stored: StoredStates, size: int | None = None) -> list[LazyBatch]:
         size = size or plan_memory(self._model, stored.manifest.cfg_weight > 0).batch_size
         return stored.batches(self._model, size, mixed=True)
 
     def _begin(self) -> None:
         """Choose where to keep what parts are given."""
-        batches = self._stored()
+        batches = self._batches_of(stored := self._stored())
         if self._divisible is None:
             self._batches = batches
             return
-        needed = sum(self._bytes_of(batch()) for batch in batches)
-        plan = plan_memory(self._model, guidance=True)
-        if needed <= max(LEAST_ROOM, OF_WHAT_IS_LEFT * (plan.memory - plan.peak)):
+        own, passed = np.sum([self._bytes_of(batch()) for batch in batches], axis=0).tolist()
+        plan = plan_memory(self._model, stored.manifest.cfg_weight > 0)
+        if own + passed <= max(LEAST_ROOM, OF_WHAT_IS_LEFT * (plan.memory - plan.peak)):
             self._batches = [cache(batch) for batch in batches]
             return
-        folder = folder_for(needed, "what blocks are given", "while layers are quantized", self._folder)
-        self._batches, self._kept = batches, Kept(needed, folder)
+        self._model.hold(prompts_of(stored, stored.images))  # else each part would have them encoded again
+        folder = folder_for(passed, "what blocks are given", "while layers are quantized", self._folder)
+        self._batches, self._kept = batches, Kept(passed, folder)
 
-    def _bytes_of(self, batch: Batch) -> int:
-        """What is to be kept of a batch: states and text, and what passes between parts. Nothing is computed."""
+    def _bytes_of(self, batch: Batch) -> tuple[int, int]:
+        """Bytes of a batch, states and text; and of what passes between parts. Nothing is computed."""
         passed = self._parts(batch.text, batch.timesteps, batch.x.shape)[0]([batch.x])
-        return sum(array.nbytes for array in (batch.x, *batch.text.arrays(), *passed))
+        own = [batch.x, *batch.text.arrays()]
+        return sum(array.nbytes for array in own), sum(array.nbytes for array in passed)
 
     def _parts(self, text: Conditioning, timestep: mx.array, shape: tuple[int, ...]) -> Sequence[Part]:
         """The parts of a forward; one, where the transformer does not run in parts."""
@@ -147,10 +157,15 @@ class Replays:
                 if streamed is None:
                     mx.eval(wanted)
                 else:
-                    streamed.compute(wanted, place if passing and not number else None)
+                    streamed.compute(wanted, place if passing and not number else -1)  # the next block is read once
             for key, passed in found if passing else ():
                 self._kept.put(key, passed)
         if passing:
             self._reached = place + 1
+            self._before = self._replaced_before()
             if streamed is not None:
                 streamed.release(place - 1)
+
+
+def _ids(layers: Mapping[str, Packed]) -> dict[str, int]:
+    return {name: id(packed) for name, packed in layers.items()}

@@ -44,9 +44,10 @@ def carried(settings: Settings) -> tuple[dict[str, Any], dict[str, str]]:
 def _of_model(folder: Path, keys: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
     """What a quantized model that was copied from its run says of what it was made by; None where that is unknown."""
     document = mapping_in(folder / CHECKPOINT, [], read_json)  # what is wrong with it is the stage's to say
-    made_by = {key: document[key] for key in ("quantizer", "ranges") if isinstance(document.get(key), dict)}
-    options = {key: str(entry["name"]) for key, entry in made_by.items() if "name" in entry}
-    return dict.fromkeys(keys) | {key: dict(made_by[key].get("parameters", {})) for key in options}, options
+    made_by = {key: entry for key in ("quantizer", "ranges") if isinstance(entry := document.get(key), dict)}
+    options = {key: name for key, entry in made_by.items() if isinstance(name := entry.get("name"), str)}
+    found = {key: made_by[key].get("parameters") for key in options}
+    return dict.fromkeys(keys) | {key: p if isinstance(p, dict) else {} for key, p in found.items()}, options
 
 
 def _source(settings: Settings) -> Path | None:
