@@ -40,7 +40,7 @@ LEAST_HELD_OUT = 8
 #: Arrays of the parameters' sizes that are held: now, the best, a gradient, and Adam's two.
 HELD = 5
 #: Of the procedure; to be raised where it makes something else of the same work.
-VERSION = 3
+VERSION = 4
 
 
 @dataclass(frozen=True)
@@ -196,7 +196,8 @@ class _Trainer:
 
     def _train(self, path: Path | None) -> tuple[dict[str, Packed], list[str], set[str]]:
         training, notes = self._training, list[str]()
-        every, trained = max(1, training.updates // CHECKS), path and Trained.load(path)
+        checked = {training.updates * (i + 1) // CHECKS for i in range(CHECKS)}
+        trained = path and Trained.load(path)
         left = training.updates - (trained.updates if trained else 0)
         with self._pictures() as loss, Progress("learn", left, "update", delay=2) as progress:
             trained = trained or self._begin(loss)
@@ -211,7 +212,7 @@ class _Trainer:
                 trained.optimizer, trained.updates = optimizer.state, trained.updates + 1
                 mx.eval(trained.now, trained.optimizer)
                 progress.advance()
-                if trained.updates % every == 0 or trained.updates == training.updates:
+                if trained.updates in checked:
                     trained.measured(self._held_out(loss, trained.now))
                     if path is not None:
                         trained.save(path)
