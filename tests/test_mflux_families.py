@@ -23,18 +23,14 @@ from calib.evaluation.paired import rounded_to_bfloat16
 from calib.models.architecture import Conditioning, check_architecture
 from calib.models.families import MFLUX as MODULES
 from calib.models.mflux import decoder
-from calib.models.mflux.flux1 import schnell
 from calib.models.model import DiffusionModel, ModelDtype, weights
 
-import make_standin_checkpoint as standin
 import mlx.core as mx
 import model_memory
 import numpy as np
 from drawn_by_mflux import Mfluxs
 from helpers import CHECKOUT, is_one_clear_line, run_in, well
-from mflux.models.common.config.model_config import ModelConfig
 from mflux.models.common.weights.saving.model_saver import ModelSaver
-from mflux.models.flux.variants.txt2img.flux import Flux1
 from mlx import nn
 from PIL import Image
 from tiny_mflux import Tiny
@@ -366,18 +362,6 @@ def test_every_quantizer(quantizer: tuple[str, ...], own: Own, tmp_path: Path) -
     )
     well(run_in(tmp_path, *given))
     assert 5 < read_json(tmp_path / "run" / "metrics.json")["psnr"] < 90
-
-
-@pytest.mark.slow
-def test_mflux_itself_loads_a_stand_in(tmp_path: Path) -> None:
-    """Of full width and fewer blocks, which it counts; all other sizes are those in its code."""
-    standin.write_mflux_standin(tmp_path, "flux1_schnell", (1, 1), None)
-    (folder,) = tmp_path.glob("*/snapshots/*")
-    made = Flux1(model_path=str(folder), model_config=ModelConfig.schnell())
-    model = schnell.load("flux1_schnell", "nowhere/nothing", str(folder), image_size=(64, 64))
-    found, expected = weights(made.transformer), weights(model.transformer)
-    assert found.keys() == expected.keys()
-    assert all(mx.array_equal(found[path], expected[path]).item() for path in expected)
 
 
 @pytest.mark.parametrize("own", ["flux1_dev"], indirect=True)
