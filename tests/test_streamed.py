@@ -31,7 +31,7 @@ from calib.models.model import DiffusionModel, ModelDtype, weights
 from calib.models.placed import placed
 from calib.models.streamed import Streamed
 from calib.models.tensors import read_weights
-from calib.quantization import gptq, learned, rtn, smooth, taqdit
+from calib.quantization import gptq, learned, replays, rtn, scratch, smooth, taqdit
 from calib.quantization.apply import applied
 from calib.quantization.build import Calibration, quantize_layers
 from calib.quantization.quantizer import Quantizer
@@ -140,12 +140,17 @@ QUANTIZERS: dict[str, Quantizer] = {
     "rtn": partial(rtn.quantize, search=False),
     "gptq": partial(gptq.quantize, memory_gb=5e-5, search=False, rotation=16),  # several replays a block
 }
+QUANTIZERS["gptq without room"] = QUANTIZERS["gptq"]
 
 
 @pytest.mark.parametrize("quantizer", QUANTIZERS)
 def test_packed_weights_and_what_they_draw_are_the_same(
     case: Case, quantizer: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if quantizer == "gptq without room":
+        monkeypatch.setattr(replays, "LEAST_ROOM", -1)
+        monkeypatch.setattr(replays, "OF_WHAT_IS_LEFT", 0.0)
+        monkeypatch.setattr(scratch, "free_bytes", lambda folder: 0)
     monkeypatch.setattr(memory, "LARGEST_BATCH", 3)  # else more of a streamed model's, which sum in another order
     every = list(case.whole.architecture.layers())
     plan = {name: LayerPlan(3 + i % 3, 16 if i % 3 else 8) for i, name in enumerate(every[::8])}
@@ -162,7 +167,7 @@ def test_packed_weights_and_what_they_draw_are_the_same(
     assert first.keys() == second.keys() and all(mx.array_equal(first[key], second[key]) for key in first)
     assert first[f"{case.whole.architecture.path(left)}.weight"].dtype != mx.uint32
     assert quantized[0].inputs == quantized[1].inputs
-    rotated = [16] * sum(layer.activation_bits == 8 for layer in plan.values()) if quantizer == "gptq" else []
+    rotated = [16] * sum(layer.activation_bits == 8 for layer in plan.values()) if quantizer != "rtn" else []
     assert [rule.rotation for rule in quantized[0].inputs.values()] == rotated
     assert quantized[0].copies["late"].keys() == copies["late"].keys()
     for name, packed in quantized[0].copies["late"].items():

@@ -13,6 +13,7 @@ from calib.activations.batches import Batch, LazyBatch, StoredStates
 from calib.activations.taps import TapPoint, tapped
 from calib.analysis.kept import Kept
 from calib.base.errors import CalibError
+from calib.base.progress import note
 from calib.models.architecture import Conditioning, Divisible, Part, part_of
 from calib.models.memory import plan_memory
 from calib.models.model import DiffusionModel
@@ -44,13 +45,14 @@ class Replays:
     def __init__(self, model: DiffusionModel, states: Callable[[], StoredStates] | None, folder: Path | None = None):
         self._model, self._states, self._folder = model, states, folder
         whole = model.architecture if model.streamed is None else model.streamed.inner
-        self._divisible = whole if isinstance(whole, Divisible) else None
+        self._runs_in_parts = whole if isinstance(whole, Divisible) else None
         self._replaced: Mapping[str, Packed] = {}
         self.release()
 
     def release(self) -> None:
         """Let go of what is kept; the next replay begins at the first block."""
         self._batches: Sequence[LazyBatch] = ()
+        self._divisible = self._runs_in_parts  # None: forwards are whole
         #: By batch and its first row what the part ``_reached`` is given, where ``_before`` replaced layers before it.
         self._kept, self._reached, self._before = Kept(), 0, dict[str, Packed]()
 
@@ -80,7 +82,15 @@ class Replays:
                 nonlocal steps
                 steps = (batch.steps * (len(batch.x) // len(batch.steps)))[rows]
 
-            with tapped(self._model.architecture, points, lambda name, x: record(name, x, steps)):
+            def recorded(name: str, x: mx.array) -> mx.array:
+                x = record(name, x, steps)
+                if self._divisible is not None or self._model.streamed is None:
+                    return x
+                # In a whole forward of a streamed model nothing of an input may outlast the block that it is in.
+                tied: mx.array = mx.depends([x], list(pending()))[0]
+                return tied
+
+            with tapped(self._model.architecture, points, recorded):
                 for place in range(min(places), max(places) + 1):
                     self._run(place, place < max(places), entering, pending)
 
@@ -109,9 +119,14 @@ class Replays:
         if own + passed <= max(LEAST_ROOM, OF_WHAT_IS_LEFT * (plan.memory - plan.peak)):
             self._batches = [cache(batch) for batch in batches]
             return
-        self._model.hold(prompts_of(stored, stored.images))  # else each part would have them encoded again
-        folder = folder_for(passed, "what blocks are given", "while layers are quantized", self._folder)
-        self._batches, self._kept = batches, Kept(passed, folder)
+        try:
+            folder = folder_for(passed, "what blocks are given", "while layers are quantized", self._folder)
+            self._kept = Kept(passed, folder)
+        except (CalibError, OSError) as error:
+            note(f"{error}; meanwhile each replay begins at the first block, which takes longer")
+            self._divisible = None
+        self._model.hold(prompts_of(stored, stored.images))  # else they would be encoded again for each part, or replay
+        self._batches = batches
 
     def _bytes_of(self, batch: Batch) -> tuple[int, int]:
         """Bytes of a batch, states and text; and of what passes between parts. Nothing is computed."""
