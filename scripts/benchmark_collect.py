@@ -2,7 +2,7 @@
 
     python scripts/benchmark_collect.py --batch 16 2                     # SD3-medium's shapes, random weights (GPU)
     python scripts/benchmark_collect.py --depth 4 --latent 32 --batch 2  # four of its blocks (CPU)
-    python scripts/benchmark_collect.py --zimage --batch 8 1             # Z-Image's shapes, random weights (GPU)
+    python scripts/benchmark_collect.py --zimage --batch 8 --steps 2 --forwards 12 --rounds 2   # Z-Image's shapes (GPU)
     python scripts/benchmark_collect.py --emoji --batch 32               # the shipped model
     python scripts/benchmark_collect.py --whole --images 100 --batch 8   # from stored states to finished files (GPU)
     python scripts/benchmark_collect.py --schedules                      # ten schedules against their union (emoji)

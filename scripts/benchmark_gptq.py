@@ -19,10 +19,10 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
-from calib.activations.batches import Batch
+from calib.activations.batches import Batch, StoredStates
 from calib.analysis.plan import LayerPlan
 from calib.base.device import device_name
 from calib.models import emoji
@@ -163,9 +163,9 @@ def whole(heads: int, layers: int, size: int, states: int, batch: int, damping: 
     linear = {name: layer for name, layer in linear.items() if layer.weight.shape[1] % 64 == 0}
     plan = {name: LayerPlan(4, 16) for name in linear}
     model = replace(emoji.load(), architecture=own, latent_shape=(size // 8, size // 8, 16), dtype=mx.bfloat16)
-    random = RandomStates(size, states, batch, width)
+    random = cast(StoredStates, RandomStates(size, states, batch, width))  # all of it that replays use
     for _ in range(2):
-        replays = Replays(model, lambda: random)  # type: ignore[arg-type, return-value]
+        replays = Replays(model, lambda: random)
         work = QuantizerInput(own, linear, plan, mx.bfloat16, replays, replays.batches, lambda _: None, lambda *_: None)
         mx.reset_peak_memory()
         with timed() as seconds:

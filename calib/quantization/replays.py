@@ -6,7 +6,7 @@ states before the next one does, so that a streamed model reads its weights once
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cache
+from functools import partial
 from pathlib import Path
 
 from calib.activations.batches import Batch, LazyBatch, StoredStates
@@ -26,7 +26,6 @@ from calib.quantization.scratch import folder_for
 from calib.quantization.texts import prompts_of
 
 import mlx.core as mx
-import numpy as np
 
 #: Share of the memory that drawing leaves in which what is kept may stay: Hessians and quantized layers need the rest.
 OF_WHAT_IS_LEFT = 1 / 3
@@ -114,10 +113,15 @@ class Replays:
         if self._divisible is None:
             self._batches = batches
             return
-        own, passed = np.sum([self._bytes_of(batch()) for batch in batches], axis=0).tolist()
         plan = plan_memory(self._model, stored.manifest.cfg_weight > 0)
-        if own + passed <= max(LEAST_ROOM, OF_WHAT_IS_LEFT * (plan.memory - plan.peak)):
-            self._batches = [cache(batch) for batch in batches]
+        room = max(LEAST_ROOM, OF_WHAT_IS_LEFT * (plan.memory - plan.peak))
+        made, own, passed = list[Batch](), 0, 0
+        for lazily in batches:
+            sizes = self._bytes_of(batch := lazily())
+            own, passed = own + sizes[0], passed + sizes[1]
+            made = [*made, batch] if own + passed <= room else []
+        if made:
+            self._batches = [partial(_itself, batch) for batch in made]
             return
         try:
             folder = folder_for(passed, "what blocks are given", "while layers are quantized", self._folder)
@@ -184,3 +188,7 @@ class Replays:
 
 def _ids(layers: Mapping[str, Packed]) -> dict[str, int]:
     return {name: id(packed) for name, packed in layers.items()}
+
+
+def _itself(batch: Batch) -> Batch:
+    return batch
